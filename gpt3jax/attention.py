@@ -1,0 +1,141 @@
+"""Causal self-attention behind one call, `attend`, with its implementations.
+
+`xla` runs everywhere and does everything: it walks static blocks of queries and leaves out the
+keys that no query of a block can see. `cudnn` is NVIDIA's fused kernel for 16-bit types without
+attention dropout. What a token sees: itself and earlier positions, of its own document where
+segments are given, at most `window` positions back where a window is given.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gpt3jax import config, dropout, sharding
+
+QUERY_BLOCK = 256  # queries whose scores are held at once; 4 blocks at 1,024 were fastest on CPU
+HIDDEN = -1e30  # a score that softmax turns to 0, also in fp32 sums
+
+
+def choose(model: config.Model, compute_dtype: str, platform: str) -> str:
+    """Return "cudnn" or "xla" for what the config asks and the devices' platform can do.
+
+    Raises:
+        UserError: cuDNN was asked for where there is no GPU or it does not serve.
+    """
+    asked = model.attention.implementation
+    serves = (
+        compute_dtype != "float32"
+        and not model.attention_dropout
+        and model.d_head % 8 == 0
+        and model.d_head <= 128
+    )
+    if asked == "cudnn" and not (serves and platform == "gpu"):
+        raise config.UserError(
+            f"model.attention.implementation=cudnn does not serve here (devices: {platform}; "
+            f"model.d_head={model.d_head} must be a multiple of 8 up to 128): use auto or xla"
+        )
+    if asked == "auto":
+        return "cudnn" if serves and platform == "gpu" else "xla"
+    return asked
+
+
+def attend(
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    *,
+    implementation: str,
+    window: int | None = None,
+    segments_BT: Array | None = None,
+    dropout_rate: float = 0.0,
+    noise: dropout.Noise | None = None,
+    remat_blocks: bool = False,
+) -> Array:
+    """Return attention's output `[B, T, H, K]` in the dtype of v, softmax in fp32.
+
+    `dropout_rate` acts on the probabilities where `noise` is given (training). `remat_blocks` makes the
+    backward pass compute the scores of each block again rather than keep them.
+    """
+    if implementation == "cudnn":
+        return _cudnn(q_BTHK, k_BSHK, v_BSHK, window, segments_BT)
+    if implementation != "xla":
+        raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
+    block = functools.partial(_block, window=window, dropout_rate=dropout_rate)
+    if remat_blocks:
+        block = jax.checkpoint(block, prevent_cse=False, static_argnums=(5, 6))
+    n_positions = q_BTHK.shape[1]
+    out = []
+    for start in range(0, n_positions, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, n_positions)
+        first = 0 if window is None else max(0, start - window)
+        kv = [x[:, first:stop] for x in (k_BSHK, v_BSHK)]
+        segments = None
+        if segments_BT is not None:
+            segments = segments_BT[:, start:stop], segments_BT[:, first:stop]
+        out.append(block(q_BTHK[:, start:stop], *kv, segments, noise, start, first))
+    return jnp.concatenate(out, axis=1)
+
+
+def _block(
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    segments: tuple[Array, Array] | None,
+    noise: dropout.Noise | None,
+    start: int,
+    first: int,
+    *,
+    window: int | None,
+    dropout_rate: float,
+) -> Array:
+    """Attend from queries at positions `start...` to keys at positions `first...`."""
+    scale = q_BTHK.shape[-1] ** -0.5
+    t_T = start + jnp.arange(q_BTHK.shape[1])
+    s_S = first + jnp.arange(k_BSHK.shape[1])
+    scores_BHTS = jnp.einsum(
+        "bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32
+    )
+    visible = _visible(t_T, s_S, window, segments)
+    probs_BHTS = jax.nn.softmax(jnp.where(visible, scores_BHTS, HIDDEN), axis=-1)
+    if noise is not None and dropout_rate:
+        n_heads, n_keys = q_BTHK.shape[2], k_BSHK.shape[1]
+        # Drawn for keys 0... so that the draw does not depend on where the block starts.
+        keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (n_heads,), first + n_keys)[..., first:]
+        probs_BHTS = probs_BHTS * jnp.einsum("bths->bhts", keep_BTHS) / (1 - dropout_rate)
+    return jnp.einsum("bhts,bshk->bthk", probs_BHTS.astype(v_BSHK.dtype), v_BSHK)
+
+
+def _visible(
+    t_T: Array, s_S: Array, window: int | None, segments: tuple[Array, Array] | None
+) -> Array:
+    """Return the bool mask `[T, S]`, or `[B, 1, T, S]` with segments: True where t may see s."""
+    visible = t_T[:, None] >= s_S
+    if window is not None:
+        visible &= t_T[:, None] - s_S <= window
+    if segments is not None:
+        visible = visible & (segments[0][:, None, :, None] == segments[1][:, None, None, :])
+    return visible
+
+
+def _cudnn(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, window: int | None, segments_BT: Array | None
+) -> Array:
+    kernel = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        implementation="cudnn",
+        local_window_size=None if window is None else (window, 0),
+    )
+
+    def local(q: Array, k: Array, v: Array, *segments: Array) -> Array:
+        mask = [s[:, None, :, None] == s[:, None, None, :] for s in segments]
+        return kernel(q, k, v, mask=mask[0] if mask else None)
+
+    arrays: list[Any] = [q_BTHK, k_BSHK, v_BSHK]
+    axes: list[tuple[str | None, ...]] = [("batch", None, "heads", None)] * 3
+    if segments_BT is not None:
+        arrays, axes = [*arrays, segments_BT], [*axes, ("batch", None)]
+    return sharding.map_shards(local, axes, axes[0])(*arrays)

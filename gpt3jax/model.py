@@ -1,0 +1,282 @@
+"""GPT-3: a pre-LayerNorm transformer with learned positions, biases and a tied head.
+
+NNX modules only hold parameters; each is a pytree that plain `jax.jit`, `grad`, `scan` and Optax
+take as it is. Blocks are stacked along a leading layer dimension and scanned. Numerics follow
+Megatron-LM; what differs on purpose is listed in docs/from_megatron.md.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from gpt3jax import attention, config, dropout, sharding
+
+# What the backward pass finds saved of a layer; it computes the rest again.
+#   none       everything, attention probabilities too
+#   attention  everything but the attention core (scores, probabilities): Megatron's "selective"
+#   dots       outputs of the weight products (QKV, projection, both of the MLP)
+#   residual   the layer's input, and the residual stream after attention
+#   full       the layer's input only
+REMAT: dict[str, Any] = {
+    "none": None,
+    "attention": None,  # by checkpointing the attention core itself, in `attention.attend`
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "residual": jax.checkpoint_policies.save_only_these_names("residual"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the network runs here: what changes speed and rounding, but not the parameters."""
+
+    dtype: str = "float32"
+    attention: str = "xla"
+    sequence_parallel: bool = False
+
+    @property
+    def residual_axes(self) -> tuple[str | None, ...]:
+        """Logical axes of the residual stream, norms and dropout."""
+        return ("batch", "seq_shard" if self.sequence_parallel else "seq", None)
+
+
+def weight(key: Any, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...]) -> Any:
+    """Return a matrix drawn from N(0, std), fp32, subject to weight decay."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes, decays=True)
+
+
+def vector(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Any:
+    """Return a bias or scale, fp32, without weight decay."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decays=False)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with fp32 statistics."""
+
+    def __init__(self, model: config.Model):
+        self.scale_D = vector(1.0, (model.d_model,), (None,))
+        self.bias_D = vector(0.0, (model.d_model,), (None,))
+        self.eps = model.norm_eps
+
+    def __call__(self, x_BTD: Array, dtype: str) -> Array:
+        """Return the normalised input in `dtype`."""
+        x_BTD = x_BTD.astype(jnp.float32)
+        centred_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
+        variance_BT1 = (centred_BTD**2).mean(-1, keepdims=True)
+        normed_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + self.eps)
+        return (normed_BTD * self.scale_D[...] + self.bias_D[...]).astype(dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, model: config.Model, key: Any):
+        k_qkv, k_out = jax.random.split(key)
+        d, h, k = model.d_model, model.n_heads, model.d_head
+        self.w_qkv_D3HK = weight(
+            k_qkv, (d, 3, h, k), model.init_std, ("embed", None, "heads", "head_dim")
+        )
+        self.b_qkv_3HK = vector(0.0, (3, h, k), (None, "heads", "head_dim"))
+        self.w_out_HKD = weight(k_out, (h, k, d), output_std(model), ("heads", "head_dim", "embed"))
+        self.b_out_D = vector(0.0, (d,), (None,))
+        self.dropout_rate = model.attention_dropout
+        self.remat_blocks = model.remat in ("attention", "dots")
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        segments_BT: Array | None,
+        noise: dropout.Noise | None,
+        window: int | None,
+        compute: Compute,
+    ) -> Array:
+        """Return the branch's output without its bias, which is added in the residual's layout."""
+        w_qkv_D3HK = self.w_qkv_D3HK[...].astype(compute.dtype)
+        qkv_BT3HK = jnp.einsum("btd,dchk->btchk", x_BTD, w_qkv_D3HK)
+        qkv_BT3HK += self.b_qkv_3HK[...].astype(compute.dtype)
+        qkv_BT3HK = sharding.constrain(qkv_BT3HK, "batch", "seq", None, "heads", "head_dim")
+        out_BTHK = attention.attend(
+            qkv_BT3HK[:, :, 0],
+            qkv_BT3HK[:, :, 1],
+            qkv_BT3HK[:, :, 2],
+            implementation=compute.attention,
+            window=window,
+            segments_BT=segments_BT,
+            dropout_rate=self.dropout_rate,
+            noise=noise,
+            remat_blocks=self.remat_blocks,
+        )
+        out_BTHK = sharding.constrain(out_BTHK, "batch", "seq", "heads", "head_dim")
+        return jnp.einsum("bthk,hkd->btd", out_BTHK, self.w_out_HKD[...].astype(compute.dtype))
+
+
+class Mlp(nnx.Module):
+    """Two matrices with GELU between them."""
+
+    def __init__(self, model: config.Model, key: Any):
+        k_in, k_down = jax.random.split(key)
+        d, f = model.d_model, model.d_ff
+        self.w_in_DF = weight(k_in, (d, f), model.init_std, ("embed", "mlp"))
+        self.b_in_F = vector(0.0, (f,), ("mlp",))
+        self.w_down_FD = weight(k_down, (f, d), output_std(model), ("mlp", "embed"))
+        self.b_down_D = vector(0.0, (d,), (None,))
+        self.approximate = model.gelu == "tanh"
+
+    def __call__(self, x_BTD: Array, compute: Compute) -> Array:
+        """Return the branch's output without its last bias (see `Attention`)."""
+        hidden_BTF = jnp.einsum("btd,df->btf", x_BTD, self.w_in_DF[...].astype(compute.dtype))
+        hidden_BTF += self.b_in_F[...].astype(compute.dtype)
+        hidden_BTF = sharding.constrain(hidden_BTF, "batch", "seq", "mlp")
+        hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=self.approximate)
+        return jnp.einsum("btf,fd->btd", hidden_BTF, self.w_down_FD[...].astype(compute.dtype))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then MLP, each behind a LayerNorm and added to the residual."""
+
+    def __init__(self, model: config.Model, key: Any):
+        k_attention, k_mlp = jax.random.split(key)
+        self.norm_1 = LayerNorm(model)
+        self.attention = Attention(model, k_attention)
+        self.norm_2 = LayerNorm(model)
+        self.mlp = Mlp(model, k_mlp)
+        self.dropout_rate = model.dropout
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        segments_BT: Array | None,
+        noise: dropout.Noise | None,
+        window: int | None,
+        compute: Compute,
+    ) -> Array:
+        """Return the residual stream after the layer."""
+        parts = [None if noise is None else noise.fold(part) for part in range(3)]
+        normed_BTD = self._norm(self.norm_1, x_BTD, compute)
+        out_BTD = self.attention(normed_BTD, segments_BT, parts[0], window, compute)
+        x_BTD = self._add(x_BTD, out_BTD, self.attention.b_out_D, parts[1], compute)
+        x_BTD = checkpoint_name(x_BTD, "residual")
+        out_BTD = self.mlp(self._norm(self.norm_2, x_BTD, compute), compute)
+        return self._add(x_BTD, out_BTD, self.mlp.b_down_D, parts[2], compute)
+
+    def _norm(self, norm: LayerNorm, x_BTD: Array, compute: Compute) -> Array:
+        # Both constraints: with the second alone the fp32 value is gathered over the tensor axis,
+        # with none the partitioner gathers weights instead.
+        normed_BTD = sharding.constrain(norm(x_BTD, compute.dtype), *compute.residual_axes)
+        return sharding.constrain(normed_BTD, "batch", "seq", None)
+
+    def _add(
+        self, x_BTD: Array, out_BTD: Array, bias: Any, noise: dropout.Noise | None, compute: Compute
+    ) -> Array:
+        out_BTD = sharding.constrain(out_BTD, *compute.residual_axes)
+        out_BTD += bias[...].astype(compute.dtype)
+        x_BTD += dropout.apply(out_BTD, self.dropout_rate, noise)
+        return sharding.constrain(x_BTD, *compute.residual_axes)
+
+
+class GPT(nnx.Module):
+    """The whole network, up to the final hidden states; the head is its embedding table."""
+
+    def __init__(self, model: config.Model, key: Any):
+        k_embedding, k_positions, k_blocks = jax.random.split(key, 3)
+        self.embedding_VD = weight(
+            k_embedding, (model.padded_vocab_size, model.d_model), model.init_std,
+            ("vocab", "embed"),
+        )  # fmt: skip
+        self.positions_TD = weight(
+            k_positions, (model.seq_len, model.d_model), model.init_std, (None, "embed")
+        )
+        self.blocks = jax.vmap(functools.partial(Block, model))(
+            jax.random.split(k_blocks, model.n_layers)
+        )
+        self.norm = LayerNorm(model)
+        self.model = model
+
+    def __call__(
+        self,
+        tokens_BT: Array,
+        positions_BT: Array,
+        segments_BT: Array | None = None,
+        noise: dropout.Noise | None = None,
+        compute: Compute = Compute(),
+    ) -> Array:
+        """Return final hidden states `[B, T, D]`; with `noise` dropout acts (training)."""
+        x_BTD = self._embed(tokens_BT, positions_BT, compute)
+        if noise is not None:
+            x_BTD = dropout.apply(x_BTD, self.model.dropout, noise.fold(self.model.n_layers))
+        x_BTD = sharding.constrain(x_BTD, *compute.residual_axes)
+        windows = layer_windows(self.model)
+        # Layers repeat in periods of `len(windows)`; a last, shorter period may be left over.
+        n_whole = self.model.n_layers // len(windows) * len(windows)
+        for first, stop in ((0, n_whole), (n_whole, self.model.n_layers)):
+            if first < stop:
+                period = windows[: stop - first]
+                x_BTD = self._scan(x_BTD, first, stop, period, segments_BT, noise, compute)
+        normed_BTD = sharding.constrain(self.norm(x_BTD, compute.dtype), *compute.residual_axes)
+        return sharding.constrain(normed_BTD, "batch", "seq", None)
+
+    def _embed(self, tokens_BT: Array, positions_BT: Array, compute: Compute) -> Array:
+        # Undoing only the fsdp sharding before the lookup keeps the table sharded over tensor and
+        # spares an involuntary full rematerialisation on mixed meshes.
+        table_VD = sharding.constrain(self.embedding_VD[...].astype(compute.dtype), "vocab", None)
+        x_BTD = sharding.constrain(table_VD[tokens_BT], *compute.residual_axes)
+        positions_TD = sharding.constrain(self.positions_TD[...].astype(compute.dtype), None, None)
+        return x_BTD + sharding.constrain(positions_TD[positions_BT], *compute.residual_axes)
+
+    def _scan(
+        self,
+        x_BTD: Array,
+        first: int,
+        stop: int,
+        windows: tuple[int | None, ...],
+        segments_BT: Array | None,
+        noise: dropout.Noise | None,
+        compute: Compute,
+    ) -> Array:
+        """Run layers first...stop - 1, a whole number of periods."""
+
+        def layer(
+            block: Block, layer_noise: dropout.Noise | None, x_BTD: Array, window: int | None
+        ) -> Array:
+            return block(x_BTD, segments_BT, layer_noise, window, compute)
+
+        if REMAT[self.model.remat] is not None:
+            policy = REMAT[self.model.remat]
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=3)
+
+        def period(x_BTD: Array, part: tuple[Block, Array]) -> tuple[Array, None]:
+            blocks, numbers = part
+            for i, window in enumerate(windows):
+                block = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
+                layer_noise = None if noise is None else noise.fold(numbers[i])
+                x_BTD = layer(block, layer_noise, x_BTD, window)
+            return x_BTD, None
+
+        def grouped(leaf: Array) -> Array:
+            return leaf[first:stop].reshape(-1, len(windows), *leaf.shape[1:])
+
+        numbers = jnp.arange(self.model.n_layers)
+        return jax.lax.scan(period, x_BTD, jax.tree.map(grouped, (self.blocks, numbers)))[0]
+
+
+def output_std(model: config.Model) -> float:
+    """Std of projections into the residual stream, scaled by its 2 L summands (GPT-2, 2.3)."""
+    return model.init_std / math.sqrt(2 * model.n_layers)
+
+
+def layer_windows(model: config.Model) -> tuple[int | None, ...]:
+    """Return what the layers of one period see: earlier positions, or None for all of them."""
+    return (None,) if model.attention.pattern == "dense" else (model.attention.band, None)
+
+
+def count_params(model: config.Model) -> int:
+    """Return the number of parameters, the padded vocabulary's included, from the shapes."""
+    abstract = jax.eval_shape(functools.partial(GPT, model), jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))

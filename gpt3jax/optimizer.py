@@ -1,0 +1,134 @@
+"""What turns gradients into new parameters: schedules, clipping, AdamW, loss scaling.
+
+Semantics are Megatron-LM's (`optimizer_param_scheduler.py`, `clip_grads.py`, `grad_scaler.py`,
+commit d98e8a64dd): the schedules count samples, and a step's learning rate is that of the samples
+before it, so the first step has the warm-up's start, usually 0.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from gpt3jax import config, sharding
+
+
+def learning_rate(optimizer: config.Optimizer, run_samples: int, samples: Any, xp: Any = np) -> Any:
+    """Return the learning rate after `samples` samples of successful steps.
+
+    With NumPy in float64, for the log; with `xp=jnp` in float32, inside the step.
+    `run_samples` is the length of the run: the decay's, unless the config says otherwise.
+    """
+    o = optimizer
+    decay_samples = o.decay_samples or run_samples
+    warmup = o.warmup_samples or o.warmup_fraction * decay_samples
+    rising = o.init_lr + (o.peak_lr - o.init_lr) * (samples / max(warmup, 1))
+    falling = _decayed(o, decay_samples, warmup, samples, xp)
+    return xp.where((samples <= warmup) & (warmup > 0), rising, falling)
+
+
+def _decayed(o: config.Optimizer, decay_samples: int, warmup: float, samples: Any, xp: Any) -> Any:
+    if o.decay == "constant":
+        return o.peak_lr
+    if o.decay == "inverse-square-root":
+        root = xp.sqrt(max(warmup, 1) / xp.maximum(samples, 1))
+        shape_lr = xp.maximum(o.min_lr, o.peak_lr * root)
+    else:
+        if o.decay == "wsd":
+            start, span, shape = (
+                decay_samples - o.wsd_decay_samples,
+                o.wsd_decay_samples,
+                o.wsd_decay,
+            )
+        else:
+            start, span, shape = warmup, decay_samples - warmup, o.decay
+        ratio = xp.clip((samples - start) / span, 0, 1)
+        left = {
+            "linear": lambda: 1 - ratio,
+            "cosine": lambda: 0.5 * (1 + xp.cos(np.pi * ratio)),
+            "exponential": lambda: 2 * 0.5**ratio - 1,
+            "minus-sqrt": lambda: 1 - xp.sqrt(ratio),
+        }[shape]()
+        shape_lr = o.min_lr + (o.peak_lr - o.min_lr) * left
+    return xp.where(samples > decay_samples, o.min_lr, shape_lr)
+
+
+def weight_decay(optimizer: config.Optimizer, run_samples: int, samples: Any, xp: Any = np) -> Any:
+    """Return the weight decay after `samples` samples; it grows over the whole run."""
+    o = optimizer
+    if o.weight_decay_growth == "constant":
+        return o.weight_decay
+    ratio = xp.clip(samples / run_samples, 0, 1)
+    if o.weight_decay_growth == "cosine":
+        ratio = 0.5 * (1 + xp.cos(np.pi * (1 - ratio)))
+    return o.start_weight_decay + (o.weight_decay - o.start_weight_decay) * ratio
+
+
+def clip_factor(norm: Any, clip_norm: float) -> Any:
+    """Return what to multiply the gradient with so that its global L2 norm is at most clip_norm."""
+    return jnp.minimum(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
+
+
+def adam(optimizer: config.Optimizer) -> optax.GradientTransformation:
+    """Return bias-corrected Adam without learning rate and decay (fp32 moments)."""
+    return optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.eps)
+
+
+def adamw_update(
+    optimizer: config.Optimizer, grads: Any, opt_state: Any, params: Any, lr: Any, decay: Any
+) -> tuple[Any, Any]:
+    """Return the new parameters and Adam state: params - lr (adam(grads) + decay params).
+
+    Decay falls on the parameters declared with `decays` (matrices and embeddings).
+    """
+    updates, opt_state = adam(optimizer).update(grads, opt_state, params)
+
+    def one(param: nnx.Variable[Any], update: nnx.Variable[Any]) -> Any:
+        rate = decay if param.get_metadata("decays") else 0.0
+        return jax.tree.map(lambda p, u: p - lr * (u + rate * p), param, update)
+
+    return jax.tree.map(one, params, updates, is_leaf=sharding.is_variable), opt_state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossScale:
+    """The state of dynamic loss scaling; all scalars."""
+
+    scale: Any
+    good_steps: Any
+    hysteresis: Any
+
+
+def init_loss_scale(precision: config.Precision) -> LossScale:
+    """Return the starting scale: 1 unless the compute format is float16."""
+    scale = precision.static_loss_scale or precision.initial_loss_scale
+    return LossScale(
+        scale=jnp.float32(scale if precision.compute_dtype == "float16" else 1.0),
+        good_steps=jnp.int32(0),
+        hysteresis=jnp.int32(precision.loss_scale_hysteresis),
+    )
+
+
+def next_loss_scale(precision: config.Precision, state: LossScale, finite: Any) -> LossScale:
+    """Return the loss scale after a step: doubled after a window of good ones, halved on overflow.
+
+    The hysteresis is refilled only when the scale grows, so after the first overflows each
+    further one halves at once (Megatron's rule).
+    """
+    if precision.compute_dtype != "float16" or precision.static_loss_scale:
+        return state
+    hysteresis = jnp.where(finite, state.hysteresis, state.hysteresis - 1)
+    halve = ~finite & (hysteresis <= 0)
+    good_steps = jnp.where(finite, state.good_steps + 1, 0)
+    double = good_steps == precision.loss_scale_window
+    halved = jnp.maximum(state.scale / 2, precision.min_loss_scale)
+    return LossScale(
+        scale=jnp.where(double, state.scale * 2, jnp.where(halve, halved, state.scale)),
+        good_steps=jnp.where(double, 0, good_steps),
+        hysteresis=jnp.where(double, precision.loss_scale_hysteresis, hysteresis),
+    )

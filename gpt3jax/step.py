@@ -1,0 +1,223 @@
+"""One training step, pure: `train_step(state, batch) -> (state, metrics)`; and one evaluation.
+
+A batch is a dict of global arrays `[M, B, ...]` (microbatches, sequences): `tokens, targets,
+loss_mask, positions` `[M, B, T]`, `samples` `[M, B]` (numbers in the run), and `segments` where
+documents are hidden from each other.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gpt3jax import attention, config, dropout, loss, model, optimizer, sharding
+
+Batch = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, and all that a checkpoint's arrays hold."""
+
+    step: Any  # steps taken, skipped ones included
+    schedule_samples: Any  # samples of successful steps: what the learning rate follows
+    params: model.GPT
+    opt_state: Any
+    loss_scale: optimizer.LossScale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """The compiled functions of a run on a mesh, and the layout of its state."""
+
+    mesh: jax.sharding.Mesh
+    compute: model.Compute
+    abstract_state: TrainState
+    init: Any  # () -> state
+    train: Any  # (state, batch) -> (state, metrics)
+    eval: Any  # (params, batch) -> (loss sum, token count)
+
+
+def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Program:
+    """Return the program of a config on a mesh; nothing is compiled or allocated yet.
+
+    Raises:
+        UserError: the model does not fit the mesh.
+    """
+    compute = choose_compute(cfg, mesh)
+    init = functools.partial(init_state, cfg)
+    abstract = jax.eval_shape(init)
+    shardings = sharding.state_shardings(abstract, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    train = functools.partial(train_step, cfg, compute, run_samples)
+    evaluate = functools.partial(eval_step, cfg, compute)
+    return Program(
+        mesh=mesh,
+        compute=compute,
+        abstract_state=jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        ),
+        init=_under(mesh, jax.jit(init, out_shardings=shardings)),
+        train=_under(
+            mesh, jax.jit(train, out_shardings=(shardings, replicated), donate_argnums=0)
+        ),
+        eval=_under(mesh, jax.jit(evaluate, out_shardings=replicated)),
+    )
+
+
+def choose_compute(cfg: config.Config, mesh: jax.sharding.Mesh) -> model.Compute:
+    """Return how the network runs on this mesh's kind of device."""
+    platform = mesh.devices.flat[0].platform
+    platform = "gpu" if platform in ("gpu", "cuda") else platform
+    return model.Compute(
+        dtype=cfg.precision.compute_dtype,
+        attention=attention.choose(cfg.model, cfg.precision.compute_dtype, platform),
+        sequence_parallel=cfg.mesh.sequence_parallel and mesh.shape["tensor"] > 1,
+    )
+
+
+def init_state(cfg: config.Config) -> TrainState:
+    """Return the state before the first step; a function of the seed, whatever the mesh."""
+    params = model.GPT(cfg.model, jax.random.key(cfg.train.seed))
+    return TrainState(
+        step=jnp.int32(0),
+        schedule_samples=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.adam(cfg.optimizer).init(params),
+        loss_scale=optimizer.init_loss_scale(cfg.precision),
+    )
+
+
+def train_step(
+    cfg: config.Config, compute: model.Compute, run_samples: int, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Take one optimizer step; where the gradient is not finite, leave parameters as they are."""
+    n_samples = batch["samples"].size
+    loss_value, grads = mean_loss_and_grads(cfg, compute, state, batch)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm)
+    lr = optimizer.learning_rate(cfg.optimizer, run_samples, state.schedule_samples, jnp)
+    decay = optimizer.weight_decay(cfg.optimizer, run_samples, state.schedule_samples, jnp)
+    clip = optimizer.clip_factor(grad_norm, cfg.optimizer.clip_norm)
+    grads = jax.tree.map(lambda g: g * clip, grads)
+    new = optimizer.adamw_update(
+        cfg.optimizer, grads, state.opt_state, state.params, lr, decay
+    )
+    old = (state.params, state.opt_state)
+    params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    metrics = {
+        "loss": loss_value,
+        "grad_norm": grad_norm,
+        "loss_scale": state.loss_scale.scale,
+        "skipped": (~finite).astype(jnp.int32),
+        "schedule_samples": state.schedule_samples,
+    }
+    new_state = TrainState(
+        step=state.step + 1,
+        schedule_samples=state.schedule_samples + jnp.where(finite, n_samples, 0),
+        params=params,
+        opt_state=opt_state,
+        loss_scale=optimizer.next_loss_scale(cfg.precision, state.loss_scale, finite),
+    )
+    return new_state, metrics
+
+
+def mean_loss_and_grads(
+    cfg: config.Config, compute: model.Compute, state: TrainState, batch: Batch
+) -> tuple[jax.Array, Any]:
+    """Return the batch's mean token loss and the fp32 gradient, unscaled.
+
+    Each replica of the `data` axis sums the gradients of its microbatches alone; they are added
+    up over the replicas once, at the end, and not in every layer of every microbatch.
+    """
+    scale = state.loss_scale.scale
+    weights_MBT = scale * loss.token_weights(
+        batch["loss_mask"], cfg.train.loss_mean, cfg.batch.microbatch_size
+    )
+    noise_key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
+
+    def one(params: model.GPT, microbatch: Batch) -> tuple[jax.Array, jax.Array]:
+        noise = dropout.Noise(noise_key, microbatch["samples"])
+        return microbatch_loss(params, microbatch, noise, compute)
+
+    def local_sums(params: model.GPT, batch: Batch) -> Any:
+        grad = jax.value_and_grad(one, has_aux=True)
+
+        def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+            (_, loss_sum), grads = grad(params, microbatch)
+            grads = jax.tree.map(jnp.add, sums[1], grads)
+            return (sums[0] + loss_sum, sharding.constrain_like_params(grads)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        start = (jnp.float32(0), sharding.constrain_like_params(zeros))
+        return jax.lax.scan(add, start, batch)[0]
+
+    parts = {**batch, "weights": weights_MBT}
+    loss_sum, grads = _sum_over_replicas(local_sums)(state.params, parts)
+    n_tokens = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1)
+    return loss_sum / n_tokens, jax.tree.map(lambda g: g / scale, grads)
+
+
+def microbatch_loss(
+    params: model.GPT, microbatch: Batch, noise: dropout.Noise | None, compute: model.Compute
+) -> tuple[jax.Array, jax.Array]:
+    """Return the weighted loss of `[B, T]` tokens, to differentiate, and their summed loss."""
+    cfg = params.model
+    x_BTD = params(
+        microbatch["tokens"], microbatch["positions"], microbatch.get("segments"), noise, compute
+    )
+    embedding_VD = params.embedding_VD[...].astype(compute.dtype)
+    weighted, token_losses_BT = loss.cross_entropy(
+        x_BTD,
+        sharding.constrain(embedding_VD, "vocab", None),
+        microbatch["targets"],
+        microbatch["weights"],
+        cfg.vocab_size if cfg.mask_padded_vocab else cfg.padded_vocab_size,
+        cfg.n_loss_chunks,
+    )
+    return weighted, (token_losses_BT * microbatch["loss_mask"]).sum()
+
+
+def eval_step(
+    cfg: config.Config, compute: model.Compute, params: model.GPT, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Return the summed loss and the number of tokens of a batch, without dropout."""
+
+    def local_sum(params: model.GPT, batch: Batch) -> jax.Array:
+        def add(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
+            return total + microbatch_loss(params, microbatch, None, compute)[1], None
+
+        return jax.lax.scan(add, jnp.float32(0), batch)[0]
+
+    parts = {**batch, "weights": batch["loss_mask"].astype(jnp.float32)}
+    return _sum_over_replicas(local_sum)(params, parts), batch["loss_mask"].sum(dtype=jnp.float32)
+
+
+def _sum_over_replicas(function: Any) -> Any:
+    """Run (params, batch) -> sums on each `data` replica's own rows of the batch, and add up."""
+    if jax.sharding.get_abstract_mesh().shape["data"] == 1:
+        return function
+    return jax.shard_map(
+        lambda params, batch: jax.lax.psum(function(params, batch), "data"),
+        in_specs=(PartitionSpec(), PartitionSpec(None, "data")),
+        out_specs=PartitionSpec(),
+        axis_names={"data"},
+        check_vma=False,
+    )
+
+
+def _under(mesh: jax.sharding.Mesh, jitted: Any) -> Any:
+    """Give a jitted function the mesh that its sharding constraints refer to."""
+
+    @functools.wraps(jitted)
+    def call(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return jitted(*args)
+
+    call.jitted = jitted  # type: ignore[attr-defined]
+    return call
