@@ -1,0 +1,262 @@
+"""Saving and restoring a run's state; the only file that imports Orbax.
+
+A checkpoint holds the train state, a digest of each of its arrays, and the run's position and
+config as JSON. Orbax writes it asynchronously and makes it appear under its final name only when
+whole; but it restores flipped bits silently and tells of a failed write only at the next save
+(0.12.8), so the digests are checked at restore, and `poll` looks for the file after each save.
+"""
+
+import dataclasses
+import importlib.metadata
+import logging
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gpt3jax import config
+
+# What must be equal for weights to mean the same network.
+_IDENTITY = (
+    "model.n_layers", "model.d_model", "model.n_heads", "model.seq_len", "model.vocab_size",
+    "model.vocab_multiple", "model.mask_padded_vocab", "model.gelu", "model.norm_eps",
+    "model.attention.pattern", "model.attention.band",
+)  # fmt: skip
+
+
+class DamagedError(config.UserError):
+    """A checkpoint that is there but cannot be read, or reads as something else."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What a checkpoint says besides the state."""
+
+    step: int
+    consumed_samples: int
+    data_order: dict[str, Any]
+    config: dict[str, Any]
+    version: str = importlib.metadata.version("gpt3jax")
+
+
+class Checkpoints:
+    """The checkpoints of one folder, by step."""
+
+    def __init__(self, folder: str, max_to_keep: int | None = None):
+        """Open a folder, made if need be; `max_to_keep` newest ones are kept at each save."""
+        self.folder = pathlib.Path(folder).absolute()
+        self._pending: int | None = None
+        _silence_orbax()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=max_to_keep, cleanup_tmp_directories=True
+                ),
+                item_names=("state", "digests", "meta"),
+            )
+        except OSError as error:
+            raise config.UserError(f"checkpoint folder {folder}: {error}") from error
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a whole checkpoint, newest first."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(self, state: Any, meta: Meta) -> None:
+        """Start to save; arrays are copied before this returns, files are written behind it."""
+        self._manager.save(
+            meta.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                digests=ocp.args.StandardSave({"leaves": digests(state)}),
+                meta=ocp.args.JsonSave(dataclasses.asdict(meta)),
+            ),
+        )
+        self._pending = meta.step
+
+    def poll(self, wait: bool = False) -> str | None:
+        """Return what became of the last save, once it is known: "" for success, or the failure.
+
+        A failed save leaves nothing behind: its partial files are removed, so that they do not
+        fill a full disk.
+        """
+        if self._pending is None or (not wait and self._manager.is_saving_in_progress()):
+            return None
+        step, self._pending = self._pending, None
+        failure = ""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # whatever the storage raises; reported, training goes on
+            failure = _first_line(error)
+        if (self.folder / str(step)).is_dir():
+            return ""
+        for rest in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(rest, ignore_errors=True)
+        self._manager.reload()  # else it counts the step as there, and drops an older one for it
+        return f"step {step} was not saved in {self.folder}: {failure or 'it is not there'}"
+
+    def read_meta(self, step: int) -> Meta:
+        """Return what the checkpoint of a step says besides the state.
+
+        Raises:
+            DamagedError: it cannot be read.
+        """
+        with _reading(self.folder / str(step)):
+            saved = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            )
+            return Meta(**saved["meta"])
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """Return the state of a step in the layout (shapes, types, shardings) asked for.
+
+        Raises:
+            DamagedError: files are missing, cut or changed; it names the arrays.
+        """
+        abstract_digests = {"leaves": jax.eval_shape(digests, abstract_state)}
+        with _reading(self.folder / str(step)):
+            saved = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract_state),
+                    digests=ocp.args.StandardRestore(abstract_digests),
+                ),
+            )
+        _check_digests(self.folder / str(step), saved["state"], saved["digests"]["leaves"])
+        return saved["state"]
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that its step can be saved again."""
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Free the threads of the manager."""
+        self._manager.close()
+
+
+def restore_newest(
+    store: Checkpoints, abstract_state: Any, cfg: config.Config, data_order: dict[str, Any]
+) -> tuple[Any, Meta, list[str]]:
+    """Return state and meta of the newest checkpoint that is whole, and warnings.
+
+    Damaged ones are set aside, and named in the warnings. The store must have a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another network or data order, or none is whole.
+    """
+    warnings: list[str] = []
+    for step in store.steps():
+        try:
+            meta = store.read_meta(step)
+            check_same_run(cfg, meta, data_order)
+            return store.restore(step, abstract_state), meta, warnings
+        except DamagedError as error:
+            warnings.append(f"{error}; set aside as damaged-{step}, trying the one before")
+            store.set_aside(step)
+    raise DamagedError("\n".join([*warnings, f"no whole checkpoint is left in {store.folder}"]))
+
+
+def check_same_run(cfg: config.Config, meta: Meta, data_order: dict[str, Any]) -> None:
+    """Raise a UserError that prints the differences if the checkpoint is not of this network."""
+    mine = config.flatten(cfg)
+    differ = [n for n in _IDENTITY if meta.config.get(n) != mine[n]]
+    if differ:
+        table = "\n".join(f"  {n}: checkpoint {meta.config.get(n)}, here {mine[n]}" for n in differ)
+        raise config.UserError(
+            f"the checkpoint of step {meta.step} is of another model:\n{table}\n"
+            "use its values, or another checkpoint.dir"
+        )
+    changed = [k for k in data_order if meta.data_order.get(k) != data_order[k]]
+    if changed and not cfg.checkpoint.allow_new_data_order:
+        table = "\n".join(
+            f"  {k}: checkpoint {meta.data_order.get(k)}, here {data_order[k]}" for k in changed
+        )
+        raise config.UserError(
+            f"after step {meta.step} samples would come in another order, some twice and some "
+            f"never:\n{table}\nrestore these values, or accept it with "
+            "--checkpoint.allow-new-data-order"
+        )
+
+
+@jax.jit
+def digests(state: Any) -> jax.Array:
+    """Return uint32 `[leaves, 2]`: two position-dependent checksums of each array of a state.
+
+    Sums modulo 2^32, so they are the same on every mesh; a single changed value always changes
+    both.
+    """
+    return jnp.stack([_digest(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for dim in reversed(range(x.ndim)):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+        position += iota * np.uint32(stride % 2**32)
+        stride *= x.shape[dim]
+    sums = []
+    for multiplier in (0x9E3779B1, 0x85EBCA77):
+        # A bijection of the bits at each position (Murmur3's finaliser), then a sum.
+        h = bits ^ (position * np.uint32(multiplier))
+        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+        sums.append((h ^ (h >> 16)).sum(dtype=jnp.uint32))
+    return jnp.stack(sums)
+
+
+def _check_digests(path: pathlib.Path, state: Any, saved: jax.Array) -> None:
+    same = np.asarray(digests(state) == saved).all(axis=1)
+    if not same.all():
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        names = [
+            jax.tree_util.keystr(p, simple=True, separator="/")
+            for (p, _), ok in zip(leaves, same, strict=True)
+            if not ok
+        ]
+        raise DamagedError(
+            f"checkpoint {path} was changed since it was written: {', '.join(names)} "
+            "do not match their digests"
+        )
+
+
+def _silence_orbax() -> None:
+    """Keep Orbax's threads from printing hundreds of lines on a failure that we report in one."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    shown = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            shown(unraisable)
+
+    sys.unraisablehook = hook
+
+
+class _reading:  # noqa: N801  (used as a function)
+    """Turn what Orbax raises on unreadable files into one line that names the checkpoint."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            raise DamagedError(
+                f"checkpoint {self.path} cannot be read: {_first_line(error)}"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"

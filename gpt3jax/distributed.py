@@ -1,0 +1,70 @@
+"""Joining the processes of a run, so that none trains alone by mistake."""
+
+import os
+
+import jax
+
+from gpt3jax import config
+
+# (variable of the launcher that tells the number of processes, variable that tells which one)
+_LAUNCHERS = {
+    "Slurm": ("SLURM_NTASKS", "SLURM_PROCID"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+}
+
+
+def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
+    """Choose the devices and join the processes; call it before anything touches a device.
+
+    Raises:
+        UserError: more processes are expected than this one can find.
+    """
+    if mesh.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", mesh.cpu_devices)
+    launcher, found = _launcher()
+    expected = distributed.n_processes or found
+    if expected == 1:
+        return
+    explicit = distributed.coordinator_address and distributed.process_id >= 0
+    if found not in (1, expected):
+        raise config.UserError(
+            f"distributed.n_processes={expected}, but {launcher} started {found}: make them equal"
+        )
+    if found == 1 and not explicit:
+        raise config.UserError(
+            f"distributed.n_processes={expected}, but this process sees no other and would train "
+            "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
+            "HOST:PORT and --distributed.process-id to each process"
+        )
+    try:
+        if explicit:
+            jax.distributed.initialize(
+                distributed.coordinator_address, expected, distributed.process_id
+            )
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise config.UserError(
+            f"{expected} processes were expected ({launcher}) and could not be joined: {error}. "
+            "Start with srun or mpirun, or give --distributed.n-processes, "
+            "--distributed.coordinator-address and --distributed.process-id"
+        ) from error
+    if jax.process_count() != expected:
+        raise config.UserError(
+            f"{expected} processes were expected and {jax.process_count()} found: "
+            "check the launcher's settings"
+        )
+
+
+def _launcher() -> tuple[str, int]:
+    """Return which launcher started this process, and how many it started."""
+    for name, (count, rank) in _LAUNCHERS.items():
+        if rank in os.environ and int(os.environ.get(count, "1")) > 1:
+            return name, int(os.environ[count])
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise config.UserError(
+            f"SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but this process was not started by srun "
+            "and would train alone: start it with srun, or unset SLURM_NTASKS"
+        )
+    return "no launcher", 1
