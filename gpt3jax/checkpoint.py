@@ -132,10 +132,11 @@ class Checkpoints:
         _check_digests(self.folder / str(step), saved["state"], saved["digests"]["leaves"])
         return saved["state"]
 
-    def set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint, so that its step can be saved again."""
-        if jax.process_index() == 0:
-            (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+    def set_aside(self, steps: list[int]) -> None:
+        """Rename damaged checkpoints, so that their steps can be saved again."""
+        for step in steps:
+            if jax.process_index() == 0:
+                (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
         self._manager.reload()
 
     def close(self) -> None:
@@ -143,26 +144,47 @@ class Checkpoints:
         self._manager.close()
 
 
+def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:
+    """Return where to start from: the run's own folder if it has a checkpoint, else `load`.
+
+    Raises:
+        UserError: `load` was asked for and has none, or the run's own were lost.
+    """
+    loaded = None
+    if load:
+        if not pathlib.Path(load).is_dir() or not (loaded := Checkpoints(load)).steps():
+            raise config.UserError(
+                f"checkpoint.load={load} has no checkpoint: correct the folder, or leave the "
+                "option out to start from random weights"
+            )
+    return store if store is not None and store.steps() else loaded
+
+
 def restore_newest(
     store: Checkpoints, abstract_state: Any, cfg: config.Config, data_order: dict[str, Any]
 ) -> tuple[Any, Meta, list[str]]:
     """Return state and meta of the newest checkpoint that is whole, and warnings.
 
-    Damaged ones are set aside, and named in the warnings. The store must have a checkpoint.
+    Damaged ones before it are set aside and named in the warnings.
 
     Raises:
         UserError: the checkpoint is of another network or data order, or none is whole.
     """
+    damaged: list[int] = []
     warnings: list[str] = []
     for step in store.steps():
         try:
             meta = store.read_meta(step)
             check_same_run(cfg, meta, data_order)
-            return store.restore(step, abstract_state), meta, warnings
+            state = store.restore(step, abstract_state)
         except DamagedError as error:
-            warnings.append(f"{error}; set aside as damaged-{step}, trying the one before")
-            store.set_aside(step)
-    raise DamagedError("\n".join([*warnings, f"no whole checkpoint is left in {store.folder}"]))
+            damaged.append(step)
+            warnings.append(f"WARNING: {error}; set aside as damaged-{step}")
+            continue
+        store.set_aside(damaged)
+        return state, meta, warnings
+    told = "\n".join(warning.partition("; set aside")[0] for warning in warnings)
+    raise DamagedError(f"no whole checkpoint is left in {store.folder}:\n{told}")
 
 
 def check_same_run(cfg: config.Config, meta: Meta, data_order: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -27,15 +28,14 @@ def keep_mask(
     noise: Noise, rate: float, positions_T: Array, rows: tuple[int, ...], size: int
 ) -> Array:
     """Return bools `[B, T, *rows, size]`, True with probability 1 - rate."""
-    threshold = min(round(rate * 2**32), 2**32 - 1)
+    threshold = np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
     def draw(sample: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(noise.key, sample), position)
         if not rows:
             return jax.random.bits(key, (size,)) >= threshold
-        return jax.vmap(lambda k: jax.random.bits(k, (size,)))(jax.random.split(key, rows)) >= (
-            threshold
-        )
+        bits = jax.vmap(lambda k: jax.random.bits(k, (size,)))(jax.random.split(key, rows))
+        return bits >= threshold
 
     over_positions = jax.vmap(draw, in_axes=(None, 0))
     return jax.vmap(over_positions, in_axes=(0, None))(noise.samples_B, positions_T)

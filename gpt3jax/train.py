@@ -1,0 +1,229 @@
+"""The training loop and nothing else.
+
+Its order is an invariant: restore; then, for each step, evaluate if due, save if due, stop if
+asked, take the next batch, dispatch the step, and read the metrics of the step *before*. So the
+device always has a step queued while Python waits for the last one's numbers, and what is saved or
+evaluated at step n is the state after exactly n steps.
+"""
+
+import dataclasses
+import math
+import shlex
+import sys
+from typing import Any
+
+import jax
+
+from gpt3jax import (
+    batch_schedule,
+    checkpoint,
+    config,
+    flops,
+    metrics,
+    model,
+    profiling,
+    sharding,
+    step,
+    step_log,
+    stopping,
+)
+from gpt3jax.data import loader, text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    cfg: config.Config
+    mesh: jax.sharding.Mesh
+    schedule: batch_schedule.BatchSchedule
+    end: step_log.Position
+    splits: loader.Splits
+    program: step.Program
+    store: checkpoint.Checkpoints | None
+
+
+def train(cfg: config.Config) -> None:
+    """Train a config from its newest checkpoint, or from scratch, to its end.
+
+    Raises:
+        UserError: what does not fit or cannot be read, before the first step; a loss that is not
+            finite; a last checkpoint that cannot be written.
+    """
+    run = prepare(cfg)
+    state, start, news = restore_or_init(run)
+    with (
+        metrics.Recorder(
+            cfg,
+            start_step=start.step,
+            end_step=run.end.step,
+            start_samples=start.samples,
+            end_samples=run.end.samples,
+            n_devices=jax.device_count(),
+            peak_flops=_peak_flops(cfg),
+            active=jax.process_index() == 0,
+        ) as recorder,
+        stopping.Stop() as stop,
+    ):
+        for line in (*describe(run), *news):
+            recorder.say(line)
+        state, position = loop(run, state, start, recorder, stop)
+        finish(run, state, start, position, recorder)
+
+
+def prepare(cfg: config.Config) -> Run:
+    """Check the config against devices and corpus, cheapest first, and build the program."""
+    mesh = sharding.make_mesh(cfg.mesh)
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    batch_schedule.check(schedule, cfg.batch.microbatch_size, sharding.data_parallel_size(mesh))
+    end_samples = schedule.end_samples(cfg.train, cfg.model.seq_len)
+    end = step_log.Position(schedule.n_steps(end_samples), end_samples)
+    program = step.build(cfg, mesh, end.samples)
+    text.ensure_corpus(cfg.data, cfg.model)
+    splits = loader.open_splits(cfg, schedule, end.step, end.samples)
+    folder = cfg.checkpoint.dir
+    store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
+    return Run(
+        cfg=cfg, mesh=mesh, schedule=schedule, end=end, splits=splits, program=program, store=store
+    )
+
+
+def restore_or_init(run: Run) -> tuple[Any, step_log.Position, list[str]]:
+    """Return the state to start from, its position, and lines that say where it comes from."""
+    source = checkpoint.choose_source(run.store, run.cfg.checkpoint.load)
+    if source is None:
+        seed = f"starting from random weights (train.seed={run.cfg.train.seed})"
+        return run.program.init(), step_log.Position(0, 0), [seed]
+    state, meta, warnings = checkpoint.restore_newest(
+        source, run.program.abstract_state, run.cfg, run.splits.order
+    )
+    position = step_log.Position(meta.step, meta.consumed_samples)
+    told = f"resumed from {source.folder} at step {position.step}, {position.samples} samples"
+    return state, position, [*warnings, told]
+
+
+def loop(
+    run: Run, state: Any, start: step_log.Position, recorder: metrics.Recorder, stop: stopping.Stop
+) -> tuple[Any, step_log.Position]:
+    """Take steps until the end of the run or a signal; return the last state and position."""
+    cfg, position = run.cfg, start
+    batches = loader.train_batches(run.splits, cfg, run.schedule, run.mesh, start.samples)
+    log = step_log.StepLog(cfg, recorder, first_step=start.step + 1, end=run.end)
+    profile = profiling.Profile(cfg.log)
+    while position.samples < run.end.samples:
+        if position != start:
+            if _due(position.step, cfg.train.eval_interval):
+                with log.untimed():
+                    evaluate(run, state, position, "validation", recorder)
+            if _due(position.step, cfg.checkpoint.save_interval):
+                with log.untimed():
+                    save(run, state, position, recorder)
+        _report_save(run.store, recorder)
+        if stop.requested(position.step):
+            break
+        batch, size = next(batches)
+        profile.before(position.step + 1)
+        with log.compiling(size):
+            state, step_metrics = run.program.train(state, batch)
+        position = step_log.Position(position.step + 1, position.samples + size)
+        profile.after(position.step, step_metrics)
+        log.push(position, size, step_metrics)
+    log.settle()
+    return state, position
+
+
+def finish(
+    run: Run, state: Any, start: step_log.Position, position: step_log.Position, recorder: metrics.Recorder
+) -> None:
+    """Save what is not saved yet; at the end of the run evaluate, after a signal say how to go on.
+
+    Raises:
+        UserError: the last checkpoint could not be written.
+    """
+    done = position.samples >= run.end.samples
+    if position != start:
+        save(run, state, position, recorder)
+    if run.store is not None:
+        failure = run.store.poll(wait=True)
+        run.store.close()
+        if failure:
+            raise config.UserError(f"the last checkpoint failed: {failure}")
+    if not done:
+        command = shlex.join(["python", "-m", "gpt3jax.main", *sys.argv[1:]])
+        saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"
+        recorder.say(f"stopped at step {position.step}, {saved}; resume with: {command}")
+        return
+    if position == start:
+        recorder.say(f"nothing left to do: the run ended at step {position.step}")
+        return
+    for split in ("validation", "test"):
+        evaluate(run, state, position, split, recorder)
+    recorder.say(f"the run is complete: step {position.step}, {position.samples} samples")
+
+
+def evaluate(
+    run: Run, state: Any, position: step_log.Position, split: str, recorder: metrics.Recorder
+) -> None:
+    """Measure the token-weighted mean loss on the split's next samples, and record it."""
+    train = run.cfg.train
+    n_before = (position.step - 1) // train.eval_interval if train.eval_interval else 0
+    batches = loader.eval_batches(run.splits, run.cfg, run.mesh, split, n_before)
+    if not train.eval_interval or batches is None:
+        return
+    sums = [run.program.eval(state.params, batch) for batch in batches]
+    loss_sum, n_tokens = (math.fsum(float(x) for x in xs) for xs in zip(*sums, strict=True))
+    recorder.log_eval(position.step, position.samples, split, loss_sum / n_tokens)
+
+
+def save(run: Run, state: Any, position: step_log.Position, recorder: metrics.Recorder) -> None:
+    """Start to save a checkpoint, unless this very step has one."""
+    if run.store is None:
+        return
+    _report_save(run.store, recorder, wait=True)
+    if position.step in run.store.steps():
+        return
+    run.store.save(
+        state,
+        checkpoint.Meta(
+            step=position.step,
+            consumed_samples=position.samples,
+            data_order=run.splits.order,
+            config=config.flatten(run.cfg),
+        ),
+    )
+
+
+def _report_save(
+    store: checkpoint.Checkpoints | None, recorder: metrics.Recorder, wait: bool = False
+) -> None:
+    failure = store.poll(wait) if store is not None else None
+    if failure:
+        recorder.say(f"WARNING: {failure}; training goes on and tries again at the next interval")
+
+
+def _due(step_number: int, interval: int) -> bool:
+    return interval > 0 and step_number % interval == 0
+
+
+def _peak_flops(cfg: config.Config) -> float | None:
+    if cfg.log.peak_tflops:
+        return cfg.log.peak_tflops * 1e12
+    return flops.peak_flops(jax.devices()[0].device_kind, cfg.precision.compute_dtype)
+
+
+def describe(run: Run) -> list[str]:
+    """Return the lines that open a run's log: devices, mesh, model, length."""
+    cfg, shape = run.cfg, run.mesh.shape
+    axes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
+    kind = jax.devices()[0].device_kind
+    n_params = model.count_params(cfg.model)
+    lines = [
+        f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), mesh {axes}",
+        f"{n_params:,} parameters, {cfg.precision.compute_dtype}, attention "
+        f"{run.program.compute.attention}, remat {cfg.model.remat}",
+        f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
+        f"{run.splits.told}",
+    ]
+    if run.store is None:
+        lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
+    return lines

@@ -1,0 +1,92 @@
+"""One loss on every mesh: the promise, on 8 emulated devices against one."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+
+MESHES = {
+    "data8": ({"data": 8}, 2),
+    "fsdp8": ({"data": 1, "fsdp": 8}, 2),
+    "tensor8": ({"data": 1, "tensor": 8}, 2),
+    "data2-fsdp2-tensor2": ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
+}
+N_STEPS = 20
+
+
+def config_of(dropout, **mesh):
+    rates = {"dropout": dropout, "attention_dropout": dropout}
+    return tiny.make_config(model=rates, mesh=mesh)
+
+
+@functools.cache
+def reference(dropout):
+    cfg = config_of(dropout)
+    program, state, metrics = tiny.run(cfg, tiny.make_mesh(), 1, N_STEPS)
+    return tiny.leaves(program.init()), tiny.leaves(state), metrics
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_do_not_depend_on_the_mesh(mesh, sequence_parallel, dropout):
+    axes, n_microbatches = MESHES[mesh]
+    if not sequence_parallel and "tensor" not in axes:
+        pytest.skip("sequence parallelism needs a tensor axis")
+    cfg = config_of(dropout, **axes, sequence_parallel=sequence_parallel)
+    program, _, metrics = tiny.run(cfg, tiny.make_mesh(**axes), n_microbatches, N_STEPS)
+    initial, _, expected = reference(dropout)
+    for name, array in tiny.leaves(program.init()).items():
+        np.testing.assert_array_equal(array, initial[name], err_msg=name)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name][0], expected[name][0], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, err_msg=name)
+    assert program.train.jitted._cache_size() == 1, "the step was compiled more than once"
+
+
+@pytest.mark.parametrize("n_microbatches", [2, 4, 16])
+def test_microbatches_add_up_to_one_batch(n_microbatches):
+    cfg = config_of(0.1)
+    _, state, metrics = tiny.run(cfg, tiny.make_mesh(), n_microbatches, 3)
+    _, whole, expected = tiny.run(cfg, tiny.make_mesh(), 1, 3)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
+    for name, array in tiny.leaves(state.params).items():
+        np.testing.assert_allclose(array, tiny.leaves(whole.params)[name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("n_microbatches", [1, 4])
+def test_masked_tokens_count_alike_on_every_mesh(n_microbatches):
+    cfg = config_of(0.0)
+    _, _, one = tiny.run(cfg, tiny.make_mesh(), n_microbatches, 3, masked=True)
+    axes = {"data": 2, "fsdp": 2, "tensor": 2}
+    _, _, many = tiny.run(cfg, tiny.make_mesh(**axes), n_microbatches, 3, masked=True)
+    np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-6)
+    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
+
+
+def test_the_mean_of_microbatch_means_is_megatrons():
+    """By hand: groups of microbatch_size sequences, each a mean, then the mean of the means."""
+    from gpt3jax import loss
+
+    mask = np.random.default_rng(0).random((2, 4, 8)) < 0.5
+    losses = np.random.default_rng(1).random((2, 4, 8))
+    groups = [(m, slice(r, r + 2)) for m in range(2) for r in (0, 2)]
+    expected = np.mean([(losses[g] * mask[g]).sum() / mask[g].sum() for g in groups])
+    weights = np.asarray(loss.token_weights(jax.numpy.asarray(mask), "microbatches", 2))
+    np.testing.assert_allclose((weights * losses).sum(), expected, rtol=1e-6)
+    assert not np.isclose((losses * mask).sum() / mask.sum(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_no_mesh_causes_an_involuntary_full_rematerialization(
+    mesh, capfd, no_compilation_cache
+):
+    # XLA warns while it partitions: hence no cache.
+    axes, n_microbatches = MESHES[mesh]
+    cfg = config_of(0.1, **axes)
+    tiny.run(cfg, tiny.make_mesh(**axes), n_microbatches, 1)
+    assert "rematerialization" not in capfd.readouterr().err

@@ -1,0 +1,112 @@
+"""A tiny config, random batches and a short run, for tests that need a whole step."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from gpt3jax import config, model, sharding, step
+
+VOCAB = 500
+
+
+def make_config(**groups):
+    """Return a tiny valid config; `groups` replace fields, as `model={"remat": "none"}`."""
+    base = config.Config(
+        model=config.Model(n_layers=4, d_model=64, n_heads=8, seq_len=32, vocab_size=VOCAB),
+        optimizer=config.Optimizer(peak_lr=1e-3, warmup_samples=64),
+        precision=config.Precision(compute_dtype="float32"),
+        batch=config.Batch(global_batch_size=16),
+        data=config.Data(paths=("corpus",), eod_id=0),
+        train=config.Train(n_steps=20),
+    )
+    parts = {name: dataclasses.replace(getattr(base, name), **g) for name, g in groups.items()}
+    return dataclasses.replace(base, **parts)
+
+
+def one_device_mesh():
+    """Return a mesh of the first device alone: what every other mesh is compared with."""
+    axis_types = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
+    return jax.make_mesh((1,) * 5, sharding.AXES, axis_types=axis_types, devices=jax.devices()[:1])
+
+
+def make_mesh(**axes):
+    """Return a mesh over the 8 emulated devices, or over one if no axis is named."""
+    return sharding.make_mesh(config.Mesh(**axes)) if axes else one_device_mesh()
+
+
+def make_batch(index, cfg, mesh, n_microbatches, masked=False):
+    """Return the random batch of a step: a function of `index` alone, however it is cut."""
+    rng = np.random.default_rng(index)
+    n, t = cfg.batch.global_batch_size, cfg.model.seq_len
+    tokens = rng.integers(0, cfg.model.vocab_size, (n, t + 1)).astype(np.int32)
+    mask = rng.random((n, t)) < 0.7 if masked else np.ones((n, t))
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_mask": mask.astype(np.float32),
+        "positions": np.tile(np.arange(t, dtype=np.int32), (n, 1)),
+        "samples": np.arange(n * index, n * (index + 1), dtype=np.int32),
+    }
+    rows = n // n_microbatches
+    mine = sharding.local_rows(mesh, rows)
+    cut = {k: v.reshape(n_microbatches, rows, *v.shape[1:])[:, mine] for k, v in batch.items()}
+    return sharding.device_put_rows(cut, mesh, rows)
+
+
+def run(cfg, mesh, n_microbatches, n_steps, masked=False):
+    """Train and return (program, final state, metrics of each step as numpy)."""
+    program = step.build(cfg, mesh, cfg.train.n_steps * cfg.batch.global_batch_size)
+    state, metrics = program.init(), []
+    for i in range(n_steps):
+        state, m = program.train(state, make_batch(i, cfg, mesh, n_microbatches, masked))
+        metrics.append(jax.tree.map(np.asarray, m))
+    stacked = {k: np.stack([m[k] for m in metrics]) for k in metrics[0]}
+    return program, state, stacked
+
+
+def leaves(tree):
+    """Return the arrays of a tree by name, as numpy."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+# The numpy GPT's name of each parameter.
+NUMPY_NAMES = {
+    "embedding_VD": "embedding_VD",
+    "positions_TD": "positions_TD",
+    "blocks/norm_1/scale_D": "blocks/norm_1_scale_LD",
+    "blocks/norm_1/bias_D": "blocks/norm_1_bias_LD",
+    "blocks/attention/w_qkv_D3HK": "blocks/w_qkv_LD3HK",
+    "blocks/attention/b_qkv_3HK": "blocks/b_qkv_L3HK",
+    "blocks/attention/w_out_HKD": "blocks/w_out_LHKD",
+    "blocks/attention/b_out_D": "blocks/b_out_LD",
+    "blocks/norm_2/scale_D": "blocks/norm_2_scale_LD",
+    "blocks/norm_2/bias_D": "blocks/norm_2_bias_LD",
+    "blocks/mlp/w_in_DF": "blocks/w_in_LDF",
+    "blocks/mlp/b_in_F": "blocks/b_in_LF",
+    "blocks/mlp/w_down_FD": "blocks/w_down_LFD",
+    "blocks/mlp/b_down_D": "blocks/b_down_LD",
+    "norm/scale_D": "norm_scale_D",
+    "norm/bias_D": "norm_bias_D",
+}
+
+
+def params_from_numpy(weights, model_config):
+    """Return a GPT that holds the numpy GPT's weights, in fp32."""
+    params = model.GPT(model_config, jax.random.key(0))
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        array = np.asarray(weights[NUMPY_NAMES[name]], np.float32)
+        assert array.shape == leaf.shape, name
+        return jax.numpy.asarray(array)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def to_numpy_names(tree):
+    """Return the arrays of a GPT-shaped tree under the numpy GPT's names."""
+    return {NUMPY_NAMES[name]: array for name, array in leaves(tree).items()}
