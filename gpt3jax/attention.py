@@ -98,14 +98,21 @@ def _block(
     scores_BHTS = jnp.einsum(
         "bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32
     )
-    visible = _visible(t_T, s_S, window, segments)
-    probs_BHTS = jax.nn.softmax(jnp.where(visible, scores_BHTS, HIDDEN), axis=-1)
+    scores_BHTS = jnp.where(_visible(t_T, s_S, window, segments), scores_BHTS, HIDDEN)
+    max_BHT1 = jax.lax.stop_gradient(scores_BHTS.max(-1, keepdims=True))
+    exp_BHTS = jnp.exp(scores_BHTS - max_BHT1)
+    # The softmax's division comes last: K values a row in place of S.
+    sum_BTH1 = jnp.einsum("bhts->bth", exp_BHTS)[..., None]
     if noise is not None and dropout_rate:
         n_heads, n_keys = q_BTHK.shape[2], k_BSHK.shape[1]
         # Drawn for keys 0... so that the draw does not depend on where the block starts.
-        keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (n_heads,), first + n_keys)[..., first:]
-        probs_BHTS = probs_BHTS * jnp.einsum("bths->bhts", keep_BTHS) / (1 - dropout_rate)
-    return jnp.einsum("bhts,bshk->bthk", probs_BHTS.astype(v_BSHK.dtype), v_BSHK)
+        keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (n_heads,), first + n_keys)
+        exp_BHTS *= jnp.einsum("bths->bhts", keep_BTHS[..., first:]) / (1 - dropout_rate)
+    out_BTHK = jnp.einsum(
+        "bhts,bshk->bthk", exp_BHTS.astype(v_BSHK.dtype), v_BSHK,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return (out_BTHK / sum_BTH1).astype(v_BSHK.dtype)
 
 
 def _visible(
