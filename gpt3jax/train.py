@@ -80,7 +80,7 @@ def prepare(cfg: config.Config) -> Run:
     end = step_log.Position(schedule.n_steps(end_samples), end_samples)
     program = step.build(cfg, mesh, end.samples)
     text.ensure_corpus(cfg.data, cfg.model)
-    splits = loader.open_splits(cfg, schedule, end.step, end.samples)
+    splits = loader.open_splits(cfg, end.step, end.samples)
     folder = cfg.checkpoint.dir
     store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
     return Run(

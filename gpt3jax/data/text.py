@@ -1,0 +1,107 @@
+"""A corpus from a folder of text, on first use: what `data.from_text` asks for."""
+
+import hashlib
+import pathlib
+import sysconfig
+from collections.abc import Iterator
+
+import numpy as np
+import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+from gpt3jax import config
+from gpt3jax.data import indexed, tokenizer
+
+PYTHON = "python"  # data.from_text: the sources of Python's own library, on every machine
+PYTHON_BYTES = 12_000_000  # of them: enough for a short run, some 20 s of work on a slow core
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+_ENCODE_AT_ONCE = 64  # files
+
+
+def ensure_corpus(data: config.Data, model: config.Model) -> None:
+    """Make the corpus `data.paths[0]` from `data.from_text`, unless it is there already.
+
+    One document a file, each with an end-of-document token behind it. The tokenizer is
+    `data.vocab_file` and `data.merge_file`; where they are absent it is trained first, with
+    `model.vocab_size` tokens. Interrupted, it starts anew the next time.
+
+    Raises:
+        UserError: there is no text, or the tokenizer does not fit the model.
+    """
+    if not data.from_text or pathlib.Path(data.paths[0] + ".idx").is_file():
+        return
+    if not data.vocab_file:
+        raise config.UserError(
+            "data.from_text needs data.vocab_file and data.merge_file: the tokenizer, which is "
+            "trained and written there if the files are absent"
+        )
+    files = text_files(data.from_text)
+    if not pathlib.Path(data.vocab_file).is_file():
+        tokenizer.train(read(files, "training the tokenizer"), model.vocab_size,
+                        data.vocab_file, data.merge_file)  # fmt: skip
+    bpe = tokenizer.Tokenizer(data.vocab_file, data.merge_file)
+    with indexed.Writer(data.paths[0], indexed.token_dtype(bpe.vocab_size)) as writer:
+        texts = read(files, f"writing {data.paths[0]}")
+        while chunk := [t for _, t in zip(range(_ENCODE_AT_ONCE), texts, strict=False)]:
+            for ids in bpe.encode_batch(chunk):
+                writer.add_document([[*ids, bpe.eod_id]])
+
+
+def text_files(source: str) -> list[pathlib.Path]:
+    """Return the files of a folder in an order by hash, so that each split is like the others.
+
+    Raises:
+        UserError: the folder is missing or empty.
+    """
+    folder = pathlib.Path(sysconfig.get_paths()["stdlib"] if source == PYTHON else source)
+    pattern = "*.py" if source == PYTHON else "*"
+    files = [
+        path
+        for path in folder.rglob(pattern)
+        if path.is_file()
+        and not (source == PYTHON and _LEFT_OUT & set(path.relative_to(folder).parts))
+    ]
+    if not files:
+        raise config.UserError(f"data.from_text={source!r}: no files in {folder}")
+    files.sort(key=lambda p: hashlib.sha256(p.relative_to(folder).as_posix().encode()).digest())
+    if source != PYTHON:
+        return files
+    sizes = np.cumsum([path.stat().st_size for path in files])
+    return [path for path, size in zip(files, sizes, strict=True) if size <= PYTHON_BYTES]
+
+
+def read(files: list[pathlib.Path], doing: str) -> Iterator[str]:
+    """Yield the text of each file that is UTF-8 and not empty, under a progress bar."""
+    for path in tqdm.tqdm(files, desc=doing, unit=" files"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text:
+            yield text
+
+
+def check_vocabulary(data: config.Data, model: config.Model) -> None:
+    """Raise a UserError if the vocabulary given does not fit the model and `data.eod_id`."""
+    if not data.vocab_file:
+        return
+    bpe = tokenizer.Tokenizer(data.vocab_file, data.merge_file)
+    if bpe.vocab_size > model.vocab_size:
+        raise config.UserError(
+            f"{data.vocab_file} has {bpe.vocab_size} tokens, more than "
+            f"model.vocab_size={model.vocab_size}: set model.vocab_size={bpe.vocab_size}"
+        )
+    if bpe.eod_id != data.eod_id:
+        raise config.UserError(
+            f"{data.vocab_file} has {tokenizer.END_OF_TEXT} as {bpe.eod_id}, but "
+            f"data.eod_id={data.eod_id}: set data.eod_id={bpe.eod_id}"
+        )
+
+
+def unigram_entropy(corpus: indexed.IndexedCorpus, n_tokens: int = 10_000_000) -> float:
+    """Return the entropy (nats per token) of token frequencies, of the first n_tokens tokens.
+
+    What a model reaches that knows how often each token comes and nothing else.
+    """
+    counts = np.bincount(corpus.tokens[:n_tokens])
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
