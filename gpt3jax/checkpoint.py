@@ -237,7 +237,7 @@ def _digest(x: jax.Array) -> jax.Array:
 
 
 def _check_digests(path: pathlib.Path, state: Any, saved: jax.Array) -> None:
-    same = np.asarray(digests(state) == saved).all(axis=1)
+    same = (np.asarray(digests(state)) == np.asarray(saved)).all(axis=1)
     if not same.all():
         leaves = jax.tree_util.tree_leaves_with_path(state)
         names = [

@@ -38,15 +38,10 @@ def _decayed(o: config.Optimizer, decay_samples: int, warmup: float, samples: An
         root = xp.sqrt(max(warmup, 1) / xp.maximum(samples, 1))
         shape_lr = xp.maximum(o.min_lr, o.peak_lr * root)
     else:
-        if o.decay == "wsd":
-            start, span, shape = (
-                decay_samples - o.wsd_decay_samples,
-                o.wsd_decay_samples,
-                o.wsd_decay,
-            )
-        else:
-            start, span, shape = warmup, decay_samples - warmup, o.decay
-        ratio = xp.clip((samples - start) / span, 0, 1)
+        start = decay_samples - o.wsd_decay_samples if o.decay == "wsd" else warmup
+        shape = o.wsd_decay if o.decay == "wsd" else o.decay
+        # A run may be shorter than its warm-up: it then has no decay.
+        ratio = xp.clip((samples - start) / max(decay_samples - start, 1), 0, 1)
         left = {
             "linear": lambda: 1 - ratio,
             "cosine": lambda: 0.5 * (1 + xp.cos(np.pi * ratio)),

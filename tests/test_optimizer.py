@@ -55,6 +55,13 @@ def test_learning_rate_and_weight_decay_are_megatrons(case):
     np.testing.assert_allclose(in_step + 0 * samples, lr, rtol=2e-6, atol=1e-7 * o.peak_lr)
 
 
+def test_a_run_shorter_than_its_warmup_only_warms_up():
+    o = config.Optimizer(peak_lr=1.0, warmup_samples=100)
+    for xp in (np, jnp):
+        lr = [float(optimizer.learning_rate(o, 50, xp.asarray(n), xp)) for n in (0, 25, 50)]
+        np.testing.assert_allclose(lr, [0, 0.25, 0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("case", SCALERS["dynamic"], ids=lambda case: case["name"])
 def test_dynamic_loss_scale_is_megatrons(case):
     a = case["arguments"]

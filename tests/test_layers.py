@@ -1,0 +1,63 @@
+"""Imports go only down: docs/architecture.md has the layers, this holds the code to them."""
+
+import ast
+
+LAYERS = [
+    ["main"],
+    ["train"],
+    ["step_log", "step", "checkpoint"],
+    ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
+    ["attention", "data.text"],
+    ["data.samples", "data.tokenizer", "dropout"],
+    ["data.indexed", "sharding", "flops", "batch_schedule", "distributed"],
+    ["config"],
+]
+LEVEL = {module: len(LAYERS) - i for i, layer in enumerate(LAYERS) for module in layer}
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gpt3jax"):
+            package = node.module.removeprefix("gpt3jax").lstrip(".")
+            for alias in node.names:
+                yield f"{package}.{alias.name}".lstrip(".")
+
+
+def modules(repository):
+    package = repository / "gpt3jax"
+    for path in sorted(package.rglob("*.py")):
+        if path.name != "__init__.py":
+            yield ".".join(path.relative_to(package).with_suffix("").parts), path
+
+
+def test_imports_go_only_down(repository):
+    for module, path in modules(repository):
+        for imported in imports_of(path):
+            if imported != "data":
+                assert imported in LEVEL, f"{path} imports a name, not a module: {imported}"
+                assert LEVEL[imported] < LEVEL[module], f"{module} imports {imported}"
+
+
+def test_config_and_metrics_do_without_jax(repository):
+    for name in ("config", "metrics", "flops", "batch_schedule"):
+        assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
+
+
+def test_orbax_grain_and_nnx_stay_behind_their_files(repository):
+    allowed = {"orbax": {"checkpoint"}, "grain": {"data.loader"}, "tensorboardX": {"metrics"}}
+    for module, path in modules(repository):
+        text = path.read_text()
+        for library, files in allowed.items():
+            if f"import {library}" in text or f"from {library}" in text:
+                assert module in files, f"{module} imports {library}"
+
+
+def test_functions_stay_short_and_the_path_to_the_gradient_too(repository):
+    for module, path in modules(repository):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                n_lines = node.end_lineno - node.lineno + 1
+                assert n_lines <= (90 if module == "train" else 60), f"{module}.{node.name}"
+    files = ("main", "train", "step", "loss", "model")
+    n = sum(len((repository / "gpt3jax" / f"{f}.py").read_text().splitlines()) for f in files)
+    assert n < 1000, n

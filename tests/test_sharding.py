@@ -1,0 +1,145 @@
+"""Where every array of a state lies, and what does not fit a mesh."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from gpt3jax import config, model, sharding, step
+
+
+def test_no_large_array_of_the_state_is_whole_on_a_device():
+    """Parameters and moments of fsdp 2 x tensor 4: each matrix is cut 8 ways, or 4 if by one."""
+    program = step.build(tiny.make_config(), tiny.make_mesh(data=1, fsdp=2, tensor=4), 320)
+    state = program.init()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shard = leaf.addressable_shards[0].data
+        if "positions" in name:
+            assert shard.size * 2 == leaf.size, name
+        elif re.search("/w_|embedding", name):
+            assert shard.size * 8 == leaf.size, name
+    for part in ("params", "opt_state"):
+        matrices = [n for n in tiny.leaves(getattr(state, part)) if re.search("/w_|embedding", n)]
+        assert len(matrices) == {"params": 5, "opt_state": 10}[part]
+
+
+def test_gradients_and_new_state_keep_the_layout():
+    cfg, mesh = tiny.make_config(), tiny.make_mesh(data=2, fsdp=2, tensor=2)
+    program = step.build(cfg, mesh, 320)
+    state, _ = program.train(program.init(), tiny.make_batch(0, cfg, mesh, 2))
+    for old, new in zip(
+        jax.tree.leaves(program.abstract_state), jax.tree.leaves(state), strict=True
+    ):
+        assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
+
+
+@pytest.mark.parametrize(
+    ("axes", "told"),
+    [
+        ({"data": 3}, "does not fit 8 cpu"),
+        ({"data": -1, "tensor": 3}, "does not fit 8 cpu"),
+        ({"data": 16}, "does not fit 8 cpu"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, told):
+    with pytest.raises(config.UserError, match=told):
+        sharding.make_mesh(config.Mesh(**axes))
+
+
+def test_a_dimension_that_does_not_divide_names_tensor_and_numbers():
+    cfg = tiny.make_config(model={"d_model": 36, "n_heads": 4})
+    with pytest.raises(config.UserError, match=r"mesh.fsdp=8 does not divide embed=36 of params/"):
+        step.build(cfg, tiny.make_mesh(data=1, fsdp=8), 320)
+
+
+def test_the_rest_of_the_devices_goes_where_minus_one_is():
+    assert sharding.make_mesh(config.Mesh(tensor=2)).shape["data"] == 4
+    assert sharding.make_mesh(config.Mesh(data=2, fsdp=-1)).shape["fsdp"] == 4
+
+
+def test_rows_of_processes_cover_a_batch_in_order():
+    mesh = tiny.make_mesh(data=2, fsdp=2, tensor=2)
+    np.testing.assert_array_equal(sharding.local_rows(mesh, 12), np.arange(12))
+    rows = np.random.default_rng(0).integers(0, 9, (3, 12, 5))
+    array = sharding.device_put_rows(rows, mesh, 12)
+    np.testing.assert_array_equal(array, rows)
+    assert {s.data.shape for s in array.addressable_shards} == {(3, 3, 5)}
+
+
+COLLECTIVE = re.compile(r"= \(?(\w+\[[\d,]*\])[^=]*? (all-gather|all-to-all)(?:-start)?\(")
+
+
+def test_logits_are_never_gathered():
+    """On tensor 8 no collective moves an array with the vocabulary dimension."""
+    cfg = tiny.make_config(model={"vocab_size": 1000, "dropout": 0.0, "attention_dropout": 0.0})
+    mesh = tiny.make_mesh(data=1, tensor=8)
+    text = compiled_step(cfg, mesh).as_text()
+    moved = [m[1] for m in COLLECTIVE.finditer(text)]
+    assert moved, "the pattern finds no collective at all"
+    for shape in moved:
+        assert "1024" not in shape, shape
+
+
+def compiled_step(cfg, mesh):
+    program = step.build(cfg, mesh, 320)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        tiny.make_batch(0, cfg, mesh, 2),
+    )
+    with jax.set_mesh(mesh):
+        return program.train.jitted.lower(program.abstract_state, batch).compile()
+
+
+def test_replicas_reduce_gradients_once_a_step_not_in_a_loop():
+    cfg, mesh = tiny.make_config(), tiny.make_mesh(data=8)
+    text = compiled_step(cfg, mesh).as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    assert bodies
+    for computation in re.split(r"\n(?=%|ENTRY)", text):
+        name = computation.split(" ", 1)[0].lstrip("%")
+        if name in bodies:
+            big = [m for m in re.findall(r"= \(?(\S+) all-reduce", computation) if "64" in m]
+            assert not big, f"{name}: {big}"
+
+
+def test_175b_has_its_parameters_and_its_step_lowers_without_allocating(repository):
+    recipe = config.load(str(repository / "configs" / "175b.py"))
+    assert model.count_params(recipe.model) == 174_604_836_864
+    mesh = tiny.make_mesh(data=1, fsdp=2, tensor=4)
+    small = dataclasses.replace(recipe.batch, global_batch_size=8, schedule="")
+    cfg = dataclasses.replace(recipe, batch=small)
+    program = step.build(cfg, mesh, 10_000)
+    sizes = [
+        math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(program.abstract_state)
+    ]
+    assert sum(sizes) < 3 * model.count_params(recipe.model) / 7.9
+    t = cfg.model.seq_len
+    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
+
+    def abstract(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    batch = {
+        "tokens": abstract(jnp.int32, 4, 2, t), "targets": abstract(jnp.int32, 4, 2, t),
+        "loss_mask": abstract(jnp.float32, 4, 2, t), "positions": abstract(jnp.int32, 4, 2, t),
+        "samples": abstract(jnp.int32, 4, 2),
+    }  # fmt: skip
+    with jax.set_mesh(mesh):
+        lowered = program.train.jitted.lower(program.abstract_state, batch)
+    assert "12288" in lowered.as_text()[:2_000_000]
+
+
+def test_abstract_init_agrees_with_the_closed_form():
+    from gpt3jax import flops
+
+    cfg = tiny.make_config().model
+    abstract = jax.eval_shape(functools.partial(model.GPT, cfg), jax.random.key(0))
+    n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+    assert n == flops.n_params(cfg) == model.count_params(cfg)

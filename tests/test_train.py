@@ -1,0 +1,156 @@
+"""The loop: resuming, what it records, how often it compiles."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from gpt3jax import checkpoint, config, optimizer, step, stopping, train
+from gpt3jax.data import indexed
+
+TIMES = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
+MESH_A = {"data": 2, "fsdp": 2, "tensor": 2}
+MESH_B = {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Write 300 random documents and return their prefix."""
+    rng = np.random.default_rng(7)
+    prefix = str(tmp_path / "corpus")
+    with indexed.Writer(prefix, np.uint16) as writer:
+        for length in rng.integers(1, 60, 300):
+            writer.add_document([[*rng.integers(1, tiny.VOCAB, length), 0]])
+    return prefix
+
+
+def make_config(corpus, folder, mesh, **groups):
+    return tiny.make_config(
+        data={"paths": (corpus,), "split": "90,5,5"},
+        mesh=mesh,
+        train={"n_steps": 4, "eval_interval": 2, "eval_batches": 1} | groups.pop("train", {}),
+        checkpoint={"dir": str(folder / "checkpoints"), "save_interval": 2},
+        log={"dir": str(folder / "logs"), "interval": 1},
+        **groups,
+    )
+
+
+def records(folder):
+    """Return the steps' and the evaluations' records, without what depends on the clock."""
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    found = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    steps = [r for r in found if "loss" in r]
+    return steps, [r for r in found if "loss" not in r]
+
+
+def final_arrays(cfg, n_steps):
+    """Return the arrays of a run's last checkpoint, restored on one device."""
+    program = step.build(dataclasses.replace(cfg, mesh=config.Mesh()), tiny.make_mesh(), 64)
+    store = checkpoint.Checkpoints(cfg.checkpoint.dir)
+    return tiny.leaves(store.restore(n_steps, program.abstract_state))
+
+
+def stop_after(monkeypatch, n_steps):
+    monkeypatch.setattr(stopping.Stop, "requested", lambda self, step_number: step_number == n_steps)
+
+
+@pytest.fixture
+def uninterrupted(corpus, tmp_path):
+    cfg = make_config(corpus, tmp_path / "whole", MESH_A)
+    train.train(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize("second_mesh", [MESH_A, MESH_B])
+def test_a_resumed_run_goes_on_as_if_never_stopped(
+    corpus, tmp_path, uninterrupted, monkeypatch, second_mesh
+):
+    folder = tmp_path / "resumed"
+    stop_after(monkeypatch, 2)
+    train.train(make_config(corpus, folder, MESH_A))
+    assert [r["step"] for r in records(folder)[0]] == [1, 2]
+    stop_after(monkeypatch, None)
+    cfg = make_config(corpus, folder, second_mesh)
+    train.train(cfg)
+    steps, evals = records(folder)
+    whole_steps, whole_evals = records(tmp_path / "whole")
+    ours, theirs = final_arrays(cfg, 4), final_arrays(uninterrupted, 4)
+    if second_mesh == MESH_A:
+        assert steps == whole_steps and evals[-2:] == whole_evals[-2:]
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+        return
+    assert [r["consumed_samples"] for r in steps] == [16, 32, 48, 64]
+    for one, other in zip(steps, whole_steps, strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
+    for name, array in ours.items():
+        # Where a gradient is rounding noise, Adam scales it up: hence not element by element.
+        error = np.linalg.norm(array - theirs[name]) / max(np.linalg.norm(theirs[name]), 1e-3)
+        assert error < 1e-3, f"{name}: {error}"
+
+
+def test_a_run_leaves_curves_and_its_config(corpus, tmp_path, uninterrupted):
+    steps, evals = records(tmp_path / "whole")
+    assert [r["step"] for r in steps] == [1, 2, 3, 4]
+    assert [r["step"] for r in evals if "validation_loss" in r] == [2, 4]
+    assert [r["step"] for r in evals if "test_loss" in r] == [4]
+    lr = [optimizer.learning_rate(uninterrupted.optimizer, 64, 16 * i) for i in range(4)]
+    assert [r["learning_rate"] for r in steps] == lr
+    assert list((tmp_path / "whole" / "logs").glob("events.out.tfevents.*"))
+    saved = json.loads((tmp_path / "whole" / "logs" / "config.json").read_text())
+    assert saved["model.n_layers"] == 4
+
+
+def test_each_batch_size_compiles_once_and_counts_right(corpus, tmp_path, monkeypatch):
+    built = []
+    build = step.build
+    monkeypatch.setattr(step, "build", lambda *a: built.append(build(*a)) or built[-1])
+    # 8, 8, 8, 16, 16, ... samples: 8 until 20 samples are consumed.
+    batch = {"global_batch_size": 16, "schedule": f"0:8 {20 * 32}:16"}
+    cfg = make_config(corpus, tmp_path / "ramp", {"data": 8}, batch=batch, train={"n_steps": 6})
+    train.train(cfg)
+    steps, _ = records(tmp_path / "ramp")
+    assert [r["batch_size"] for r in steps] == [8, 8, 8, 16, 16, 16]
+    assert [r["consumed_samples"] for r in steps] == [8, 16, 24, 40, 56, 72]
+    before = [0, 8, 16, 24, 40, 56]
+    lr = [optimizer.learning_rate(cfg.optimizer, 72, n) for n in before]
+    assert [r["learning_rate"] for r in steps] == lr
+    assert built[0].train.jitted._cache_size() == 2
+
+
+def test_checkpoint_load_starts_a_new_run_from_an_old_one(corpus, tmp_path, uninterrupted):
+    cfg = make_config(corpus, tmp_path / "branch", MESH_A, train={"n_steps": 6})
+    old = dataclasses.replace(cfg.checkpoint, load=uninterrupted.checkpoint.dir)
+    train.train(dataclasses.replace(cfg, checkpoint=old))
+    steps, _ = records(tmp_path / "branch")
+    assert [r["step"] for r in steps] == [5, 6]
+
+
+def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted):
+    """By hand: the validation loss at step 2 from the weights saved there."""
+    from gpt3jax.data import loader
+
+    cfg = uninterrupted
+    mesh = tiny.make_mesh()
+    program = step.build(cfg, mesh, 64)
+    store = checkpoint.Checkpoints(cfg.checkpoint.dir)
+    params = store.restore(2, program.abstract_state).params
+    splits = loader.open_splits(cfg, 4, 64)
+    tokens, _ = splits.validation.tokens(np.arange(16))
+    positions = np.broadcast_to(np.arange(32), (16, 32))
+    x = params(jax.numpy.asarray(tokens[:, :-1]), jax.numpy.asarray(positions))
+    logits = np.asarray(x @ params.embedding_VD[...].T, np.float64)[..., : tiny.VOCAB]
+    lse = np.log(np.exp(logits).sum(-1))
+    target = np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    recorded = records(tmp_path / "whole")[1][0]
+    assert recorded["step"] == 2
+    np.testing.assert_allclose(recorded["validation_loss"], (lse - target).mean(), rtol=1e-5)
+
+
+def test_files_are_where_the_docs_say(uninterrupted):
+    folder = pathlib.Path(uninterrupted.checkpoint.dir)
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
