@@ -107,7 +107,9 @@ def loop(
 ) -> tuple[Any, step_log.Position]:
     """Take steps until the end of the run or a signal; return the last state and position."""
     cfg, position = run.cfg, start
-    batches = loader.train_batches(run.splits, cfg, run.schedule, run.mesh, start.samples)
+    batches = loader.train_batches(
+        run.splits, cfg, run.schedule, run.mesh, start.samples, run.end.samples
+    )
     log = step_log.StepLog(cfg, recorder, first_step=start.step + 1, end=run.end)
     profile = profiling.Profile(cfg.log)
     while position.samples < run.end.samples:

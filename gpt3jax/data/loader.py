@@ -98,9 +98,10 @@ def train_batches(
     schedule: batch_schedule.BatchSchedule,
     mesh: jax.sharding.Mesh,
     start: int,
+    end: int,
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Yield each batch of the run from sample `start` on, on the devices, and its size."""
-    stretches = schedule.runs(start, len(splits.train))
+    """Yield each batch of samples start...end - 1, on the devices, and its size."""
+    stretches = schedule.runs(start, end)
     sizes = (s.size for s in stretches for _ in range(s.n_steps))
     return zip(_batches(splits.train, cfg, mesh, stretches), sizes, strict=True)
 

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Train GPT-3 175B, with the five arguments of Megatron-LM's example of the same name.
+#
+#   Slurm, one process per GPU (the default for pods; 128 H100s are 16 nodes):
+#     srun --nodes=16 --ntasks-per-node=8 --gpus-per-node=8 \
+#       launch/train_gpt3_175b_distributed.sh CHECKPOINT_PATH TENSORBOARD_LOGS_PATH \
+#       VOCAB_FILE MERGE_FILE DATA_PATH
+#   Without a launcher, one process per node, started on each node as in the example:
+#     NUM_NODES=16 NODE_RANK=0 MASTER_ADDR=node0 launch/train_gpt3_175b_distributed.sh ...
+#
+# Further arguments override the recipe: ... --mesh.tensor=8 --train.n-steps 100.
+# CONFIG=FILE takes another recipe, PYTHON=FILE another interpreter.
+set -euo pipefail
+
+if [ $# -lt 5 ]; then
+  echo "usage: $0 CHECKPOINT_PATH TENSORBOARD_LOGS_PATH VOCAB_FILE MERGE_FILE DATA_PATH [OPTION ...]" >&2
+  echo "DATA_PATH is the prefix of DATA_PATH.bin and DATA_PATH.idx" >&2
+  exit 2
+fi
+checkpoint_path=$1 tensorboard_logs_path=$2 vocab_file=$3 merge_file=$4 data_path=$5
+shift 5
+
+processes=()
+if [ "${NUM_NODES:-1}" -gt 1 ]; then
+  processes=(
+    --distributed.n-processes "$NUM_NODES"
+    --distributed.process-id "${NODE_RANK:?NUM_NODES is set: set NODE_RANK to the number of this node}"
+    --distributed.coordinator-address
+    "${MASTER_ADDR:?NUM_NODES is set: set MASTER_ADDR to the name of node 0}:${MASTER_PORT:-6000}"
+  )
+fi
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+exec "${PYTHON:-python3}" -m gpt3jax.main \
+  --config="${CONFIG:-$repository/configs/175b.py}" \
+  --checkpoint.dir "$checkpoint_path" \
+  --log.dir "$tensorboard_logs_path" \
+  --data.vocab-file "$vocab_file" \
+  --data.merge-file "$merge_file" \
+  --data.paths "$data_path" \
+  "${processes[@]}" \
+  "$@"

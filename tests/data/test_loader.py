@@ -1,0 +1,122 @@
+"""Batches: which samples, on which rows, from any position, cut any way."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import tiny
+from gpt3jax import batch_schedule, config
+from gpt3jax.data import indexed, loader, samples
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    rng = np.random.default_rng(3)
+    prefix = str(tmp_path / "corpus")
+    with indexed.Writer(prefix, np.uint16) as writer:
+        for length in rng.integers(1, 60, 400):
+            writer.add_document([[*rng.integers(1, tiny.VOCAB, length), 0]])
+    return prefix
+
+
+def make_config(corpus, **data):
+    return tiny.make_config(data={"paths": (corpus,), "split": "90,5,5", **data})
+
+
+def numbers(cfg, schedule, mesh, start, end=96):
+    splits = loader.open_splits(cfg, 6, end)
+    batches = loader.train_batches(splits, cfg, schedule, mesh, start, end)
+    return [(np.asarray(b["samples"]).ravel().tolist(), size) for b, size in batches]
+
+
+def test_samples_come_in_order_from_any_position(corpus):
+    cfg, mesh = make_config(corpus), tiny.make_mesh()
+    schedule = batch_schedule.BatchSchedule(((0, 8), (40, 16)))
+    whole = numbers(cfg, schedule, mesh, 0)
+    flat = list(itertools.chain.from_iterable(n for n, _ in whole))
+    assert flat == list(range(104))  # the last batch starts before 96
+    assert [size for _, size in whole]== [8] * 5 + [16] * 4
+    for k in (1, 4, 5, 6):
+        consumed = sum(size for _, size in whole[:k])
+        assert numbers(cfg, schedule, mesh, consumed) == whole[k:]
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("prefetch", [0, 4])
+def test_batches_hold_the_maps_samples_on_every_mesh(corpus, axes, prefetch):
+    cfg, mesh = make_config(corpus, prefetch=prefetch), tiny.make_mesh(**axes)
+    schedule = batch_schedule.BatchSchedule(((0, 16),))
+    splits = loader.open_splits(cfg, 6, 96)
+    for batch, _ in loader.train_batches(splits, cfg, schedule, mesh, 32, 96):
+        n = np.asarray(batch["samples"])
+        tokens, _ = splits.train.tokens(n.ravel())
+        np.testing.assert_array_equal(batch["tokens"], tokens[:, :-1].reshape(*n.shape, 32))
+        np.testing.assert_array_equal(batch["targets"], tokens[:, 1:].reshape(*n.shape, 32))
+        assert (np.asarray(batch["loss_mask"]) == 1).all()
+
+
+def test_each_process_reads_only_its_rows(corpus):
+    """Four processes of 2 rows each read, together, what one process with 8 rows reads."""
+    cfg = make_config(corpus)
+    source = loader.open_splits(cfg, 6, 96).train
+    stretches = (batch_schedule.Stretch(0, 0, 16, 3),)
+    whole = loader.Batches(source, cfg, stretches, 8, np.arange(8))[2]["tokens"]
+    for process in range(4):
+        rows = np.arange(2) + 2 * process
+        mine = loader.Batches(source, cfg, stretches, 8, rows)[2]["tokens"]
+        np.testing.assert_array_equal(mine, whole[:, rows])
+        assert mine.shape == (2, 2, 32)
+
+
+def test_each_evaluation_goes_on_to_new_samples(corpus):
+    cfg = make_config(corpus)
+    splits = loader.open_splits(cfg, 2000, 96)
+    mesh, seen = tiny.make_mesh(), []
+    for n_before in range(2):
+        for batch in loader.eval_batches(splits, cfg, mesh, "validation", n_before):
+            seen += np.asarray(batch["samples"]).ravel().tolist()
+    assert seen == list(range(2 * 10 * 16))
+
+
+def test_end_of_document_switches_reach_the_batch(corpus):
+    cfg = make_config(
+        corpus, eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True
+    )
+    splits = loader.open_splits(cfg, 6, 96)
+    schedule = batch_schedule.BatchSchedule(((0, 16),))
+    batch, _ = next(loader.train_batches(splits, cfg, schedule, tiny.make_mesh(), 0, 96))
+    tokens = np.asarray(batch["tokens"])
+    assert (tokens == 0).any()
+    np.testing.assert_array_equal(np.asarray(batch["loss_mask"]) == 0, tokens == 0)
+    starts = np.pad(tokens[..., :-1] == 0, ((0, 0), (0, 0), (1, 0)))
+    assert (np.asarray(batch["positions"])[starts] == 0).all()
+    np.testing.assert_array_equal(batch["segments"], np.cumsum(starts, -1))
+
+
+def test_a_token_beyond_the_vocabulary_names_the_file(corpus):
+    with indexed.Writer(corpus, np.uint16) as writer:
+        for _ in range(400):
+            writer.add_document([[1, 2, tiny.VOCAB, 4, 0]])
+    cfg = make_config(corpus)
+    splits = loader.open_splits(cfg, 2, 32)
+    schedule = batch_schedule.BatchSchedule(((0, 16),))
+    with pytest.raises(config.UserError, match=r"corpus.bin has token 500 .*vocab_size=500"):
+        next(loader.train_batches(splits, cfg, schedule, tiny.make_mesh(), 0, 96))
+
+
+def test_a_split_without_documents_is_refused_by_name(tmp_path):
+    prefix = str(tmp_path / "small")
+    with indexed.Writer(prefix, np.uint16) as writer:
+        for _ in range(10):
+            writer.add_document([np.arange(1, 40)])
+    cfg = tiny.make_config(data={"paths": (prefix,)})
+    with pytest.raises(config.UserError, match=r"949,50,1.*test split none of the 10 documents"):
+        loader.open_splits(cfg, 2, 32)
+
+
+def test_order_tells_epochs_apart_but_not_the_length_of_the_run(corpus):
+    cfg = make_config(corpus)
+    n = len(samples.SampleMap(indexed.IndexedCorpus(corpus), (0, 360), 32, None, 1))
+    short, longer, twice = (loader.open_splits(cfg, 2, m).order for m in (16, n, 2 * n))
+    assert short == longer != twice

@@ -1,0 +1,174 @@
+"""Checkpoints: what was saved comes back on any mesh, or is known to be damaged."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from gpt3jax import checkpoint, config, step
+
+ORDER = {"corpus": "a corpus", "train.seed": 1234}
+MESHES = {
+    "one": {},
+    "data8": {"data": 8},
+    "fsdp8": {"data": 1, "fsdp": 8},
+    "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+@functools.cache
+def program(mesh):
+    return step.build(tiny.make_config(), tiny.make_mesh(**MESHES[mesh]), 320)
+
+
+@functools.cache
+def trained(mesh):
+    """Return a state with moments that are not zero."""
+    cfg = tiny.make_config()
+    batch = tiny.make_batch(0, cfg, program(mesh).mesh, 1)
+    return program(mesh).train(program(mesh).init(), batch)[0]
+
+
+def meta(step_number):
+    return checkpoint.Meta(
+        step=step_number, consumed_samples=16 * step_number, data_order=ORDER,
+        config=config.flatten(tiny.make_config()),
+    )  # fmt: skip
+
+
+def saved(folder, mesh="mixed", steps=(1,), max_to_keep=3):
+    store = checkpoint.Checkpoints(str(folder), max_to_keep)
+    for n in steps:
+        store.save(trained(mesh), meta(n))
+        assert store.poll(wait=True) == ""
+    return store
+
+
+@pytest.mark.parametrize("there", MESHES)
+@pytest.mark.parametrize("here", ["one", "mixed"])
+def test_a_state_comes_back_on_another_mesh(tmp_path, here, there):
+    store = saved(tmp_path, here)
+    abstract = program(there).abstract_state
+    state, found, warnings = checkpoint.restore_newest(store, abstract, tiny.make_config(), ORDER)
+    assert (found.step, found.consumed_samples, warnings) == (1, 16, [])
+    expected = tiny.leaves(trained(here))
+    for name, array in tiny.leaves(state).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding == want.sharding and leaf.dtype == want.dtype
+
+
+def test_digests_do_not_depend_on_the_mesh():
+    one = np.asarray(checkpoint.digests(trained("one")))
+    for mesh in MESHES:
+        moved = jax.device_put(
+            trained("one"), jax.tree.map(lambda a: a.sharding, program(mesh).abstract_state)
+        )
+        np.testing.assert_array_equal(checkpoint.digests(moved), one)
+
+
+@pytest.mark.parametrize("bit", [0, 13, 31])
+def test_a_flipped_bit_or_two_swapped_values_change_a_digest(bit):
+    x = jax.random.normal(jax.random.key(0), (6, 50, 7))
+    bits = np.asarray(x).view(np.uint32).copy()
+    bits[3, 20, 2] ^= np.uint32(1 << bit)
+    swapped = np.asarray(x).copy()
+    swapped[0, [1, 2]] = swapped[0, [2, 1]]
+    for other in (bits.view(np.float32), swapped, np.asarray(x)[::-1], np.asarray(x) + 0.0):
+        same = np.array_equal(checkpoint.digests([x]), checkpoint.digests([jnp.asarray(other)]))
+        assert same == np.array_equal(x, other)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    assert saved(tmp_path, steps=(1, 2, 3, 4), max_to_keep=2).steps() == [4, 3]
+
+
+def test_saving_overlaps_the_next_steps(tmp_path):
+    """The state may be donated as soon as save returns."""
+    cfg, mixed = tiny.make_config(), program("mixed")
+    state = mixed.train(mixed.init(), tiny.make_batch(0, cfg, mixed.mesh, 1))[0]
+    expected = tiny.leaves(state)
+    store = checkpoint.Checkpoints(str(tmp_path))
+    store.save(state, meta(1))
+    mixed.train(state, tiny.make_batch(1, cfg, mixed.mesh, 1))
+    assert store.poll(wait=True) == "" and store.poll() is None
+    for name, array in tiny.leaves(store.restore(1, mixed.abstract_state)).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_another_model_is_refused_with_the_differences(tmp_path):
+    store = saved(tmp_path)
+    other = tiny.make_config(model={"n_layers": 2, "gelu": "erf"})
+    abstract = program("mixed").abstract_state
+    with pytest.raises(config.UserError) as error:
+        checkpoint.restore_newest(store, abstract, other, ORDER)
+    assert "model.n_layers: checkpoint 4, here 2" in str(error.value)
+    assert "model.gelu: checkpoint tanh, here erf" in str(error.value)
+
+
+def test_another_order_of_samples_is_refused_unless_allowed(tmp_path):
+    store, cfg = saved(tmp_path), tiny.make_config()
+    abstract = program("mixed").abstract_state
+    changed = ORDER | {"train.seed": 5}
+    with pytest.raises(config.UserError, match=r"train.seed: checkpoint 1234, here 5"):
+        checkpoint.restore_newest(store, abstract, cfg, changed)
+    allowing = dataclasses.replace(cfg.checkpoint, allow_new_data_order=True)
+    cfg = dataclasses.replace(cfg, checkpoint=allowing)
+    assert checkpoint.restore_newest(store, abstract, cfg, changed)[1].step == 1
+
+
+def damage(folder, how):
+    """Spoil the largest file of array data of a checkpoint."""
+    file = max((folder / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    if how == "delete":
+        file.unlink()
+        return
+    if how == "flip":
+        data[len(data) // 2] ^= 0x10
+    file.write_bytes(data if how == "flip" else data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
+    store = saved(tmp_path, steps=(1, 2))
+    damage(tmp_path / "2", how)
+    state, found, warnings = checkpoint.restore_newest(
+        store, program("mixed").abstract_state, tiny.make_config(), ORDER
+    )
+    assert found.step == 1 and store.steps() == [1]
+    assert len(warnings) == 1 and "set aside as damaged-2" in warnings[0]
+    expected = tiny.leaves(trained("mixed"))
+    for name, array in tiny.leaves(state).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_without_a_whole_checkpoint_nothing_starts_from_scratch(tmp_path):
+    store = saved(tmp_path)
+    damage(tmp_path / "1", "flip")
+    for _ in range(2):  # again, as a restarted job would
+        with pytest.raises(config.UserError, match="no whole checkpoint is left"):
+            checkpoint.restore_newest(
+                store, program("mixed").abstract_state, tiny.make_config(), ORDER
+            )
+        assert checkpoint.choose_source(store, "") is store
+
+
+def test_an_explicit_load_must_find_something(tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(config.UserError, match="has no checkpoint: correct the folder"):
+            checkpoint.choose_source(None, str(folder))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_the_runs_own_checkpoint_goes_before_the_one_to_load(tmp_path):
+    own, other = saved(tmp_path / "own"), saved(tmp_path / "other")
+    assert checkpoint.choose_source(own, str(other.folder)) is own
+    empty = checkpoint.Checkpoints(str(tmp_path / "empty"))
+    assert checkpoint.choose_source(empty, str(other.folder)).folder == other.folder
