@@ -56,14 +56,14 @@ def attend(
 ) -> Array:
     """Return attention's output `[B, T, H, K]` in the dtype of v, softmax in fp32.
 
-    `dropout_rate` acts on the probabilities where `noise` is given (training). `remat_blocks` makes the
-    backward pass compute the scores of each block again rather than keep them.
+    `dropout_rate` acts on the probabilities where `noise` is given (training). `remat_blocks` makes
+    the backward pass compute the scores of each block again rather than keep them.
     """
     if implementation == "cudnn":
         return _cudnn(q_BTHK, k_BSHK, v_BSHK, window, segments_BT)
     if implementation != "xla":
         raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
-    block = functools.partial(_block, window=window, dropout_rate=dropout_rate)
+    block: Any = functools.partial(_block, window=window, dropout_rate=dropout_rate)
     if remat_blocks:
         block = jax.checkpoint(block, prevent_cse=False, static_argnums=(5, 6))
     n_positions = q_BTHK.shape[1]

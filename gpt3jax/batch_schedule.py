@@ -1,169 +1,247 @@
-"""How many sequences each step takes: a function of the samples consumed, and of nothing else.
+"""How many sequences each step takes: a function of the samples consumed before it, alone.
 
-Two ways to grow a batch: Megatron's step schedule ("0:16 2.4B:320", thresholds in tokens) and its
-older linear ramp, the GPT-3 paper's. Both become stages here; `batch.global_batch_size` caps them.
-Source: Megatron-LM `num_microbatches_calculator.py` at d98e8a64dd, the ramp at 0b9bc2088b.
+Batch sizes, steps and samples of any part of a run follow by arithmetic, without stepping through
+it. Semantics are Megatron-LM's (`core/num_microbatches_calculator.py`): the step schedule of commit
+d98e8a64dd, and the linear ramp of commit 0b9bc2088b, the last that had one. Reads no data and
+imports no JAX. A sample is one sequence of `model.seq_len` tokens.
 """
 
-import bisect
 import dataclasses
-import math
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from gpt3jax import config
 
-_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+Stages = tuple[tuple[int, int], ...]
+
+_MULTIPLES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-@dataclasses.dataclass(frozen=True)
-class Stretch:
-    """Consecutive steps of one batch size; numbers count from where the walk started."""
+class Stretch(NamedTuple):
+    """Consecutive steps of one batch size."""
 
     first_step: int
+    """Steps taken before it, counted from where `runs` was asked to start."""
     first_sample: int
+    """Samples consumed before it, counted from the start of training."""
     size: int
+    """Sequences of each step."""
     n_steps: int
+
+    @property
+    def end_sample(self) -> int:
+        """Samples consumed after its last step."""
+        return self.first_sample + self.n_steps * self.size
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSchedule:
-    """Stages of (first sample, sequences per step), by first sample; the first one starts at 0."""
+    """The batch size in force after any number of consumed samples."""
 
-    stages: tuple[tuple[int, int], ...]
+    stages: Stages
+    """(first sample, batch size) of each stage: the first from sample 0, both strictly growing."""
 
     def size(self, consumed_samples: int) -> int:
-        """Return the size of the batch that comes after so many samples."""
-        starts = [start for start, _ in self.stages]
-        return self.stages[bisect.bisect_right(starts, consumed_samples) - 1][1]
+        """Return the batch size of the step that starts after `consumed_samples` samples."""
+        return next(size for first, size in reversed(self.stages) if consumed_samples >= first)
 
-    def stretches(self, start: int, end: int) -> tuple[Stretch, ...]:
-        """Return the steps from sample `start` until `end` is reached, whole batches only.
+    def runs(self, start: int, end: int) -> tuple[Stretch, ...]:
+        """Return the stretches of equal batch size from sample `start` to sample `end`.
 
-        The last batch is the last one that starts before `end`.
+        The last batch is the last that starts before `end`, so it may reach beyond it; a stage
+        begins with the first batch that starts at or after its threshold.
         """
-        found: list[Stretch] = []
+        return tuple(self._stretches(start, end))
+
+    def _stretches(self, start: int, end: int) -> Iterator[Stretch]:
         step, sample = 0, start
-        bounds = [begin for begin, _ in self.stages[1:]] + [end]
-        for (_, size), bound in zip(self.stages, bounds, strict=True):
-            n_steps = -(-(min(bound, end) - sample) // size)
+        thresholds = [first for first, _ in self.stages[1:]] + [end]
+        for (_, size), threshold in zip(self.stages, thresholds, strict=True):
+            n_steps = -(-(min(threshold, end) - sample) // size)
             if n_steps > 0:
-                found.append(Stretch(step, sample, size, n_steps))
-                step, sample = step + n_steps, sample + n_steps * size
-        return tuple(found)
+                stretch = Stretch(step, sample, size, n_steps)
+                yield stretch
+                step, sample = step + n_steps, stretch.end_sample
 
-    def n_steps(self, end: int) -> int:
-        """Return the steps from the first sample until `end` is reached."""
-        return sum(s.n_steps for s in self.stretches(0, end))
+    def n_steps(self, end_samples: int, start: int = 0) -> int:
+        """Return how many batches start at or after sample `start` and before `end_samples`."""
+        return sum(stretch.n_steps for stretch in self.runs(start, end_samples))
 
-    def consumed_after(self, n_steps: int) -> int:
-        """Return the samples that the first n_steps steps consume."""
-        beyond = self.stages[-1][0] + (n_steps + 1) * self.stages[-1][1]
-        for s in self.stretches(0, beyond):
-            if s.first_step + s.n_steps >= n_steps:
-                return s.first_sample + (n_steps - s.first_step) * s.size
-        raise AssertionError(n_steps)
+    def consumed_after(self, n_steps: int, start: int = 0) -> int:
+        """Return the samples consumed after `n_steps` steps from sample `start`."""
+        last_stage, last_size = self.stages[-1]
+        sample = start
+        for stretch in self.runs(start, last_stage):
+            if n_steps <= stretch.n_steps:
+                return stretch.first_sample + n_steps * stretch.size
+            n_steps, sample = n_steps - stretch.n_steps, stretch.end_sample
+        return sample + n_steps * last_size
 
     def end_samples(self, train: config.Train, seq_len: int) -> int:
-        """Return the samples consumed at the end of the run: where the first limit is reached.
+        """Return the samples consumed at the end of the run: at the first limit that is set.
 
-        A limit in samples or tokens is overshot by less than a batch, for batches are whole.
+        A run takes whole batches. One limited by samples or tokens ends with the last batch that
+        starts before the limit (`while consumed < limit`), so it may pass it by part of a batch.
+        (With a constant batch Megatron rounds `train_samples` down: at most one batch fewer.)
         """
-        ends = []
-        if train.n_steps:
-            ends.append(self.consumed_after(train.n_steps))
+        ends = [self.consumed_after(train.n_steps)] if train.n_steps else []
         for limit in (train.n_samples, -(-train.n_tokens // seq_len)):
             if limit:
                 ends.append(self.consumed_after(self.n_steps(limit)))
+        assert ends, "config.validate asks for one limit"
         return min(ends)
 
 
 def from_config(batch: config.Batch, seq_len: int) -> BatchSchedule:
-    """Return the schedule of a config.
+    """Return the schedule of a config; `global_batch_size` caps it and is where it must arrive.
 
     Raises:
-        UserError: a schedule or ramp that is malformed, shrinks, or stops below global_batch_size.
+        UserError: a schedule or ramp that cannot be read, shrinks, or ends below
+            `global_batch_size`.
     """
     full = batch.global_batch_size
-    if batch.ramp:
-        return _ramp(batch.ramp, full)
-    if not batch.schedule:
-        return BatchSchedule(((0, full),))
-    stages = parse(batch.schedule, seq_len)
+    stages: Stages = ((0, full),)
+    if batch.schedule:
+        stages = parse_schedule(batch.schedule, seq_len)
+    elif batch.ramp:
+        stages = ramp_stages(batch.ramp, full)
     if stages[-1][1] < full:
         raise config.UserError(
-            f"batch.schedule={batch.schedule!r} ends at {stages[-1][1]}, below "
-            f"batch.global_batch_size={full}: make its last size {full}"
+            f'batch.schedule="{batch.schedule}" ends at {stages[-1][1]}, below '
+            f"batch.global_batch_size={full}: lower that, or add a stage of {full}"
         )
-    capped = [(start, min(size, full)) for start, size in stages]
-    return BatchSchedule(tuple(s for i, s in enumerate(capped) if not i or capped[i - 1][1] < s[1]))
+    return BatchSchedule(_merge_equal((first, min(size, full)) for first, size in stages))
 
 
-def parse(text: str, seq_len: int) -> list[tuple[int, int]]:
-    """Return (first sample, size) of each "TOKENS:SIZE" of a step schedule, sorted."""
+def parse_schedule(text: str, seq_len: int) -> Stages:
+    """Return the (first sample, batch size) stages of "TOKENS:SIZE TOKENS:SIZE ...".
 
-    def fail(why: str) -> config.UserError:
-        return config.UserError(f'batch.schedule={text!r}: {why}; write it like "0:16 2.4B:320"')
+    Blanks or commas separate entries, in any order; K, M, B, T stand for 10^3 ... 10^12. A
+    threshold in tokens is cut down to whole samples of `seq_len` tokens.
 
-    stages = []
-    for entry in text.replace(",", " ").split():
-        threshold, colon, size = entry.partition(":")
-        if not colon:
-            raise fail(f"{entry!r} is not TOKENS:SIZE")
-        try:
-            stages.append((_number(threshold) // seq_len, _number(size)))
-        except ValueError:
-            raise fail(f"{entry!r} does not have numbers on both sides") from None
-    stages.sort()
-    if not stages or stages[0][0] != 0:
-        raise fail("its first threshold must be 0")
-    for (a, small), (b, large) in zip(stages, stages[1:], strict=False):
-        if a == b:
-            raise fail(f"two sizes start at sample {a}")
-        if large < small:
-            raise fail(f"the batch shrinks from {small} to {large}")
-    if stages[0][1] < 1:
-        raise fail(f"size {stages[0][1]} is not positive")
+    Raises:
+        UserError: no entry, one that cannot be read, a first threshold that is not 0, thresholds
+            that do not grow, or sizes that are not positive or that shrink.
+    """
+    try:
+        entries = text.replace(",", " ").split()
+        stages = tuple(sorted(_parse_entry(entry, seq_len) for entry in entries))
+        _check_stages(stages, seq_len)
+    except ValueError as error:
+        raise config.UserError(f'batch.schedule="{text}": {error}') from None
     return stages
 
 
-def _number(text: str) -> int:
-    unit = text[-1:].upper()
-    scaled = float(text[:-1]) * _UNITS[unit] if unit in _UNITS else float(text)
-    if not math.isfinite(scaled):
-        raise ValueError(text)
-    return int(scaled)
+def _parse_entry(entry: str, seq_len: int) -> tuple[int, int]:
+    threshold, _, size = entry.partition(":")
+    try:
+        return _parse_count(threshold) // seq_len, _parse_count(size)
+    except (ValueError, OverflowError):  # OverflowError: int of an infinity
+        raise ValueError(f'entry "{entry}" must be TOKENS:SIZE, as in 2.4B:320') from None
 
 
-def _ramp(ramp: tuple[int, ...], full: int) -> BatchSchedule:
-    if len(ramp) != 3 or ramp[0] < 1 or ramp[1] < 1 or ramp[2] < 1:
-        raise config.UserError(
-            f"batch.ramp={ramp} must be three positive numbers: start size, increment, samples"
+def _parse_count(text: str) -> int:
+    multiple = _MULTIPLES.get(text[-1:].upper())
+    # Through float, as in Megatron: 2.4B is int(2.4 * 10**9).
+    return int(float(text)) if multiple is None else int(float(text[:-1]) * multiple)
+
+
+def _check_stages(stages: Stages, seq_len: int) -> None:
+    if not stages:
+        raise ValueError('it has no entry: give one, as in "0:16 2.4B:320", or leave it empty')
+    for first, size in stages:
+        if size < 1:
+            raise ValueError(f"the batch size from sample {first} on is {size}: give at least 1")
+    if stages[0][0] != 0:
+        raise ValueError(
+            f"the first stage starts at sample {stages[0][0]}: start with a threshold of 0"
         )
-    start, increment, samples = ramp
-    if start >= full:  # a smaller batch asked for on the command line
-        return BatchSchedule(((0, full),))
+    for (first, size), (next_first, next_size) in itertools.pairwise(stages):
+        if next_first <= first:
+            raise ValueError(
+                f"two stages start at sample {first} (of {seq_len} tokens): "
+                "move their thresholds apart, or drop one"
+            )
+        if next_size < size:
+            raise ValueError(
+                f"the batch shrinks from {size} to {next_size} at sample {next_first}: "
+                "let sizes grow"
+            )
+
+
+def ramp_stages(ramp: tuple[int, ...], global_batch_size: int) -> Stages:
+    """Return the stages of Megatron's linear ramp: start size, increment, samples.
+
+    size = start + increment floor(consumed / (samples / n_increments)), where n_increments =
+    (global_batch_size - start) / increment; so it is full when consumed > samples, if not before.
+
+    Raises:
+        UserError: not three positive numbers, or increments that miss `global_batch_size`.
+    """
+    _check_ramp(ramp, global_batch_size)
+    start, increment, n_samples = ramp
+    n_increments = (global_batch_size - start) // increment
+    samples_per_increment = n_samples / n_increments  # a float, as in Megatron
+    sizes = {0: start}
+    for i in range(1, n_increments + 1):
+        sizes[_first_with_quotient(i, samples_per_increment)] = start + i * increment
+    return tuple(sizes.items())
+
+
+def _first_with_quotient(quotient: int, divisor: float) -> int:
+    """Return the smallest integer n with int(n / divisor) >= quotient, rounding of n / divisor too.
+
+    The exact one may differ by one where quotient * divisor is whole.
+    """
+    n = max(int(quotient * divisor) - 1, 0)
+    while int(n / divisor) < quotient:
+        n += 1
+    return n
+
+
+def _check_ramp(ramp: tuple[int, ...], full: int) -> None:
+    told = f"batch.ramp={' '.join(map(str, ramp))}"
+    if len(ramp) != 3 or min(ramp) < 1:
+        raise config.UserError(
+            f"{told} must be three positive numbers: start size, increment, samples"
+        )
+    start, increment, _ = ramp
+    if start >= full:
+        raise config.UserError(
+            f"{told} starts at {start}, not below batch.global_batch_size={full}: "
+            "start lower, or leave the ramp out"
+        )
     if (full - start) % increment:
         raise config.UserError(
-            f"batch.ramp={ramp}: increments of {increment} do not lead from {start} to "
-            f"batch.global_batch_size={full}: use a divisor of {full - start}"
+            f"{told}: the increment {increment} does not divide batch.global_batch_size={full} "
+            f"less the start, {full - start}: use one of {config.divisors(full - start)}"
         )
-    n = (full - start) // increment
-    per_increment = samples / n
 
-    def first_sample(i: int) -> int:
-        """Return the first s with floor(s / per_increment) >= i, in Megatron's floats."""
-        near = math.floor(i * per_increment)
-        return next(s for s in range(max(0, near - 1), near + 3) if s / per_increment >= i)
 
-    return BatchSchedule(tuple((first_sample(i), start + i * increment) for i in range(n + 1)))
+def _merge_equal(stages: Iterable[tuple[int, int]]) -> Stages:
+    merged: dict[int, int] = {}  # size -> first sample
+    for first, size in stages:
+        merged.setdefault(size, first)
+    return tuple((first, size) for size, first in merged.items())
 
 
 def check(schedule: BatchSchedule, microbatch_size: int, data_parallel_size: int) -> None:
-    """Raise a UserError if a stage cannot be cut into microbatches for every rank."""
-    unit = microbatch_size * data_parallel_size
-    for start, size in schedule.stages:
-        if size % unit:
+    """Check that each stage's batch divides into microbatches over the data-parallel ranks.
+
+    Megatron finds out when it enters the stage; here it is an error before the run starts.
+
+    Raises:
+        UserError: it names the stage.
+    """
+    rows = microbatch_size * data_parallel_size
+    for first, size in schedule.stages:
+        if size % rows:
+            stage = f"the batch of {size} from sample {first} on (batch.schedule or batch.ramp)"
+            if len(schedule.stages) == 1:
+                stage = f"batch.global_batch_size={size}"
             raise config.UserError(
-                f"a batch of {size} sequences (from sample {start} on) is not divisible by "
-                f"batch.microbatch_size={microbatch_size} x {data_parallel_size} data-parallel "
-                f"ranks (mesh.data x mesh.fsdp): use multiples of {unit}, or fewer ranks"
+                f"{stage} is not divisible by batch.microbatch_size={microbatch_size} x "
+                f"{data_parallel_size} data-parallel ranks (mesh.data x mesh.fsdp) = {rows}: "
+                f"make it a multiple of {rows}, or use smaller microbatches or fewer ranks"
             )

@@ -6,12 +6,14 @@ whole; but it restores flipped bits silently and tells of a failed write only at
 (0.12.8), so the digests are checked at restore, and `poll` looks for the file after each save.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -151,12 +153,11 @@ def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:
         UserError: `load` was asked for and has none, or the run's own were lost.
     """
     loaded = None
-    if load:
-        if not pathlib.Path(load).is_dir() or not (loaded := Checkpoints(load)).steps():
-            raise config.UserError(
-                f"checkpoint.load={load} has no checkpoint: correct the folder, or leave the "
-                "option out to start from random weights"
-            )
+    if load and (not pathlib.Path(load).is_dir() or not (loaded := Checkpoints(load)).steps()):
+        raise config.UserError(
+            f"checkpoint.load={load} has no checkpoint: correct the folder, or leave the option "
+            "out to start from random weights"
+        )
     return store if store is not None and store.steps() else loaded
 
 
@@ -251,6 +252,15 @@ def _check_digests(path: pathlib.Path, state: Any, saved: jax.Array) -> None:
         )
 
 
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """Turn what Orbax raises on unreadable files into one line that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        raise DamagedError(f"checkpoint {path} cannot be read: {_first_line(error)}") from None
+
+
 def _silence_orbax() -> None:
     """Keep Orbax's threads from printing hundreds of lines on a failure that we report in one."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -261,22 +271,6 @@ def _silence_orbax() -> None:
             shown(unraisable)
 
     sys.unraisablehook = hook
-
-
-class _reading:  # noqa: N801  (used as a function)
-    """Turn what Orbax raises on unreadable files into one line that names the checkpoint."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            raise DamagedError(
-                f"checkpoint {self.path} cannot be read: {_first_line(error)}"
-            ) from None
 
 
 def _first_line(error: Exception) -> str:

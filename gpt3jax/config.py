@@ -1,6 +1,6 @@
 """The configuration: a frozen tree of dataclasses, how it is read, and what makes it invalid.
 
-A recipe (`configs/*.py`) defines `get_config() -> Config`; the command line overrides single fields;
+A recipe (`configs/*.py`) defines `get_config() -> Config`; the command line overrides fields;
 `parse` joins both and validates once. Nothing here imports JAX: devices are checked in `sharding`.
 """
 
@@ -225,7 +225,7 @@ class Checkpoint:
     dir: str = ""
     """Folder of this run's checkpoints, resumed from if it has one (empty: none are written)."""
     load: str = ""
-    """Start from the newest checkpoint of this folder; an error if it has none."""
+    """Start from this folder's newest checkpoint where checkpoint.dir has none yet."""
     save_interval: int = 1000
     """Steps between checkpoints (one more is written at the end)."""
     max_to_keep: int = 3
@@ -289,12 +289,13 @@ def parse(args: Sequence[str]) -> Config:
     known, overrides = parser.parse_known_args(list(args))
     if not known.config and not {"-h", "--help"} & set(overrides):
         raise UserError("no recipe: add --config=FILE, for example --config=configs/quickstart.py")
-    config = tyro.cli(
+    recipe: dict[str, Any] = {"default": load(known.config)} if known.config else {}
+    config: Config = tyro.cli(
         Config,
         prog="python -m gpt3jax.main --config RECIPE.py",
         description="Train a GPT-3 model: the recipe's values, and these options over them.",
         args=overrides,
-        **({"default": load(known.config)} if known.config else {}),
+        **recipe,
     )
     validate(config)
     return config
@@ -372,7 +373,9 @@ _BELOW_ONE = (
 def _check_ranges(config: Config) -> None:
     flat = flatten(config)
     for name, least in _AT_LEAST.items():
-        if not flat[name] >= least or not math.isfinite(flat[name]):
+        if not math.isfinite(flat[name]):
+            raise UserError(f"{name}={flat[name]} must be finite: give a number")
+        if flat[name] < least:
             raise UserError(f"{name}={flat[name]} must be at least {least:g}: raise it")
     for name in _BELOW_ONE:
         if not 0 <= flat[name] < 1:
@@ -401,7 +404,9 @@ def _check_model(model: Model, data: Data) -> None:
 def _check_optimizer(optimizer: Optimizer) -> None:
     o = optimizer
     if o.min_lr > o.peak_lr:
-        raise UserError(f"optimizer.min_lr={o.min_lr} exceeds optimizer.peak_lr={o.peak_lr}")
+        raise UserError(
+            f"optimizer.min_lr={o.min_lr} exceeds optimizer.peak_lr={o.peak_lr}: lower it"
+        )
     if o.warmup_samples and o.warmup_fraction:
         raise UserError(
             f"optimizer.warmup_samples={o.warmup_samples} and optimizer.warmup_fraction="
@@ -410,12 +415,17 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     if o.decay_samples and o.warmup_samples >= o.decay_samples:
         raise UserError(
             f"optimizer.warmup_samples={o.warmup_samples} must be below "
-            f"optimizer.decay_samples={o.decay_samples}, which includes it"
+            f"optimizer.decay_samples={o.decay_samples}, which includes it: shorten the warm-up"
         )
     if (o.decay == "wsd") != (o.wsd_decay_samples > 0):
         raise UserError(
             f"optimizer.decay={o.decay} with optimizer.wsd_decay_samples={o.wsd_decay_samples}: "
-            "wsd, and only wsd, needs the length of its final decay"
+            "wsd, and only wsd, needs the length of its final decay: change one of them"
+        )
+    if o.decay_samples and o.wsd_decay_samples > o.decay_samples:
+        raise UserError(
+            f"optimizer.wsd_decay_samples={o.wsd_decay_samples} exceeds "
+            f"optimizer.decay_samples={o.decay_samples}: shorten it"
         )
     if o.weight_decay_growth == "constant" and o.start_weight_decay:
         raise UserError(

@@ -63,9 +63,7 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         ),
         init=_under(mesh, jax.jit(init, out_shardings=shardings)),
-        train=_under(
-            mesh, jax.jit(train, out_shardings=(shardings, replicated), donate_argnums=0)
-        ),
+        train=_under(mesh, jax.jit(train, out_shardings=(shardings, replicated), donate_argnums=0)),
         eval=_under(mesh, jax.jit(evaluate, out_shardings=replicated)),
     )
 
@@ -105,9 +103,7 @@ def train_step(
     decay = optimizer.weight_decay(cfg.optimizer, run_samples, state.schedule_samples, jnp)
     clip = optimizer.clip_factor(grad_norm, cfg.optimizer.clip_norm)
     grads = jax.tree.map(lambda g: g * clip, grads)
-    new = optimizer.adamw_update(
-        cfg.optimizer, grads, state.opt_state, state.params, lr, decay
-    )
+    new = optimizer.adamw_update(cfg.optimizer, grads, state.opt_state, state.params, lr, decay)
     old = (state.params, state.opt_state)
     params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     metrics = {

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tiny
 from gpt3jax import checkpoint, config, step
+
+import tiny
 
 ORDER = {"corpus": "a corpus", "train.seed": 1234}
 MESHES = {

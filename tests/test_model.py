@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt3jax import attention, config, dropout, model, step
+
 import numpy_gpt
 import tiny
-from gpt3jax import attention, config, dropout, model, step
 
 TINY = config.Model(
     n_layers=3, d_model=64, n_heads=4, seq_len=32, vocab_size=251, vocab_multiple=128,

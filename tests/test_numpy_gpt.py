@@ -1,8 +1,9 @@
 """The reference itself: against finite differences, Megatron-LM's and Hugging Face's numbers."""
 
 import numpy as np
-import numpy_gpt
 import pytest
+
+import numpy_gpt
 
 VOCAB_SIZE, PADDED_VOCAB, SEQ_LEN = 20, 24, 6
 SHAPES = {

@@ -82,9 +82,7 @@ def test_the_mean_of_microbatch_means_is_megatrons():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_no_mesh_causes_an_involuntary_full_rematerialization(
-    mesh, capfd, no_compilation_cache
-):
+def test_no_mesh_causes_an_involuntary_full_rematerialization(mesh, capfd, no_compilation_cache):
     # XLA warns while it partitions: hence no cache.
     axes, n_microbatches = MESHES[mesh]
     cfg = config_of(0.1, **axes)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt3jax import config, model, optimizer, step
+
 import numpy_gpt
 import tiny
-from gpt3jax import config, model, optimizer, step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "megatron_curve"
 SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())["learning_rate"]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tiny
 from gpt3jax import config, model, sharding, step
+
+import tiny
 
 
 def test_no_large_array_of_the_state_is_whole_on_a_device():

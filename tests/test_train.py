@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-import tiny
 from gpt3jax import checkpoint, config, optimizer, step, stopping, train
 from gpt3jax.data import indexed
+
+import tiny
 
 TIMES = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
 MESH_A = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -55,7 +56,9 @@ def final_arrays(cfg, n_steps):
 
 
 def stop_after(monkeypatch, n_steps):
-    monkeypatch.setattr(stopping.Stop, "requested", lambda self, step_number: step_number == n_steps)
+    monkeypatch.setattr(
+        stopping.Stop, "requested", lambda self, step_number: step_number == n_steps
+    )
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-import tiny
 from gpt3jax import batch_schedule, config
 from gpt3jax.data import indexed, loader, samples
+
+import tiny
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_samples_come_in_order_from_any_position(corpus):
     whole = numbers(cfg, schedule, mesh, 0)
     flat = list(itertools.chain.from_iterable(n for n, _ in whole))
     assert flat == list(range(104))  # the last batch starts before 96
-    assert [size for _, size in whole]== [8] * 5 + [16] * 4
+    assert [size for _, size in whole] == [8] * 5 + [16] * 4
     for k in (1, 4, 5, 6):
         consumed = sum(size for _, size in whole[:k])
         assert numbers(cfg, schedule, mesh, consumed) == whole[k:]

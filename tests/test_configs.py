@@ -1,0 +1,127 @@
+"""Every recipe: valid, runnable on the GPUs that it names, and written down as a golden text.
+
+After a change on purpose: `GPT3JAX_UPDATE_GOLDENS=1 pytest tests/test_configs.py`, and read the
+diff of tests/golden/configs.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+
+import pytest
+
+from gpt3jax import batch_schedule, config
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+GOLDENS = pathlib.Path(__file__).parent / "golden" / "configs"
+RECIPES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
+EXAMPLES = ["175b", "345m", "857m"]
+SIZES = ["125m", "350m", "760m", "1_3b", "2_7b", "6_7b", "13b", "175b"]
+PAPER = [f"gpt3/{size}" for size in SIZES]
+
+
+def path_of(recipe):
+    return CONFIGS / f"{recipe}.py"
+
+
+def docstring(recipe):
+    return path_of(recipe).read_text().split('"""')[1]
+
+
+def ready(recipe):
+    """Return a recipe's config, with a corpus where the user has to give one."""
+    cfg = config.load(str(path_of(recipe)))
+    paths = cfg.data.paths or ("corpus",)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, paths=paths))
+
+
+def meant_for(recipe, cfg):
+    """Return the numbers of devices that the docstring names."""
+    if cfg.mesh.cpu_devices:
+        return [cfg.mesh.cpu_devices]
+    first = re.search(r"^Meant for ((?:\d+, )*\d+(?: or \d+)?)", docstring(recipe), re.MULTILINE)
+    return [int(n) for n in re.findall(r"\d+", first[1])]
+
+
+def data_parallel_size(mesh, n_devices):
+    """Return data x fsdp of a mesh over n_devices; all of them must be used."""
+    sizes = [mesh.data, mesh.stage, mesh.fsdp, mesh.context, mesh.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    assert n_devices % fixed == 0 if -1 in sizes else n_devices == fixed
+    return n_devices // (mesh.stage * mesh.context * mesh.tensor)
+
+
+def test_the_recipes_are_these():
+    assert sorted(RECIPES) == sorted(["quickstart", *EXAMPLES, *PAPER])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_is_valid_and_a_function_of_nothing(recipe):
+    config.validate(ready(recipe))
+    assert config.load(str(path_of(recipe))) == config.load(str(path_of(recipe)))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_names_its_source_its_devices_and_its_aim(recipe):
+    for part in ("Source: ", "Meant for ", "Should reach"):
+        assert part in docstring(recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_batch_divides_over_the_devices_that_the_recipe_names(recipe):
+    cfg = ready(recipe)
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    for n_devices in meant_for(recipe, cfg):
+        n_ranks = data_parallel_size(cfg.mesh, n_devices)
+        batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks)
+
+
+@pytest.mark.parametrize("recipe", PAPER)
+def test_the_ramp_that_a_recipe_advises_runs_on_the_devices_that_it_names(recipe):
+    advice = re.search(r"on (\d+) GPUs, over (\d+)B tokens:\s`([^`]+)`", docstring(recipe))
+    flags = [f"--config={path_of(recipe)}", "--data.paths=corpus", *advice[3].split()]
+    cfg = config.parse(flags)
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    n_ranks = data_parallel_size(cfg.mesh, int(advice[1]))
+    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks)
+    assert len(schedule.stages) <= 12  # one compilation each
+    n_tokens = cfg.batch.ramp[2] * cfg.model.seq_len
+    assert n_tokens == pytest.approx(int(advice[2]) * 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", EXAMPLES)
+def test_an_example_fits_no_more_ranks_than_its_first_batch(recipe):
+    cfg = ready(recipe)
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    with pytest.raises(config.UserError, match="batch of 16 from sample 0"):
+        batch_schedule.check(schedule, cfg.batch.microbatch_size, 32)
+
+
+def test_flattened_recipes_are_the_golden_ones(recipe_texts):
+    if os.environ.get("GPT3JAX_UPDATE_GOLDENS"):
+        write_goldens(recipe_texts)
+    golden = {
+        p.relative_to(GOLDENS).with_suffix("").as_posix(): p.read_text()
+        for p in GOLDENS.rglob("*.txt")
+    }
+    assert recipe_texts == golden
+
+
+@pytest.fixture
+def recipe_texts():
+    flat = {recipe: config.flatten(config.load(str(path_of(recipe)))) for recipe in RECIPES}
+    return {
+        recipe: "".join(f"{field} = {value!r}\n" for field, value in fields.items())
+        for recipe, fields in flat.items()
+    }
+
+
+def write_goldens(texts):
+    for old in GOLDENS.rglob("*.txt"):
+        old.unlink()
+    for recipe, text in texts.items():
+        file = GOLDENS / f"{recipe}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
