@@ -28,7 +28,6 @@ from gpt3jax import (
     stopping,
 )
 from gpt3jax.data import loader, text
-from gpt3jax.step_log import Position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Run:
     cfg: config.Config
     mesh: jax.sharding.Mesh
     schedule: batch_schedule.BatchSchedule
-    end: Position
+    end: step_log.Position
     splits: loader.Splits
     program: step.Program
     store: checkpoint.Checkpoints | None
@@ -78,7 +77,7 @@ def prepare(cfg: config.Config) -> Run:
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     batch_schedule.check(schedule, cfg.batch.microbatch_size, sharding.data_parallel_size(mesh))
     end_samples = schedule.end_samples(cfg.train, cfg.model.seq_len)
-    end = Position(schedule.n_steps(end_samples), end_samples)
+    end = step_log.Position(schedule.n_steps(end_samples), end_samples)
     program = step.build(cfg, mesh, end.samples)
     text.ensure_corpus(cfg.data, cfg.model)
     splits = loader.open_splits(cfg, end.step, end.samples)
@@ -89,23 +88,23 @@ def prepare(cfg: config.Config) -> Run:
     )
 
 
-def restore_or_init(run: Run) -> tuple[Any, Position, list[str]]:
+def restore_or_init(run: Run) -> tuple[Any, step_log.Position, list[str]]:
     """Return the state to start from, its position, and lines that say where it comes from."""
     source = checkpoint.choose_source(run.store, run.cfg.checkpoint.load)
     if source is None:
         seed = f"starting from random weights (train.seed={run.cfg.train.seed})"
-        return run.program.init(), Position(0, 0), [seed]
+        return run.program.init(), step_log.Position(0, 0), [seed]
     state, meta, warnings = checkpoint.restore_newest(
         source, run.program.abstract_state, run.cfg, run.splits.order
     )
-    position = Position(meta.step, meta.consumed_samples)
+    position = step_log.Position(meta.step, meta.consumed_samples)
     told = f"resumed from {source.folder} at step {position.step}, {position.samples} samples"
     return state, position, [*warnings, told]
 
 
 def loop(
-    run: Run, state: Any, start: Position, recorder: metrics.Recorder, stop: stopping.Stop
-) -> tuple[Any, Position]:
+    run: Run, state: Any, start: step_log.Position, recorder: metrics.Recorder, stop: stopping.Stop
+) -> tuple[Any, step_log.Position]:
     """Take steps until the end of the run or a signal; return the last state and position."""
     cfg, position = run.cfg, start
     batches = loader.train_batches(
@@ -128,7 +127,7 @@ def loop(
         profile.before(position.step + 1)
         with log.compiling(size):
             state, step_metrics = run.program.train(state, batch)
-        position = Position(position.step + 1, position.samples + size)
+        position = step_log.Position(position.step + 1, position.samples + size)
         profile.after(position.step, step_metrics)
         log.push(position, size, step_metrics)
     log.settle()
@@ -138,8 +137,8 @@ def loop(
 def finish(
     run: Run,
     state: Any,
-    start: Position,
-    position: Position,
+    start: step_log.Position,
+    position: step_log.Position,
     recorder: metrics.Recorder,
 ) -> None:
     """Save what is not saved yet; at the end of the run evaluate, after a signal say how to go on.
@@ -171,7 +170,7 @@ def finish(
 def evaluate(
     run: Run,
     state: Any,
-    position: Position,
+    position: step_log.Position,
     split: Literal["validation", "test"],
     recorder: metrics.Recorder,
 ) -> None:
@@ -186,7 +185,7 @@ def evaluate(
     recorder.log_eval(position.step, position.samples, split, loss_sum / n_tokens)
 
 
-def save(run: Run, state: Any, position: Position, recorder: metrics.Recorder) -> None:
+def save(run: Run, state: Any, position: step_log.Position, recorder: metrics.Recorder) -> None:
     """Start to save a checkpoint, unless this very step has one."""
     if run.store is None:
         return

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import math
 import re
 
 import pytest
@@ -168,7 +169,7 @@ REFUSED = [
         "--data.eod-id=500 --data.reset-position-ids",
         "data.eod_id=500", "model.vocab_size=500", "give the corpus's own",
     ),
-    ("--optimizer.min-lr=2", "optimizer.min_lr=2.0", "exceeds optimizer.peak_lr=0.001"),
+    ("--optimizer.min-lr=2", "optimizer.min_lr=2.0", "exceeds optimizer.peak_lr=0.001: lower it"),
     (
         "--optimizer.warmup-samples=5 --optimizer.warmup-fraction=.1",
         "optimizer.warmup_samples=5", "optimizer.warmup_fraction=0.1", "set one of them to 0",
@@ -178,6 +179,10 @@ REFUSED = [
         "optimizer.warmup_samples=9", "must be below optimizer.decay_samples=9",
     ),
     ("--optimizer.decay=wsd", "optimizer.decay=wsd", "wsd_decay_samples=0", "needs the length"),
+    (
+        "--optimizer.decay=wsd --optimizer.wsd-decay-samples=9 --optimizer.decay-samples=8",
+        "optimizer.wsd_decay_samples=9", "exceeds optimizer.decay_samples=8", "shorten it",
+    ),
     ("--optimizer.wsd-decay-samples=9", "decay=cosine", "wsd_decay_samples=9", "only wsd, needs"),
     (
         "--optimizer.start-weight-decay=.5",
@@ -238,10 +243,13 @@ def test_an_axis_without_an_implementation_is_refused(parse, override):
 @pytest.mark.parametrize("name", config._AT_LEAST)
 def test_a_number_below_its_range_names_field_value_and_bound(valid, name):
     least = config._AT_LEAST[name]
-    for value in (least - 1, float("nan"), float("inf")):
+    bound = f"must be at least {least:g}"
+    for value, told in (
+        (least - 1, bound), (float("nan"), "must be finite"), (float("inf"), "must be finite"),
+    ):  # fmt: skip
         with pytest.raises(config.UserError) as error:
             config.validate(set_field(valid, name, value))
-        assert f"{name}={value} must be at least {least:g}" in str(error.value)
+        assert f"{name}={value} {told}" in str(error.value)
 
 
 @pytest.mark.parametrize("name", config._BELOW_ONE)
@@ -266,8 +274,8 @@ def test_every_number_has_a_range(valid):
 def test_every_error_of_validate_is_provoked_above(parse, valid):
     cases = [case[0] for case in REFUSED] + NOT_YET
     provoked = {line_of_error(lambda o=o: parse(*o.split())) for o in cases}
-    for name in ("model.n_layers", "model.dropout"):
-        broken = set_field(valid, name, -1)
+    for name, value in (("model.n_layers", -1), ("model.dropout", -1), ("model.d_model", math.inf)):
+        broken = set_field(valid, name, value)
         provoked.add(line_of_error(lambda cfg=broken: config.validate(cfg)))
     assert provoked == lines_that_raise()
 

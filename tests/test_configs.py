@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from gpt3jax import batch_schedule, config
+from gpt3jax import batch_schedule, config, flops, model
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 GOLDENS = pathlib.Path(__file__).parent / "golden" / "configs"
@@ -125,3 +125,26 @@ def write_goldens(texts):
         file = GOLDENS / f"{recipe}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+
+
+# With the vocabulary padded to 50,304 (quickstart: 4,096) and learned positions.
+N_PARAMS = {
+    "quickstart": 1_334_016,
+    "345m": 64_109_568,
+    "857m": 355_919_872,
+    "175b": 174_604_836_864,
+    "gpt3/125m": 125_262_336,
+    "gpt3/350m": 355_919_872,
+    "gpt3/760m": 760_372_224,
+    "gpt3/1_3b": 1_315_819_520,
+    "gpt3/2_7b": 2_651_673_600,
+    "gpt3/6_7b": 6_658_596_864,
+    "gpt3/13b": 12_853_626_880,
+    "gpt3/175b": 174_604_836_864,
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_have_their_true_parameter_counts(recipe):
+    cfg = ready(recipe).model
+    assert model.count_params(cfg) == flops.n_params(cfg) == N_PARAMS[recipe]
