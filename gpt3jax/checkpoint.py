@@ -142,7 +142,8 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Free the threads of the manager."""
+        """Wait for a save under way and free the manager's threads."""
+        self.poll(wait=True)
         self._manager.close()
 
 

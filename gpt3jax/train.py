@@ -67,8 +67,12 @@ def train(cfg: config.Config) -> None:
     ):
         for line in (*describe(run), *news):
             recorder.say(line)
-        state, position = loop(run, state, start, recorder, stop)
-        finish(run, state, start, position, recorder)
+        try:
+            state, position = loop(run, state, start, recorder, stop)
+            finish(run, state, start, position, recorder)
+        finally:
+            if run.store is not None:
+                run.store.close()  # an error must not cut off a save under way
 
 
 def prepare(cfg: config.Config) -> Run:
@@ -151,7 +155,6 @@ def finish(
         save(run, state, position, recorder)
     if run.store is not None:
         failure = run.store.poll(wait=True)
-        run.store.close()
         if failure:
             raise config.UserError(f"the last checkpoint failed: {failure}")
     if not done:
