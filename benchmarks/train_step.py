@@ -153,7 +153,7 @@ def measure_hf(args):
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    tokens = torch.randint(0, 50257, (4, 1024))
+    tokens = torch.randint(0, 50_257, (4, 1024))
 
     def one():
         optimizer.zero_grad(set_to_none=True)
