@@ -9,10 +9,12 @@ whole; but it restores flipped bits silently and tells of a failed write only at
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import pathlib
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,17 +51,24 @@ class Meta:
 class Checkpoints:
     """The checkpoints of one folder, by step."""
 
-    def __init__(self, folder: str, max_to_keep: int | None = None):
-        """Open a folder, made if need be; `max_to_keep` newest ones are kept at each save."""
+    def __init__(self, folder: str, max_to_keep: int | None = None, read_only: bool = False):
+        """Open a folder, made if need be; `max_to_keep` newest ones are kept at each save.
+
+        `read_only` is for another run's folder: nothing in it is changed.
+        """
         self.folder = pathlib.Path(folder).absolute()
+        self._read_only = read_only
         self._pending: int | None = None
         _silence_orbax()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=max_to_keep, cleanup_tmp_directories=True
+                    max_to_keep=max_to_keep,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
                 ),
                 item_names=("state", "digests", "meta"),
             )
@@ -78,7 +87,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 digests=ocp.args.StandardSave({"leaves": digests(state)}),
-                meta=ocp.args.JsonSave(dataclasses.asdict(meta)),
+                meta=ocp.args.JsonSave(_with_digest(dataclasses.asdict(meta))),
             ),
         )
         self._pending = meta.step
@@ -114,7 +123,10 @@ class Checkpoints:
             saved = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
-            return Meta(**saved["meta"])
+            found = dict(saved["meta"])
+            if _with_digest(found)["crc32"] != saved["meta"]["crc32"]:
+                raise ValueError("its meta file was changed since it was written")
+            return Meta(**{field.name: found[field.name] for field in dataclasses.fields(Meta)})
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Return the state of a step in the layout (shapes, types, shardings) asked for.
@@ -135,10 +147,11 @@ class Checkpoints:
         return saved["state"]
 
     def set_aside(self, steps: list[int]) -> None:
-        """Rename damaged checkpoints, so that their steps can be saved again."""
-        for step in steps:
-            if jax.process_index() == 0:
-                (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+        """Rename damaged checkpoints of our own, so that their steps can be saved again."""
+        for step in steps if jax.process_index() == 0 and not self._read_only else ():
+            n_before = len(list(self.folder.glob(f"damaged-{step}*")))
+            name = f"damaged-{step}" + (f"-{n_before + 1}" if n_before else "")
+            (self.folder / str(step)).rename(self.folder / name)
         self._manager.reload()
 
     def close(self) -> None:
@@ -153,13 +166,17 @@ def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:
     Raises:
         UserError: `load` was asked for and has none, or the run's own were lost.
     """
-    loaded = None
-    if load and (not pathlib.Path(load).is_dir() or not (loaded := Checkpoints(load)).steps()):
+    if store is not None and store.steps():
+        return store
+    if not load:
+        return None
+    loaded = Checkpoints(load, read_only=True) if pathlib.Path(load).is_dir() else None
+    if loaded is None or not loaded.steps():
         raise config.UserError(
             f"checkpoint.load={load} has no checkpoint: correct the folder, or leave the option "
             "out to start from random weights"
         )
-    return store if store is not None and store.steps() else loaded
+    return loaded
 
 
 def restore_newest(
@@ -167,7 +184,7 @@ def restore_newest(
 ) -> tuple[Any, Meta, list[str]]:
     """Return state and meta of the newest checkpoint that is whole, and warnings.
 
-    Damaged ones before it are set aside and named in the warnings.
+    Damaged ones before it are named in the warnings and, if they are our own, set aside.
 
     Raises:
         UserError: the checkpoint is of another network or data order, or none is whole.
@@ -181,11 +198,11 @@ def restore_newest(
             state = store.restore(step, abstract_state)
         except DamagedError as error:
             damaged.append(step)
-            warnings.append(f"WARNING: {error}; set aside as damaged-{step}")
+            warnings.append(f"WARNING: {error}; going back to an older one")
             continue
         store.set_aside(damaged)
         return state, meta, warnings
-    told = "\n".join(warning.partition("; set aside")[0] for warning in warnings)
+    told = "\n".join(warning.partition("; going back")[0] for warning in warnings)
     raise DamagedError(f"no whole checkpoint is left in {store.folder}:\n{told}")
 
 
@@ -193,6 +210,8 @@ def check_same_run(cfg: config.Config, meta: Meta, data_order: dict[str, Any]) -
     """Raise a UserError that prints the differences if the checkpoint is not of this network."""
     mine = config.flatten(cfg)
     differ = [n for n in _IDENTITY if meta.config.get(n) != mine[n]]
+    if mine["model.attention.pattern"] == "dense" and "model.attention.pattern" not in differ:
+        differ = [n for n in differ if n != "model.attention.band"]
     if differ:
         table = "\n".join(f"  {n}: checkpoint {meta.config.get(n)}, here {mine[n]}" for n in differ)
         raise config.UserError(
@@ -253,11 +272,20 @@ def _check_digests(path: pathlib.Path, state: Any, saved: jax.Array) -> None:
         )
 
 
+def _with_digest(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the meta data with a checksum of its own text."""
+    content = {name: value for name, value in meta.items() if name != "crc32"}
+    text = json.dumps(content, sort_keys=True)
+    return content | {"crc32": zlib.crc32(text.encode())}
+
+
 @contextlib.contextmanager
 def _reading(path: pathlib.Path) -> Iterator[None]:
     """Turn what Orbax raises on unreadable files into one line that names the checkpoint."""
     try:
         yield
+    except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):
+        raise  # says nothing about the files
     except Exception as error:
         raise DamagedError(f"checkpoint {path} cannot be read: {_first_line(error)}") from None
 

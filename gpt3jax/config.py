@@ -479,6 +479,11 @@ def _check_run(config: Config) -> None:
         raise UserError("batch.schedule and batch.ramp both set the batch size: clear one of them")
     if not config.data.paths:
         raise UserError("data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx")
+    if len(config.data.paths) > 1:
+        raise UserError(
+            f"data.paths has {len(config.data.paths)} entries: blends are not supported yet, "
+            "give one prefix"
+        )
     if bool(config.data.vocab_file) != bool(config.data.merge_file):
         raise UserError("data.vocab_file and data.merge_file go together: give both or neither")
     first, last = config.log.profile_steps

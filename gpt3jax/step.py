@@ -49,6 +49,11 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     Raises:
         UserError: the model does not fit the mesh.
     """
+    if run_samples >= 2**31:
+        raise config.UserError(
+            f"the run has {run_samples} samples, and their numbers must stay below 2^31: shorten "
+            "train.n_steps, train.n_samples or train.n_tokens"
+        )
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
     abstract = jax.eval_shape(init)

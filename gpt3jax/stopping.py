@@ -9,7 +9,10 @@ from jax.experimental import multihost_utils
 
 
 class Stop(contextlib.AbstractContextManager["Stop"]):
-    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second one kills."""
+    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second one kills.
+
+    With several processes, SIGTERM only: JAX's service passes it on to all of them.
+    """
 
     def __init__(self) -> None:
         """No request yet."""
@@ -17,7 +20,6 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        # With several processes JAX's own service catches SIGTERM and tells all of them.
         for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
             self._before[number] = signal.signal(number, self._ask)
         return self

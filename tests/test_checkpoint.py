@@ -143,7 +143,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
         store, program("mixed").abstract_state, tiny.make_config(), ORDER
     )
     assert found.step == 1 and store.steps() == [1]
-    assert len(warnings) == 1 and "set aside as damaged-2" in warnings[0]
+    assert len(warnings) == 1 and "going back to an older one" in warnings[0]
+    assert (tmp_path / "damaged-2").is_dir()
     expected = tiny.leaves(trained("mixed"))
     for name, array in tiny.leaves(state).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
@@ -159,6 +160,34 @@ def test_without_a_whole_checkpoint_nothing_starts_from_scratch(tmp_path):
                 store, program("mixed").abstract_state, tiny.make_config(), ORDER
             )
         assert checkpoint.choose_source(store, "") is store
+
+
+def test_changed_meta_data_are_damage(tmp_path):
+    store = saved(tmp_path, steps=(1, 2))
+    file = tmp_path / "2" / "meta" / "metadata"
+    assert '"consumed_samples": 32' in file.read_text()
+    file.write_text(file.read_text().replace('"consumed_samples": 32', '"consumed_samples": 33'))
+    with pytest.raises(checkpoint.DamagedError, match="meta file was changed"):
+        store.read_meta(2)
+    assert store.read_meta(1).consumed_samples == 16
+
+
+def test_another_runs_folder_is_only_read(tmp_path):
+    saved(tmp_path, steps=(1, 2))
+    damage(tmp_path / "2", "flip")
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # a save under way there
+    before = sorted(p.name for p in tmp_path.iterdir())
+    source = checkpoint.choose_source(None, str(tmp_path))
+    abstract = program("mixed").abstract_state
+    found = checkpoint.restore_newest(source, abstract, tiny.make_config(), ORDER)[1]
+    assert found.step == 1 and sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_the_band_of_a_dense_model_may_change(tmp_path):
+    store = saved(tmp_path)
+    cfg = tiny.make_config(model={"attention": config.Attention(band=7)})
+    abstract = program("mixed").abstract_state
+    assert checkpoint.restore_newest(store, abstract, cfg, ORDER)[1].step == 1
 
 
 def test_an_explicit_load_must_find_something(tmp_path):

@@ -39,10 +39,6 @@ def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
         UserError: files that are missing or damaged, or a split without documents or samples.
     """
     data, train = cfg.data, cfg.train
-    if len(data.paths) != 1:
-        raise config.UserError(
-            f"data.paths has {len(data.paths)} entries: blends are not supported yet, give one"
-        )
     text.check_vocabulary(data, cfg.model)
     corpus = indexed.IndexedCorpus(data.paths[0])
     eval_size = train.eval_batches * cfg.batch.global_batch_size
