@@ -23,6 +23,12 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", mesh.cpu_devices)
     launcher, found = _launcher()
+    alone = found == 1 and not distributed.n_processes
+    if alone and (distributed.coordinator_address or distributed.process_id >= 0):
+        raise config.UserError(
+            "distributed.coordinator_address or distributed.process_id is given without "
+            "distributed.n_processes, and this process would train alone: give all three"
+        )
     expected = distributed.n_processes or found
     if expected == 1:
         return
@@ -60,11 +66,18 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
 def _launcher() -> tuple[str, int]:
     """Return which launcher started this process, and how many it started."""
     for name, (count, rank) in _LAUNCHERS.items():
-        if rank in os.environ and int(os.environ.get(count, "1")) > 1:
-            return name, int(os.environ[count])
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        if rank in os.environ and _count(count) > 1:
+            return name, _count(count)
+    if _count("SLURM_NTASKS") > 1:
         raise config.UserError(
             f"SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but this process was not started by srun "
             "and would train alone: start it with srun, or unset SLURM_NTASKS"
         )
     return "no launcher", 1
+
+
+def _count(variable: str) -> int:
+    text = os.environ.get(variable, "1")
+    if not text.isdecimal():
+        raise config.UserError(f"{variable}={text} is not a number of processes: correct it")
+    return int(text)

@@ -1,6 +1,8 @@
 """`python -m gpt3jax.main --config=RECIPE.py [--group.field VALUE ...]`: train."""
 
+import os
 import sys
+import traceback
 
 from gpt3jax import config, distributed, train
 
@@ -14,8 +16,15 @@ def main() -> int:
     except config.UserError as error:
         print(f"gpt3jax: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # a failed process must not wait for others, or for a stuck writer

@@ -29,7 +29,6 @@ class StepLog:
         self._always_logged = (first_step, end.step)
         self._pending: tuple[Position, int, Any] | None = None
         self._interval: list[dict[str, float]] = []
-        self._skipped_samples = 0
         self._since, self._untimed = time.perf_counter(), 0.0
         self._compiled: set[int] = set()
 
@@ -69,7 +68,6 @@ class StepLog:
     def _read(self, position: Position, size: int, step_metrics: Any) -> None:
         values = {k: v.item() for k, v in jax.device_get(step_metrics).items()}
         _check_finite(self._cfg.precision, position.step, values)
-        self._skipped_samples += size * values["skipped"]
         self._interval.append(values)
         self._recorder.advance(position.step, values["loss"])
         interval = self._cfg.log.interval
@@ -86,7 +84,11 @@ class StepLog:
             "interval_loss": math.fsum(good) / len(good) if good else math.nan,
             "skipped_in_interval": sum(v["skipped"] for v in self._interval),
             "nan_in_interval": sum(not math.isfinite(v["loss"]) for v in self._interval),
-            "skipped_samples": self._skipped_samples,
+            # Of the whole run: consumed before this step, less those of successful steps.
+            "skipped_samples": position.samples
+            - size
+            - values["schedule_samples"]
+            + size * values["skipped"],
             "step_time": (now - self._since - self._untimed) / len(self._interval),
         }
         self._recorder.log_step(

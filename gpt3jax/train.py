@@ -135,6 +135,7 @@ def loop(
         profile.after(position.step, step_metrics)
         log.push(position, size, step_metrics)
     log.settle()
+    profile.close()
     return state, position
 
 
@@ -145,14 +146,21 @@ def finish(
     position: step_log.Position,
     recorder: metrics.Recorder,
 ) -> None:
-    """Save what is not saved yet; at the end of the run evaluate, after a signal say how to go on.
+    """At the end of the run evaluate, then save; after a signal save and say how to go on.
+
+    A run killed in the last evaluation so goes back to an older checkpoint, and evaluates again.
 
     Raises:
         UserError: the last checkpoint could not be written.
     """
     done = position.samples >= run.end.samples
-    if position != start:
-        save(run, state, position, recorder)
+    try:
+        if done and position != start:
+            evaluate(run, state, position, "validation", recorder)
+            evaluate(run, state, position, "test", recorder)
+    finally:
+        if position != start:
+            save(run, state, position, recorder)
     if run.store is not None:
         failure = run.store.poll(wait=True)
         if failure:
@@ -165,8 +173,6 @@ def finish(
     if position == start:
         recorder.say(f"nothing left to do: the run ended at step {position.step}")
         return
-    evaluate(run, state, position, "validation", recorder)
-    evaluate(run, state, position, "test", recorder)
     recorder.say(f"the run is complete: step {position.step}, {position.samples} samples")
 
 
