@@ -158,9 +158,11 @@ def finish(
         if done and position != start:
             evaluate(run, state, position, "validation", recorder)
             evaluate(run, state, position, "test", recorder)
-    finally:
-        if position != start:
-            save(run, state, position, recorder)
+    except Exception:
+        save(run, state, position, recorder)  # the work must not be lost with the evaluation
+        raise
+    if position != start:
+        save(run, state, position, recorder)
     if run.store is not None:
         failure = run.store.poll(wait=True)
         if failure:
