@@ -8,7 +8,7 @@ d98e8a64dd. NumPy's legacy RandomState is what makes the order equal.
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from gpt3jax import config
 from gpt3jax.data import indexed
 
 SPLITS = ("train", "validation", "test")
+_INDEX_AT_ONCE = 1 << 20  # samples: bounds the memory of building an index of any size
+_READ_AT_ONCE = 1 << 17  # tokens: what a read needs besides its result stays in the CPU's cache
 
 
 def split_bounds(split: str, n: int) -> list[tuple[int, int] | None]:
@@ -24,12 +26,13 @@ def split_bounds(split: str, n: int) -> list[tuple[int, int] | None]:
     Raises:
         UserError: the weights are not numbers, or all 0.
     """
-    weights = [float(x) for x in re.findall(r"[.0-9]+", split)]
-    weights = [*weights, 0.0, 0.0, 0.0][:3] if len(weights) <= 3 else []
-    if not weights or sum(weights) <= 0:
+    fields = split.replace(",", " ").split()
+    weights = [float(x) for x in fields if re.fullmatch(r"\d+\.?\d*|\.\d+", x)]
+    if not len(fields) == len(weights) <= 3 or sum(weights) <= 0:
         raise config.UserError(
             f'data.split={split!r} must be up to three weights, not all 0, like "949,50,1"'
         )
+    weights = [*weights, 0.0, 0.0][:3]
     shares = np.asarray(weights) / np.sum(weights)
     ends = [0.0]
     for share in shares.tolist():
@@ -63,8 +66,53 @@ class Epochs:
         return cls(n, n_samples - before_last < int(0.80 * per_epoch), before_last)
 
 
+class Samples(Protocol):
+    """Samples by number: of one corpus (`SampleMap`) or of a blend of them."""
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens `[n, seq_len + 1]` int32 of samples, and how many of each are real."""
+
+
+def build(
+    corpus: indexed.IndexedCorpus,
+    split: str,
+    name: str,
+    seq_len: int,
+    n_samples: int | None,
+    seed: int,
+    keep_partial: bool = False,
+) -> "SampleMap | None":
+    """Return the samples of a split by its name; None if it has no weight or none are wanted.
+
+    The rest is as in `SampleMap`.
+
+    Raises:
+        UserError: the split has a weight but gets no document, or documents without a token.
+            (Megatron aborts there, or never ends.)
+    """
+    bounds = split_bounds(split, len(corpus))[SPLITS.index(name)]
+    if bounds is None or n_samples == 0:
+        return None
+    if bounds[0] == bounds[1]:
+        raise config.UserError(
+            f"data.split={split!r} gives the {name} split none of the {len(corpus)} "
+            f"documents of {corpus.prefix}: give it a larger weight, or 0 to leave it out"
+        )
+    return SampleMap(corpus, bounds, seq_len, n_samples, seed, keep_partial)
+
+
 class SampleMap:
-    """The samples of one split of one corpus, in training order."""
+    """The samples of one split of one corpus, in training order.
+
+    Attributes:
+        epochs: how often the documents are repeated.
+        document_index: the documents (sequences of the corpus) in their order, int32.
+        sample_index: `[n + 1, 2]`: where sample i of the flat run begins, as a place in
+            document_index and an offset (tokens) in that document; int32, int64 where it must.
+        shuffle_index: which sample of the flat run comes k-th, uint32, int64 where it must.
+    """
 
     def __init__(
         self,
@@ -85,12 +133,18 @@ class SampleMap:
             seed: of both shuffles.
             keep_partial: keep the last, partial sample, padded (Megatron's
                 `drop_last_partial_validation_sequence` off).
+
+        Raises:
+            UserError: the sequences have no token.
         """
         self.corpus, self.seq_len = corpus, seq_len
         ids = np.arange(*sequences, dtype=np.int32)
-        n_tokens = int(corpus.lengths[ids[0] : ids[-1] + 1].sum(dtype=np.int64)) if len(ids) else 0
+        n_tokens = int(corpus.lengths[slice(*sequences)].sum(dtype=np.int64))
         if n_tokens == 0:
-            raise config.UserError(f"{corpus.prefix}: sequences {sequences} have no tokens")
+            raise config.UserError(
+                f"{corpus.prefix}: there is no token in documents {sequences[0]} to "
+                f"{sequences[1]} (of {len(corpus)}): the corpus is too small for this split"
+            )
         self.epochs = Epochs.needed(n_tokens, seq_len, n_samples)
         random = np.random.RandomState(seed)
         self.document_index = _shuffled_documents(ids, self.epochs, random)
@@ -102,21 +156,25 @@ class SampleMap:
         self.shuffle_index = _shuffled_samples(n, self.epochs, random)
 
     def _build_sample_index(self, n: int, total: int) -> np.ndarray:
-        """Return `[n + 1, 2]`: place in document_index, and offset in it, of each sample's start.
+        """Return where each of n samples begins, and where the last one ends.
 
-        Memory: 8 bytes for each repeated document and 16 to 24 for each sample, while it runs.
+        Memory: 12 bytes for each repeated document besides the result, while it runs.
         """
         lengths = self.corpus.lengths[self.document_index]
         ends = np.cumsum(lengths, dtype=np.int64)
-        flat = np.arange(n + 1, dtype=np.int64) * self.seq_len
-        flat[-1] = min(flat[-1], total - 1)
-        places = np.searchsorted(ends, flat, side="right")
-        offsets = flat - (ends[places] - lengths[places])
         wide = max(len(self.document_index), int(lengths.max())) > np.iinfo(np.int32).max
-        return np.stack([places, offsets], axis=1).astype(np.int64 if wide else np.int32)
+        index = np.empty((n + 1, 2), np.int64 if wide else np.int32)
+        for low in range(0, n + 1, _INDEX_AT_ONCE):
+            high = min(low + _INDEX_AT_ONCE, n + 1)
+            flat = np.arange(low, high, dtype=np.int64) * self.seq_len
+            flat = np.minimum(flat, total - 1)  # the end of a partial sample
+            places = np.searchsorted(ends, flat, side="right")
+            index[low:high, 0] = places
+            index[low:high, 1] = flat - (ends[places] - lengths[places])
+        return index
 
     def __len__(self) -> int:
-        """Return how many samples there are, at least those asked for if tokens suffice."""
+        """Return how many samples there are, at least those asked for."""
         return len(self.shuffle_index)
 
     def tokens(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,23 +184,38 @@ class SampleMap:
         """
         out = np.zeros((len(numbers), self.seq_len + 1), np.int32)
         n_real = np.zeros(len(numbers), np.int64)
-        flat, starts = self.corpus.tokens, self.corpus.starts
-        lengths, documents = self.corpus.lengths, self.document_index
-        for row, k in enumerate(self.shuffle_index[numbers].tolist()):
-            (place, offset), (last, last_offset) = self.sample_index[k : k + 2].tolist()
-            filled = 0
-            while place <= last:
-                document = documents[place]
-                stop = last_offset + 1 if place == last else lengths[document]
-                start = starts[document]
-                piece = flat[start + offset : start + stop]
-                out[row, filled : filled + len(piece)] = piece
-                filled, place, offset = filled + len(piece), place + 1, 0
-            n_real[row] = filled
+        n_rows = max(1, _READ_AT_ONCE // (self.seq_len + 1))
+        for low in range(0, len(numbers), n_rows):
+            rows = slice(low, low + n_rows)
+            tokens, n_real[rows] = self._read(numbers[rows])
+            if (n_real[rows] == self.seq_len + 1).all():
+                out[rows] = tokens.reshape(-1, self.seq_len + 1)
+            else:
+                out[rows][np.arange(self.seq_len + 1) < n_real[rows, None]] = tokens
         return out, n_real
 
+    def _read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of samples, one after another, and how many each has.
 
-def read(source: SampleMap, data: config.Data, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        A sample is made of pieces: the end of a document, whole ones, the start of another.
+        """
+        flat = self.shuffle_index[numbers].astype(np.int64)
+        place, offset = self.sample_index[flat].T.astype(np.int64)
+        last_place, last_offset = self.sample_index[flat + 1].T
+        n_pieces = last_place - place + 1
+        ends = np.cumsum(n_pieces)
+        starts = ends - n_pieces
+        places = np.arange(ends[-1]) + np.repeat(place - starts, n_pieces)
+        documents = self.document_index[places]
+        offsets = np.zeros(len(places), np.int64)
+        offsets[starts] = offset
+        stops = self.corpus.lengths[documents].astype(np.int64)
+        stops[ends - 1] = last_offset + 1  # the token shared with the next sample
+        lengths = stops - offsets
+        return self.corpus.gather(documents, offsets, lengths), np.add.reduceat(lengths, starts)
+
+
+def read(source: Samples, data: config.Data, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """Return samples by number as arrays `[n, T]`: tokens, targets, loss_mask, positions.
 
     With `data.reset_attention_mask` also segments.

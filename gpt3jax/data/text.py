@@ -1,6 +1,9 @@
 """A corpus from a folder of text, on first use: what `data.from_text` asks for."""
 
+import contextlib
+import fcntl
 import hashlib
+import itertools
 import pathlib
 import sysconfig
 from collections.abc import Iterator
@@ -21,13 +24,14 @@ def ensure_corpus(data: config.Data, model: config.Model) -> None:
     """Make the corpus `data.paths[0]` from `data.from_text`, unless it is there already.
 
     One document a file, each with an end-of-document token behind it. The tokenizer is
-    `data.vocab_file` and `data.merge_file`; where they are absent it is trained first, with
-    `model.vocab_size` tokens. Interrupted, it starts anew the next time.
+    `data.vocab_file` and `data.merge_file`; where both are absent it is trained first, with
+    `model.vocab_size` tokens. Interrupted, it starts anew the next time. Of several processes on
+    a machine one makes it and the others wait.
 
     Raises:
         UserError: there is no text, or the tokenizer does not fit the model.
     """
-    if not data.from_text or pathlib.Path(data.paths[0] + ".idx").is_file():
+    if not data.from_text or _exists(data.paths[0]):
         return
     if not data.vocab_file:
         raise config.UserError(
@@ -35,19 +39,48 @@ def ensure_corpus(data: config.Data, model: config.Model) -> None:
             "trained and written there if the files are absent"
         )
     files = text_files(data.from_text)
-    if not pathlib.Path(data.vocab_file).is_file():
-        tokenizer.train(read(files, "training the tokenizer"), model.vocab_size,
-                        data.vocab_file, data.merge_file)  # fmt: skip
+    with _locked(data.paths[0] + ".lock"):
+        if _exists(data.paths[0]):
+            return
+        if not tokenizer.exists(data.vocab_file, data.merge_file):
+            texts = read(files, "training the tokenizer")
+            tokenizer.train(texts, model.vocab_size, data.vocab_file, data.merge_file)
+        check_vocabulary(data, model)
+        _write(files, data)
+
+
+def _write(files: list[pathlib.Path], data: config.Data) -> None:
     bpe = tokenizer.Tokenizer(data.vocab_file, data.merge_file)
+    texts = read(files, f"writing {data.paths[0]}")
     with indexed.Writer(data.paths[0], indexed.token_dtype(bpe.vocab_size)) as writer:
-        texts = read(files, f"writing {data.paths[0]}")
-        while chunk := [t for _, t in zip(range(_ENCODE_AT_ONCE), texts, strict=False)]:
+        while chunk := list(itertools.islice(texts, _ENCODE_AT_ONCE)):
             for ids in bpe.encode_batch(chunk):
                 writer.add_document([[*ids, bpe.eod_id]])
+        if not writer.n_documents:
+            raise config.UserError(
+                f"data.from_text={data.from_text!r}: none of its {len(files)} files is UTF-8 text"
+            )
+
+
+def _exists(prefix: str) -> bool:
+    return all(pathlib.Path(prefix + end).is_file() for end in (".bin", ".idx"))
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Keep other processes out; the lock goes with the process that holds it, even if killed."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        pathlib.Path(path).unlink(missing_ok=True)  # who still waits will find the corpus
 
 
 def text_files(source: str) -> list[pathlib.Path]:
     """Return the files of a folder in an order by hash, so that each split is like the others.
+
+    In the order of their paths the last ones, test and validation, would be unlike the first. Of
+    Python's library it is the first PYTHON_BYTES.
 
     Raises:
         UserError: the folder is missing or empty.
@@ -61,7 +94,10 @@ def text_files(source: str) -> list[pathlib.Path]:
         and not (source == PYTHON and _LEFT_OUT & set(path.relative_to(folder).parts))
     ]
     if not files:
-        raise config.UserError(f"data.from_text={source!r}: no files in {folder}")
+        raise config.UserError(
+            f"data.from_text={source!r}: there are no files in {folder}: give a folder of text, "
+            f"or {PYTHON!r}"
+        )
     files.sort(key=lambda p: hashlib.sha256(p.relative_to(folder).as_posix().encode()).digest())
     if source != PYTHON:
         return files
@@ -70,18 +106,28 @@ def text_files(source: str) -> list[pathlib.Path]:
 
 
 def read(files: list[pathlib.Path], doing: str) -> Iterator[str]:
-    """Yield the text of each file that is UTF-8 and not empty, under a progress bar."""
+    """Yield the text of each file that is UTF-8 and not empty, under a progress bar.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     for path in tqdm.tqdm(files, desc=doing, unit=" files"):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode()
         except UnicodeDecodeError:
             continue
+        except OSError as error:
+            raise config.UserError(f"data.from_text: {path}: {error}") from error
         if text:
             yield text
 
 
 def check_vocabulary(data: config.Data, model: config.Model) -> None:
-    """Raise a UserError if the vocabulary given does not fit the model and `data.eod_id`."""
+    """Check that the vocabulary, if one is given, fits `model.vocab_size` and `data.eod_id`.
+
+    Raises:
+        UserError: it does not; it says what to set.
+    """
     if not data.vocab_file:
         return
     bpe = tokenizer.Tokenizer(data.vocab_file, data.merge_file)
@@ -97,11 +143,11 @@ def check_vocabulary(data: config.Data, model: config.Model) -> None:
         )
 
 
-def unigram_entropy(corpus: indexed.IndexedCorpus, n_tokens: int = 10_000_000) -> float:
+def unigram_entropy(corpus: indexed.IndexedCorpus, n_tokens: int = 4_000_000) -> float:
     """Return the entropy (nats per token) of token frequencies, of the first n_tokens tokens.
 
-    What a model reaches that knows how often each token comes and nothing else.
+    What a model reaches that knows how often each token comes and nothing else. 0 for no token.
     """
-    counts = np.bincount(corpus.tokens[:n_tokens])
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    _, counts = np.unique(corpus.tokens[:n_tokens], return_counts=True)
+    shares = counts / counts.sum()
+    return abs(float((shares * np.log(shares)).sum()))  # of -0.0 too

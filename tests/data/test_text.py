@@ -1,0 +1,197 @@
+"""A corpus made from text on first use: once, whole, and with a tokenizer that fits."""
+
+import dataclasses
+import pathlib
+import threading
+
+import numpy as np
+import pytest
+
+from gpt3jax import config
+from gpt3jax.data import indexed, text, tokenizer
+
+MODEL = config.Model(n_layers=1, d_model=8, n_heads=1, seq_len=8, vocab_size=300)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder of three texts, an empty file, and a binary one."""
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    for name in ("a.txt", "b", "sub/c.md"):
+        (source / name).write_text(f"this is {name}, the text, the text\r\n" * 9, newline="")
+    (source / "empty").touch()
+    (source / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    return source
+
+
+@pytest.fixture
+def data(tmp_path, folder):
+    return config.Data(
+        paths=(str(tmp_path / "out" / "corpus"),),
+        from_text=str(folder),
+        vocab_file=str(tmp_path / "out" / "vocab.json"),
+        merge_file=str(tmp_path / "out" / "merges.txt"),
+        eod_id=0,
+    )
+
+
+def documents(data):
+    corpus = indexed.IndexedCorpus(data.paths[0])
+    bpe = tokenizer.Tokenizer(data.vocab_file, data.merge_file)
+    return [bpe.decode(corpus.read(i).tolist()) for i in range(len(corpus))]
+
+
+def test_each_text_is_a_document_with_its_end(data, folder):
+    text.ensure_corpus(data, MODEL)
+    assert sorted(documents(data)) == sorted(
+        (folder / name).read_bytes().decode() + "<|endoftext|>"
+        for name in ("a.txt", "b", "sub/c.md")
+    )
+    corpus = indexed.IndexedCorpus(data.paths[0])
+    assert corpus.dtype == np.uint16
+    assert [int(corpus.read(i)[-1]) for i in range(3)] == [0, 0, 0]
+    left = sorted(path.name for path in pathlib.Path(data.paths[0]).parent.iterdir())
+    assert left == ["corpus.bin", "corpus.idx", "merges.txt", "vocab.json"]
+
+
+def test_the_order_depends_on_relative_names_alone(data, folder, tmp_path, monkeypatch):
+    text.ensure_corpus(data, MODEL)
+    moved = folder.rename(tmp_path / "elsewhere")
+    rglob = pathlib.Path.rglob  # another file system lists them in another order
+    monkeypatch.setattr(pathlib.Path, "rglob", lambda *args: reversed(list(rglob(*args))))
+    again = dataclasses.replace(data, from_text=str(moved), paths=(str(tmp_path / "again"),))
+    text.ensure_corpus(again, MODEL)
+    for end in (".bin", ".idx"):
+        ours = pathlib.Path(again.paths[0] + end).read_bytes()
+        assert ours == pathlib.Path(data.paths[0] + end).read_bytes()
+
+
+def test_the_order_is_not_that_of_the_names(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i:02}").write_text("x")
+    names = [path.name for path in text.text_files(str(tmp_path))]
+    assert sorted(names) == [f"{i:02}" for i in range(30)] != names
+
+
+def test_a_corpus_that_is_there_is_left_alone(data, folder):
+    text.ensure_corpus(data, MODEL)
+    before = pathlib.Path(data.paths[0] + ".bin").stat()
+    (folder / "new").write_text("new")
+    text.ensure_corpus(data, MODEL)
+    assert pathlib.Path(data.paths[0] + ".bin").stat() == before
+    text.ensure_corpus(dataclasses.replace(data, from_text=""), MODEL)
+
+
+def test_half_a_corpus_is_made_again(data):
+    text.ensure_corpus(data, MODEL)
+    whole = pathlib.Path(data.paths[0] + ".bin").read_bytes()
+    for end in (".bin", ".idx"):
+        pathlib.Path(data.paths[0] + end).unlink()
+        text.ensure_corpus(data, MODEL)
+        assert pathlib.Path(data.paths[0] + ".bin").read_bytes() == whole
+        assert len(documents(data)) == 3
+
+
+def test_interrupted_it_starts_anew(data, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for target, name in (
+        (tokenizer.Tokenizer, "encode_batch"), (indexed.Writer, "_index"), (pathlib.Path, "replace")
+    ):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(target, name, killed)
+            text.ensure_corpus(data, MODEL)
+        assert not pathlib.Path(data.paths[0] + ".idx").exists()
+    text.ensure_corpus(data, MODEL)
+    assert len(documents(data)) == 3
+
+
+def test_of_several_processes_one_makes_it(data, monkeypatch):
+    trained, train = [], tokenizer.train
+    monkeypatch.setattr(tokenizer, "train", lambda *args: (trained.append(1), train(*args)))
+    threads = [threading.Thread(target=text.ensure_corpus, args=(data, MODEL)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(trained) == 1
+    assert len(documents(data)) == 3
+
+
+def test_a_users_tokenizer_is_used_and_never_overwritten(data, tmp_path):
+    tokenizer.train(["aaaa bbbb " * 50], 260, data.vocab_file, data.merge_file)
+    files = [pathlib.Path(path) for path in (data.vocab_file, data.merge_file)]
+    before = [path.read_bytes() for path in files]
+    text.ensure_corpus(data, MODEL)
+    assert [path.read_bytes() for path in files] == before
+    assert len(documents(data)) == 3
+    files[0].unlink()
+    other = dataclasses.replace(data, paths=(str(tmp_path / "other"),))
+    with pytest.raises(config.UserError, match=r"vocab\.json: no such file"):
+        text.ensure_corpus(other, MODEL)
+    assert files[1].read_bytes() == before[1]
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_the_corpus_is_made(data):
+    tokenizer.train(["the text, the text"], 263, data.vocab_file, data.merge_file)
+    with pytest.raises(config.UserError, match=r"has 263 tokens, .*: set model.vocab_size=263"):
+        text.ensure_corpus(data, dataclasses.replace(MODEL, vocab_size=262))
+    with pytest.raises(config.UserError, match=r"<\|endoftext\|> as 0, .* set data.eod_id=0"):
+        text.ensure_corpus(dataclasses.replace(data, eod_id=5), MODEL)
+    assert not pathlib.Path(data.paths[0] + ".bin").exists()
+
+
+def test_a_vocabulary_may_be_smaller_than_the_models(data):
+    tokenizer.train(["the text, the text"], 263, data.vocab_file, data.merge_file)
+    text.check_vocabulary(data, MODEL)
+    text.check_vocabulary(data, dataclasses.replace(MODEL, vocab_size=263))
+    text.check_vocabulary(config.Data(), MODEL)  # without one there is nothing to check
+
+
+def test_what_is_missing_is_named(data, tmp_path):
+    with pytest.raises(config.UserError, match=r"data.from_text needs data.vocab_file"):
+        text.ensure_corpus(dataclasses.replace(data, vocab_file="", merge_file=""), MODEL)
+    for source in ("nowhere", "bare"):
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        with pytest.raises(config.UserError, match=rf"from_text='.*{source}': there are no files"):
+            text.ensure_corpus(dataclasses.replace(data, from_text=str(tmp_path / source)), MODEL)
+    (tmp_path / "bare" / "image").write_bytes(b"\xff")
+    with pytest.raises(config.UserError, match=r"none of its 1 files is UTF-8 text"):
+        text.ensure_corpus(dataclasses.replace(data, from_text=str(tmp_path / "bare")), MODEL)
+    assert not pathlib.Path(data.paths[0] + ".bin").exists()
+
+
+def test_pythons_library_is_bounded_and_without_tests(monkeypatch):
+    files = text.text_files(text.PYTHON)
+    sizes = [path.stat().st_size for path in files]
+    assert len(files) > 100
+    assert sum(sizes) <= text.PYTHON_BYTES
+    assert all(path.suffix == ".py" for path in files)
+    for left_out in ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"):
+        assert not any(left_out in path.parts for path in files), left_out
+    monkeypatch.setattr(text, "PYTHON_BYTES", sum(sizes[:20]) + 1)
+    assert text.text_files(text.PYTHON) == files[:20]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_unigram_entropy_is_in_nats(tmp_path, dtype):
+    prefix = str(tmp_path / "c")
+    with indexed.Writer(prefix, dtype) as writer:
+        writer.add_document([[1, 1, 7, 300], [7] * 100])
+    corpus = indexed.IndexedCorpus(prefix)
+    expected = 0.5 * np.log(2) + 2 * 0.25 * np.log(4)
+    assert text.unigram_entropy(corpus, 4) == pytest.approx(expected)
+    assert text.unigram_entropy(corpus) < expected
+    assert text.unigram_entropy(corpus, 2) == 0
+
+
+def test_entropy_of_strange_tokens_takes_no_memory_and_of_none_is_zero(tmp_path):
+    prefix = str(tmp_path / "c")
+    with indexed.Writer(prefix, np.int32) as writer:
+        writer.add_document([[-5, 2_000_000_000]])
+    assert text.unigram_entropy(indexed.IndexedCorpus(prefix)) == pytest.approx(np.log(2))
+    with indexed.Writer(prefix, np.int32):
+        pass
+    assert text.unigram_entropy(indexed.IndexedCorpus(prefix)) == 0

@@ -1,0 +1,222 @@
+"""GPT-2's tokenizer: Megatron's own tokens, an independent BPE, and files that are not one."""
+
+import functools
+import itertools
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt3jax import config
+from gpt3jax.data import indexed, tokenizer
+
+SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
+GPT2 = (str(SHARED / "gpt2-vocab.json"), str(SHARED / "gpt2-merges.txt"))
+needs_gpt2 = pytest.mark.skipif(
+    not all(pathlib.Path(path).is_file() for path in GPT2), reason="GPT-2's files are not here"
+)
+TEXT = [
+    "The cat sat on the mat; the cat's hat isn't flat. 123 cats, 4567 hats!\n",
+    "def f(x):\n    return x + 1  # one\n\n\nclass A:\n\tpass\n",
+    "naïve café — Ωμέγα, 日本語, 🙂🙂 \u200b\x00\x7f",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    paths = str(folder / "vocab.json"), str(folder / "merges.txt")
+    tokenizer.train(TEXT * 5, 400, *paths)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def bpe(files):
+    return tokenizer.Tokenizer(*files)
+
+
+@needs_gpt2
+@pytest.mark.parametrize("name", ["corpus_text_document", "corpus_no_eod_text_document"])
+def test_a_prepared_corpus_is_megatrons(tmp_path, name):
+    gpt2 = tokenizer.Tokenizer(*GPT2)
+    golden = SHARED / "golden" / "prepare"
+    lines = (golden / "corpus.jsonl").read_bytes().decode().split("\n")
+    texts = [json.loads(line)["text"] for line in lines if line]
+    end = [] if "no_eod" in name else [gpt2.eod_id]
+    dtype = indexed.token_dtype(gpt2.vocab_size)
+    with indexed.Writer(str(tmp_path / name), dtype) as writer:
+        for ids in gpt2.encode_batch(texts):
+            writer.add_document([[*ids, *end]] if ids else [])
+    for suffix in (".bin", ".idx"):
+        ours = (tmp_path / (name + suffix)).read_bytes()
+        assert ours == (golden / (name + suffix)).read_bytes(), suffix
+
+
+@needs_gpt2
+def test_gpt2_is_gpt2():
+    gpt2 = tokenizer.Tokenizer(*GPT2)
+    assert (gpt2.vocab_size, gpt2.eod_id) == (50_257, 50_256)
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode("a<|endoftext|>b") == [64, 50256, 65]
+
+
+# GPT-2's cut of ASCII text into words, where \p{L} is [a-zA-Z] and \p{N} is [0-9].
+WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+")
+
+
+def slow_encode(text, vocab, ranks):
+    """Join, in each word, the pair that was learned first, until no pair was learned."""
+    ids = []
+    shift = {chr(i): chr(i if 33 <= i <= 126 else 256 + i) for i in range(33)}
+    for word in WORDS.findall(text):
+        parts = [shift.get(c, c) for c in word]
+        while pairs := [p for p in itertools.pairwise(parts) if p in ranks]:
+            best, i = min(pairs, key=ranks.__getitem__), 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+                i += 1
+        ids += [vocab[part] for part in parts]
+    return ids
+
+
+@functools.cache
+def rules(vocab_file, merge_file):
+    merges = pathlib.Path(merge_file).read_text(encoding="utf-8").splitlines()
+    assert merges[0] == "#version: 0.2"
+    ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(merges[1:])}
+    return json.loads(pathlib.Path(vocab_file).read_text(encoding="utf-8")), ranks
+
+
+@given(st.text(alphabet="the cats'll 12.;\n\t()", max_size=60))
+def test_tokens_are_those_of_a_slow_bpe(bpe, files, text):
+    assert bpe.encode(text) == slow_encode(text, *rules(*files))
+
+
+@given(st.text(max_size=40))
+def test_text_survives(bpe, text):
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_a_batch_is_encoded_like_each_text(bpe):
+    texts = [*TEXT, "", "<|endoftext|>"]
+    assert bpe.encode_batch(texts) == [bpe.encode(text) for text in texts]
+
+
+def test_end_of_text_inside_a_text_is_one_token(bpe):
+    assert bpe.eod_id == 0
+    ids = bpe.encode("the cat<|endoftext|> sat")
+    assert ids == [*bpe.encode("the cat"), 0, *bpe.encode(" sat")]
+    assert bpe.decode(ids) == "the cat<|endoftext|> sat"
+    assert bpe.encode("<|endoftext|><|endoftext|>") == [0, 0]
+    assert 0 not in bpe.encode("<|endoftext>")
+
+
+def test_training_again_gives_the_same_files(files, tmp_path):
+    again = str(tmp_path / "v" / "vocab.json"), str(tmp_path / "m" / "merges.txt")
+    tokenizer.train(iter(TEXT * 5), 400, *again)
+    for path, new in zip(files, again, strict=True):
+        assert pathlib.Path(path).read_bytes() == pathlib.Path(new).read_bytes()
+        assert len(list(pathlib.Path(new).parent.iterdir())) == 1
+
+
+def test_training_gives_the_size_asked_for_or_what_the_text_allows(bpe, tmp_path):
+    paths = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    tokenizer.train(TEXT * 5, 300, *paths)
+    assert tokenizer.Tokenizer(*paths).vocab_size == 300
+    tokenizer.train([], 300, *paths)
+    assert tokenizer.Tokenizer(*paths).vocab_size == 257
+    assert tokenizer.Tokenizer(*paths).decode(tokenizer.Tokenizer(*paths).encode("é")) == "é"
+    with pytest.raises(config.UserError, match=r"model.vocab_size=256 is too small.* 257 or more"):
+        tokenizer.train(TEXT, 256, *paths)
+    assert bpe.vocab_size <= 400
+
+
+def test_training_that_was_interrupted_does_not_count(files, tmp_path, monkeypatch):
+    paths = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    assert tokenizer.exists(*files)
+    assert not tokenizer.exists(*paths)
+    replace = pathlib.Path.replace
+    for n_before in (0, 1):
+        left = [n_before]
+
+        def killed(path, target, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return replace(path, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pathlib.Path, "replace", killed)
+            tokenizer.train(TEXT, 300, *paths)
+        assert not tokenizer.exists(*paths)
+    tokenizer.train(TEXT, 300, *paths)
+    assert tokenizer.exists(*paths)
+    pathlib.Path(paths[0]).unlink()
+    assert tokenizer.exists(*paths)  # half of a user's pair: to be mended, not overwritten
+
+
+def without(vocab, token):
+    return {t: i for i, t in enumerate(t for t in vocab if t != token)}
+
+
+BAD_VOCAB = {
+    "not JSON": (lambda v: "{", r"vocab\.json is not JSON"),
+    "a list": (lambda v: json.dumps(list(v)), r"vocab\.json is not a vocabulary"),
+    "empty": (lambda v: "{}", r"vocab\.json is not a vocabulary"),
+    "words": (lambda v: json.dumps(dict.fromkeys(v, "x")), r"vocab\.json is not a vocabulary"),
+    "gaps": (lambda v: json.dumps({t: 2 * i for t, i in v.items()}), r"without gaps"),
+    "no end": (lambda v: json.dumps(without(v, "<|endoftext|>")), r"has no <\|endoftext\|>"),
+    "no byte": (lambda v: json.dumps(without(v, "a")), r"no token for 1 of the 256 bytes, 'a'"),
+    "not text": (lambda v: b"\xff\xfe", r"vocab\.json: 'utf-8' codec can't decode"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_VOCAB)
+def test_a_bad_vocabulary_is_named(files, tmp_path, fault):
+    change, message = BAD_VOCAB[fault]
+    vocab = json.loads(pathlib.Path(files[0]).read_text(encoding="utf-8"))
+    new = change(vocab)
+    bad = tmp_path / "vocab.json"
+    bad.write_bytes(new if isinstance(new, bytes) else new.encode())
+    with pytest.raises(config.UserError, match=message):
+        tokenizer.Tokenizer(str(bad), files[1])
+
+
+BAD_MERGES = {
+    "one word": ("#version: 0.2\nt h\nthe\n", r"merges\.txt:3: 'the' is not a merge"),
+    "three words": ("t h e\n", r"merges\.txt:1: 't h e' is not a merge"),
+    "unknown token": ("zq xw\n", r"merges\.txt does not belong to .*vocab\.json"),
+    "unknown result": ("Z Z\n", r"merges\.txt does not belong to .*vocab\.json"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_MERGES)
+def test_bad_merges_are_named(files, tmp_path, fault):
+    text, message = BAD_MERGES[fault]
+    bad = tmp_path / "merges.txt"
+    bad.write_text(text)
+    with pytest.raises(config.UserError, match=message):
+        tokenizer.Tokenizer(files[0], str(bad))
+
+
+def test_windows_line_ends_do_no_harm(files, bpe, tmp_path):
+    crlf = tmp_path / "merges.txt"
+    crlf.write_bytes(pathlib.Path(files[1]).read_bytes().replace(b"\n", b"\r\n"))
+    assert tokenizer.Tokenizer(files[0], str(crlf)).encode(TEXT[0]) == bpe.encode(TEXT[0])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_missing_file_is_named(files, tmp_path, which):
+    paths = [str(tmp_path / "no") if i == which else path for i, path in enumerate(files)]
+    with pytest.raises(config.UserError, match=r"no: no such file \(GPT-2's vocab.json and"):
+        tokenizer.Tokenizer(*paths)
+
+
+def test_ids_fit_the_type_they_are_stored_in(bpe):
+    ids = np.concatenate([np.array(ids) for ids in bpe.encode_batch(TEXT)])
+    assert 0 < ids.max() < bpe.vocab_size
