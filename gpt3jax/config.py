@@ -157,7 +157,7 @@ class Data:
     """The corpus and how samples are cut from it."""
 
     paths: tuple[str, ...] = ()
-    """Prefix of the corpus: PREFIX for PREFIX.bin and PREFIX.idx (Megatron's format)."""
+    """PREFIX of PREFIX.bin and PREFIX.idx; or a blend: WEIGHT PREFIX WEIGHT PREFIX ..."""
     from_text: str = ""
     """Make the corpus on first use from this folder of text; "python" is Python's own library."""
     vocab_file: str = ""
@@ -479,10 +479,10 @@ def _check_run(config: Config) -> None:
         raise UserError("batch.schedule and batch.ramp both set the batch size: clear one of them")
     if not config.data.paths:
         raise UserError("data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx")
-    if len(config.data.paths) > 1:
+    if config.data.from_text and len(config.data.paths) > 1:
         raise UserError(
-            f"data.paths has {len(config.data.paths)} entries: blends are not supported yet, "
-            "give one prefix"
+            f"data.paths has {len(config.data.paths)} entries, but data.from_text makes one "
+            "corpus: give one prefix"
         )
     if bool(config.data.vocab_file) != bool(config.data.merge_file):
         raise UserError("data.vocab_file and data.merge_file go together: give both or neither")

@@ -201,7 +201,7 @@ REFUSED = [
         "--precision.compute-dtype=float32",
         "precision.compute_dtype=float32", "implementation=cudnn", "bfloat16 or float16, or xla",
     ),
-    ("--data.paths a b", "data.paths has 2 entries", "give one prefix"),
+    ("--data.from-text t --data.paths a b", "data.paths has 2 entries", "give one prefix"),
     ("--mesh.fsdp=0", "mesh.fsdp=0", "at least 1, or -1 for the rest"),
     ("--mesh.tensor=-2", "mesh.tensor=-2", "at least 1, or -1 for the rest"),
     ("--mesh.fsdp=-1", "mesh.data and mesh.fsdp are all -1", "only one axis can take the rest"),

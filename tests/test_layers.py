@@ -7,7 +7,7 @@ LAYERS = [
     ["train"],
     ["step_log", "step", "checkpoint"],
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
-    ["attention", "data.text"],
+    ["attention", "data.text", "data.blend"],
     ["data.samples", "data.tokenizer", "dropout"],
     ["data.indexed", "sharding", "flops", "batch_schedule", "distributed"],
     ["config"],

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from gpt3jax import batch_schedule, config, sharding
-from gpt3jax.data import indexed, samples, text
+from gpt3jax.data import blend, indexed, samples, text
 
 READ_THREADS = 2  # more are slower: a batch is one gather from the page cache
 
@@ -25,9 +25,9 @@ READ_THREADS = 2  # more are slower: a batch is one gather from the page cache
 class Splits:
     """The samples of a run, what decides their order, and a line about them."""
 
-    train: samples.SampleMap
-    validation: samples.SampleMap | None
-    test: samples.SampleMap | None
+    train: samples.Samples
+    validation: samples.Samples | None
+    test: samples.Samples | None
     order: dict[str, Any]
     told: str
 
@@ -40,52 +40,48 @@ def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
     """
     data, train = cfg.data, cfg.train
     text.check_vocabulary(data, cfg.model)
-    corpus = indexed.IndexedCorpus(data.paths[0])
+    prefixes, weights = blend.parse(data.paths)
+    corpora = [indexed.IndexedCorpus(prefix) for prefix in prefixes]
     eval_size = train.eval_batches * cfg.batch.global_batch_size
     n_evals = n_steps // train.eval_interval + 1 if train.eval_interval else 0
     wanted = [n_samples, n_evals * eval_size, eval_size if n_evals else 0]
-    maps = [
-        _open_split(cfg, corpus, name, bounds, n)
-        for name, bounds, n in zip(
-            samples.SPLITS, samples.split_bounds(data.split, len(corpus)), wanted, strict=True
+    maps = []
+    for name, n in zip(samples.SPLITS, wanted, strict=True):
+        maps.append(
+            blend.build(corpora, weights, data.split, name, cfg.model.seq_len, n, train.seed)
         )
-    ]
+        if maps[-1] is not None and len(maps[-1]) < n:  # unweighted blends are read once only
+            raise config.UserError(
+                f"the run needs {n} {name} samples and {' '.join(data.paths)} has "
+                f"{len(maps[-1])}: give each prefix a weight, or shorten the run"
+            )
     if maps[0] is None:
         raise config.UserError(f"data.split={data.split!r} leaves nothing to train on")
-    epochs = maps[0].epochs
+    parts = maps[0].maps if isinstance(maps[0], blend.Blend) else [maps[0]]
+    n_epochs = ", ".join(str(part.epochs.n) for part in parts)
     return Splits(
         train=maps[0],
         validation=maps[1],
         test=maps[2],
         order={
-            "corpus": f"{len(corpus)} sequences, {corpus.n_tokens} tokens, "
-            f"crc32 {zlib.crc32(corpus.lengths.tobytes()):08x} of their lengths",
+            "corpus": [_identity(corpus) for corpus in corpora],
+            "blend weights": weights,
             "data.split": data.split,
             "model.seq_len": cfg.model.seq_len,
             "train.seed": train.seed,
-            "epochs (from the length of the run)": epochs.n,
-            "last epoch shuffled apart": epochs.last_is_separate,
+            "epochs (from the length of the run)": n_epochs,
+            "last epoch shuffled apart": [part.epochs.last_is_separate for part in parts],
         },
-        told=f"{corpus.n_tokens:,} tokens in {len(corpus):,} documents of {data.paths[0]}, "
-        f"{epochs.n} epoch(s), unigram entropy {text.unigram_entropy(corpus):.3f} nats",
+        told=f"{sum(c.n_tokens for c in corpora):,} tokens in {sum(map(len, corpora)):,} documents "
+        f"of {' '.join(data.paths)}, {n_epochs} epoch(s), unigram entropy "
+        f"{text.unigram_entropy(corpora[0]):.3f} nats{' (of the first)' * (len(corpora) > 1)}",
     )
 
 
-def _open_split(
-    cfg: config.Config,
-    corpus: indexed.IndexedCorpus,
-    name: str,
-    bounds: tuple[int, int] | None,
-    n_samples: int,
-) -> samples.SampleMap | None:
-    if bounds is None or n_samples == 0:
-        return None
-    if bounds[0] == bounds[1]:
-        raise config.UserError(
-            f"data.split={cfg.data.split!r} gives the {name} split none of the {len(corpus)} "
-            f"documents of {corpus.prefix}: give it a larger weight, or 0 to leave it out"
-        )
-    return samples.SampleMap(corpus, bounds, cfg.model.seq_len, n_samples, cfg.train.seed)
+def _identity(corpus: indexed.IndexedCorpus) -> str:
+    """Return what tells a corpus from another, wherever its files lie."""
+    checksum = zlib.crc32(corpus.lengths.tobytes())
+    return f"{len(corpus)} sequences, {corpus.n_tokens} tokens, lengths {checksum:08x}"
 
 
 def train_batches(
@@ -118,7 +114,7 @@ def eval_batches(
 
 
 def _batches(
-    source: samples.SampleMap,
+    source: samples.Samples,
     cfg: config.Config,
     mesh: jax.sharding.Mesh,
     stretches: tuple[batch_schedule.Stretch, ...],
@@ -136,7 +132,7 @@ def _batches(
 class Batches:
     """A Grain source: element k is this process's rows of batch k, as NumPy `[M, rows, ...]`."""
 
-    source: samples.SampleMap
+    source: samples.Samples
     cfg: config.Config
     stretches: tuple[batch_schedule.Stretch, ...]
     n_rows: int  # of a microbatch, over all processes
@@ -159,8 +155,9 @@ class Batches:
         highest = max(int(batch["tokens"].max()), int(batch["targets"].max()))
         lowest = min(int(batch["tokens"].min()), int(batch["targets"].min()))
         if lowest < 0 or highest >= self.cfg.model.vocab_size:
+            token = lowest if lowest < 0 else highest
             raise config.UserError(
-                f"{self.source.corpus.prefix}.bin has token {lowest if lowest < 0 else highest} "
+                f"{' '.join(self.cfg.data.paths)}: the .bin has token {token} "
                 f"(in the batch from sample {first} on), outside of "
                 f"model.vocab_size={self.cfg.model.vocab_size}: is it tokenised for this model?"
             )

@@ -102,7 +102,7 @@ def test_a_token_beyond_the_vocabulary_names_the_file(corpus):
     cfg = make_config(corpus)
     splits = loader.open_splits(cfg, 2, 32)
     schedule = batch_schedule.BatchSchedule(((0, 16),))
-    with pytest.raises(config.UserError, match=r"corpus.bin has token 500 .*vocab_size=500"):
+    with pytest.raises(config.UserError, match=r"corpus: the .bin has token 500 .*vocab_size=500"):
         next(loader.train_batches(splits, cfg, schedule, tiny.make_mesh(), 0, 96))
 
 
@@ -121,3 +121,24 @@ def test_order_tells_epochs_apart_but_not_the_length_of_the_run(corpus):
     n = len(samples.SampleMap(indexed.IndexedCorpus(corpus), (0, 360), 32, None, 1))
     short, longer, twice = (loader.open_splits(cfg, 2, m).order for m in (16, n, 2 * n))
     assert short == longer != twice
+
+
+def test_a_blend_takes_its_shares_and_an_unweighted_one_ends(corpus, tmp_path):
+    """Weights 3 to 1, by tokens: the second corpus's are all above 250."""
+    other = str(tmp_path / "other")
+    with indexed.Writer(other, np.uint16) as writer:
+        for length in np.random.default_rng(4).integers(1, 60, 400):
+            writer.add_document([np.random.default_rng(length).integers(250, 500, length + 1)])
+    with indexed.Writer(corpus, np.uint16) as writer:
+        for length in np.random.default_rng(5).integers(1, 60, 400):
+            writer.add_document([np.random.default_rng(length).integers(0, 250, length + 1)])
+    data = {"paths": ("3", corpus, "1", other), "split": "90,5,5"}
+    cfg = tiny.make_config(data=data)
+    splits = loader.open_splits(cfg, 6, 96)
+    schedule = batch_schedule.BatchSchedule(((0, 16),))
+    batches = loader.train_batches(splits, cfg, schedule, tiny.make_mesh(), 0, 96)
+    from_other = [(np.asarray(b["tokens"])[..., 0] >= 250).sum() for b, _ in batches]
+    assert from_other == [4] * 6
+    with pytest.raises(config.UserError, match="give each prefix a weight"):
+        unweighted = tiny.make_config(data={**data, "paths": (corpus, other)})
+        loader.open_splits(unweighted, 600, 9600)

@@ -1,0 +1,85 @@
+"""A tiny corpus, a tiny recipe for it, and `gpt3jax.main` in this process or in its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from gpt3jax import main
+from gpt3jax.data import indexed
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+VOCAB = 64
+# What depends on the clock.
+TIMES = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
+
+RECIPE = """
+from gpt3jax import config
+
+
+def get_config():
+    return config.Config(
+        model=config.Model(n_layers=2, d_model=32, n_heads=4, seq_len=16, vocab_size=64),
+        optimizer=config.Optimizer(peak_lr=1e-2, warmup_samples=16, decay_samples=320),
+        precision=config.Precision(compute_dtype="float32"),
+        batch=config.Batch(global_batch_size=8),
+        data=config.Data(paths=("corpus",), split="90,5,5", eod_id=0),
+        mesh=config.Mesh(data=8),
+        train=config.Train(n_steps=40, eval_interval=0),
+        checkpoint=config.Checkpoint(dir="checkpoints", save_interval=10),
+        log=config.Log(dir="logs", interval=1),
+    )
+"""
+
+
+def write(prefix, spoil=None):
+    """Write 600 random documents; the one numbered `spoil` has a token beyond the vocabulary."""
+    rng = np.random.default_rng(7)
+    with indexed.Writer(str(prefix), np.uint16) as writer:
+        for i, length in enumerate(rng.integers(1, 60, 600)):
+            tokens = [*rng.integers(1, VOCAB, length), 0]
+            writer.add_document([[VOCAB + 3, *tokens[1:]] if i == spoil else tokens])
+
+
+def write_run(folder):
+    """Write corpus.bin, corpus.idx and recipe.py, whose paths are relative to the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "corpus")
+    (folder / "recipe.py").write_text(RECIPE)
+    return folder
+
+
+def call_main(monkeypatch, folder, *args):
+    """Run `gpt3jax.main` in this process, from the folder of a run; return its exit status."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["main", "--config=recipe.py", *args])
+    return main.main()
+
+
+def start_main(folder, *args):
+    """Start `python -m gpt3jax.main` from the folder of a run, as a process of its own.
+
+    It emulates as many devices as conftest.py does here, so that both compute the same bits.
+    """
+    variables = {
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpt3jax.main", "--config=recipe.py", "--mesh.cpu-devices=8", *args],
+        cwd=folder,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def records(folder):
+    """Return the records of metrics.jsonl without what depends on the clock."""
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
