@@ -240,7 +240,6 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, monkeypatch, capfd, fin
     assert steps_saved(folder) == [20, 30, 40]
 
 
-@pytest.mark.xfail(strict=True, reason="the last evaluations come after the last checkpoint")
 def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(tmp_path, monkeypatch):
     options = ["--train.n-steps=2", "--train.eval-interval=5", "--train.eval-batches=1"]
     folder = corpus.write_run(tmp_path)
@@ -316,11 +315,11 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
             assert error.startswith("gpt3jax: error: the last checkpoint failed: step 40 was not")
 
 
-@ORBAX_LEFTOVERS
-@pytest.mark.skip(reason="the process hangs for 5 minutes at its end")
-def test_a_disk_too_full_for_a_folder_does_not_hang_the_run(tmp_path):
+@pytest.mark.parametrize("n_inodes", [1, 2])
+def test_a_disk_too_full_for_a_folder_does_not_hang_the_run(tmp_path, n_inodes):
+    """Orbax's threads wait for folders that cannot be made, and its next save raises it again."""
     folder = corpus.write_run(tmp_path / "run")
-    with small_disk(folder / "checkpoints", "size=3m,nr_inodes=1"):
+    with small_disk(folder / "checkpoints", f"size=3m,nr_inodes={n_inodes}"):
         process = corpus.start_main(folder)
         try:
             told, errors = process.communicate(timeout=60)
@@ -371,7 +370,6 @@ def test_float16_counts_skipped_steps_and_goes_on(tmp_path, monkeypatch):
     assert all(3 < loss < 5 for loss in good)
 
 
-@pytest.mark.xfail(strict=True, reason="the count of skipped samples starts anew")
 def test_skipped_samples_are_counted_over_a_whole_run(tmp_path, monkeypatch):
     folder = corpus.write_run(tmp_path)
     option = "--precision.compute-dtype=float16"
@@ -422,7 +420,6 @@ def test_a_profile_of_the_chosen_steps_is_written(tmp_path, monkeypatch):
     assert profile.stat().st_size > 0
 
 
-@pytest.mark.xfail(strict=True, reason="RuntimeError: no profile was started")
 def test_a_run_resumed_within_its_profile_goes_on(tmp_path, monkeypatch, finished):
     folder = shutil.copytree(finished, tmp_path / "run")
     options = ["--train.n-steps=42", "--log.profile-steps", "39", "41"]

@@ -156,8 +156,9 @@ class Batches:
         lowest = min(int(batch["tokens"].min()), int(batch["targets"].min()))
         if lowest < 0 or highest >= self.cfg.model.vocab_size:
             token = lowest if lowest < 0 else highest
+            files = " or ".join(f"{prefix}.bin" for prefix in blend.parse(self.cfg.data.paths)[0])
             raise config.UserError(
-                f"{' '.join(self.cfg.data.paths)}: the .bin has token {token} "
+                f"{files} has token {token} "
                 f"(in the batch from sample {first} on), outside of "
                 f"model.vocab_size={self.cfg.model.vocab_size}: is it tokenised for this model?"
             )

@@ -102,7 +102,7 @@ def test_a_token_beyond_the_vocabulary_names_the_file(corpus):
     cfg = make_config(corpus)
     splits = loader.open_splits(cfg, 2, 32)
     schedule = batch_schedule.BatchSchedule(((0, 16),))
-    with pytest.raises(config.UserError, match=r"corpus: the .bin has token 500 .*vocab_size=500"):
+    with pytest.raises(config.UserError, match=r"corpus.bin has token 500 .*vocab_size=500"):
         next(loader.train_batches(splits, cfg, schedule, tiny.make_mesh(), 0, 96))
 
 
