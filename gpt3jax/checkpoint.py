@@ -134,7 +134,13 @@ class Checkpoints:
         Raises:
             DamagedError: files are missing, cut or changed; it names the arrays.
         """
-        abstract_digests = {"leaves": jax.eval_shape(digests, abstract_state)}
+        # Without a layout of ours Orbax asks for the devices that the checkpoint was written on.
+        mesh = jax.tree.leaves(abstract_state)[0].sharding.mesh
+        shape = jax.eval_shape(digests, abstract_state)
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        abstract_digests = {
+            "leaves": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole)
+        }
         with _reading(self.folder / str(step)):
             saved = self._manager.restore(
                 step,
@@ -164,7 +170,7 @@ def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:
     """Return where to start from: the run's own folder if it has a checkpoint, else `load`.
 
     Raises:
-        UserError: `load` was asked for and has none, or the run's own were lost.
+        UserError: `load` is needed and has none.
     """
     if store is not None and store.steps():
         return store

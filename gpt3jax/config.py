@@ -308,10 +308,14 @@ def load(path: str) -> Config:
         near = ", ".join(sorted(p.name for p in file.parent.glob("*.py"))) or "none"
         raise UserError(f"--config={path}: no such file (recipes in {file.parent}: {near})")
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
-    assert spec is not None and spec.loader is not None, path
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: a recipe is a Python file, ending in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--config={path}: {type(error).__name__}: {error}; mend it") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={path}: the file must define get_config() -> Config")
     config = module.get_config()

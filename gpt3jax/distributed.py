@@ -30,13 +30,19 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
             "distributed.n_processes, and this process would train alone: give all three"
         )
     expected = distributed.n_processes or found
-    if expected == 1:
-        return
+    if found == 1 and not distributed.n_processes and _count("WORLD_SIZE") > 1:
+        raise config.UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, as torchrun sets it, but this process would "
+            "train alone: start it with srun or mpirun, or give --distributed.n-processes, "
+            "--distributed.coordinator-address and --distributed.process-id"
+        )
     explicit = distributed.coordinator_address and distributed.process_id >= 0
     if found not in (1, expected):
         raise config.UserError(
             f"distributed.n_processes={expected}, but {launcher} started {found}: make them equal"
         )
+    if expected == 1:
+        return
     if found == 1 and not explicit:
         raise config.UserError(
             f"distributed.n_processes={expected}, but this process sees no other and would train "

@@ -114,6 +114,14 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def recorded(self, step: int, name: str) -> bool:
+        """Tell whether metrics.jsonl has a value of this name at a step; True without log.dir."""
+        if self._files is None:
+            return True
+        lines = (pathlib.Path(self._cfg.log.dir) / "metrics.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        return any(entry["step"] == step and name in entry for entry in entries)
+
     def log_step(
         self,
         step: int,

@@ -224,11 +224,13 @@ class GPT(nnx.Module):
 
     def _embed(self, tokens_BT: Array, positions_BT: Array, compute: Compute) -> Array:
         # Undoing only the fsdp sharding before the lookup keeps the table sharded over tensor and
-        # spares an involuntary full rematerialisation on mixed meshes.
-        table_VD = sharding.constrain(self.embedding_VD[...].astype(compute.dtype), "vocab", None)
+        # spares an involuntary full rematerialisation on mixed meshes. In fp32, because the
+        # gradient of a lookup adds up all places of a token, thousands for a frequent one.
+        table_VD = sharding.constrain(self.embedding_VD[...], "vocab", None)
         x_BTD = sharding.constrain(table_VD[tokens_BT], *compute.residual_axes)
-        positions_TD = sharding.constrain(self.positions_TD[...].astype(compute.dtype), None, None)
-        return x_BTD + sharding.constrain(positions_TD[positions_BT], *compute.residual_axes)
+        positions_TD = sharding.constrain(self.positions_TD[...], None, None)
+        x_BTD += sharding.constrain(positions_TD[positions_BT], *compute.residual_axes)
+        return x_BTD.astype(compute.dtype)
 
     def _scan(
         self,

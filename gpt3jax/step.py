@@ -18,6 +18,8 @@ from gpt3jax import attention, config, dropout, loss, model, optimizer, sharding
 
 Batch = dict[str, jax.Array]
 
+_NOISE = 0x64726F70  # sets dropout's keys apart from those of the initial weights
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ def mean_loss_and_grads(
     weights_MBT = scale * loss.token_weights(
         batch["loss_mask"], cfg.train.loss_mean, cfg.batch.microbatch_size
     )
-    noise_key = jax.random.fold_in(jax.random.key(cfg.train.seed), 1)
+    noise_key = jax.random.fold_in(jax.random.key(cfg.train.seed), _NOISE)
 
     def one(params: model.GPT, microbatch: Batch) -> tuple[jax.Array, jax.Array]:
         noise = dropout.Noise(noise_key, microbatch["samples"])

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 
 class Stop(contextlib.AbstractContextManager["Stop"]):
-    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second one kills.
+    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second Ctrl-C kills.
 
     With several processes, SIGTERM only: JAX's service passes it on to all of them.
     """
@@ -30,7 +30,8 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
 
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:  # schedulers repeat SIGTERM, people insist
+            signal.signal(number, signal.SIG_DFL)
 
     def requested(self, step_number: int) -> bool:
         """Tell whether any process was asked to stop; all processes get the same answer."""

@@ -102,6 +102,12 @@ def restore_or_init(run: Run) -> tuple[Any, step_log.Position, list[str]]:
         source, run.program.abstract_state, run.cfg, run.splits.order
     )
     position = step_log.Position(meta.step, meta.consumed_samples)
+    if run.schedule.n_steps(position.samples) != position.step:
+        raise config.UserError(
+            f"the checkpoint of step {position.step} has consumed {position.samples} samples, "
+            "which batch.global_batch_size, batch.schedule and batch.ramp of this run would not: "
+            "resume with the values it had"
+        )
     told = f"resumed from {source.folder} at step {position.step}, {position.samples} samples"
     return state, position, [*warnings, told]
 
@@ -146,21 +152,12 @@ def finish(
     position: step_log.Position,
     recorder: metrics.Recorder,
 ) -> None:
-    """At the end of the run evaluate, then save; after a signal save and say how to go on.
-
-    A run killed in the last evaluation so goes back to an older checkpoint, and evaluates again.
+    """Save what is not saved yet; at the end of the run evaluate, after a signal say how to go on.
 
     Raises:
         UserError: the last checkpoint could not be written.
     """
     done = position.samples >= run.end.samples
-    try:
-        if done and position != start:
-            evaluate(run, state, position, "validation", recorder)
-            evaluate(run, state, position, "test", recorder)
-    except Exception:
-        save(run, state, position, recorder)  # the work must not be lost with the evaluation
-        raise
     if position != start:
         save(run, state, position, recorder)
     if run.store is not None:
@@ -172,9 +169,12 @@ def finish(
         saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"
         recorder.say(f"stopped at step {position.step}, {saved}; resume with: {command}")
         return
-    if position == start:
+    last = "test_loss" if run.splits.test is not None else "validation_loss"
+    if position == start and recorder.recorded(position.step, last):
         recorder.say(f"nothing left to do: the run ended at step {position.step}")
         return
+    evaluate(run, state, position, "validation", recorder)
+    evaluate(run, state, position, "test", recorder)
     recorder.say(f"the run is complete: step {position.step}, {position.samples} samples")
 
 

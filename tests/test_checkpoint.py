@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -202,3 +205,27 @@ def test_the_runs_own_checkpoint_goes_before_the_one_to_load(tmp_path):
     assert checkpoint.choose_source(own, str(other.folder)) is own
     empty = checkpoint.Checkpoints(str(tmp_path / "empty"))
     assert checkpoint.choose_source(empty, str(other.folder)).folder == other.folder
+
+
+FEWER = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+import sys
+sys.path.insert(0, sys.argv[2])
+import tiny
+from gpt3jax import checkpoint, step
+cfg = tiny.make_config()
+program = step.build(cfg, tiny.make_mesh(data=1, fsdp=2), 320)
+state = checkpoint.Checkpoints(sys.argv[1]).restore(1, program.abstract_state)
+print("sum", sum(float(abs(x).sum()) for x in jax.tree.leaves(state.params)))
+"""
+
+
+def test_a_state_comes_back_on_fewer_devices(tmp_path):
+    """In a process of its own, where the devices that wrote it do not exist."""
+    saved(tmp_path, "mixed")
+    command = [sys.executable, "-c", FEWER, str(tmp_path), str(pathlib.Path(__file__).parent)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    expected = sum(np.abs(x).sum() for x in tiny.leaves(trained("mixed").params).values())
+    np.testing.assert_allclose(float(told.split()[-1]), expected, rtol=1e-5)

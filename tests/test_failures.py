@@ -164,15 +164,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 ):
     folder = shutil.copytree(finished, tmp_path / "run")
     damage(folder / "checkpoints" / "40")
-    assert corpus.call_main(monkeypatch, folder) == 0
+    n_steps = 40 if damage is flip else 30  # 30: nothing to do, to save time
+    assert corpus.call_main(monkeypatch, folder, f"--train.n-steps={n_steps}") == 0
     told = capfd.readouterr()
     (warning,) = [line for line in told.out.splitlines() if "WARNING" in line]
     assert f"checkpoint {folder}/checkpoints/40 " in warning
     assert warning.endswith("going back to an older one") and told.err == ""
     assert "at step 30, 240 samples" in told.out
     assert (folder / "checkpoints" / "damaged-40").is_dir()
-    assert steps_saved(folder) == [20, 30, 40]
-    assert corpus.records(folder) == corpus.records(finished)
+    assert steps_saved(folder) == [20, 30, 40][: n_steps // 10 - 1]
+    assert corpus.records(folder) == corpus.records(finished)[:n_steps]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -315,11 +316,10 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
             assert error.startswith("gpt3jax: error: the last checkpoint failed: step 40 was not")
 
 
-@pytest.mark.parametrize("n_inodes", [1, 2])
-def test_a_disk_too_full_for_a_folder_does_not_hang_the_run(tmp_path, n_inodes):
+def test_a_disk_too_full_for_a_folder_does_not_hang_the_run(tmp_path):
     """Orbax's threads wait for folders that cannot be made, and its next save raises it again."""
     folder = corpus.write_run(tmp_path / "run")
-    with small_disk(folder / "checkpoints", f"size=3m,nr_inodes={n_inodes}"):
+    with small_disk(folder / "checkpoints", "size=3m,nr_inodes=2"):
         process = corpus.start_main(folder)
         try:
             told, errors = process.communicate(timeout=60)
@@ -340,7 +340,8 @@ def test_bad_tokens_in_the_middle_of_a_run_end_it_with_their_place(
     assert corpus.call_main(monkeypatch, folder, f"--data.prefetch={prefetch}") == 2
     told = capfd.readouterr()
     (error,) = told.err.splitlines()
-    assert error.startswith("gpt3jax: error: corpus.bin has token 67 (in the batch from sample 112")
+    assert error.startswith("gpt3jax: error: corpus")
+    assert "bin has token 67 (in the batch from sample 112 on)" in error
     assert "outside of model.vocab_size=64" in error
     assert steps_saved(folder) == [10]
     assert corpus.records(folder) == corpus.records(finished)[:13]
@@ -356,28 +357,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path, monkeypa
     assert [r["step"] for r in corpus.records(folder)] == [1]
 
 
-def test_float16_counts_skipped_steps_and_goes_on(tmp_path, monkeypatch):
+def test_float16_counts_skipped_steps_over_a_whole_run(tmp_path, monkeypatch):
     folder = corpus.write_run(tmp_path)
     options = ["--precision.compute-dtype=float16", "--log.interval=2"]
+    assert corpus.call_main(monkeypatch, folder, *options, "--train.n-steps=10") == 0
+    assert corpus.records(folder)[-1]["skipped_samples"] == 80
     assert corpus.call_main(monkeypatch, folder, *options) == 0
     found = corpus.records(folder)
     assert found[0]["skipped"] == 1 and found[-1]["skipped"] == 0
     n_skipped = sum(r["skipped_in_interval"] for r in found)
-    assert found[-1]["skipped_samples"] == 8 * n_skipped and 5 < n_skipped < 35
+    assert found[-1]["skipped_samples"] == 8 * n_skipped and 10 < n_skipped < 35
     assert found[-1]["loss_scale"] == 2.0 ** (32 - n_skipped + 1)  # hysteresis forgives one
     assert found[0]["learning_rate"] == found[1]["learning_rate"] == 0.0  # skipped: none used
-    good = [r["loss"] for r in found if not r["skipped"]]
-    assert all(3 < loss < 5 for loss in good)
-
-
-def test_skipped_samples_are_counted_over_a_whole_run(tmp_path, monkeypatch):
-    folder = corpus.write_run(tmp_path)
-    option = "--precision.compute-dtype=float16"
-    length = "--optimizer.decay-samples=320"  # of both parts
-    assert corpus.call_main(monkeypatch, folder, option, length, "--train.n-steps=30") == 0
-    before = corpus.records(folder)[-1]["skipped_samples"]
-    assert corpus.call_main(monkeypatch, folder, option, length, "--train.n-steps=32") == 0
-    assert before > 0 and corpus.records(folder)[-1]["skipped_samples"] >= before
+    assert all(3 < r["loss"] < 5 for r in found if not r["skipped"])
 
 
 def test_metrics_are_read_only_after_the_next_step_is_dispatched(tmp_path, monkeypatch):
@@ -422,8 +414,12 @@ def test_a_profile_of_the_chosen_steps_is_written(tmp_path, monkeypatch):
 
 def test_a_run_resumed_within_its_profile_goes_on(tmp_path, monkeypatch, finished):
     folder = shutil.copytree(finished, tmp_path / "run")
-    options = ["--train.n-steps=42", "--log.profile-steps", "39", "41"]
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    options = ["--train.n-steps=43", "--log.profile-steps", "39", "42"]
     assert corpus.call_main(monkeypatch, folder, *options) == 0
+    assert calls == ["start", "stop"]
 
 
 def test_log_files_hold_json_alone_after_a_kill_in_mid_line(tmp_path, monkeypatch, finished):

@@ -244,3 +244,19 @@ def test_bf16_stays_near_fp32():
     assert rough.dtype == jnp.bfloat16
     error = jnp.linalg.norm(rough.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
     assert 1e-4 < error < 0.02, error
+
+
+def test_a_frequent_tokens_gradient_does_not_vanish_in_bf16():
+    """2,048 places of one token: a sum in bf16 would stop growing at 256 times its parts."""
+    cfg = dataclasses.replace(TINY, seq_len=512, n_layers=1)
+    params = model.GPT(cfg, jax.random.key(0))
+    tokens = jnp.full((4, 512), 7)
+    positions = jnp.arange(512) + 0 * tokens
+
+    def grad(dtype):
+        compute = model.Compute(dtype=dtype)
+        return jax.grad(lambda p: p._embed(tokens, positions, compute).astype(jnp.float32).sum())(
+            params
+        ).embedding_VD[7]
+
+    np.testing.assert_allclose(grad("bfloat16"), grad("float32"), rtol=1e-3)
