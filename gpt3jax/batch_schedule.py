@@ -78,19 +78,24 @@ class BatchSchedule:
             n_steps, sample = n_steps - stretch.n_steps, stretch.end_sample
         return sample + n_steps * last_size
 
-    def end_samples(self, train: config.Train, seq_len: int) -> int:
-        """Return the samples consumed at the end of the run: at the first limit that is set.
+    def end(
+        self, train: config.Train, seq_len: int, start_step: int = 0, start: int = 0
+    ) -> tuple[int, int]:
+        """Return (steps, samples consumed) at the end of the run: at the first limit that is set.
 
-        A run takes whole batches. One limited by samples or tokens ends with the last batch that
-        starts before the limit (`while consumed < limit`), so it may pass it by part of a batch.
-        (With a constant batch Megatron rounds `train_samples` down: at most one batch fewer.)
+        `start_step` and `start` (samples) are where it goes on from, with this schedule; before
+        it, batches may have had other sizes. A run takes whole batches: limited by samples or
+        tokens it ends with the last batch that starts before the limit (`while consumed < limit`),
+        so it may pass it by part of a batch. (With a constant batch Megatron rounds
+        `train_samples` down: at most one batch fewer.)
         """
-        ends = [self.consumed_after(train.n_steps)] if train.n_steps else []
+        counts = [train.n_steps - start_step] if train.n_steps else []
         for limit in (train.n_samples, -(-train.n_tokens // seq_len)):
             if limit:
-                ends.append(self.consumed_after(self.n_steps(limit)))
-        assert ends, "config.validate asks for one limit"
-        return min(ends)
+                counts.append(self.n_steps(limit, start))
+        assert counts, "config.validate asks for one limit"
+        n_steps = max(0, min(counts))
+        return start_step + n_steps, self.consumed_after(n_steps, start)
 
 
 def from_config(batch: config.Batch, seq_len: int) -> BatchSchedule:

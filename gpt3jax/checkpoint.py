@@ -9,13 +9,14 @@ whole; but it restores flipped bits silently and tells of a failed write only at
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import logging
 import pathlib
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         self._read_only = read_only
         self._pending: int | None = None
+        self._failure = ""
         _silence_orbax()
         try:
             if not read_only:
@@ -69,6 +71,8 @@ class Checkpoints:
                     max_to_keep=max_to_keep,
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
+                    # Else a folder that cannot be made leaves threads that wait for it 5 minutes.
+                    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
                 ),
                 item_names=("state", "digests", "meta"),
             )
@@ -82,15 +86,21 @@ class Checkpoints:
 
     def save(self, state: Any, meta: Meta) -> None:
         """Start to save; arrays are copied before this returns, files are written behind it."""
-        self._manager.save(
-            meta.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                digests=ocp.args.StandardSave({"leaves": digests(state)}),
-                meta=ocp.args.JsonSave(_with_digest(dataclasses.asdict(meta))),
-            ),
-        )
         self._pending = meta.step
+        for _ in range(3):  # Orbax raises here what an earlier save left behind, each once
+            try:
+                self._manager.save(
+                    meta.step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state),
+                        digests=ocp.args.StandardSave({"leaves": digests(state)}),
+                        meta=ocp.args.JsonSave(_with_digest(dataclasses.asdict(meta))),
+                    ),
+                )
+                self._failure = ""
+                return
+            except Exception as error:  # as in poll
+                self._failure = _first_line(error)
 
     def poll(self, wait: bool = False) -> str | None:
         """Return what became of the last save, once it is known: "" for success, or the failure.
@@ -101,14 +111,14 @@ class Checkpoints:
         if self._pending is None or (not wait and self._manager.is_saving_in_progress()):
             return None
         step, self._pending = self._pending, None
-        failure = ""
+        failure = self._failure
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever the storage raises; reported, training goes on
-            failure = _first_line(error)
+            failure = failure or _first_line(error)
         if (self.folder / str(step)).is_dir():
             return ""
-        for rest in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(rest, ignore_errors=True)
         self._manager.reload()  # else it counts the step as there, and drops an older one for it
         return f"step {step} was not saved in {self.folder}: {failure or 'it is not there'}"
@@ -155,15 +165,16 @@ class Checkpoints:
     def set_aside(self, steps: list[int]) -> None:
         """Rename damaged checkpoints of our own, so that their steps can be saved again."""
         for step in steps if jax.process_index() == 0 and not self._read_only else ():
-            n_before = len(list(self.folder.glob(f"damaged-{step}*")))
-            name = f"damaged-{step}" + (f"-{n_before + 1}" if n_before else "")
-            (self.folder / str(step)).rename(self.folder / name)
+            names = (f"damaged-{step}" + (f"-{n}" if n else "") for n in itertools.count())
+            free = next(name for name in names if not (self.folder / name).exists())
+            (self.folder / str(step)).rename(self.folder / free)
         self._manager.reload()
 
     def close(self) -> None:
         """Wait for a save under way and free the manager's threads."""
         self.poll(wait=True)
-        self._manager.close()
+        with contextlib.suppress(Exception):  # once more what poll reported
+            self._manager.close()
 
 
 def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:
@@ -186,11 +197,12 @@ def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:
 
 
 def restore_newest(
-    store: Checkpoints, abstract_state: Any, cfg: config.Config, data_order: dict[str, Any]
+    store: Checkpoints, cfg: config.Config, expect: Callable[[Meta], tuple[Any, dict[str, Any]]]
 ) -> tuple[Any, Meta, list[str]]:
     """Return state and meta of the newest checkpoint that is whole, and warnings.
 
-    Damaged ones before it are named in the warnings and, if they are our own, set aside.
+    `expect` returns the layout of the state, and the data order, of a run that goes on from a
+    checkpoint. Damaged ones are named in the warnings and, if they are our own, set aside.
 
     Raises:
         UserError: the checkpoint is of another network or data order, or none is whole.
@@ -200,7 +212,9 @@ def restore_newest(
     for step in store.steps():
         try:
             meta = store.read_meta(step)
-            check_same_run(cfg, meta, data_order)
+            _check_same_model(cfg, meta)
+            abstract_state, data_order = expect(meta)
+            _check_same_order(cfg, meta, data_order)
             state = store.restore(step, abstract_state)
         except DamagedError as error:
             damaged.append(step)
@@ -212,8 +226,7 @@ def restore_newest(
     raise DamagedError(f"no whole checkpoint is left in {store.folder}:\n{told}")
 
 
-def check_same_run(cfg: config.Config, meta: Meta, data_order: dict[str, Any]) -> None:
-    """Raise a UserError that prints the differences if the checkpoint is not of this network."""
+def _check_same_model(cfg: config.Config, meta: Meta) -> None:
     mine = config.flatten(cfg)
     differ = [n for n in _IDENTITY if meta.config.get(n) != mine[n]]
     if mine["model.attention.pattern"] == "dense" and "model.attention.pattern" not in differ:
@@ -224,6 +237,9 @@ def check_same_run(cfg: config.Config, meta: Meta, data_order: dict[str, Any]) -
             f"the checkpoint of step {meta.step} is of another model:\n{table}\n"
             "use its values, or another checkpoint.dir"
         )
+
+
+def _check_same_order(cfg: config.Config, meta: Meta, data_order: dict[str, Any]) -> None:
     changed = [k for k in data_order if meta.data_order.get(k) != data_order[k]]
     if changed and not cfg.checkpoint.allow_new_data_order:
         table = "\n".join(
@@ -298,7 +314,8 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
 
 def _silence_orbax() -> None:
     """Keep Orbax's threads from printing hundreds of lines on a failure that we report in one."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     shown = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

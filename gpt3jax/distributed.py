@@ -3,6 +3,8 @@
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from gpt3jax import config
 
@@ -67,6 +69,13 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
             f"{expected} processes were expected and {jax.process_count()} found: "
             "check the launcher's settings"
         )
+
+
+def of_first_process(answer: bool) -> bool:
+    """Return the first process's answer, on all; for what it alone knows and all must act on."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
 
 
 def _launcher() -> tuple[str, int]:

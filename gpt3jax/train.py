@@ -7,6 +7,7 @@ evaluated at step n is the state after exactly n steps.
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -18,9 +19,9 @@ from gpt3jax import (
     batch_schedule,
     checkpoint,
     config,
+    distributed,
     flops,
     metrics,
-    model,
     profiling,
     sharding,
     step,
@@ -50,8 +51,7 @@ def train(cfg: config.Config) -> None:
         UserError: what does not fit or cannot be read, before the first step; a loss that is not
             finite; a last checkpoint that cannot be written.
     """
-    run = prepare(cfg)
-    state, start, news = restore_or_init(run)
+    run, state, start, news = start_or_resume(cfg)
     with (
         metrics.Recorder(
             cfg,
@@ -75,41 +75,53 @@ def train(cfg: config.Config) -> None:
                 run.store.close()  # an error must not cut off a save under way
 
 
-def prepare(cfg: config.Config) -> Run:
-    """Check the config against devices and corpus, cheapest first, and build the program."""
+def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, list[str]]:
+    """Return the run, the state and position to start from, and lines that say where from."""
     mesh = sharding.make_mesh(cfg.mesh)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     batch_schedule.check(schedule, cfg.batch.microbatch_size, sharding.data_parallel_size(mesh))
-    end_samples = schedule.end_samples(cfg.train, cfg.model.seq_len)
-    end = step_log.Position(schedule.n_steps(end_samples), end_samples)
-    program = step.build(cfg, mesh, end.samples)
     text.ensure_corpus(cfg.data, cfg.model)
-    splits = loader.open_splits(cfg, end.step, end.samples)
     folder = cfg.checkpoint.dir
     store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
-    return Run(
-        cfg=cfg, mesh=mesh, schedule=schedule, end=end, splits=splits, program=program, store=store
-    )
-
-
-def restore_or_init(run: Run) -> tuple[Any, step_log.Position, list[str]]:
-    """Return the state to start from, its position, and lines that say where it comes from."""
-    source = checkpoint.choose_source(run.store, run.cfg.checkpoint.load)
+    source = checkpoint.choose_source(store, cfg.checkpoint.load)
+    run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
     if source is None:
-        seed = f"starting from random weights (train.seed={run.cfg.train.seed})"
-        return run.program.init(), step_log.Position(0, 0), [seed]
-    state, meta, warnings = checkpoint.restore_newest(
-        source, run.program.abstract_state, run.cfg, run.splits.order
+        start = step_log.Position(0, 0)
+        run = run_from(start)
+        seed = f"starting from random weights (train.seed={cfg.train.seed})"
+        return run, run.program.init(), start, [seed]
+
+    def expect(meta: checkpoint.Meta) -> tuple[Any, dict[str, Any]]:
+        run = run_from(step_log.Position(meta.step, meta.consumed_samples))
+        return run.program.abstract_state, run.splits.order
+
+    state, meta, warnings = checkpoint.restore_newest(source, cfg, expect)
+    start = step_log.Position(meta.step, meta.consumed_samples)
+    told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
+    return run_from(start), state, start, [*warnings, told]
+
+
+def prepare(
+    cfg: config.Config,
+    mesh: jax.sharding.Mesh,
+    schedule: batch_schedule.BatchSchedule,
+    store: checkpoint.Checkpoints | None,
+    start: step_log.Position,
+) -> Run:
+    """Build the program, and map the corpus, of a run that goes on from a position.
+
+    Its end depends on the start, because the batch size may have been another one before.
+    """
+    end = step_log.Position(*schedule.end(cfg.train, cfg.model.seq_len, *start))
+    return Run(
+        cfg=cfg,
+        mesh=mesh,
+        schedule=schedule,
+        end=end,
+        splits=loader.open_splits(cfg, end.step, end.samples),
+        program=step.build(cfg, mesh, end.samples),
+        store=store,
     )
-    position = step_log.Position(meta.step, meta.consumed_samples)
-    if run.schedule.n_steps(position.samples) != position.step:
-        raise config.UserError(
-            f"the checkpoint of step {position.step} has consumed {position.samples} samples, "
-            "which batch.global_batch_size, batch.schedule and batch.ramp of this run would not: "
-            "resume with the values it had"
-        )
-    told = f"resumed from {source.folder} at step {position.step}, {position.samples} samples"
-    return state, position, [*warnings, told]
 
 
 def loop(
@@ -169,8 +181,7 @@ def finish(
         saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"
         recorder.say(f"stopped at step {position.step}, {saved}; resume with: {command}")
         return
-    last = "test_loss" if run.splits.test is not None else "validation_loss"
-    if position == start and recorder.recorded(position.step, last):
+    if position == start and distributed.of_first_process(_is_evaluated(run, position, recorder)):
         recorder.say(f"nothing left to do: the run ended at step {position.step}")
         return
     evaluate(run, state, position, "validation", recorder)
@@ -194,6 +205,13 @@ def evaluate(
     sums = [run.program.eval(state.params, batch) for batch in batches]
     loss_sum, n_tokens = (math.fsum(float(x) for x in xs) for xs in zip(*sums, strict=True))
     recorder.log_eval(position.step, position.samples, split, loss_sum / n_tokens)
+
+
+def _is_evaluated(run: Run, position: step_log.Position, recorder: metrics.Recorder) -> bool:
+    """Tell whether the evaluation that ends a run is there already, or none is wanted."""
+    splits = {"test_loss": run.splits.test, "validation_loss": run.splits.validation}
+    wanted = [name for name, source in splits.items() if source is not None]
+    return not wanted or recorder.recorded(position.step, wanted[0])
 
 
 def save(run: Run, state: Any, position: step_log.Position, recorder: metrics.Recorder) -> None:
@@ -237,10 +255,9 @@ def describe(run: Run) -> list[str]:
     cfg, shape = run.cfg, run.mesh.shape
     axes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
     kind = jax.devices()[0].device_kind
-    n_params = model.count_params(cfg.model)
     lines = [
         f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), mesh {axes}",
-        f"{n_params:,} parameters, {cfg.precision.compute_dtype}, attention "
+        f"{flops.n_params(cfg.model):,} parameters, {cfg.precision.compute_dtype}, attention "
         f"{run.program.compute.attention}, remat {cfg.model.remat}",
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
         f"{run.splits.told}",

@@ -231,7 +231,21 @@ def test_arithmetic_equals_stepping_one_by_one(schedule, start, length):
 def test_a_run_ends_at_its_first_limit_with_a_whole_batch(limits, end):
     batch = config.Batch(global_batch_size=6, schedule="0:4 100:6")
     schedule = batch_schedule.from_config(batch, 10)
-    assert schedule.end_samples(config.Train(**limits), 10) == end
+    assert schedule.end(config.Train(**limits), 10) == (schedule.n_steps(end), end)
+
+
+@pytest.mark.parametrize(
+    ("limits", "end"),
+    [
+        ({"n_steps": 5}, (5, 7 + 6 + 6)),
+        ({"n_samples": 20}, (6, 7 + 6 + 6 + 6)),
+        ({"n_samples": 7}, (3, 7)),
+        ({"n_steps": 2}, (3, 7)),  # passed already
+    ],
+)
+def test_a_run_may_go_on_from_where_another_batch_size_left_it(limits, end):
+    schedule = batch_schedule.from_config(config.Batch(global_batch_size=6), 10)
+    assert schedule.end(config.Train(**limits), 10, start_step=3, start=7) == end
 
 
 def test_a_constant_batch_that_does_not_divide_names_field_numbers_and_fix():

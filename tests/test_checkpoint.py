@@ -52,12 +52,16 @@ def saved(folder, mesh="mixed", steps=(1,), max_to_keep=3):
     return store
 
 
+def expect(abstract_state, order=ORDER):
+    return lambda meta: (abstract_state, order)
+
+
 @pytest.mark.parametrize("there", MESHES)
 @pytest.mark.parametrize("here", ["one", "mixed"])
 def test_a_state_comes_back_on_another_mesh(tmp_path, here, there):
     store = saved(tmp_path, here)
     abstract = program(there).abstract_state
-    state, found, warnings = checkpoint.restore_newest(store, abstract, tiny.make_config(), ORDER)
+    state, found, warnings = checkpoint.restore_newest(store, tiny.make_config(), expect(abstract))
     assert (found.step, found.consumed_samples, warnings) == (1, 16, [])
     expected = tiny.leaves(trained(here))
     for name, array in tiny.leaves(state).items():
@@ -109,7 +113,7 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
     other = tiny.make_config(model={"n_layers": 2, "gelu": "erf"})
     abstract = program("mixed").abstract_state
     with pytest.raises(config.UserError) as error:
-        checkpoint.restore_newest(store, abstract, other, ORDER)
+        checkpoint.restore_newest(store, other, expect(abstract))
     assert "model.n_layers: checkpoint 4, here 2" in str(error.value)
     assert "model.gelu: checkpoint tanh, here erf" in str(error.value)
 
@@ -119,10 +123,10 @@ def test_another_order_of_samples_is_refused_unless_allowed(tmp_path):
     abstract = program("mixed").abstract_state
     changed = ORDER | {"train.seed": 5}
     with pytest.raises(config.UserError, match=r"train.seed: checkpoint 1234, here 5"):
-        checkpoint.restore_newest(store, abstract, cfg, changed)
+        checkpoint.restore_newest(store, cfg, expect(abstract, changed))
     allowing = dataclasses.replace(cfg.checkpoint, allow_new_data_order=True)
     cfg = dataclasses.replace(cfg, checkpoint=allowing)
-    assert checkpoint.restore_newest(store, abstract, cfg, changed)[1].step == 1
+    assert checkpoint.restore_newest(store, cfg, expect(abstract, changed))[1].step == 1
 
 
 def damage(folder, how):
@@ -143,7 +147,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
     store = saved(tmp_path, steps=(1, 2))
     damage(tmp_path / "2", how)
     state, found, warnings = checkpoint.restore_newest(
-        store, program("mixed").abstract_state, tiny.make_config(), ORDER
+        store, tiny.make_config(), expect(program("mixed").abstract_state)
     )
     assert found.step == 1 and store.steps() == [1]
     assert len(warnings) == 1 and "going back to an older one" in warnings[0]
@@ -160,7 +164,7 @@ def test_without_a_whole_checkpoint_nothing_starts_from_scratch(tmp_path):
     for _ in range(2):  # again, as a restarted job would
         with pytest.raises(config.UserError, match="no whole checkpoint is left"):
             checkpoint.restore_newest(
-                store, program("mixed").abstract_state, tiny.make_config(), ORDER
+                store, tiny.make_config(), expect(program("mixed").abstract_state)
             )
         assert checkpoint.choose_source(store, "") is store
 
@@ -182,7 +186,7 @@ def test_another_runs_folder_is_only_read(tmp_path):
     before = sorted(p.name for p in tmp_path.iterdir())
     source = checkpoint.choose_source(None, str(tmp_path))
     abstract = program("mixed").abstract_state
-    found = checkpoint.restore_newest(source, abstract, tiny.make_config(), ORDER)[1]
+    found = checkpoint.restore_newest(source, tiny.make_config(), expect(abstract))[1]
     assert found.step == 1 and sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -190,7 +194,7 @@ def test_the_band_of_a_dense_model_may_change(tmp_path):
     store = saved(tmp_path)
     cfg = tiny.make_config(model={"attention": config.Attention(band=7)})
     abstract = program("mixed").abstract_state
-    assert checkpoint.restore_newest(store, abstract, cfg, ORDER)[1].step == 1
+    assert checkpoint.restore_newest(store, cfg, expect(abstract))[1].step == 1
 
 
 def test_an_explicit_load_must_find_something(tmp_path):

@@ -197,10 +197,12 @@ def test_a_run_whose_only_checkpoint_is_damaged_never_starts_from_scratch(
 
 def test_a_step_damaged_twice_is_set_aside_twice(tmp_path, monkeypatch, capfd, finished):
     folder = shutil.copytree(finished, tmp_path / "run")
-    shutil.copytree(folder / "checkpoints" / "40", folder / "checkpoints" / "damaged-40")
+    for name in ("damaged-40", "damaged-400"):
+        shutil.copytree(folder / "checkpoints" / "40", folder / "checkpoints" / name)
     flip(folder / "checkpoints" / "40")
     assert corpus.call_main(monkeypatch, folder) == 0
-    assert len(list((folder / "checkpoints").glob("damaged-40*"))) == 2
+    names = {path.name for path in (folder / "checkpoints").glob("damaged-40*")}
+    assert names == {"damaged-40", "damaged-400", "damaged-40-1"}
 
 
 @pytest.mark.parametrize(

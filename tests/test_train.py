@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpt3jax import checkpoint, config, optimizer, step, stopping, train
-from gpt3jax.data import indexed
+from gpt3jax.data import indexed, loader
 
 import tiny
 
@@ -96,6 +96,29 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
         assert error < 1e-3, f"{name}: {error}"
 
 
+@pytest.mark.parametrize("limit", [{"n_steps": 5}, {"n_steps": 0, "n_samples": 56}])
+def test_a_run_goes_on_with_another_batch_size(corpus, tmp_path, uninterrupted, monkeypatch, limit):
+    """2 steps of 16 samples, then 3 of 8: each sample once, in order."""
+    read, get = [], loader.Batches.__getitem__
+
+    def spy(batches, k):
+        batch = get(batches, k)
+        read.append(batch["samples"].ravel().tolist())
+        return batch
+
+    folder = tmp_path / "resumed"
+    stop_after(monkeypatch, 2)
+    train.train(make_config(corpus, folder, MESH_A))
+    stop_after(monkeypatch, None)
+    monkeypatch.setattr(loader.Batches, "__getitem__", spy)
+    batch = {"global_batch_size": 8}
+    cfg = make_config(corpus, folder, MESH_B, train={**limit, "eval_interval": 0}, batch=batch)
+    train.train(cfg)
+    steps, _ = records(folder)
+    assert [r["consumed_samples"] for r in steps] == [16, 32, 40, 48, 56]
+    assert sorted(read) == [list(range(first, first + 8)) for first in (32, 40, 48)]
+
+
 def test_a_run_leaves_curves_and_its_config(corpus, tmp_path, uninterrupted):
     steps, evals = records(tmp_path / "whole")
     assert [r["step"] for r in steps] == [1, 2, 3, 4]
@@ -135,8 +158,6 @@ def test_checkpoint_load_starts_a_new_run_from_an_old_one(corpus, tmp_path, unin
 
 def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted):
     """By hand: the validation loss at step 2 from the weights saved there."""
-    from gpt3jax.data import loader
-
     cfg = uninterrupted
     mesh = tiny.make_mesh()
     program = step.build(cfg, mesh, 64)
