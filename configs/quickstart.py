@@ -44,7 +44,7 @@ def get_config() -> config.Config:
             eod_id=0,  # <|endoftext|> in a BPE that we train
         ),
         mesh=config.Mesh(cpu_devices=4, data=2, tensor=2),
-        train=config.Train(n_steps=400, eval_interval=100, eval_batches=8),
+        train=config.Train(n_steps=400, eval_interval=100, eval_batches=32),
         checkpoint=config.Checkpoint(dir="runs/quickstart/checkpoints", save_interval=100),
         log=config.Log(dir="runs/quickstart/logs", interval=10),
     )

@@ -158,6 +158,14 @@ class Data:
 
     paths: tuple[str, ...] = ()
     """PREFIX of PREFIX.bin and PREFIX.idx; or a blend: WEIGHT PREFIX WEIGHT PREFIX ..."""
+    train_paths: tuple[str, ...] = ()
+    """In place of paths and split: corpora of the training split alone, prefixes or a blend."""
+    validation_paths: tuple[str, ...] = ()
+    """With train_paths: those of the validation split."""
+    test_paths: tuple[str, ...] = ()
+    """With train_paths: those of the test split."""
+    mock: bool = False
+    """In place of a corpus: made-up tokens, as Megatron's --mock-data (for benchmarks)."""
     from_text: str = ""
     """Make the corpus on first use from this folder of text; "python" is Python's own library."""
     vocab_file: str = ""
@@ -174,6 +182,11 @@ class Data:
     """Restart positions after each end-of-document token."""
     reset_attention_mask: bool = False
     """Hide earlier documents of a sequence from later ones."""
+    drop_last_partial_validation_sequence: bool = True
+    """Off: the last validation sample may be part of a sequence, padded."""
+    index_cache: str = ""
+    """Folder that keeps the sample indices, shared by the processes of a host ("": each its own, in
+    memory; 300B tokens take some 3 GB)."""
     prefetch: int = 4
     """Batches read ahead (0: none)."""
 
@@ -348,6 +361,7 @@ def validate(config: Config) -> None:
     _check_precision(config.precision, config.model.attention, config.model)
     _check_mesh(config.mesh, config.model)
     _check_run(config)
+    _check_data(config.data)
 
 
 _AT_LEAST: dict[str, float] = {
@@ -481,15 +495,6 @@ def _check_run(config: Config) -> None:
         raise UserError("the run has no length: set train.n_steps, train.n_samples or n_tokens")
     if batch.schedule and batch.ramp:
         raise UserError("batch.schedule and batch.ramp both set the batch size: clear one of them")
-    if not config.data.paths:
-        raise UserError("data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx")
-    if config.data.from_text and len(config.data.paths) > 1:
-        raise UserError(
-            f"data.paths has {len(config.data.paths)} entries, but data.from_text makes one "
-            "corpus: give one prefix"
-        )
-    if bool(config.data.vocab_file) != bool(config.data.merge_file):
-        raise UserError("data.vocab_file and data.merge_file go together: give both or neither")
     first, last = config.log.profile_steps
     if (first, last) != (0, 0) and not (0 < first <= last and config.log.dir):
         raise UserError(
@@ -498,6 +503,26 @@ def _check_run(config: Config) -> None:
         )
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise UserError("checkpoint.allow_new_data_order has no effect without a checkpoint.dir")
+
+
+def _check_data(data: Data) -> None:
+    given = [n for n in ("paths", "train_paths", "mock") if getattr(data, n)]
+    if not given:
+        raise UserError("data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx")
+    if len(given) > 1:
+        raise UserError(f"data.{' and data.'.join(given)} each say what to train on: keep one")
+    if (data.validation_paths or data.test_paths) and not data.train_paths:
+        raise UserError(
+            "data.validation_paths and data.test_paths go with data.train_paths: give all in "
+            "place of data.paths"
+        )
+    if data.from_text and len(data.paths) != 1:
+        raise UserError(
+            f"data.paths has {len(data.paths)} entries, but data.from_text makes one "
+            "corpus: give one prefix"
+        )
+    if bool(data.vocab_file) != bool(data.merge_file):
+        raise UserError("data.vocab_file and data.merge_file go together: give both or neither")
 
 
 def divisors(n: int) -> str:

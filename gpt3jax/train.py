@@ -28,7 +28,7 @@ from gpt3jax import (
     step_log,
     stopping,
 )
-from gpt3jax.data import loader, text
+from gpt3jax.data import loader, splits, text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Run:
     mesh: jax.sharding.Mesh
     schedule: batch_schedule.BatchSchedule
     end: step_log.Position
-    splits: loader.Splits
+    splits: splits.Splits
     program: step.Program
     store: checkpoint.Checkpoints | None
 
@@ -118,7 +118,7 @@ def prepare(
         mesh=mesh,
         schedule=schedule,
         end=end,
-        splits=loader.open_splits(cfg, end.step, end.samples),
+        splits=splits.open_splits(cfg, end.step, end.samples),
         program=step.build(cfg, mesh, end.samples),
         store=store,
     )

@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from gpt3jax import checkpoint, step, train
+from gpt3jax.data import indexed
 
 import corpus
 
@@ -339,7 +340,11 @@ def test_a_disk_too_full_for_a_folder_does_not_hang_the_run(tmp_path):
 def test_bad_tokens_in_the_middle_of_a_run_end_it_with_their_place(
     tmp_path, monkeypatch, capfd, finished, prefetch
 ):
-    """Grain reads in threads: the error must come through them, in one line."""
+    """Grain reads in threads: the error must come through them, in one line.
+
+    The check at the start, which is patched away, reads a sample of a corpus larger than this.
+    """
+    monkeypatch.setattr(indexed, "check_tokens", lambda *_: None)
     folder = corpus.write_run(tmp_path)
     corpus.write(folder / "corpus", spoil=358)  # first read in step 15
     assert corpus.call_main(monkeypatch, folder, f"--data.prefetch={prefetch}") == 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpt3jax import checkpoint, config, optimizer, step, stopping, train
-from gpt3jax.data import indexed, loader
+from gpt3jax.data import indexed, loader, splits
 
 import tiny
 
@@ -163,8 +163,8 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
     program = step.build(cfg, mesh, 64)
     store = checkpoint.Checkpoints(cfg.checkpoint.dir)
     params = store.restore(2, program.abstract_state).params
-    splits = loader.open_splits(cfg, 4, 64)
-    tokens, _ = splits.validation.tokens(np.arange(16))
+    parts = splits.open_splits(cfg, 4, 64)
+    tokens, _ = parts.validation.tokens(np.arange(16))
     positions = np.broadcast_to(np.arange(32), (16, 32))
     x = params(jax.numpy.asarray(tokens[:, :-1]), jax.numpy.asarray(positions))
     logits = np.asarray(x @ params.embedding_VD[...].T, np.float64)[..., : tiny.VOCAB]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt3jax import config
-from gpt3jax.data import indexed, samples
+from gpt3jax.data import index_cache, indexed, samples
 
 SURPLUS = 0.005  # samples that each corpus of a weighted blend prepares beyond its share
 MAX_CORPORA = 32_766  # a corpus's number is int16
@@ -46,7 +46,7 @@ def parse(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 
 def build(
-    corpora: Sequence[indexed.IndexedCorpus],
+    corpora: Sequence[indexed.Corpus],
     weights: Sequence[float] | None,
     split: str | None,
     name: str,
@@ -54,6 +54,7 @@ def build(
     n_samples: int | None,
     seed: int,
     keep_partial: bool = False,
+    cache: str = "",
 ) -> "samples.SampleMap | Blend | None":
     """Return the samples of a split, by its name, of one corpus or of a blend.
 
@@ -67,15 +68,18 @@ def build(
         n_samples: how many will be used; None: all, once.
         seed: of every corpus's shuffles.
         keep_partial: as in `samples.SampleMap`.
+        cache: as there.
 
     Raises:
         UserError: a corpus gives the split no documents, or no sample; a weight is not above 0.
     """
 
-    def one(corpus: indexed.IndexedCorpus, n: int | None) -> samples.SampleMap | None:
+    def one(corpus: indexed.Corpus, n: int | None) -> samples.SampleMap | None:
         if split is None:
-            return samples.SampleMap(corpus, (0, len(corpus)), seq_len, n, seed, keep_partial)
-        return samples.build(corpus, split, name, seq_len, n, seed, keep_partial)
+            return samples.SampleMap(
+                corpus, (0, len(corpus)), seq_len, n, seed, keep_partial, cache
+            )
+        return samples.build(corpus, split, name, seq_len, n, seed, keep_partial, cache)
 
     if n_samples == 0:
         return None
@@ -85,13 +89,13 @@ def build(
         maps = _present([one(corpus, None) for corpus in corpora])
         sizes = [len(m) for m in maps]
         n = None if n_samples is None else min(n_samples, sum(sizes))
-        return Blend(maps, sizes, n) if maps else None
+        return Blend(maps, sizes, n, cache) if maps else None
     assert n_samples is not None, "a weighted blend has no size of its own"
     shares = _shares(corpora, weights)
     targets = [math.ceil(n_samples * share) for share in shares]
     wanted = [math.ceil(target * (1 + SURPLUS)) for target in targets]
     maps = _present([one(corpus, n) for corpus, n in zip(corpora, wanted, strict=True)])
-    return Blend(maps, shares, sum(targets)) if maps else None
+    return Blend(maps, shares, sum(targets), cache) if maps else None
 
 
 class Blend:
@@ -105,7 +109,11 @@ class Blend:
     """
 
     def __init__(
-        self, maps: Sequence[samples.SampleMap], weights: Sequence[float], n_samples: int | None
+        self,
+        maps: Sequence[samples.SampleMap],
+        weights: Sequence[float],
+        n_samples: int | None,
+        cache: str = "",
     ):
         """Build the order.
 
@@ -113,6 +121,7 @@ class Blend:
             maps: at least one.
             weights: of the maps, in any unit.
             n_samples: length of the blend; None: all samples of all maps, once.
+            cache: as in `samples.SampleMap`.
 
         Raises:
             UserError: a map has no samples, or fewer than the blend takes of it.
@@ -122,14 +131,24 @@ class Blend:
         self.seq_len = maps[0].seq_len
         sizes = np.array([len(m) for m in maps], np.int64)
         self._check_present()
-        if n_samples is None:
-            self.weights = sizes.astype(np.float64)
-            self.dataset_index = _order(_normalise(sizes), int(sizes.sum()), limits=sizes)
-        else:
-            self.weights = _normalise(weights)
-            self.dataset_index = _order(self.weights, n_samples)
-        self.dataset_sample_index, taken = _count_up(self.dataset_index, len(maps))
-        self._check_taken(taken)
+        limits = sizes if n_samples is None else None
+        self.weights = sizes.astype(np.float64) if n_samples is None else _normalise(weights)
+        n = int(sizes.sum()) if n_samples is None else n_samples
+
+        def build() -> index_cache.Arrays:
+            order = _order(_normalise(sizes) if limits is not None else self.weights, n, limits)
+            within, taken = _count_up(order, len(maps))
+            return {
+                "dataset_index": order,
+                "dataset_sample_index": within,
+                "taken": np.asarray(taken),
+            }
+
+        key = {"weights": self.weights.tolist(), "n_samples": n, "exhaustive": limits is not None}
+        indices = index_cache.arrays(cache, key, build)
+        self.dataset_index = indices["dataset_index"]
+        self.dataset_sample_index = indices["dataset_sample_index"]
+        self._check_taken(indices["taken"].tolist())
 
     def __len__(self) -> int:
         """Return how many samples there are."""
@@ -167,7 +186,7 @@ def _present(maps: Sequence[samples.SampleMap | None]) -> list[samples.SampleMap
     return [m for m in maps if m is not None]
 
 
-def _shares(corpora: Sequence[indexed.IndexedCorpus], weights: Sequence[float]) -> list[float]:
+def _shares(corpora: Sequence[indexed.Corpus], weights: Sequence[float]) -> list[float]:
     for corpus, weight in zip(corpora, weights, strict=True):
         if not 0 < weight < math.inf:
             raise config.UserError(

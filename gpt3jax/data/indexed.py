@@ -7,12 +7,13 @@ Source: Megatron-LM `megatron/core/datasets/indexed_dataset.py` at d98e8a64dd.
 """
 
 import array
+import contextlib
 import mmap
 import os
 import pathlib
 import struct
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -23,11 +24,28 @@ VERSION = 1
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _HEADER = struct.Struct("<9sQBQQ")
 _CHECK_AT_ONCE = 1 << 20  # sequences: bounds the memory of opening a corpus of any size
+_COPY_AT_ONCE = 1 << 23  # tokens
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
     """Return the type that Megatron writes tokens in: uint16 below 65,500 tokens, else int32."""
     return np.uint16 if vocab_size < 65_500 else np.int32
+
+
+class Corpus(Protocol):
+    """What samples are made of: sequences of tokens, by number."""
+
+    prefix: str
+    lengths: np.ndarray
+    n_tokens: int
+
+    def __len__(self) -> int: ...
+
+    def gather(self, sequences: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """As `IndexedCorpus.gather`."""
+
+    def head(self, n: int) -> np.ndarray:
+        """Return the first tokens, at most n."""
 
 
 class IndexedCorpus:
@@ -87,6 +105,10 @@ class IndexedCorpus:
         places += np.arange(len(places))
         return self.tokens[places]
 
+    def head(self, n: int) -> np.ndarray:
+        """Return the first tokens, at most n, as a view of the map."""
+        return self.tokens[:n]
+
     def _count_tokens(self, path: pathlib.Path) -> int:
         size, end = self.dtype.itemsize, 0
         for low in range(0, len(self), _CHECK_AT_ONCE):
@@ -115,6 +137,31 @@ class IndexedCorpus:
             raise config.UserError(
                 f"{path}: its documents do not cover its {len(self)} sequences: the file is "
                 "damaged; copy or prepare it again"
+            )
+
+
+def check_tokens(corpus: IndexedCorpus, vocab_size: int) -> None:
+    """Check that a vocabulary fits: the type of the tokens, and a sample of them.
+
+    256 stretches of 4,096 tokens, from end to end; every batch is checked as it is read, too.
+
+    Raises:
+        UserError: the type cannot hold all of the vocabulary, or a token is beyond it.
+    """
+    largest = int(np.iinfo(corpus.dtype).max)
+    if largest < vocab_size - 1:
+        raise config.UserError(
+            f"{corpus.prefix}.bin has {corpus.dtype} tokens, up to {largest}, but model.vocab_size="
+            f"{vocab_size}: it was tokenised with another vocabulary"
+        )
+    for start in np.linspace(0, max(0, corpus.n_tokens - 4096), 256, dtype=np.int64):
+        tokens = corpus.tokens[start : start + 4096]
+        bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+        if len(bad):
+            place = start + bad[0]
+            told = f"{corpus.prefix}.bin has token {corpus.tokens[place]} at place {place}"
+            raise config.UserError(
+                f"{told}, outside of model.vocab_size={vocab_size}: is it tokenised for this model?"
             )
 
 
@@ -171,36 +218,88 @@ def _check_size(path: pathlib.Path, n_bytes: int, needed: int) -> None:
 
 
 class Writer:
-    """Writes a corpus; a context manager. Nothing has its final name until all is written."""
+    """Writes a corpus; a context manager. Nothing has its final name until all is written.
+
+    It keeps 4 bytes a sequence and 8 a document in memory, and no tokens.
+    """
 
     def __init__(self, prefix: str, dtype: type[np.generic]):
-        """Open `PREFIX.bin.partial`; the folder is made if need be."""
-        self._prefix, self._dtype = prefix, np.dtype(dtype).newbyteorder("<")
-        self._code = {np.dtype(d): code for code, d in DTYPES.items()}[np.dtype(dtype)]
-        pathlib.Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._partial = pathlib.Path(prefix + ".bin.partial")
-        self._file = self._partial.open("wb")
-        self._lengths = array.array("i")  # 4 bytes a sequence, where a list takes 36
-        self._documents = array.array("q", [0])
-
-    def add_document(self, sequences: Sequence[np.ndarray | Sequence[int]]) -> None:
-        """Append a document of one or more sequences; without any it keeps its entry.
+        """Open `PREFIX.bin.partial`; the folder is made if need be.
 
         Raises:
-            UserError: a token does not fit the type.
+            UserError: it cannot be written.
         """
-        for sequence in sequences:
-            self._file.write(self._cast(sequence).tobytes())
-            self._lengths.append(len(sequence))
-        self._documents.append(len(self._lengths))
+        self._prefix, self._dtype = prefix, np.dtype(dtype).newbyteorder("<")
+        self._code = {np.dtype(d): code for code, d in DTYPES.items()}[np.dtype(dtype)]
+        self._lengths = array.array("i")
+        self._documents = array.array("q", [0])
+        self._partial = pathlib.Path(prefix + ".bin.partial")
+        with _writing(self._partial):
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("wb")
 
     @property
     def n_documents(self) -> int:
         """Documents so far."""
         return len(self._documents) - 1
 
-    def _cast(self, sequence: np.ndarray | Sequence[int]) -> np.ndarray:
-        tokens = np.asarray(sequence)
+    def add_document(self, sequences: Sequence[np.ndarray | Sequence[int]]) -> None:
+        """Append a document of one or more sequences; without any it keeps its entry.
+
+        Raises:
+            UserError: a token does not fit the type; the disk is full.
+        """
+        arrays = [np.asarray(sequence) for sequence in sequences]
+        tokens = np.concatenate([a for a in arrays if len(a)] or [np.empty(0, self._dtype)])
+        self.extend(tokens, [len(a) for a in arrays], [len(arrays)])
+
+    def extend(
+        self,
+        tokens: np.ndarray,
+        lengths: Sequence[int],
+        sequences: Sequence[int],
+        continues: bool = False,
+    ) -> None:
+        """Append many documents at once, or one more piece of the last.
+
+        Args:
+            tokens: of all sequences, one after another.
+            lengths: tokens of each sequence.
+            sequences: how many sequences each document has.
+            continues: the first sequence goes on with the last one of the corpus.
+
+        Raises:
+            UserError: a token does not fit the type; a sequence has 2^31 tokens; the disk is full.
+        """
+        lengths, sequences = list(lengths), list(sequences)
+        assert len(tokens) == sum(lengths) and len(lengths) == sum(sequences)
+        cast = self._cast(tokens)
+        with _writing(self._partial):
+            self._file.write(cast.data)
+        if continues:
+            lengths[0] += self._lengths.pop()
+            self._documents.pop()
+        first = len(self._lengths)
+        if lengths and max(lengths) > np.iinfo(np.int32).max:
+            raise config.UserError(
+                f"{self._prefix}: document {self.n_documents} has {max(lengths):,} tokens in one "
+                "sequence; the format counts them in 32 bits: split it"
+            )
+        self._lengths.extend(lengths)
+        self._documents.extend((first + np.cumsum(sequences, dtype=np.int64)).tolist())
+
+    def add_corpus(self, corpus: IndexedCorpus) -> None:
+        """Append all documents of a corpus whose tokens have the same type, block by block."""
+        assert corpus.dtype == self._dtype, (corpus.dtype, self._dtype)
+        first = len(self._lengths)
+        for low in range(0, corpus.n_tokens, _COPY_AT_ONCE):
+            with _writing(self._partial):
+                self._file.write(corpus.tokens[low : low + _COPY_AT_ONCE].data)
+        self._lengths.frombytes(corpus.lengths.astype(np.int32).tobytes())
+        documents = corpus.document_indices[1:].astype(np.int64) + first
+        self._documents.frombytes(documents.tobytes())
+
+    def _cast(self, tokens: np.ndarray) -> np.ndarray:
         if tokens.dtype != self._dtype and len(tokens):
             low, high = tokens.min(), tokens.max()
             limits = np.iinfo(self._dtype)
@@ -209,32 +308,52 @@ class Writer:
                     f"{self._prefix}.bin takes {self._dtype} tokens, {limits.min} to {limits.max}, "
                     f"not {low} to {high} ({tokens.dtype}): write it with a larger vocabulary"
                 )
-        return tokens.astype(self._dtype)
+        return np.ascontiguousarray(tokens, self._dtype)
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if kind is not None:
-            self._partial.unlink()
-            return
         index = pathlib.Path(self._prefix + ".idx")
         partial = pathlib.Path(self._prefix + ".idx.partial")
-        with partial.open("wb") as file:
-            file.write(self._index())
-            file.flush()
-            os.fsync(file.fileno())
-        index.unlink(missing_ok=True)  # an older corpus's must not stand beside the new tokens
-        self._partial.replace(self._prefix + ".bin")
-        partial.replace(index)  # last: without it there is no corpus
+        try:
+            with _writing(self._partial):
+                _close_durably(self._file)
+            if kind is not None:
+                return
+            with _writing(partial), partial.open("wb") as file:
+                self._write_index(file)
+                _close_durably(file)
+            index.unlink(missing_ok=True)  # an older corpus's must not stand beside the new tokens
+            self._partial.replace(self._prefix + ".bin")
+            partial.replace(index)  # last: without it there is no corpus
+        finally:
+            self._partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
-    def _index(self) -> bytes:
-        lengths = np.asarray(self._lengths, "<i4")
-        sizes = lengths.astype("<i8") * self._dtype.itemsize
-        pointers = np.cumsum(sizes) - sizes
-        documents = np.asarray(self._documents, "<i8")
-        header = _HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents))
-        return header + lengths.tobytes() + pointers.tobytes() + documents.tobytes()
+    def _write_index(self, file: IO[bytes]) -> None:
+        lengths = np.frombuffer(self._lengths, np.int32)
+        documents = np.frombuffer(self._documents, np.int64)
+        file.write(_HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
+        file.write(lengths.astype("<i4").tobytes())
+        end = 0
+        for low in range(0, len(lengths), _CHECK_AT_ONCE):
+            sizes = lengths[low : low + _CHECK_AT_ONCE].astype("<i8") * self._dtype.itemsize
+            ends = end + np.cumsum(sizes)
+            file.write((ends - sizes).tobytes())
+            end = int(ends[-1])
+        file.write(documents.astype("<i8").tobytes())
+
+
+def _close_durably(file: IO[bytes]) -> None:
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise config.UserError(f"{path}: {error.strerror}: nothing was written") from error

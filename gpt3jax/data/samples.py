@@ -8,12 +8,13 @@ d98e8a64dd. NumPy's legacy RandomState is what makes the order equal.
 
 import dataclasses
 import re
+import zlib
 from typing import Any, Protocol
 
 import numpy as np
 
 from gpt3jax import config
-from gpt3jax.data import indexed
+from gpt3jax.data import index_cache, indexed
 
 SPLITS = ("train", "validation", "test")
 _INDEX_AT_ONCE = 1 << 20  # samples: bounds the memory of building an index of any size
@@ -76,13 +77,14 @@ class Samples(Protocol):
 
 
 def build(
-    corpus: indexed.IndexedCorpus,
+    corpus: indexed.Corpus,
     split: str,
     name: str,
     seq_len: int,
     n_samples: int | None,
     seed: int,
     keep_partial: bool = False,
+    cache: str = "",
 ) -> "SampleMap | None":
     """Return the samples of a split by its name; None if it has no weight or none are wanted.
 
@@ -100,7 +102,7 @@ def build(
             f"data.split={split!r} gives the {name} split none of the {len(corpus)} "
             f"documents of {corpus.prefix}: give it a larger weight, or 0 to leave it out"
         )
-    return SampleMap(corpus, bounds, seq_len, n_samples, seed, keep_partial)
+    return SampleMap(corpus, bounds, seq_len, n_samples, seed, keep_partial, cache)
 
 
 class SampleMap:
@@ -116,12 +118,13 @@ class SampleMap:
 
     def __init__(
         self,
-        corpus: indexed.IndexedCorpus,
+        corpus: indexed.Corpus,
         sequences: tuple[int, int],
         seq_len: int,
         n_samples: int | None,
         seed: int,
         keep_partial: bool = False,
+        cache: str = "",
     ):
         """Build the indices.
 
@@ -133,6 +136,7 @@ class SampleMap:
             seed: of both shuffles.
             keep_partial: keep the last, partial sample, padded (Megatron's
                 `drop_last_partial_validation_sequence` off).
+            cache: folder that keeps the indices (`index_cache`); "": none.
 
         Raises:
             UserError: the sequences have no token.
@@ -146,23 +150,41 @@ class SampleMap:
                 f"{sequences[1]} (of {len(corpus)}): the corpus is too small for this split"
             )
         self.epochs = Epochs.needed(n_tokens, seq_len, n_samples)
-        random = np.random.RandomState(seed)
-        self.document_index = _shuffled_documents(ids, self.epochs, random)
         total = self.epochs.n * n_tokens
         n = (total - 1) // seq_len
         if keep_partial:  # in 32-bit floats, as there
             n = int(np.ceil(np.float32(total - 1) / np.float32(seq_len)))
-        self.sample_index = self._build_sample_index(n, total)
-        self.shuffle_index = _shuffled_samples(n, self.epochs, random)
 
-    def _build_sample_index(self, n: int, total: int) -> np.ndarray:
+        def build() -> index_cache.Arrays:
+            random = np.random.RandomState(seed)  # both shuffles draw from it, in this order
+            documents = _shuffled_documents(ids, self.epochs, random)
+            return {
+                "document_index": documents,
+                "sample_index": self._build_sample_index(documents, n, total),
+                "shuffle_index": _shuffled_samples(n, self.epochs, random),
+            }
+
+        key = {
+            "lengths": zlib.crc32(corpus.lengths.tobytes()),
+            "sequences": sequences,
+            "seq_len": seq_len,
+            "n_samples": n,
+            "epochs": dataclasses.astuple(self.epochs),
+            "seed": seed,
+        }
+        indices = index_cache.arrays(cache, key, build)
+        self.document_index = indices["document_index"]
+        self.sample_index = indices["sample_index"]
+        self.shuffle_index = indices["shuffle_index"]
+
+    def _build_sample_index(self, documents: np.ndarray, n: int, total: int) -> np.ndarray:
         """Return where each of n samples begins, and where the last one ends.
 
         Memory: 12 bytes for each repeated document besides the result, while it runs.
         """
-        lengths = self.corpus.lengths[self.document_index]
+        lengths = self.corpus.lengths[documents]
         ends = np.cumsum(lengths, dtype=np.int64)
-        wide = max(len(self.document_index), int(lengths.max())) > np.iinfo(np.int32).max
+        wide = max(len(documents), int(lengths.max())) > np.iinfo(np.int32).max
         index = np.empty((n + 1, 2), np.int64 if wide else np.int32)
         for low in range(0, n + 1, _INDEX_AT_ONCE):
             high = min(low + _INDEX_AT_ONCE, n + 1)

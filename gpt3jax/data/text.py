@@ -50,7 +50,7 @@ def ensure_corpus(data: config.Data, model: config.Model) -> None:
 
 
 def _write(files: list[pathlib.Path], data: config.Data) -> None:
-    bpe = tokenizer.Tokenizer(data.vocab_file, data.merge_file)
+    bpe = tokenizer.from_files(data.vocab_file, data.merge_file)
     texts = read(files, f"writing {data.paths[0]}")
     with indexed.Writer(data.paths[0], indexed.token_dtype(bpe.vocab_size)) as writer:
         while chunk := list(itertools.islice(texts, _ENCODE_AT_ONCE)):
@@ -130,7 +130,7 @@ def check_vocabulary(data: config.Data, model: config.Model) -> None:
     """
     if not data.vocab_file:
         return
-    bpe = tokenizer.Tokenizer(data.vocab_file, data.merge_file)
+    bpe = tokenizer.from_files(data.vocab_file, data.merge_file)
     if bpe.vocab_size > model.vocab_size:
         raise config.UserError(
             f"{data.vocab_file} has {bpe.vocab_size} tokens, more than "
@@ -143,11 +143,11 @@ def check_vocabulary(data: config.Data, model: config.Model) -> None:
         )
 
 
-def unigram_entropy(corpus: indexed.IndexedCorpus, n_tokens: int = 4_000_000) -> float:
+def unigram_entropy(corpus: indexed.Corpus, n_tokens: int = 4_000_000) -> float:
     """Return the entropy (nats per token) of token frequencies, of the first n_tokens tokens.
 
     What a model reaches that knows how often each token comes and nothing else. 0 for no token.
     """
-    _, counts = np.unique(corpus.tokens[:n_tokens], return_counts=True)
+    _, counts = np.unique(corpus.head(n_tokens), return_counts=True)
     shares = counts / counts.sum()
     return abs(float((shares * np.log(shares)).sum()))  # of -0.0 too

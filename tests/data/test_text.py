@@ -38,7 +38,7 @@ def data(tmp_path, folder):
 
 def documents(data):
     corpus = indexed.IndexedCorpus(data.paths[0])
-    bpe = tokenizer.Tokenizer(data.vocab_file, data.merge_file)
+    bpe = tokenizer.from_files(data.vocab_file, data.merge_file)
     return [bpe.decode(corpus.read(i).tolist()) for i in range(len(corpus))]
 
 
@@ -98,8 +98,10 @@ def test_interrupted_it_starts_anew(data, monkeypatch):
         raise KeyboardInterrupt
 
     for target, name in (
-        (tokenizer.Tokenizer, "encode_batch"), (indexed.Writer, "_index"), (pathlib.Path, "replace")
-    ):  # fmt: skip
+        (tokenizer.Tokenizer, "encode_batch"),
+        (indexed.Writer, "_write_index"),
+        (pathlib.Path, "replace"),
+    ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(target, name, killed)
             text.ensure_corpus(data, MODEL)

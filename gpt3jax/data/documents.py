@@ -1,0 +1,263 @@
+"""Files of text as documents: JSON lines, plain text, Parquet; compressed or not.
+
+Files are read in chunks of about a MiB, in order. JSON is parsed later, by whoever encodes the
+chunk, so that one reader can feed many.
+"""
+
+import codecs
+import contextlib
+import dataclasses
+import glob
+import gzip
+import io
+import json
+import pathlib
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+from gpt3jax import config
+
+CHUNK_BYTES = 1 << 20
+FORMATS = (".jsonl", ".json", ".txt", ".parquet")
+COMPRESSIONS = ("", ".gz", ".zst")
+KNOWN = ", ".join(FORMATS) + ", the first three also with .gz or .zst"
+
+
+class BadError(ValueError):
+    """A record that is no document; it says why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive records of a file, or a piece of the text that a file is."""
+
+    path: pathlib.Path
+    records: Sequence[Any]
+    """JSON lines (bytes), texts (str or a list of them), or what is wrong (BadError)."""
+    first: int
+    """Number of the first record: a line or a row, from 1."""
+    position: int
+    """How much of the file is read with it, as it lies on the disk (bytes)."""
+    continues: bool = False
+    """The one record goes on with the text of the chunk before."""
+    ends: bool = True
+    """The last record is whole."""
+
+
+def find(inputs: Sequence[str]) -> list[pathlib.Path]:
+    """Return the files that are meant by files, globs and folders (searched through), in order.
+
+    Raises:
+        UserError: one of them leads to no file, or to one of an unknown kind.
+    """
+    files: list[pathlib.Path] = []
+    for word in inputs:
+        path = pathlib.Path(word)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+        else:
+            matches = [word] if path.is_file() else sorted(glob.glob(word, recursive=True))
+            found = [pathlib.Path(match) for match in matches if pathlib.Path(match).is_file()]
+        if not found:
+            raise config.UserError(f"--input {word}: no file there ({KNOWN})")
+        for unknown in (p for p in found if not _format(p)):
+            raise config.UserError(f"--input {unknown}: of an unknown kind; known are {KNOWN}")
+        files += found
+    return files
+
+
+def _format(path: pathlib.Path) -> str:
+    """Return the format by the name of a file, "" if unknown."""
+    name = path.name
+    for compression in COMPRESSIONS:
+        for known in FORMATS:
+            if name.endswith(known + compression) and not (compression and known == ".parquet"):
+                return known
+    return ""
+
+
+def read(
+    path: pathlib.Path, key: str, max_bytes: int, last_cut: Callable[[str], int] | None
+) -> Iterator[Chunk]:
+    """Yield the chunks of a file.
+
+    Args:
+        path: one of those that `find` returned.
+        key: column of a Parquet file.
+        max_bytes: size of the largest document; a larger one becomes a record that is cut there.
+        last_cut: where a text may be cut in two that are encoded apart, so that a `.txt` file of
+            any size can be read; None: it cannot, and the file is read whole.
+
+    Raises:
+        UserError: the file cannot be read; it names it.
+    """
+    kind = _format(path)
+    try:
+        if kind == ".parquet":
+            yield from _rows(path, key)
+            return
+        if kind == ".txt":
+            with path.open("rb") as raw, _decompressed(raw, path) as file:
+                problem = _check_utf8(file)
+            if problem:
+                size = path.stat().st_size
+                yield Chunk(path=path, records=[problem], first=1, position=size)
+                return
+        with path.open("rb") as raw, _decompressed(raw, path) as file:
+            if kind == ".txt":
+                yield from _texts(path, file, raw, max_bytes, last_cut)
+            else:
+                yield from _lines(path, file, raw, max_bytes)
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+    ) as error:  # cut short, or not compressed as its name says
+        raise config.UserError(f"{path}: cannot be read: {error}") from error
+
+
+def text_of(record: Any, key: str, max_bytes: int) -> list[str]:
+    """Return the sequences of a record: its text, or the texts of a list.
+
+    Raises:
+        BadError: it has none.
+    """
+    if isinstance(record, BadError):
+        raise record
+    if isinstance(record, bytes | str) and len(record) > max_bytes:
+        raise BadError(f"larger than --max-document-mb={max_bytes >> 20}")
+    value = _parse(record, key) if isinstance(record, bytes) else record
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadError(f"{key!r} is not a string")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadError(f"{key!r} has half a surrogate pair") from None
+    return texts
+
+
+def _parse(line: bytes, key: str) -> Any:
+    if not line.strip():
+        raise BadError("a blank line")
+    try:
+        entry = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise BadError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadError(f"not JSON: {error}") from None
+    if not isinstance(entry, dict) or key not in entry:
+        keys = f"; its keys are {', '.join(entry) or 'none'}" if isinstance(entry, dict) else ""
+        raise BadError(f"no key {key!r}{keys}")
+    return entry[key]
+
+
+@contextlib.contextmanager
+def _decompressed(raw: IO[bytes], path: pathlib.Path) -> Iterator[IO[bytes]]:
+    if path.suffix == ".gz":
+        with gzip.open(raw) as file:
+            yield io.BufferedReader(file, CHUNK_BYTES)
+    elif path.suffix == ".zst":
+        zstd = _zstd(path)
+        try:
+            with zstd.ZstdFile(raw) as file:
+                yield io.BufferedReader(file, CHUNK_BYTES)
+        except zstd.ZstdError as error:
+            raise OSError(str(error)) from error
+    else:
+        yield raw
+
+
+def _zstd(path: pathlib.Path) -> Any:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise _missing("backports.zstd", path) from None
+    return zstd
+
+
+def _missing(package: str, path: pathlib.Path) -> config.UserError:
+    return config.UserError(f"{path} needs {package}: pip install 'gpt3jax[data]'")
+
+
+def _lines(path: pathlib.Path, file: IO[bytes], raw: IO[bytes], max_bytes: int) -> Iterator[Chunk]:
+    number = 1
+    while True:
+        lines, size = [], 0
+        while size < CHUNK_BYTES and (line := file.readline(max_bytes + 1)):
+            lines.append(line)
+            size += len(line)
+            if len(line) > max_bytes:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(max_bytes)
+        if not lines:
+            return
+        yield Chunk(path=path, records=lines, first=number, position=raw.tell())
+        number += len(lines)
+
+
+def _texts(
+    path: pathlib.Path,
+    file: IO[bytes],
+    raw: IO[bytes],
+    max_bytes: int,
+    last_cut: Callable[[str], int] | None,
+) -> Iterator[Chunk]:
+    """Yield pieces of a text file, each to where it may be cut; or the whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text, continues = "", False
+    while block := file.read(CHUNK_BYTES):
+        text += decoder.decode(block)
+        if cut := last_cut(text) if last_cut else 0:
+            yield Chunk(
+                path=path, records=[text[:cut]], first=1, position=raw.tell(),
+                continues=continues, ends=False,
+            )  # fmt: skip
+            text, continues = text[cut:], True
+        if len(text) > max_bytes:
+            problem = f"{max_bytes >> 20} MB (--max-document-mb) without a place to cut it"
+            if continues:
+                raise config.UserError(f"{path}: {problem}")
+            yield Chunk(path=path, records=[BadError(problem)], first=1, position=raw.tell())
+            return
+    yield Chunk(path=path, records=[text], first=1, position=raw.tell(), continues=continues)
+
+
+def _check_utf8(file: IO[bytes]) -> BadError | None:
+    """Read through a file: once part of it is written it can no longer be skipped."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        while block := file.read(CHUNK_BYTES):
+            decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        return BadError(f"not UTF-8: {error.reason}")
+    return None
+
+
+def _rows(path: pathlib.Path, key: str) -> Iterator[Chunk]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise _missing("pyarrow", path) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            if key not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise config.UserError(f"{path}: no column {key!r} (--json-key); it has {names}")
+            n_rows, size = file.metadata.num_rows, path.stat().st_size
+            number = 1
+            for batch in file.iter_batches(batch_size=256, columns=[key]):
+                rows = batch.column(0).to_pylist()
+                position = size * (number - 1 + len(rows)) // max(1, n_rows)
+                yield Chunk(path=path, records=rows, first=number, position=position)
+                number += len(rows)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error

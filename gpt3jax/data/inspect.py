@@ -1,0 +1,236 @@
+"""`python -m gpt3jax.data.inspect`: look into corpora, and into the samples that a run takes.
+
+inspect PREFIX --document 7 --vocab-file vocab.json --merge-file merges.txt
+inspect PREFIX --seq-len 2048 --n-samples 1000 --samples 0:4
+inspect 0.7 PREFIX_1 0.3 PREFIX_2 --seq-len 2048 --n-samples 1000 --dump indices.npz
+inspect --config configs/345m.py --step 1200
+"""
+
+import dataclasses
+import pathlib
+import re
+import sys
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from gpt3jax import batch_schedule, config
+from gpt3jax.data import blend, indexed, samples, splits, tokenizer
+
+WHICH = {"train": "train", "valid": "validation", "test": "test"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `gpt3jax.data.inspect` is asked to show."""
+
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    """PREFIX of PREFIX.bin and .idx, or WEIGHT PREFIX WEIGHT PREFIX ..."""
+    config: str = ""
+    """In place of paths and of the options down to --reset-attention-mask: a recipe."""
+    split: str = "949,50,1"
+    """Shares of documents for training, validation and test."""
+    which: Literal["train", "valid", "test"] = "train"
+    """The split whose samples are meant."""
+    seq_len: int = 2048
+    """Length of a sample (tokens)."""
+    n_samples: int | None = None
+    """Samples of the run, which decide epochs and shuffles; left out: one epoch."""
+    seed: int = 1234
+    """Of the shuffles (train.seed)."""
+    eod: int = 50_256
+    """The end-of-document token."""
+    eod_mask_loss: bool = False
+    """As data.eod_mask_loss."""
+    reset_position_ids: bool = False
+    """As data.reset_position_ids."""
+    reset_attention_mask: bool = False
+    """As data.reset_attention_mask."""
+    samples: str = ""
+    """Show samples A:B (from A on, B not included), with their text if there is a tokenizer."""
+    step: int | None = None
+    """With --config: show the samples of this training step (the first is 1)."""
+    document: int | None = None
+    """Show this document of the first corpus."""
+    dump: str = ""
+    """Write the indices, and the arrays of --samples, to this .npz file."""
+    source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
+        default_factory=tokenizer.Source
+    )
+
+
+def inspect(options: Options) -> list[str]:
+    """Return what was asked for as lines; write the dump if there is to be one.
+
+    Raises:
+        UserError: corpora, recipe or options that cannot be used.
+    """
+    cfg = config.load(options.config) if options.config else None
+    if bool(options.paths) == bool(cfg):
+        raise config.UserError("give the prefix of a corpus, prefixes with weights, or --config")
+    if options.step is not None and cfg is None:
+        raise config.UserError("--step needs --config")
+    data = cfg.data if cfg else _data(options)
+    prefixes, _ = blend.parse(data.paths or data.train_paths)
+    corpora = [indexed.IndexedCorpus(prefix) for prefix in prefixes]
+    source = options.source
+    if cfg and not (source.tokenizer or source.vocab_file):
+        source = tokenizer.Source(vocab_file=data.vocab_file, merge_file=data.merge_file)
+    text = source.open() if source.tokenizer or source.vocab_file else None
+    lines = [line for corpus in corpora for line in describe(corpus)]
+    if options.document is not None:
+        if not corpora:
+            raise config.UserError("--document needs a corpus in files")
+        lines += _document(corpora[0], options.document, text)
+    if not (options.samples or options.dump or options.step is not None):
+        return lines
+    source_map, numbers = _run_samples(cfg, options) if cfg else _samples(options, corpora)
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(source_map):
+        raise config.UserError(
+            f"samples {numbers.min()} to {numbers.max()}: the {options.which} split has "
+            f"{len(source_map)}"
+        )
+    lines.append(f"{options.which} split: {len(source_map):,} samples")
+    arrays = samples.read(source_map, data, numbers) if len(numbers) else {}
+    for i, number in enumerate(numbers):
+        lines += [f"sample {number}: {_origin(source_map, number)}"]
+        lines.append(_show(arrays["tokens"][i], text))
+    if options.dump:
+        _dump(options.dump, indices(source_map) | arrays)
+        lines.append(f"wrote {options.dump}")
+    return lines
+
+
+def describe(corpus: indexed.IndexedCorpus) -> list[str]:
+    """Return lines on a corpus: its size, and how long its sequences are."""
+    n_documents = len(corpus.document_indices) - 1
+    mean = corpus.n_tokens / max(1, len(corpus))
+    lines = [
+        f"{corpus.prefix}: {n_documents:,} documents, {len(corpus):,} sequences, "
+        f"{corpus.n_tokens:,} tokens ({corpus.dtype}), {mean:,.1f} a sequence"
+    ]
+    powers = np.ceil(np.log2(np.maximum(corpus.lengths, 1))).astype(int)
+    counts = np.bincount(powers) if len(powers) else np.zeros(0, int)
+    for power, count in enumerate(counts):
+        if count:
+            bar = "#" * max(1, round(40 * count / counts.max()))
+            lines.append(f"  up to {2**power:>10,} tokens: {count:>12,} {bar}")
+    return lines
+
+
+def indices(source: samples.SampleMap | blend.Blend) -> dict[str, np.ndarray]:
+    """Return the index arrays of a map; those of a blend's parts are named `0.document_index`..."""
+    if isinstance(source, blend.Blend):
+        found = {
+            "dataset_index": source.dataset_index,
+            "dataset_sample_index": source.dataset_sample_index,
+        }
+        for i, part in enumerate(source.maps):
+            found |= {f"{i}.{name}": array for name, array in indices(part).items()}
+        return found
+    names = ("document_index", "sample_index", "shuffle_index")
+    return {name: getattr(source, name) for name in names}
+
+
+def _data(options: Options) -> config.Data:
+    return config.Data(
+        paths=options.paths,
+        split=options.split,
+        eod_id=options.eod,
+        eod_mask_loss=options.eod_mask_loss,
+        reset_position_ids=options.reset_position_ids,
+        reset_attention_mask=options.reset_attention_mask,
+    )
+
+
+def _samples(
+    options: Options, corpora: list[indexed.IndexedCorpus]
+) -> tuple[samples.SampleMap | blend.Blend, np.ndarray]:
+    _, weights = blend.parse(options.paths)
+    if weights is not None and options.n_samples is None:
+        raise config.UserError("a weighted blend has no epoch of its own: give --n-samples")
+    source = splits.Source(corpora, weights, options.split)
+    name = WHICH[options.which]
+    found = splits.build(
+        source, _data(options), name, options.seq_len, options.n_samples, options.seed
+    )
+    if found is None:
+        raise config.UserError(f"--split {options.split} leaves nothing for {options.which}")
+    return found, _numbers(options.samples)
+
+
+def _run_samples(
+    cfg: config.Config, options: Options
+) -> tuple[samples.SampleMap | blend.Blend, np.ndarray]:
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    opened = splits.open_splits(cfg, *schedule.end(cfg.train, cfg.model.seq_len))
+    found = getattr(opened, WHICH[options.which])
+    if found is None:
+        raise config.UserError(f"{options.config} has no {options.which} split")
+    if options.step is None:
+        return found, _numbers(options.samples)
+    if options.step < 1 or options.which != "train" or options.samples:
+        raise config.UserError("--step is of training and from 1 on, and goes without --samples")
+    first = schedule.consumed_after(options.step - 1)
+    return found, np.arange(first, first + schedule.size(first))
+
+
+def _numbers(text: str) -> np.ndarray:
+    if not text:
+        return np.arange(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise config.UserError(f"--samples {text} must be A:B with A < B, as in 0:4")
+    return np.arange(int(match[1]), int(match[2]))
+
+
+def _document(
+    corpus: indexed.IndexedCorpus, number: int, text: tokenizer.Tokenizer | None
+) -> list[str]:
+    n = len(corpus.document_indices) - 1
+    if not 0 <= number < n:
+        raise config.UserError(f"--document {number}: {corpus.prefix} has {n}, from 0 on")
+    first, stop = corpus.document_indices[number : number + 2]
+    lines = [f"document {number}: {stop - first} sequence(s)"]
+    return lines + [_show(corpus.read(i), text) for i in range(first, stop)]
+
+
+def _show(tokens: np.ndarray, text: tokenizer.Tokenizer | None) -> str:
+    return text.decode(tokens.tolist()) if text else " ".join(map(str, tokens))
+
+
+def _origin(source: samples.SampleMap | blend.Blend, number: int) -> str:
+    """Return where a sample comes from: corpus, sequences, and the first token's place."""
+    if isinstance(source, blend.Blend):
+        part = source.maps[source.dataset_index[number]]
+        return _origin(part, source.dataset_sample_index[number])
+    flat = source.shuffle_index[number]
+    (place, offset), (last, _) = source.sample_index[flat].tolist(), source.sample_index[flat + 1]
+    documents = ", ".join(map(str, source.document_index[place : last + 1]))
+    return f"{source.corpus.prefix}, sequence(s) {documents}, from token {offset} of the first"
+
+
+def _dump(path: str, arrays: dict[str, np.ndarray]) -> None:
+    try:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        raise config.UserError(f"--dump {path}: {error}") from error
+
+
+def main() -> int:
+    """Parse, print; return the exit status."""
+    options = tyro.cli(Options, prog="python -m gpt3jax.data.inspect", description=__doc__)
+    try:
+        lines = inspect(options)
+    except config.UserError as error:
+        print(f"gpt3jax: error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

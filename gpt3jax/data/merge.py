@@ -1,0 +1,59 @@
+"""`python -m gpt3jax.data.merge`: several corpora into one, copied block by block."""
+
+import dataclasses
+import sys
+
+import tqdm  # type: ignore[import-untyped,unused-ignore]
+import tyro
+
+from gpt3jax import config
+from gpt3jax.data import indexed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `gpt3jax.data.merge` is asked to do."""
+
+    input: tuple[str, ...]
+    """Prefixes of the corpora, in the order of their documents."""
+    output_prefix: str
+    """Prefix of the new corpus."""
+
+
+def merge(options: Options) -> str:
+    """Write the corpora as one, and return a line on it.
+
+    Raises:
+        UserError: a corpus that is missing or damaged, two with tokens of unlike types, or an
+            output that is among them or cannot be written.
+    """
+    corpora = [indexed.IndexedCorpus(prefix) for prefix in options.input]
+    if not corpora or options.output_prefix in options.input:
+        raise config.UserError("give --input prefixes, and an --output-prefix that is none of them")
+    dtype = corpora[0].dtype
+    for corpus in corpora:
+        if corpus.dtype != dtype:
+            raise config.UserError(
+                f"{corpus.prefix} has {corpus.dtype} tokens and {corpora[0].prefix} {dtype}: they "
+                "are of different vocabularies; prepare them with one"
+            )
+    with indexed.Writer(options.output_prefix, dtype.type) as writer:
+        for corpus in tqdm.tqdm(corpora, desc="merging", unit=" corpora"):
+            writer.add_corpus(corpus)
+    n_tokens = sum(corpus.n_tokens for corpus in corpora)
+    return f"{options.output_prefix}: {writer.n_documents:,} documents, {n_tokens:,} tokens"
+
+
+def main() -> int:
+    """Parse, merge, tell; return the exit status."""
+    options = tyro.cli(Options, prog="python -m gpt3jax.data.merge", description=__doc__)
+    try:
+        print(merge(options))
+    except config.UserError as error:
+        print(f"gpt3jax: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
