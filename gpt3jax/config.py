@@ -189,6 +189,8 @@ class Data:
     memory; 300B tokens take some 3 GB)."""
     prefetch: int = 4
     """Batches read ahead (0: none)."""
+    read_threads: int = 2
+    """Threads that read ahead; more help where the corpus lies on a slow network disk."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,7 +378,7 @@ _AT_LEAST: dict[str, float] = {
     "precision.min_loss_scale": 1, "precision.loss_scale_window": 1,
     "precision.loss_scale_hysteresis": 1,
     "batch.global_batch_size": 1, "batch.microbatch_size": 1,
-    "data.prefetch": 0, "data.eod_id": 0, "mesh.cpu_devices": 0,
+    "data.prefetch": 0, "data.read_threads": 1, "data.eod_id": 0, "mesh.cpu_devices": 0,
     "train.n_steps": 0, "train.n_samples": 0, "train.n_tokens": 0, "train.seed": 0,
     "train.eval_interval": 0, "train.eval_batches": 1,
     "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,

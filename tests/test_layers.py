@@ -3,13 +3,22 @@
 import ast
 
 LAYERS = [
-    ["main"],
+    ["main", "data.prepare", "data.inspect", "data.merge"],
     ["train"],
     ["step_log", "step", "checkpoint"],
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
-    ["attention", "data.text", "data.blend"],
-    ["data.samples", "data.tokenizer", "dropout"],
-    ["data.indexed", "sharding", "flops", "batch_schedule", "distributed"],
+    ["attention", "data.splits"],
+    ["data.text", "data.blend"],
+    ["data.samples", "data.tokenizer", "data.documents", "dropout"],
+    [
+        "data.indexed",
+        "data.index_cache",
+        "data.mock",
+        "sharding",
+        "flops",
+        "batch_schedule",
+        "distributed",
+    ],
     ["config"],
 ]
 LEVEL = {module: len(LAYERS) - i for i, layer in enumerate(LAYERS) for module in layer}

@@ -16,8 +16,6 @@ import numpy as np
 from gpt3jax import batch_schedule, config, sharding
 from gpt3jax.data import blend, samples, splits
 
-READ_THREADS = 2  # more are slower: a batch is one gather from the page cache
-
 
 def train_batches(
     parts: splits.Splits,
@@ -61,7 +59,7 @@ def _batches(
     n_rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
     rows = sharding.local_rows(mesh, n_rows)
     batches = Batches(source, cfg, stretches, n_rows, rows)
-    threads = READ_THREADS if cfg.data.prefetch else 0
+    threads = cfg.data.read_threads if cfg.data.prefetch else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.data.prefetch)
     for local in grain.MapDataset.source(batches).to_iter_dataset(options):
         yield sharding.device_put_rows(local, mesh, n_rows)

@@ -17,7 +17,7 @@ from gpt3jax import config
 from gpt3jax.data import index_cache, indexed
 
 SPLITS = ("train", "validation", "test")
-_INDEX_AT_ONCE = 1 << 20  # samples: bounds the memory of building an index of any size
+_INDEX_AT_ONCE = 1 << 16  # documents: what building an index needs stays in the CPU's cache
 _READ_AT_ONCE = 1 << 17  # tokens: what a read needs besides its result stays in the CPU's cache
 
 
@@ -180,19 +180,30 @@ class SampleMap:
     def _build_sample_index(self, documents: np.ndarray, n: int, total: int) -> np.ndarray:
         """Return where each of n samples begins, and where the last one ends.
 
-        Memory: 12 bytes for each repeated document besides the result, while it runs.
+        Block by block, so that besides the result it needs a few MiB, whatever the corpus.
         """
-        lengths = self.corpus.lengths[documents]
-        ends = np.cumsum(lengths, dtype=np.int64)
-        wide = max(len(documents), int(lengths.max())) > np.iinfo(np.int32).max
+        longest = int(self.corpus.lengths.max())
+        wide = max(len(documents), longest) > np.iinfo(np.int32).max
         index = np.empty((n + 1, 2), np.int64 if wide else np.int32)
-        for low in range(0, n + 1, _INDEX_AT_ONCE):
-            high = min(low + _INDEX_AT_ONCE, n + 1)
-            flat = np.arange(low, high, dtype=np.int64) * self.seq_len
-            flat = np.minimum(flat, total - 1)  # the end of a partial sample
-            places = np.searchsorted(ends, flat, side="right")
-            index[low:high, 0] = places
-            index[low:high, 1] = flat - (ends[places] - lengths[places])
+        end, last = 0, (0, 0)
+        for low in range(0, len(documents), _INDEX_AT_ONCE):
+            block = documents[low : low + _INDEX_AT_ONCE].astype(np.intp)
+            lengths = self.corpus.lengths.take(block, mode="clip")  # twice as fast as [block]
+            ends = np.cumsum(lengths, dtype=np.int64)
+            ends += end
+            # Samples first...stop - 1 begin in this block; document i ends before number next_i.
+            first, next_i = -(-end // self.seq_len), -(-ends // self.seq_len)
+            end = int(ends[-1])
+            stop = min(int(next_i[-1]), n + 1)
+            places = np.cumsum(np.bincount(next_i - first)[: max(0, stop - first)])
+            starts = np.arange(first, stop, dtype=np.int64) * self.seq_len
+            index[first:stop, 0] = places + low
+            index[first:stop, 1] = starts - (ends[places] - lengths[places])
+            full = np.flatnonzero(lengths)
+            if len(full):
+                last = low + full[-1], lengths[full[-1]] - 1
+        if n * self.seq_len >= total:  # the end of a partial sample
+            index[n] = last
         return index
 
     def __len__(self) -> int:

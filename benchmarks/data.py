@@ -1,0 +1,249 @@
+"""Measure the data path on this machine, beside Megatron's own in the same run.
+
+    python benchmarks/data.py --vocab-file vocab.json --merge-file merges.txt [--megatron]
+
+Four things: tokens encoded per CPU second of one worker; the time and memory to build the sample
+index of 10M documents; samples read per second at 2,048 tokens; tokens per second that the loader
+gives a process. `--megatron` runs megatron-core's classes on the same input, in turns with ours
+(`pip install -e '.[benchmark]'`; torch from the CPU index is enough). Its `preprocess_data.py` is
+not on PyPI: its worker's three steps (parse JSON, encode with Hugging Face's GPT-2 tokenizer, add
+to megatron-core's IndexedDatasetBuilder) are timed instead, without its start and its pipes.
+"""
+
+import argparse
+import contextlib
+import filecmp
+import json
+import pathlib
+import resource
+import statistics
+import sysconfig
+import tempfile
+import time
+import tracemalloc
+
+import numpy as np
+
+from gpt3jax import batch_schedule, config, sharding
+from gpt3jax.data import indexed, loader, prepare, samples, splits, tokenizer
+
+ROUNDS = 3
+SEQ_LEN = 2048
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab-file", required=True)
+    parser.add_argument("--merge-file", required=True)
+    parser.add_argument("--megatron", action="store_true")
+    args = parser.parse_args()
+    files = (args.vocab_file, args.merge_file)
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        encoding(root, files, args.megatron)
+        index(args.megatron)
+        reading(root, args.megatron)
+        loading(root)
+
+
+def show(what, unit, ours, theirs=()):
+    """Print medians and spread, and the ratio of medians; more is better."""
+    line = f"{what}: gpt3jax {_figure(ours)} {unit}"
+    if theirs:
+        ratio = statistics.median(ours) / statistics.median(theirs)
+        line += f", Megatron {_figure(theirs)} {unit}: {ratio:.2f} times as many"
+    print(line, flush=True)
+
+
+def _figure(values):
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+
+
+@contextlib.contextmanager
+def timed(rates, n, clock=time.perf_counter):
+    """Append how many of n things a second happened inside."""
+    begin = clock()
+    yield
+    rates.append(n / (clock() - begin))
+
+
+def encoding(root, files, megatron):
+    """Write 20 MB of Python's own sources as JSON lines, and encode it."""
+    paths = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    size = 0
+    with (root / "text.jsonl").open("w") as file:
+        for path in paths:
+            text = path.read_bytes().decode(errors="ignore")
+            if size < 20_000_000 and "-packages" not in str(path):
+                size += file.write(json.dumps({"text": text}) + "\n")
+    source = tokenizer.Source(vocab_file=files[0], merge_file=files[1])
+    options = prepare.Options(
+        input=(str(root / "text.jsonl"),),
+        output_prefix=str(root / "ours"),
+        source=source,
+        append_eod=True,
+        workers=1,
+    )
+    n = prepare.prepare(options).n_tokens
+    ours, theirs, wall = [], [], []
+    for _ in range(ROUNDS):
+        with timed(wall, n), timed(ours, n, time.process_time):
+            prepare.prepare(options)
+        if megatron:
+            with timed(theirs, n, time.process_time):
+                megatron_encoding(root, files)
+            same = filecmp.cmp(root / "theirs.bin", root / "ours_text_document.bin", shallow=False)
+            assert same, "the two wrote different tokens"
+    show("encoding, whole command, one worker", "tokens per CPU second", ours, theirs)
+    show("  by the clock (two threads of it)", "tokens/s", wall)
+
+
+def megatron_encoding(root, files):
+    import torch
+    import transformers
+    from megatron.core.datasets import indexed_dataset
+
+    gpt2 = transformers.GPT2TokenizerFast(*files)
+    builder = indexed_dataset.IndexedDatasetBuilder(str(root / "theirs.bin"), dtype=np.uint16)
+    for line in (root / "text.jsonl").open(encoding="utf-8"):
+        ids = gpt2.encode(json.loads(line)["text"])
+        if ids:
+            ids.append(gpt2.eos_token_id)
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(root / "theirs.idx"))
+
+
+class Lengths:
+    """What `SampleMap` needs of a corpus to build its indices: 10M documents, 9.0B tokens."""
+
+    prefix = "synthetic"
+
+    def __init__(self):
+        rng = np.random.default_rng(1234)
+        lengths = rng.lognormal(6.3, 1.0, 10_000_000).clip(1, 200_000)
+        self.lengths = lengths.astype(np.int32)
+        self.n_tokens = int(self.lengths.sum(dtype=np.int64))
+
+    def __len__(self):
+        return len(self.lengths)
+
+
+def index(megatron):
+    corpus = Lengths()
+    whole = samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
+    n, total, documents = len(whole), corpus.n_tokens, whole.document_index
+    ours, theirs = [], []
+    for _ in range(ROUNDS):
+        with timed(ours, n, time.process_time):
+            mine = whole._build_sample_index(documents, n, total)
+        if megatron:
+            from megatron.core.datasets import helpers
+
+            with timed(theirs, n, time.process_time):
+                other = helpers.build_sample_idx(
+                    corpus.lengths, documents, SEQ_LEN, 1, total, True, True
+                )
+            assert (mine == other).all(), "the two built different indices"
+    show("sample index of 10M documents", "samples per CPU second", ours, theirs)
+    tracemalloc.start()
+    whole._build_sample_index(documents, n, total)
+    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    begin = time.perf_counter()
+    samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
+    seconds = time.perf_counter() - begin
+    print(
+        f"  {n:,} samples: {peak:.0f} MiB at its peak, {mine.nbytes / 2**20:.0f} MiB kept; "
+        f"{seconds:.2f} s with both shuffles; process {_peak_mib():,.0f} MiB",
+        flush=True,
+    )
+
+
+def write_corpus(root):
+    """Write 40M random tokens in documents of about 1,000."""
+    rng = np.random.default_rng(5)
+    with indexed.Writer(str(root / "random"), np.uint16) as writer:
+        for length in rng.integers(1, 2000, 40_000):
+            writer.add_document([rng.integers(0, 50_256, length, dtype=np.uint16)])
+    return str(root / "random")
+
+
+def reading(root, megatron):
+    prefix = write_corpus(root)
+    corpus = indexed.IndexedCorpus(prefix)
+    source = samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
+    data = config.Data(eod_id=50_256)
+    other = megatron_dataset(prefix) if megatron else None
+    rng = np.random.default_rng(2)
+    batches, singles, theirs, limit = [], [], [], []
+    for _ in range(ROUNDS):
+        numbers = rng.permutation(len(source))[:8192]
+        with timed(batches, 8192):
+            for batch in np.split(numbers, 64):
+                samples.read(source, data, batch)
+        with timed(singles, 2000):
+            for number in numbers[:2000]:
+                samples.read(source, data, number[None])
+        starts = rng.integers(0, corpus.n_tokens - SEQ_LEN - 1, 8192)
+        with timed(limit, 8192):
+            for batch in np.split(starts, 64):
+                corpus.tokens[batch[:, None] + np.arange(SEQ_LEN + 1)].astype(np.int32)
+        if other is not None:
+            with timed(theirs, 2000):
+                for number in numbers[:2000]:
+                    other[int(number)]
+    show("samples of 2,048 tokens, in batches of 128", "samples/s", batches, theirs)
+    show("  one by one", "samples/s", singles, theirs)
+    show("  the memory map alone, gathered by 128", "samples/s", limit)
+
+
+def megatron_dataset(prefix):
+    from megatron.core.datasets import gpt_dataset, indexed_dataset, utils
+
+    class Tokens:
+        eod, pad, vocab_size = 50_256, -1, 50_257
+        unique_identifiers: dict = {}  # noqa: RUF012
+
+    low_level = indexed_dataset.IndexedDataset(prefix)
+    settings = gpt_dataset.GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=SEQ_LEN,
+        split="1,0,0",
+        tokenizer=Tokens(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        blend=([prefix], None),
+    )
+    chosen = np.arange(len(low_level), dtype=np.int32)
+    return gpt_dataset.GPTDataset(low_level, prefix, chosen, None, utils.Split.train, settings)
+
+
+def loading(root):
+    """Read batches of 256 through Grain onto the device of a one-device mesh."""
+    cfg = config.Config(
+        model=config.Model(n_layers=1, d_model=8, n_heads=1, seq_len=SEQ_LEN),
+        optimizer=config.Optimizer(peak_lr=1e-3),
+        precision=config.Precision(),
+        batch=config.Batch(global_batch_size=256, microbatch_size=8),
+        data=config.Data(paths=(str(root / "random"),), split="1"),
+        train=config.Train(n_steps=1, eval_interval=0),
+    )
+    mesh = sharding.make_mesh(cfg.mesh)
+    opened = splits.open_splits(cfg, 1, 256 * 64)
+    schedule = batch_schedule.from_config(cfg.batch, SEQ_LEN)
+    rates = []
+    for _ in range(ROUNDS):
+        with timed(rates, 256 * 64 * SEQ_LEN):
+            for batch, _ in loader.train_batches(opened, cfg, schedule, mesh, 0, 256 * 64):
+                batch["tokens"].block_until_ready()
+    show("the loader, per process", "tokens/s", rates)
+
+
+def _peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
