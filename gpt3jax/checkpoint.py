@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gpt3jax import config
+from gpt3jax import config, distributed
 
 # What must be equal for weights to mean the same network.
 _IDENTITY = (
@@ -210,6 +210,7 @@ def restore_newest(
     damaged: list[int] = []
     warnings: list[str] = []
     for step in store.steps():
+        problem = ""
         try:
             meta = store.read_meta(step)
             _check_same_model(cfg, meta)
@@ -217,11 +218,15 @@ def restore_newest(
             _check_same_order(cfg, meta, data_order)
             state = store.restore(step, abstract_state)
         except DamagedError as error:
-            damaged.append(step)
-            warnings.append(f"WARNING: {error}; going back to an older one")
-            continue
-        store.set_aside(damaged)
-        return state, meta, warnings
+            problem = str(error)
+        if not distributed.on_any_process(bool(problem)):
+            store.set_aside(damaged)
+            return state, meta, warnings
+        problem = (
+            problem or f"checkpoint {store.folder / str(step)}: another process cannot read it"
+        )
+        damaged.append(step)
+        warnings.append(f"WARNING: {problem}; going back to an older one")
     told = "\n".join(warning.partition("; going back")[0] for warning in warnings)
     raise DamagedError(f"no whole checkpoint is left in {store.folder}:\n{told}")
 

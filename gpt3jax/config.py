@@ -273,6 +273,10 @@ class Distributed:
     """host:port of process 0, where no launcher tells."""
     process_id: int = -1
     """Number of this process, where no launcher tells."""
+    start_timeout: int = 300
+    """Wait this long for all processes at the start (seconds)."""
+    heartbeat_timeout: int = 60
+    """When one process is not heard of for this long, end all others (seconds)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -383,6 +387,7 @@ _AT_LEAST: dict[str, float] = {
     "train.eval_interval": 0, "train.eval_batches": 1,
     "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,
     "log.interval": 1, "log.peak_tflops": 0, "distributed.n_processes": 0,
+    "distributed.start_timeout": 1, "distributed.heartbeat_timeout": 1,
 }  # fmt: skip
 _BELOW_ONE = (
     "model.dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2",

@@ -1,6 +1,7 @@
 """Joining the processes of a run, so that none trains alone by mistake."""
 
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,13 +52,17 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
             "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
             "HOST:PORT and --distributed.process-id to each process"
         )
+    timeouts: dict[str, Any] = {
+        "initialization_timeout": distributed.start_timeout,
+        "heartbeat_timeout_seconds": distributed.heartbeat_timeout,
+        "shutdown_timeout_seconds": distributed.heartbeat_timeout,
+    }
     try:
         if explicit:
-            jax.distributed.initialize(
-                distributed.coordinator_address, expected, distributed.process_id
-            )
+            where = (distributed.coordinator_address, expected, distributed.process_id)
+            jax.distributed.initialize(*where, **timeouts)
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**timeouts)
     except (ValueError, RuntimeError) as error:
         raise config.UserError(
             f"{expected} processes were expected ({launcher}) and could not be joined: {error}. "
@@ -78,8 +83,21 @@ def of_first_process(answer: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
 
 
+def on_any_process(answer: bool) -> bool:
+    """Tell whether any process answers yes; all must ask."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(answer))))
+
+
 def _launcher() -> tuple[str, int]:
     """Return which launcher started this process, and how many it started."""
+    n_nodes, n_gpus = _count("SLURM_NNODES"), _count("SLURM_GPUS_ON_NODE")
+    if "SLURM_PROCID" in os.environ and n_gpus > 1 and _count("SLURM_NTASKS") == n_nodes > 1:
+        raise config.UserError(
+            f"srun started one task on each of {n_nodes} nodes, which would use one GPU of {n_gpus}: "
+            f"start one per GPU, with --ntasks-per-node={n_gpus}"
+        )
     for name, (count, rank) in _LAUNCHERS.items():
         if rank in os.environ and _count(count) > 1:
             return name, _count(count)

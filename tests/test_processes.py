@@ -1,0 +1,154 @@
+"""Several processes on a machine: one's losses, checkpoints of any number, deaths noticed."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+import corpus
+
+pytestmark = pytest.mark.slow
+HEARTBEAT = 10  # seconds
+
+
+def start(folder, n, *args):
+    """Start n processes of a run that emulate 4 devices together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [
+        corpus.start_main(
+            folder,
+            "--mesh.data=-1",
+            f"--mesh.cpu-devices={4 // n}",
+            f"--distributed.n-processes={n}",
+            f"--distributed.process-id={i}",
+            f"--distributed.coordinator-address={address}",
+            f"--distributed.heartbeat-timeout={HEARTBEAT}",
+            "--train.eval-interval=4",
+            "--train.eval-batches=2",
+            "--checkpoint.save-interval=4",
+            *args,
+        )
+        for i in range(n)
+    ]
+
+
+def finish(processes):
+    """Wait for all and return (statuses, what each printed, its errors)."""
+    told = [process.communicate(timeout=300) for process in processes]
+    return [p.returncode for p in processes], [out for out, _ in told], [err for _, err in told]
+
+
+def run(folder, n, *args):
+    statuses, out, err = finish(start(folder, n, *args))
+    assert statuses == [0] * n, err
+    told = [re.sub(r"\[Gloo\] Rank .*\n", "", text) for text in out]  # from XLA's CPU collectives
+    assert not any(told[1:]), "only the first process tells"
+    return told[0]
+
+
+def assert_same(found, expected):
+    assert [sorted(r) for r in found] == [sorted(r) for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one == {k: pytest.approx(v, rel=1e-5) for k, v in other.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Return the folder of a run of 12 steps by one process."""
+    folder = corpus.write_run(tmp_path_factory.mktemp("alone"))
+    run(folder, 1, "--train.n-steps=12")
+    return folder
+
+
+@pytest.mark.parametrize("mesh", [(), ("--mesh.fsdp=2", "--mesh.tensor=2")], ids=["data", "mixed"])
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_together_have_the_losses_of_one(tmp_path, alone, n, mesh):
+    folder = corpus.write_run(tmp_path)
+    told = run(folder, n, "--train.n-steps=12", *mesh)
+    assert f"{n} process(es), 4 device(s)" in told
+    assert_same(corpus.records(folder), corpus.records(alone))
+    assert len(list((folder / "logs").glob("events.*"))) == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone):
+    """4 processes, then 1, then 4 on another mesh."""
+    folder = corpus.write_run(tmp_path)
+    run(folder, 4, "--train.n-steps=4")
+    assert "at step 4, 32 samples" in run(folder, 1, "--train.n-steps=8")
+    mesh = ("--mesh.data=2", "--mesh.fsdp=2")
+    assert "at step 8, 64 samples" in run(folder, 4, "--train.n-steps=12", *mesh)
+    ends = ("validation_loss", "test_loss")  # each part had an end of its own
+    steps = [r for r in corpus.records(folder) if not any(name in r for name in ends)]
+    assert_same(steps, [r for r in corpus.records(alone) if "loss" in r])
+
+
+def test_a_finished_run_is_known_by_all(tmp_path, alone):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    told = run(folder, 4, "--train.n-steps=12")
+    assert told.endswith("nothing left to do: the run ended at step 12\n")
+
+
+def test_sigterm_to_one_stops_all_after_the_same_step(tmp_path, alone):
+    folder = corpus.write_run(tmp_path)
+    processes = start(folder, 2, "--train.n-steps=2000")
+    file = folder / "logs" / "metrics.jsonl"
+    while not (file.exists() and file.read_bytes().count(b"\n") > 3):
+        assert all(p.poll() is None for p in processes)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, out, err = finish(processes)
+    assert statuses == [0, 0], err
+    step = int(re.search(r"stopped at step (\d+), saved", out[0])[1])
+    assert str(step) in os.listdir(folder / "checkpoints")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_in_time(tmp_path, victim):
+    folder = corpus.write_run(tmp_path)
+    processes = start(folder, 2, "--train.n-steps=2000")
+    file = folder / "logs" / "metrics.jsonl"
+    while not (file.exists() and file.read_bytes().count(b"\n") > 3):
+        assert all(p.poll() is None for p in processes)
+        time.sleep(0.01)
+    processes[victim].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    statuses, _, err = finish(processes)
+    assert time.monotonic() - begin < 3 * HEARTBEAT
+    assert statuses[1 - victim] != 0
+    named = "coordination service" if victim == 0 else "/task:1"
+    assert named in err[1 - victim], err[1 - victim]
+
+
+def test_an_error_on_one_process_ends_the_others(tmp_path):
+    """The second process has another recipe than the first, whose corpus is not there."""
+    folder, other = corpus.write_run(tmp_path / "a"), tmp_path / "b"
+    other.mkdir()
+    shutil.copy(folder / "recipe.py", other)
+    processes = start(folder, 2, "--train.n-steps=2000")
+    processes[1].kill()
+    processes[1].communicate()
+    command = processes[1].args
+    processes[1] = subprocess.Popen(
+        command, cwd=other, stdout=-1, stderr=-1, text=True,
+        env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY)},
+    )  # fmt: skip
+    begin = time.monotonic()
+    statuses, _, err = finish(processes)
+    assert statuses[1] == 2 and "corpus.idx: no such file" in err[1]
+    assert statuses[0] != 0 and time.monotonic() - begin < 60 + 3 * HEARTBEAT
+
+
+def test_a_process_that_does_not_come_is_an_error(tmp_path):
+    processes = start(corpus.write_run(tmp_path), 2, "--distributed.start-timeout=5")
+    processes[1].kill()
+    begin = time.monotonic()
+    statuses, _, err = finish(processes)
+    assert statuses[0] != 0 and time.monotonic() - begin < 60
+    assert "DEADLINE_EXCEEDED" in err[0] or "could not be joined" in err[0]
