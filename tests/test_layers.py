@@ -6,6 +6,7 @@ LAYERS = [
     ["main"],
     ["train"],
     ["step_log", "step", "checkpoint"],
+    ["pipeline"],
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
     ["attention", "data.text", "data.blend"],
     ["data.samples", "data.tokenizer", "dropout"],
