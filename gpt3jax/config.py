@@ -81,6 +81,11 @@ class Model:
         """`vocab_size` rounded up to a multiple of `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def softmax_size(self) -> int:
+        """Entries of the padded vocabulary that take part in the softmax."""
+        return self.vocab_size if self.mask_padded_vocab else self.padded_vocab_size
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
@@ -200,7 +205,9 @@ class Mesh:
     data: int = -1
     """Replicas of the model, each with its share of the batch."""
     stage: int = 1
-    """Pipeline stages."""
+    """Pipeline stages: each holds a part of the layers, microbatches stream through them."""
+    virtual_stages: int = 1
+    """Parts of the layers that each pipeline stage holds: more shorten the pipeline's bubble."""
     fsdp: int = 1
     """Shards of parameters, optimizer state and batch."""
     context: int = 1
@@ -383,6 +390,7 @@ _AT_LEAST: dict[str, float] = {
     "precision.loss_scale_hysteresis": 1,
     "batch.global_batch_size": 1, "batch.microbatch_size": 1,
     "data.prefetch": 0, "data.read_threads": 1, "data.eod_id": 0, "mesh.cpu_devices": 0,
+    "mesh.virtual_stages": 1,
     "train.n_steps": 0, "train.n_samples": 0, "train.n_tokens": 0, "train.seed": 0,
     "train.eval_interval": 0, "train.eval_batches": 1,
     "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,
@@ -485,15 +493,36 @@ def _check_mesh(mesh: Mesh, model: Model) -> None:
     if list(sizes.values()).count(-1) > 1:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
         raise UserError(f"{rest} are all -1: only one axis can take the rest of the devices")
-    for axis in ("stage", "context"):
-        if sizes[axis] != 1:
-            raise UserError(f"mesh.{axis}={sizes[axis]} is not supported yet: set it to 1")
+    if sizes["context"] != 1:
+        raise UserError(f"mesh.context={sizes['context']} is not supported yet: set it to 1")
+    if mesh.stage > 0:
+        check_pipeline(model, mesh.stage, mesh.virtual_stages)
     for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
         if mesh.tensor > 0 and size % mesh.tensor:
             raise UserError(
                 f"mesh.tensor={mesh.tensor} does not divide model.{field}={size}: "
                 f"use one of {divisors(size)}"
             )
+
+
+def check_pipeline(model: Model, n_stages: int, virtual_stages: int) -> None:
+    """Check that the layers divide into equal parts, for stages that are known by now.
+
+    Raises:
+        UserError: it names the numbers.
+    """
+    if n_stages == 1 and virtual_stages > 1:
+        raise UserError(
+            f"mesh.virtual_stages={virtual_stages} has no effect with mesh.stage=1: set it to 1"
+        )
+    unit = 2 if model.attention.pattern == "alternating" and n_stages > 1 else 1
+    if model.n_layers % (n_stages * virtual_stages * unit):
+        pairs = " in pairs (model.attention.pattern=alternating)" if unit == 2 else ""
+        raise UserError(
+            f"mesh.stage={n_stages} x mesh.virtual_stages={virtual_stages} does not divide "
+            f"model.n_layers={model.n_layers}{pairs}: their product must be one of "
+            f"{divisors(model.n_layers // unit)}"
+        )
 
 
 def _check_run(config: Config) -> None:

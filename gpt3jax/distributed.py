@@ -95,7 +95,7 @@ def _launcher() -> tuple[str, int]:
     n_nodes, n_gpus = _count("SLURM_NNODES"), _count("SLURM_GPUS_ON_NODE")
     if "SLURM_PROCID" in os.environ and n_gpus > 1 and _count("SLURM_NTASKS") == n_nodes > 1:
         raise config.UserError(
-            f"srun started one task on each of {n_nodes} nodes, which would use one GPU of {n_gpus}: "
+            f"srun started one task on each of {n_nodes} nodes, to use one GPU of {n_gpus}: "
             f"start one per GPU, with --ntasks-per-node={n_gpus}"
         )
     for name, (count, rank) in _LAUNCHERS.items():

@@ -184,7 +184,8 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     """The whole network, up to the final hidden states; the head is its embedding table."""
 
-    def __init__(self, model: config.Model, key: Any):
+    def __init__(self, model: config.Model, key: Any, virtual_stages: int = 1):
+        """Draw the weights; with R virtual stages blocks are stacked `[R, L / R, ...]`."""
         k_embedding, k_positions, k_blocks = jax.random.split(key, 3)
         self.embedding_VD = weight(
             k_embedding, (model.padded_vocab_size, model.d_model), model.init_std,
@@ -193,9 +194,11 @@ class GPT(nnx.Module):
         self.positions_TD = weight(
             k_positions, (model.seq_len, model.d_model), model.init_std, (None, "embed")
         )
-        self.blocks = jax.vmap(functools.partial(Block, model))(
-            jax.random.split(k_blocks, model.n_layers)
-        )
+        make_blocks = jax.vmap(functools.partial(Block, model))
+        keys = jax.random.split(k_blocks, model.n_layers)
+        if virtual_stages > 1:
+            make_blocks, keys = jax.vmap(make_blocks), keys.reshape(virtual_stages, -1)
+        self.blocks = make_blocks(keys)
         self.norm = LayerNorm(model)
         self.model = model
 
@@ -208,21 +211,15 @@ class GPT(nnx.Module):
         compute: Compute = Compute(),
     ) -> Array:
         """Return final hidden states `[B, T, D]`; with `noise` dropout acts (training)."""
-        x_BTD = self._embed(tokens_BT, positions_BT, compute)
-        if noise is not None:
-            x_BTD = dropout.apply(x_BTD, self.model.dropout, noise.fold(self.model.n_layers))
-        x_BTD = sharding.constrain(x_BTD, *compute.residual_axes)
-        windows = layer_windows(self.model)
-        # Layers repeat in periods of `len(windows)`; a last, shorter period may be left over.
-        n_whole = self.model.n_layers // len(windows) * len(windows)
-        for first, stop in ((0, n_whole), (n_whole, self.model.n_layers)):
-            if first < stop:
-                period = windows[: stop - first]
-                x_BTD = self._scan(x_BTD, first, stop, period, segments_BT, noise, compute)
-        normed_BTD = sharding.constrain(self.norm(x_BTD, compute.dtype), *compute.residual_axes)
-        return sharding.constrain(normed_BTD, "batch", "seq", None)
+        x_BTD = self.embed(tokens_BT, positions_BT, noise, compute)
+        numbers_L = jnp.arange(self.model.n_layers)
+        x_BTD = self.run_layers(self.blocks, numbers_L, x_BTD, segments_BT, noise, compute)
+        return self.final_norm(x_BTD, compute)
 
-    def _embed(self, tokens_BT: Array, positions_BT: Array, compute: Compute) -> Array:
+    def embed(
+        self, tokens_BT: Array, positions_BT: Array, noise: dropout.Noise | None, compute: Compute
+    ) -> Array:
+        """Return what enters the first layer, `[B, T, D]`."""
         # Undoing only the fsdp sharding before the lookup keeps the table sharded over tensor and
         # spares an involuntary full rematerialisation on mixed meshes. In fp32, because the
         # gradient of a lookup adds up all places of a token, thousands for a frequent one.
@@ -230,19 +227,54 @@ class GPT(nnx.Module):
         x_BTD = sharding.constrain(table_VD[tokens_BT], *compute.residual_axes)
         positions_TD = sharding.constrain(self.positions_TD[...], None, None)
         x_BTD += sharding.constrain(positions_TD[positions_BT], *compute.residual_axes)
-        return x_BTD.astype(compute.dtype)
+        x_BTD = x_BTD.astype(compute.dtype)
+        if noise is not None:
+            x_BTD = dropout.apply(x_BTD, self.model.dropout, noise.fold(self.model.n_layers))
+        return sharding.constrain(x_BTD, *compute.residual_axes)
+
+    def final_norm(self, x_BTD: Array, compute: Compute) -> Array:
+        """Return the head's input, whole along the sequence."""
+        normed_BTD = sharding.constrain(self.norm(x_BTD, compute.dtype), *compute.residual_axes)
+        return sharding.constrain(normed_BTD, "batch", "seq", None)
+
+    def head_VD(self, compute: Compute) -> Array:
+        """Return the table that turns the head's input into logits."""
+        return sharding.constrain(self.embedding_VD[...].astype(compute.dtype), "vocab", None)
+
+    def run_layers(
+        self,
+        blocks: Block,
+        numbers_L: Array,
+        x_BTD: Array,
+        segments_BT: Array | None,
+        noise: dropout.Noise | None,
+        compute: Compute,
+    ) -> Array:
+        """Return the residual stream after stacked blocks (leaves `[L, ...]`) with these numbers.
+
+        They are consecutive layers, the first of which begins a period of `layer_windows`.
+        """
+        windows = layer_windows(self.model)
+        # Layers repeat in periods of `len(windows)`; a last, shorter period may be left over.
+        n_layers = numbers_L.size
+        n_whole = n_layers // len(windows) * len(windows)
+        for first, stop in ((0, n_whole), (n_whole, n_layers)):
+            if first < stop:
+                part = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], (blocks, numbers_L))
+                period = windows[: stop - first]
+                x_BTD = self._scan(x_BTD, part, period, segments_BT, noise, compute)
+        return x_BTD
 
     def _scan(
         self,
         x_BTD: Array,
-        first: int,
-        stop: int,
+        part: tuple[Block, Array],
         windows: tuple[int | None, ...],
         segments_BT: Array | None,
         noise: dropout.Noise | None,
         compute: Compute,
     ) -> Array:
-        """Run layers first...stop - 1, a whole number of periods."""
+        """Run the layers of `part`, stacked blocks and numbers: a whole number of periods."""
 
         def layer(
             block: Block, layer_noise: dropout.Noise | None, x_BTD: Array, window: int | None
@@ -262,10 +294,9 @@ class GPT(nnx.Module):
             return x_BTD, None
 
         def grouped(leaf: Array) -> Array:
-            return leaf[first:stop].reshape(-1, len(windows), *leaf.shape[1:])
+            return leaf.reshape(-1, len(windows), *leaf.shape[1:])
 
-        numbers = jnp.arange(self.model.n_layers)
-        return jax.lax.scan(period, x_BTD, jax.tree.map(grouped, (self.blocks, numbers)))[0]
+        return jax.lax.scan(period, x_BTD, jax.tree.map(grouped, part))[0]
 
 
 def output_std(model: config.Model) -> float:

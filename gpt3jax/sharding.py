@@ -2,8 +2,7 @@
 
 Parameters declare logical axes where they are made (`model`), activations where they are used
 (`constrain`); `state_shardings` turns the declarations into the layout of a whole train state,
-optimizer included. Nothing else in the project names a mesh axis, but for the reduction over
-`data` in `step`.
+optimizer included. Nothing else in the project names a mesh axis, but for `stage` in `pipeline`.
 """
 
 import math
@@ -114,9 +113,45 @@ def is_variable(node: Any) -> bool:
 
 
 def variable_axes(variable: nnx.Variable[Any]) -> tuple[str | None, ...]:
-    """Return the declared logical axes; `vmap` over layers adds a dimension but no name."""
+    """Return the declared logical axes; what stacks layers adds dimensions but no names.
+
+    Layers are stacked as `[L, ...]`, or, of R virtual stages, as `[R, L / R, ...]`.
+    """
     axes: tuple[str | None, ...] = variable.get_metadata("axes")
-    return ("layers", *axes) if variable.get_value().ndim == len(axes) + 1 else axes
+    n_stacked = variable.get_value().ndim - len(axes)
+    return ((), ("layers",), (None, "layers"))[n_stacked] + axes
+
+
+def sum_over_replicas(function: Any, params: Any, batch: Any, has_grads: bool = False) -> Any:
+    """Return the global sums of what (params, batch) -> sums gives on a replica or a stage.
+
+    The function runs on each `data` replica's own rows of the batch `[M, B, ...]` and on each
+    stage's own layers, manual over these two axes; all else is left to the partitioner. Sums are
+    added up over both, once; with `has_grads` they are (sum, gradient like params), and gradients
+    of layers stay with their stage.
+    """
+    manual = frozenset({"data", "stage"})
+    shape = jax.sharding.get_abstract_mesh().shape
+    if shape["data"] == shape["stage"] == 1:
+        return function(params, batch)
+
+    def local_spec(node: Any) -> Any:
+        axes = variable_axes(node) if is_variable(node) else ()
+        return jax.tree.map(lambda _: spec(axes, frozenset(AXES) - manual), node)
+
+    def add_up(node: Any) -> Any:
+        of_stage = is_variable(node) and "layers" in variable_axes(node)
+        return jax.lax.psum(node, "data" if of_stage else ("data", "stage"))
+
+    specs = jax.tree.map(local_spec, params, is_leaf=is_variable)
+    summed = jax.shard_map(
+        lambda *args: jax.tree.map(add_up, function(*args), is_leaf=is_variable),
+        in_specs=(specs, PartitionSpec(None, "data")),
+        out_specs=(PartitionSpec(), specs) if has_grads else PartitionSpec(),
+        axis_names=manual,
+        check_vma=False,
+    )
+    return summed(params, batch)
 
 
 def state_shardings(abstract_state: Any, mesh: jax.sharding.Mesh) -> Any:

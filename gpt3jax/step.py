@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt3jax import attention, config, dropout, loss, model, optimizer, sharding
+from gpt3jax import attention, config, dropout, loss, model, optimizer, pipeline, sharding
 
 Batch = dict[str, jax.Array]
 
@@ -56,6 +56,7 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
             f"the run has {run_samples} samples, and their numbers must stay below 2^31: shorten "
             "train.n_steps, train.n_samples or train.n_tokens"
         )
+    config.check_pipeline(cfg.model, mesh.shape["stage"], cfg.mesh.virtual_stages)
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
     abstract = jax.eval_shape(init)
@@ -88,7 +89,7 @@ def choose_compute(cfg: config.Config, mesh: jax.sharding.Mesh) -> model.Compute
 
 def init_state(cfg: config.Config) -> TrainState:
     """Return the state before the first step; a function of the seed, whatever the mesh."""
-    params = model.GPT(cfg.model, jax.random.key(cfg.train.seed))
+    params = model.GPT(cfg.model, jax.random.key(cfg.train.seed), cfg.mesh.virtual_stages)
     return TrainState(
         step=jnp.int32(0),
         schedule_samples=jnp.int32(0),
@@ -148,6 +149,11 @@ def mean_loss_and_grads(
         noise = dropout.Noise(noise_key, microbatch["samples"])
         return microbatch_loss(params, microbatch, noise, compute)
 
+    def pipelined_sums(params: model.GPT, batch: Batch) -> Any:
+        grad = jax.value_and_grad(pipeline.batch_loss, has_aux=True)
+        sums = grad(params, batch, noise_key, compute, cfg.mesh.virtual_stages)
+        return sums[0][1], sharding.constrain_like_params(sums[1])
+
     def local_sums(params: model.GPT, batch: Batch) -> Any:
         grad = jax.value_and_grad(one, has_aux=True)
 
@@ -161,7 +167,8 @@ def mean_loss_and_grads(
         return jax.lax.scan(add, start, batch)[0]
 
     parts = {**batch, "weights": weights_MBT}
-    loss_sum, grads = _sum_over_replicas(local_sums)(state.params, parts)
+    sums = pipelined_sums if _is_pipelined() else local_sums
+    loss_sum, grads = sharding.sum_over_replicas(sums, state.params, parts, has_grads=True)
     n_tokens = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1)
     return loss_sum / n_tokens, jax.tree.map(lambda g: g / scale, grads)
 
@@ -174,13 +181,12 @@ def microbatch_loss(
     x_BTD = params(
         microbatch["tokens"], microbatch["positions"], microbatch.get("segments"), noise, compute
     )
-    embedding_VD = params.embedding_VD[...].astype(compute.dtype)
     weighted, token_losses_BT = loss.cross_entropy(
         x_BTD,
-        sharding.constrain(embedding_VD, "vocab", None),
+        params.head_VD(compute),
         microbatch["targets"],
         microbatch["weights"],
-        cfg.vocab_size if cfg.mask_padded_vocab else cfg.padded_vocab_size,
+        cfg.softmax_size,
         cfg.n_loss_chunks,
     )
     return weighted, (token_losses_BT * microbatch["loss_mask"]).sum()
@@ -192,26 +198,21 @@ def eval_step(
     """Return the summed loss and the number of tokens of a batch, without dropout."""
 
     def local_sum(params: model.GPT, batch: Batch) -> jax.Array:
+        if _is_pipelined():
+            return pipeline.batch_loss(params, batch, None, compute, cfg.mesh.virtual_stages)[1]
+
         def add(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
             return total + microbatch_loss(params, microbatch, None, compute)[1], None
 
         return jax.lax.scan(add, jnp.float32(0), batch)[0]
 
     parts = {**batch, "weights": batch["loss_mask"].astype(jnp.float32)}
-    return _sum_over_replicas(local_sum)(params, parts), batch["loss_mask"].sum(dtype=jnp.float32)
+    loss_sum = sharding.sum_over_replicas(local_sum, params, parts)
+    return loss_sum, batch["loss_mask"].sum(dtype=jnp.float32)
 
 
-def _sum_over_replicas(function: Any) -> Any:
-    """Run (params, batch) -> sums on each `data` replica's own rows of the batch, and add up."""
-    if jax.sharding.get_abstract_mesh().shape["data"] == 1:
-        return function
-    return jax.shard_map(
-        lambda params, batch: jax.lax.psum(function(params, batch), "data"),
-        in_specs=(PartitionSpec(), PartitionSpec(None, "data")),
-        out_specs=PartitionSpec(),
-        axis_names={"data"},
-        check_vma=False,
-    )
+def _is_pipelined() -> bool:
+    return jax.sharding.get_abstract_mesh().shape["stage"] > 1
 
 
 def _under(mesh: jax.sharding.Mesh, jitted: Any) -> Any:

@@ -6,6 +6,7 @@ LAYERS = [
     ["main", "data.prepare", "data.inspect", "data.merge"],
     ["train"],
     ["step_log", "step", "checkpoint"],
+    ["pipeline"],
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
     ["attention", "data.splits"],
     ["data.text", "data.blend"],
