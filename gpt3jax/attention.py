@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from gpt3jax import config, dropout, sharding
@@ -63,20 +64,77 @@ def attend(
         return _cudnn(q_BTHK, k_BSHK, v_BSHK, window, segments_BT)
     if implementation != "xla":
         raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
-    block: Any = functools.partial(_block, window=window, dropout_rate=dropout_rate)
-    if remat_blocks:
-        block = jax.checkpoint(block, prevent_cse=False, static_argnums=(5, 6))
-    n_positions = q_BTHK.shape[1]
+    walk = functools.partial(
+        _walk, noise=noise, window=window, dropout_rate=dropout_rate, remat_blocks=remat_blocks
+    )
+    n_shards = sharding.context_size()
+    if n_shards == 1:
+        return walk(0, q_BTHK, k_BSHK, v_BSHK, segments_BT, segments_BT)
+    q_BCTHK, q_segments_BCT = sharding.split_sequence((q_BTHK, segments_BT))
+    gathered = sharding.gather_sequence((k_BSHK, v_BSHK, segments_BT))
+    over_shards = jax.vmap(walk, in_axes=(0, 1, 1, 1, 1, 1), out_axes=1)
+    out_BCTHK = over_shards(jnp.arange(n_shards), q_BCTHK, *gathered[:2], q_segments_BCT, gathered[2])
+    return out_BCTHK.reshape(q_BTHK.shape)
+
+
+def _walk(
+    shard: int | Array,
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    q_segments_BT: Array | None,
+    k_segments_BS: Array | None,
+    *,
+    noise: dropout.Noise | None,
+    window: int | None,
+    dropout_rate: float,
+    remat_blocks: bool,
+) -> Array:
+    """Attend from one shard of the queries to all keys, a block of queries at a time.
+
+    Where blocks and their keys start depends on the shard, but how many they are does not.
+    """
+    n_keys = k_BSHK.shape[1]
+    starts_CR = sharding.chunk_starts(n_keys)
+    length = q_BTHK.shape[1] // starts_CR.shape[1]
     out = []
-    for start in range(0, n_positions, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n_positions)
-        first = 0 if window is None else max(0, start - window)
-        kv = [x[:, first:stop] for x in (k_BSHK, v_BSHK)]
-        segments = None
-        if segments_BT is not None:
-            segments = segments_BT[:, start:stop], segments_BT[:, first:stop]
-        out.append(block(q_BTHK[:, start:stop], *kv, segments, noise, start, first))
+    for begin in range(0, q_BTHK.shape[1], length):
+        for i in range(begin, begin + length, QUERY_BLOCK):
+            j = min(i + QUERY_BLOCK, begin + length)
+            start_C = starts_CR[:, begin // length] + (i - begin)
+            first_C = 0 * start_C if window is None else np.maximum(0, start_C - window)
+            n_seen = int((start_C + (j - i) - first_C).max())
+            first_C = np.minimum(first_C, n_keys - n_seen)
+            block: Any = functools.partial(
+                _block,
+                start=_of_shard(start_C, shard),
+                first=_of_shard(first_C, shard),
+                n_drawn=int(first_C.max()) + n_seen,
+                window=window,
+                dropout_rate=dropout_rate,
+            )
+            if remat_blocks:
+                block = jax.checkpoint(block, prevent_cse=False)
+            kv = [_part(x, _of_shard(first_C, shard), n_seen, 1) for x in (k_BSHK, v_BSHK)]
+            segments = None
+            if q_segments_BT is not None:
+                seen = _part(k_segments_BS, _of_shard(first_C, shard), n_seen, 1)
+                segments = q_segments_BT[:, i:j], seen
+            out.append(block(q_BTHK[:, i:j], *kv, segments, noise))
     return jnp.concatenate(out, axis=1)
+
+
+def _of_shard(number_C: np.ndarray, shard: int | Array) -> Any:
+    """Return the shard's number: a Python int where all have the same, so that slices are static."""
+    if (number_C == number_C[0]).all():
+        return int(number_C[0])
+    return jnp.asarray(number_C)[shard]
+
+
+def _part(x: Any, first: Any, size: int, axis: int) -> Array:
+    if isinstance(first, int):
+        return jax.lax.slice_in_dim(x, first, first + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
 
 
 def _block(
@@ -85,13 +143,18 @@ def _block(
     v_BSHK: Array,
     segments: tuple[Array, Array] | None,
     noise: dropout.Noise | None,
-    start: int,
-    first: int,
     *,
+    start: int | Array,
+    first: int | Array,
+    n_drawn: int,
     window: int | None,
     dropout_rate: float,
 ) -> Array:
-    """Attend from queries at positions `start...` to keys at positions `first...`."""
+    """Attend from queries at positions `start...` to keys at positions `first...`.
+
+    `n_drawn` is the number of keys, from position 0 on, that dropout is drawn for: what is drawn
+    for a key must not depend on where the block starts.
+    """
     scale = q_BTHK.shape[-1] ** -0.5
     t_T = start + jnp.arange(q_BTHK.shape[1])
     s_S = first + jnp.arange(k_BSHK.shape[1])
@@ -104,10 +167,9 @@ def _block(
     # The softmax's division comes last: K values a row in place of S.
     sum_BTH1 = jnp.einsum("bhts->bth", exp_BHTS)[..., None]
     if noise is not None and dropout_rate:
-        n_heads, n_keys = q_BTHK.shape[2], k_BSHK.shape[1]
-        # Drawn for keys 0... so that the draw does not depend on where the block starts.
-        keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (n_heads,), first + n_keys)
-        exp_BHTS *= jnp.einsum("bths->bhts", keep_BTHS[..., first:]) / (1 - dropout_rate)
+        keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (q_BTHK.shape[2],), n_drawn)
+        keep_BTHS = _part(keep_BTHS, first, k_BSHK.shape[1], 3)
+        exp_BHTS *= jnp.einsum("bths->bhts", keep_BTHS) / (1 - dropout_rate)
     out_BTHK = jnp.einsum(
         "bhts,bshk->bthk", exp_BHTS.astype(v_BSHK.dtype), v_BSHK,
         preferred_element_type=jnp.float32,

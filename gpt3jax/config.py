@@ -189,7 +189,7 @@ class Mesh:
     fsdp: int = 1
     """Shards of parameters, optimizer state and batch."""
     context: int = 1
-    """Shards of the sequence."""
+    """Shards of the sequence, for contexts whose activations do not fit one device."""
     tensor: int = 1
     """Shards of heads, MLP and vocabulary: keep inside one NVLink domain."""
     sequence_parallel: bool = True
@@ -464,15 +464,38 @@ def _check_mesh(mesh: Mesh, model: Model) -> None:
     if list(sizes.values()).count(-1) > 1:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
         raise UserError(f"{rest} are all -1: only one axis can take the rest of the devices")
-    for axis in ("stage", "context"):
-        if sizes[axis] != 1:
-            raise UserError(f"mesh.{axis}={sizes[axis]} is not supported yet: set it to 1")
+    if mesh.stage != 1:
+        raise UserError(f"mesh.stage={mesh.stage} is not supported yet: set it to 1")
     for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
         if mesh.tensor > 0 and size % mesh.tensor:
             raise UserError(
                 f"mesh.tensor={mesh.tensor} does not divide model.{field}={size}: "
                 f"use one of {divisors(size)}"
             )
+    # What -1 stands for is known once the devices are: `step.build` checks again.
+    check_sequence(model, mesh, max(mesh.context, 1), max(mesh.tensor, 1))
+
+
+def check_sequence(model: Model, mesh: Mesh, context: int, tensor: int) -> None:
+    """Check that the sequence can be cut as axes of these sizes need it.
+
+    Raises:
+        UserError: model.seq_len or model.n_loss_chunks does not fit.
+    """
+    shards = context * (tensor if mesh.sequence_parallel else 1)
+    multiple = math.lcm(shards, 2 * context if context > 1 else 1)
+    if model.seq_len % multiple:
+        raise UserError(
+            f"model.seq_len={model.seq_len} must be a multiple of {multiple} for mesh.context="
+            f"{context} (two chunks each) and mesh.tensor={tensor} (mesh.sequence_parallel="
+            f"{mesh.sequence_parallel}): use {-(-model.seq_len // multiple) * multiple}"
+        )
+    if model.seq_len % (model.n_loss_chunks * context):
+        raise UserError(
+            f"model.n_loss_chunks={model.n_loss_chunks} does not divide the "
+            f"{model.seq_len // context} positions that each of mesh.context={context} holds: "
+            f"use one of {divisors(model.seq_len // context)}"
+        )
 
 
 def _check_run(config: Config) -> None:

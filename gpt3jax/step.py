@@ -56,6 +56,7 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
             f"the run has {run_samples} samples, and their numbers must stay below 2^31: shorten "
             "train.n_steps, train.n_samples or train.n_tokens"
         )
+    config.check_sequence(cfg.model, cfg.mesh, mesh.shape["context"], mesh.shape["tensor"])
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
     abstract = jax.eval_shape(init)
@@ -160,7 +161,7 @@ def mean_loss_and_grads(
         start = (jnp.float32(0), sharding.constrain_like_params(zeros))
         return jax.lax.scan(add, start, batch)[0]
 
-    parts = {**batch, "weights": weights_MBT}
+    parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
     loss_sum, grads = _sum_over_replicas(local_sums)(state.params, parts)
     n_tokens = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1)
     return loss_sum / n_tokens, jax.tree.map(lambda g: g / scale, grads)
@@ -197,7 +198,8 @@ def eval_step(
 
         return jax.lax.scan(add, jnp.float32(0), batch)[0]
 
-    parts = {**batch, "weights": batch["loss_mask"].astype(jnp.float32)}
+    weights_MBT = batch["loss_mask"].astype(jnp.float32)
+    parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
     return _sum_over_replicas(local_sum)(params, parts), batch["loss_mask"].sum(dtype=jnp.float32)
 
 
