@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gpt3jax import config, dropout, sharding
+from gpt3jax import config, dropout, sharding, zigzag
 
 QUERY_BLOCK = 256  # queries whose scores are held at once; 4 blocks at 1,024 were fastest on CPU
 HIDDEN = -1e30  # a score that softmax turns to 0, also in fp32 sums
@@ -60,21 +60,47 @@ def attend(
     `dropout_rate` acts on the probabilities where `noise` is given (training). `remat_blocks` makes
     the backward pass compute the scores of each block again rather than keep them.
     """
-    if implementation == "cudnn":
-        return _cudnn(q_BTHK, k_BSHK, v_BSHK, window, segments_BT)
-    if implementation != "xla":
+    if implementation not in ("xla", "cudnn"):
         raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
     walk = functools.partial(
         _walk, noise=noise, window=window, dropout_rate=dropout_rate, remat_blocks=remat_blocks
     )
-    n_shards = sharding.context_size()
-    if n_shards == 1:
-        return walk(0, q_BTHK, k_BSHK, v_BSHK, segments_BT, segments_BT)
+    if sharding.context_size() > 1:
+        # cuDNN's masks do not fit a band over chunks; it reads few keys, so XLA's is good enough.
+        fused = implementation == "cudnn" and window is None
+        shards: Any = _zigzag if fused else functools.partial(_walk_shards, walk)
+        if remat_blocks:  # keep no gathered keys and values
+            policy = jax.checkpoint_policies.save_only_these_names(zigzag.SAVED)
+            shards = jax.checkpoint(shards, policy=policy, prevent_cse=False)
+        return shards(q_BTHK, k_BSHK, v_BSHK, segments_BT)
+    if implementation == "cudnn":
+        return _cudnn(q_BTHK, k_BSHK, v_BSHK, window, segments_BT)
+    return walk(0, q_BTHK, k_BSHK, v_BSHK, segments_BT, segments_BT)
+
+
+def _walk_shards(
+    walk: Any, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments_BT: Array | None
+) -> Array:
+    """Let each shard of the sequence walk its queries, with the keys and values of all."""
     q_BCTHK, q_segments_BCT = sharding.split_sequence((q_BTHK, segments_BT))
-    gathered = sharding.gather_sequence((k_BSHK, v_BSHK, segments_BT))
-    over_shards = jax.vmap(walk, in_axes=(0, 1, 1, 1, 1, 1), out_axes=1)
-    out_BCTHK = over_shards(jnp.arange(n_shards), q_BCTHK, *gathered[:2], q_segments_BCT, gathered[2])
+    k_BCSHK, v_BCSHK, k_segments_BCS = sharding.gather_sequence((k_BSHK, v_BSHK, segments_BT))
+    out_BCTHK = jax.vmap(walk, in_axes=(0, 1, 1, 1, 1, 1), out_axes=1)(
+        jnp.arange(q_BCTHK.shape[1]), q_BCTHK, k_BCSHK, v_BCSHK, q_segments_BCT, k_segments_BCS
+    )
     return out_BCTHK.reshape(q_BTHK.shape)
+
+
+def _zigzag(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments_BT: Array | None) -> Array:
+    """Run cuDNN's kernels on each shard of the sequence."""
+    arrays = sharding.split_sequence((q_BTHK, k_BSHK, v_BSHK))
+    arrays += sharding.gather_sequence((k_BSHK, v_BSHK))
+    axes: list[tuple[str | None, ...]] = [("batch", "seq", None, "heads", None)] * len(arrays)
+    if segments_BT is not None:
+        arrays += sharding.split_sequence(segments_BT), sharding.gather_sequence(segments_BT)
+        axes += [("batch", "seq", None)] * 2
+    shards_C = jnp.arange(arrays[0].shape[1])
+    local = sharding.map_shards(zigzag.attend, [("seq",), *axes], axes[0])
+    return local(shards_C, *arrays).reshape(q_BTHK.shape)
 
 
 def _walk(
@@ -125,7 +151,7 @@ def _walk(
 
 
 def _of_shard(number_C: np.ndarray, shard: int | Array) -> Any:
-    """Return the shard's number: a Python int where all have the same, so that slices are static."""
+    """Return the shard's number: where all have the same, a Python int, for static slices."""
     if (number_C == number_C[0]).all():
         return int(number_C[0])
     return jnp.asarray(number_C)[shard]

@@ -8,7 +8,7 @@ LAYERS = [
     ["step_log", "step", "checkpoint"],
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
     ["attention", "data.text", "data.blend"],
-    ["data.samples", "data.tokenizer", "dropout"],
+    ["data.samples", "data.tokenizer", "dropout", "zigzag"],
     ["data.indexed", "sharding", "flops", "batch_schedule", "distributed"],
     ["config"],
 ]
