@@ -62,30 +62,48 @@ def attend(
     """
     if implementation not in ("xla", "cudnn"):
         raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
+    sharded = sharding.context_size() > 1
     walk = functools.partial(
-        _walk, noise=noise, window=window, dropout_rate=dropout_rate, remat_blocks=remat_blocks
+        _walk,
+        noise=noise,
+        window=window,
+        dropout_rate=dropout_rate,
+        remat_blocks=remat_blocks or sharded,  # long sequences: scores fill the memory
     )
-    if sharding.context_size() > 1:
+    if sharded:
         # cuDNN's masks do not fit a band over chunks; it reads few keys, so XLA's is good enough.
         fused = implementation == "cudnn" and window is None
-        shards: Any = _zigzag if fused else functools.partial(_walk_shards, walk)
+        shards: Any = _zigzag if fused else functools.partial(_walk_shards, walk, window)
         if remat_blocks:  # keep no gathered keys and values
             policy = jax.checkpoint_policies.save_only_these_names(zigzag.SAVED)
             shards = jax.checkpoint(shards, policy=policy, prevent_cse=False)
         return shards(q_BTHK, k_BSHK, v_BSHK, segments_BT)
     if implementation == "cudnn":
         return _cudnn(q_BTHK, k_BSHK, v_BSHK, window, segments_BT)
-    return walk(0, q_BTHK, k_BSHK, v_BSHK, segments_BT, segments_BT)
+    k_B1SHK, v_B1SHK, segments_B1S = jax.tree.map(
+        lambda x: x[:, None], (k_BSHK, v_BSHK, segments_BT)
+    )
+    return walk(0, q_BTHK, k_B1SHK, v_B1SHK, segments_BT, segments_B1S)
 
 
 def _walk_shards(
-    walk: Any, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments_BT: Array | None
+    walk: Any,
+    window: int | None,
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    segments_BT: Array | None,
 ) -> Array:
-    """Let each shard of the sequence walk its queries, with the keys and values of all."""
+    """Let each shard of the sequence walk its queries, with the keys and values that it needs."""
     q_BCTHK, q_segments_BCT = sharding.split_sequence((q_BTHK, segments_BT))
-    k_BCSHK, v_BCSHK, k_segments_BCS = sharding.gather_sequence((k_BSHK, v_BSHK, segments_BT))
+    keys = k_BSHK, v_BSHK, segments_BT
+    if window is None:
+        keys = jax.tree.map(lambda x: x[:, :, None], sharding.gather_sequence(keys))
+    else:
+        keys = sharding.gather_stretches(keys, window)
+    k_BCRSHK, v_BCRSHK, k_segments_BCRS = keys
     out_BCTHK = jax.vmap(walk, in_axes=(0, 1, 1, 1, 1, 1), out_axes=1)(
-        jnp.arange(q_BCTHK.shape[1]), q_BCTHK, k_BCSHK, v_BCSHK, q_segments_BCT, k_segments_BCS
+        jnp.arange(q_BCTHK.shape[1]), q_BCTHK, k_BCRSHK, v_BCRSHK, q_segments_BCT, k_segments_BCRS
     )
     return out_BCTHK.reshape(q_BTHK.shape)
 
@@ -106,47 +124,52 @@ def _zigzag(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments_BT: Array | No
 def _walk(
     shard: int | Array,
     q_BTHK: Array,
-    k_BSHK: Array,
-    v_BSHK: Array,
+    k_BRSHK: Array,
+    v_BRSHK: Array,
     q_segments_BT: Array | None,
-    k_segments_BS: Array | None,
+    k_segments_BRS: Array | None,
     *,
     noise: dropout.Noise | None,
     window: int | None,
     dropout_rate: float,
     remat_blocks: bool,
 ) -> Array:
-    """Attend from one shard of the queries to all keys, a block of queries at a time.
+    """Attend from the queries of one shard, a block of a chunk at a time.
 
-    Where blocks and their keys start depends on the shard, but how many they are does not.
+    Each of its R chunks has keys of its own, or all have the same (one R). Where blocks start
+    depends on the shard, but how many keys they read does not.
     """
-    n_keys = k_BSHK.shape[1]
-    starts_CR = sharding.chunk_starts(n_keys)
-    length = q_BTHK.shape[1] // starts_CR.shape[1]
+    n_positions = q_BTHK.shape[1] * sharding.context_size()
+    starts_CR = sharding.chunk_starts(n_positions)
+    firsts_CR = sharding.stretch_starts(n_positions, n_positions if window is None else window)
+    length = n_positions // starts_CR.size
     out = []
-    for begin in range(0, q_BTHK.shape[1], length):
-        for i in range(begin, begin + length, QUERY_BLOCK):
-            j = min(i + QUERY_BLOCK, begin + length)
-            start_C = starts_CR[:, begin // length] + (i - begin)
-            first_C = 0 * start_C if window is None else np.maximum(0, start_C - window)
-            n_seen = int((start_C + (j - i) - first_C).max())
-            first_C = np.minimum(first_C, n_keys - n_seen)
+    for i in range(0, q_BTHK.shape[1], length):
+        chunk = i // length
+        keys = [x[:, chunk % x.shape[1]] for x in (k_BRSHK, v_BRSHK)]
+        for begin in range(i, i + length, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, i + length)
+            start_C = starts_CR[:, chunk] + (begin - i)
+            first_C = firsts_CR[:, chunk]
+            seen = slice(
+                0 if window is None else int((np.maximum(0, start_C - window) - first_C).min()),
+                int((start_C + (end - begin) - first_C).max()),
+            )
             block: Any = functools.partial(
                 _block,
                 start=_of_shard(start_C, shard),
-                first=_of_shard(first_C, shard),
-                n_drawn=int(first_C.max()) + n_seen,
+                first=_of_shard(first_C + seen.start, shard),
+                n_drawn=int(first_C.max()) + seen.stop,
                 window=window,
                 dropout_rate=dropout_rate,
             )
             if remat_blocks:
                 block = jax.checkpoint(block, prevent_cse=False)
-            kv = [_part(x, _of_shard(first_C, shard), n_seen, 1) for x in (k_BSHK, v_BSHK)]
             segments = None
-            if q_segments_BT is not None:
-                seen = _part(k_segments_BS, _of_shard(first_C, shard), n_seen, 1)
-                segments = q_segments_BT[:, i:j], seen
-            out.append(block(q_BTHK[:, i:j], *kv, segments, noise))
+            if q_segments_BT is not None and k_segments_BRS is not None:
+                k_segments_BS = k_segments_BRS[:, chunk % k_segments_BRS.shape[1]]
+                segments = q_segments_BT[:, begin:end], k_segments_BS[:, seen]
+            out.append(block(q_BTHK[:, begin:end], *(x[:, seen] for x in keys), segments, noise))
     return jnp.concatenate(out, axis=1)
 
 

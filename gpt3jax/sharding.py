@@ -119,6 +119,16 @@ def shard_sequence(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: one(x) if x.ndim == 3 else x for name, x in batch.items()}
 
 
+def stretch_starts(n_positions: int, n_before: int) -> np.ndarray:
+    """Return `[C, R]`: where `gather_stretches` starts, `n_before` positions before each chunk.
+
+    All stretches have one length: near the start of the sequence they reach further instead.
+    """
+    starts_CR = chunk_starts(n_positions)
+    n = min(n_positions, n_positions // starts_CR.size + n_before)
+    return np.clip(starts_CR - n_before, 0, n_positions - n)
+
+
 def split_sequence(tree: Any) -> Any:
     """Give arrays `[B, T, ...]` a dimension for the shards of their sequence: `[B, C, T / C, ...]`.
 
@@ -143,11 +153,30 @@ def gather_sequence(tree: Any) -> Any:
     def one(x: Any) -> Any:
         copies = jnp.broadcast_to(x[:, None], (x.shape[0], n_shards, *x.shape[1:]))
         copies = constrain(copies, "batch", "seq", None, *_HEADS[: x.ndim - 2])
-        chunks = copies.reshape(*copies.shape[:2], n_shards, 2, -1, *x.shape[2:])
-        in_order = jnp.concatenate([chunks[:, :, :, 0], chunks[:, :, ::-1, 1]], axis=2)
-        return in_order.reshape(copies.shape)
+        return _in_true_order(copies.reshape(-1, *x.shape[1:])).reshape(copies.shape)
 
     return jax.tree.map(one, tree)
+
+
+def gather_stretches(tree: Any, n_before: int) -> Any:
+    """Give each chunk of arrays `[B, T, ...]` what leads up to it as well: `[B, C, R, S, ...]`."""
+
+    def one(x: Any) -> Any:
+        starts_CR = stretch_starts(x.shape[1], n_before)
+        n = x.shape[1] - int(starts_CR.max())
+        x = _in_true_order(constrain(x, "batch", None, *_HEADS[: x.ndim - 2]))
+        stretches = jnp.stack([x[:, i : i + n] for i in starts_CR.ravel().tolist()], axis=1)
+        stretches = stretches.reshape(x.shape[0], *starts_CR.shape, *stretches.shape[2:])
+        return constrain(stretches, "batch", "seq", None, None, *_HEADS[: x.ndim - 2])
+
+    return jax.tree.map(one, tree)
+
+
+def _in_true_order(x: Any) -> Any:
+    """Undo `sequence_order` on an array `[B, T, ...]`."""
+    chunks = x.reshape(x.shape[0], context_size(), 2, -1, *x.shape[2:])
+    halves = chunks[:, :, 0], chunks[:, ::-1, 1]
+    return jnp.concatenate(halves, axis=1).reshape(x.shape)
 
 
 def constrain_like_params(tree: Any) -> Any:
