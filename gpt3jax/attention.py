@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from gpt3jax import config, dropout, sharding
+from gpt3jax import config, dropout, sharding, zigzag
 
 QUERY_BLOCK = 256  # queries whose scores are held at once; 4 blocks at 1,024 were fastest on CPU
 HIDDEN = -1e30  # a score that softmax turns to 0, also in fp32 sums
@@ -59,24 +60,130 @@ def attend(
     `dropout_rate` acts on the probabilities where `noise` is given (training). `remat_blocks` makes
     the backward pass compute the scores of each block again rather than keep them.
     """
+    if implementation not in ("xla", "cudnn"):
+        raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
+    sharded = sharding.context_size() > 1
+    walk = functools.partial(
+        _walk,
+        noise=noise,
+        window=window,
+        dropout_rate=dropout_rate,
+        remat_blocks=remat_blocks or sharded,  # long sequences: scores fill the memory
+    )
+    if sharded:
+        # cuDNN's masks do not fit a band over chunks; it reads few keys, so XLA's is good enough.
+        fused = implementation == "cudnn" and window is None
+        shards: Any = _zigzag if fused else functools.partial(_walk_shards, walk, window)
+        if remat_blocks:  # keep no gathered keys and values
+            policy = jax.checkpoint_policies.save_only_these_names(zigzag.SAVED)
+            shards = jax.checkpoint(shards, policy=policy, prevent_cse=False)
+        return shards(q_BTHK, k_BSHK, v_BSHK, segments_BT)
     if implementation == "cudnn":
         return _cudnn(q_BTHK, k_BSHK, v_BSHK, window, segments_BT)
-    if implementation != "xla":
-        raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
-    block: Any = functools.partial(_block, window=window, dropout_rate=dropout_rate)
-    if remat_blocks:
-        block = jax.checkpoint(block, prevent_cse=False, static_argnums=(5, 6))
-    n_positions = q_BTHK.shape[1]
+    k_B1SHK, v_B1SHK, segments_B1S = jax.tree.map(
+        lambda x: x[:, None], (k_BSHK, v_BSHK, segments_BT)
+    )
+    return walk(0, q_BTHK, k_B1SHK, v_B1SHK, segments_BT, segments_B1S)
+
+
+def _walk_shards(
+    walk: Any,
+    window: int | None,
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    segments_BT: Array | None,
+) -> Array:
+    """Let each shard of the sequence walk its queries, with the keys and values that it needs."""
+    q_BCTHK, q_segments_BCT = sharding.split_sequence((q_BTHK, segments_BT))
+    keys = k_BSHK, v_BSHK, segments_BT
+    if window is None:
+        keys = jax.tree.map(lambda x: x[:, :, None], sharding.gather_sequence(keys))
+    else:
+        keys = sharding.gather_stretches(keys, window)
+    k_BCRSHK, v_BCRSHK, k_segments_BCRS = keys
+    out_BCTHK = jax.vmap(walk, in_axes=(0, 1, 1, 1, 1, 1), out_axes=1)(
+        jnp.arange(q_BCTHK.shape[1]), q_BCTHK, k_BCRSHK, v_BCRSHK, q_segments_BCT, k_segments_BCRS
+    )
+    return out_BCTHK.reshape(q_BTHK.shape)
+
+
+def _zigzag(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments_BT: Array | None) -> Array:
+    """Run cuDNN's kernels on each shard of the sequence."""
+    arrays = sharding.split_sequence((q_BTHK, k_BSHK, v_BSHK))
+    arrays += sharding.gather_sequence((k_BSHK, v_BSHK))
+    axes: list[tuple[str | None, ...]] = [("batch", "seq", None, "heads", None)] * len(arrays)
+    if segments_BT is not None:
+        arrays += sharding.split_sequence(segments_BT), sharding.gather_sequence(segments_BT)
+        axes += [("batch", "seq", None)] * 2
+    shards_C = jnp.arange(arrays[0].shape[1])
+    local = sharding.map_shards(zigzag.attend, [("seq",), *axes], axes[0])
+    return local(shards_C, *arrays).reshape(q_BTHK.shape)
+
+
+def _walk(
+    shard: int | Array,
+    q_BTHK: Array,
+    k_BRSHK: Array,
+    v_BRSHK: Array,
+    q_segments_BT: Array | None,
+    k_segments_BRS: Array | None,
+    *,
+    noise: dropout.Noise | None,
+    window: int | None,
+    dropout_rate: float,
+    remat_blocks: bool,
+) -> Array:
+    """Attend from the queries of one shard, a block of a chunk at a time.
+
+    Each of its R chunks has keys of its own, or all have the same (one R). Where blocks start
+    depends on the shard, but how many keys they read does not.
+    """
+    n_positions = q_BTHK.shape[1] * sharding.context_size()
+    starts_CR = sharding.chunk_starts(n_positions)
+    firsts_CR = sharding.stretch_starts(n_positions, n_positions if window is None else window)
+    length = n_positions // starts_CR.size
     out = []
-    for start in range(0, n_positions, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n_positions)
-        first = 0 if window is None else max(0, start - window)
-        kv = [x[:, first:stop] for x in (k_BSHK, v_BSHK)]
-        segments = None
-        if segments_BT is not None:
-            segments = segments_BT[:, start:stop], segments_BT[:, first:stop]
-        out.append(block(q_BTHK[:, start:stop], *kv, segments, noise, start, first))
+    for i in range(0, q_BTHK.shape[1], length):
+        chunk = i // length
+        keys = [x[:, chunk % x.shape[1]] for x in (k_BRSHK, v_BRSHK)]
+        for begin in range(i, i + length, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, i + length)
+            start_C = starts_CR[:, chunk] + (begin - i)
+            first_C = firsts_CR[:, chunk]
+            seen = slice(
+                0 if window is None else int((np.maximum(0, start_C - window) - first_C).min()),
+                int((start_C + (end - begin) - first_C).max()),
+            )
+            block: Any = functools.partial(
+                _block,
+                start=_of_shard(start_C, shard),
+                first=_of_shard(first_C + seen.start, shard),
+                n_drawn=int(first_C.max()) + seen.stop,
+                window=window,
+                dropout_rate=dropout_rate,
+            )
+            if remat_blocks:
+                block = jax.checkpoint(block, prevent_cse=False)
+            segments = None
+            if q_segments_BT is not None and k_segments_BRS is not None:
+                k_segments_BS = k_segments_BRS[:, chunk % k_segments_BRS.shape[1]]
+                segments = q_segments_BT[:, begin:end], k_segments_BS[:, seen]
+            out.append(block(q_BTHK[:, begin:end], *(x[:, seen] for x in keys), segments, noise))
     return jnp.concatenate(out, axis=1)
+
+
+def _of_shard(number_C: np.ndarray, shard: int | Array) -> Any:
+    """Return the shard's number: where all have the same, a Python int, for static slices."""
+    if (number_C == number_C[0]).all():
+        return int(number_C[0])
+    return jnp.asarray(number_C)[shard]
+
+
+def _part(x: Any, first: Any, size: int, axis: int) -> Array:
+    if isinstance(first, int):
+        return jax.lax.slice_in_dim(x, first, first + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
 
 
 def _block(
@@ -85,13 +192,18 @@ def _block(
     v_BSHK: Array,
     segments: tuple[Array, Array] | None,
     noise: dropout.Noise | None,
-    start: int,
-    first: int,
     *,
+    start: int | Array,
+    first: int | Array,
+    n_drawn: int,
     window: int | None,
     dropout_rate: float,
 ) -> Array:
-    """Attend from queries at positions `start...` to keys at positions `first...`."""
+    """Attend from queries at positions `start...` to keys at positions `first...`.
+
+    `n_drawn` is the number of keys, from position 0 on, that dropout is drawn for: what is drawn
+    for a key must not depend on where the block starts.
+    """
     scale = q_BTHK.shape[-1] ** -0.5
     t_T = start + jnp.arange(q_BTHK.shape[1])
     s_S = first + jnp.arange(k_BSHK.shape[1])
@@ -104,10 +216,9 @@ def _block(
     # The softmax's division comes last: K values a row in place of S.
     sum_BTH1 = jnp.einsum("bhts->bth", exp_BHTS)[..., None]
     if noise is not None and dropout_rate:
-        n_heads, n_keys = q_BTHK.shape[2], k_BSHK.shape[1]
-        # Drawn for keys 0... so that the draw does not depend on where the block starts.
-        keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (n_heads,), first + n_keys)
-        exp_BHTS *= jnp.einsum("bths->bhts", keep_BTHS[..., first:]) / (1 - dropout_rate)
+        keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (q_BTHK.shape[2],), n_drawn)
+        keep_BTHS = _part(keep_BTHS, first, k_BSHK.shape[1], 3)
+        exp_BHTS *= jnp.einsum("bths->bhts", keep_BTHS) / (1 - dropout_rate)
     out_BTHK = jnp.einsum(
         "bhts,bshk->bthk", exp_BHTS.astype(v_BSHK.dtype), v_BSHK,
         preferred_element_type=jnp.float32,

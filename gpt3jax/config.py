@@ -211,7 +211,7 @@ class Mesh:
     fsdp: int = 1
     """Shards of parameters, optimizer state and batch."""
     context: int = 1
-    """Shards of the sequence."""
+    """Shards of the sequence, for contexts whose activations do not fit one device."""
     tensor: int = 1
     """Shards of heads, MLP and vocabulary: keep inside one NVLink domain."""
     sequence_parallel: bool = True
@@ -493,8 +493,6 @@ def _check_mesh(mesh: Mesh, model: Model) -> None:
     if list(sizes.values()).count(-1) > 1:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
         raise UserError(f"{rest} are all -1: only one axis can take the rest of the devices")
-    if sizes["context"] != 1:
-        raise UserError(f"mesh.context={sizes['context']} is not supported yet: set it to 1")
     if mesh.stage > 0:
         check_pipeline(model, mesh.stage, mesh.virtual_stages)
     for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
@@ -503,6 +501,30 @@ def _check_mesh(mesh: Mesh, model: Model) -> None:
                 f"mesh.tensor={mesh.tensor} does not divide model.{field}={size}: "
                 f"use one of {divisors(size)}"
             )
+    # What -1 stands for is known once the devices are: `step.build` checks again.
+    check_sequence(model, mesh, max(mesh.context, 1), max(mesh.tensor, 1))
+
+
+def check_sequence(model: Model, mesh: Mesh, context: int, tensor: int) -> None:
+    """Check that the sequence can be cut as axes of these sizes need it.
+
+    Raises:
+        UserError: model.seq_len or model.n_loss_chunks does not fit.
+    """
+    shards = context * (tensor if mesh.sequence_parallel else 1)
+    multiple = math.lcm(shards, 2 * context if context > 1 else 1)
+    if model.seq_len % multiple:
+        raise UserError(
+            f"model.seq_len={model.seq_len} must be a multiple of {multiple} for mesh.context="
+            f"{context} (two chunks each) and mesh.tensor={tensor} (mesh.sequence_parallel="
+            f"{mesh.sequence_parallel}): use {-(-model.seq_len // multiple) * multiple}"
+        )
+    if model.seq_len % (model.n_loss_chunks * context):
+        raise UserError(
+            f"model.n_loss_chunks={model.n_loss_chunks} does not divide the "
+            f"{model.seq_len // context} positions that each of mesh.context={context} holds: "
+            f"use one of {divisors(model.seq_len // context)}"
+        )
 
 
 def check_pipeline(model: Model, n_stages: int, virtual_stages: int) -> None:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gpt3jax import sharding
+
 
 class Noise(NamedTuple):
     """What draws are made from: a key, and the number of each sample in the run."""
@@ -45,5 +47,6 @@ def apply(x_BTD: Array, rate: float, noise: Noise | None) -> Array:
     """Zero each value with probability `rate` and scale the rest up; without noise do nothing."""
     if noise is None or rate == 0:
         return x_BTD
-    keep_BTD = keep_mask(noise, rate, jnp.arange(x_BTD.shape[1]), (), x_BTD.shape[2])
+    positions_T = sharding.sequence_order(x_BTD.shape[1])
+    keep_BTD = keep_mask(noise, rate, positions_T, (), x_BTD.shape[2])
     return jnp.where(keep_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

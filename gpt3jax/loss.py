@@ -140,10 +140,14 @@ def _hits(logits_BTV: Array, targets_BT: Array) -> Array:
 
 
 def _split(x: Array, n_chunks: int) -> Array:
-    """[B, T, ...] -> [chunk, B, T / chunks, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], n_chunks, -1, *x.shape[2:]), 1, 0)
+    """[B, T, ...] -> [chunk, B, T / chunks, ...], where each shard of T gives a part of each."""
+    n_shards = sharding.context_size()
+    parts = x.reshape(x.shape[0], n_shards, n_chunks, -1, *x.shape[2:])
+    return jnp.moveaxis(parts, 2, 0).reshape(n_chunks, x.shape[0], -1, *x.shape[2:])
 
 
 def _join(x: Array) -> Array:
-    """[chunk, B, T / chunks, ...] -> [B, T, ...]."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    """[chunk, B, T / chunks, ...] -> [B, T, ...]: undo `_split`."""
+    n_chunks, n_rows = x.shape[:2]
+    parts = x.reshape(n_chunks, n_rows, sharding.context_size(), -1, *x.shape[3:])
+    return jnp.moveaxis(parts, 0, 2).reshape(n_rows, -1, *x.shape[3:])

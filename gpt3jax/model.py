@@ -175,6 +175,9 @@ class Block(nnx.Module):
     def _add(
         self, x_BTD: Array, out_BTD: Array, bias: Any, noise: dropout.Noise | None, compute: Compute
     ) -> Array:
+        # Both constraints here too: with the second alone, and `context` in use, the partitioner
+        # gathers the whole sequence before the product.
+        out_BTD = sharding.constrain(out_BTD, "batch", "seq", None)
         out_BTD = sharding.constrain(out_BTD, *compute.residual_axes)
         out_BTD += bias[...].astype(compute.dtype)
         x_BTD += dropout.apply(out_BTD, self.dropout_rate, noise)
@@ -224,7 +227,8 @@ class GPT(nnx.Module):
         # spares an involuntary full rematerialisation on mixed meshes. In fp32, because the
         # gradient of a lookup adds up all places of a token, thousands for a frequent one.
         table_VD = sharding.constrain(self.embedding_VD[...], "vocab", None)
-        x_BTD = sharding.constrain(table_VD[tokens_BT], *compute.residual_axes)
+        x_BTD = sharding.constrain(table_VD[tokens_BT], "batch", "seq", None)
+        x_BTD = sharding.constrain(x_BTD, *compute.residual_axes)
         positions_TD = sharding.constrain(self.positions_TD[...], None, None)
         x_BTD += sharding.constrain(positions_TD[positions_BT], *compute.residual_axes)
         x_BTD = x_BTD.astype(compute.dtype)

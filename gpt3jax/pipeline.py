@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt3jax import config, dropout, loss, model
+from gpt3jax import config, dropout, loss, model, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,5 +187,10 @@ def _own(x: Array, n_stages: int) -> Array:
 
 
 def _joined(x: Array) -> Array:
-    """[G, B, T, ...] -> [B, G T, ...]: so the loss, chunk by chunk, sums one table gradient."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    """[G, B, T, ...] -> [B, G T, ...]: so the loss, chunk by chunk, sums one table gradient.
+
+    Where the sequence is sharded, each shard joins its own part.
+    """
+    n_shards = sharding.context_size()
+    parts = x.reshape(*x.shape[:2], n_shards, -1, *x.shape[3:])  # [G, B, C, T / C, ...]
+    return jnp.moveaxis(parts, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])

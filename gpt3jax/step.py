@@ -57,6 +57,7 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
             "train.n_steps, train.n_samples or train.n_tokens"
         )
     config.check_pipeline(cfg.model, mesh.shape["stage"], cfg.mesh.virtual_stages)
+    config.check_sequence(cfg.model, cfg.mesh, mesh.shape["context"], mesh.shape["tensor"])
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
     abstract = jax.eval_shape(init)
@@ -166,7 +167,7 @@ def mean_loss_and_grads(
         start = (jnp.float32(0), sharding.constrain_like_params(zeros))
         return jax.lax.scan(add, start, batch)[0]
 
-    parts = {**batch, "weights": weights_MBT}
+    parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
     sums = pipelined_sums if _is_pipelined() else local_sums
     loss_sum, grads = sharding.sum_over_replicas(sums, state.params, parts, has_grads=True)
     n_tokens = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1)
@@ -206,7 +207,8 @@ def eval_step(
 
         return jax.lax.scan(add, jnp.float32(0), batch)[0]
 
-    parts = {**batch, "weights": batch["loss_mask"].astype(jnp.float32)}
+    weights_MBT = batch["loss_mask"].astype(jnp.float32)
+    parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
     loss_sum = sharding.sum_over_replicas(local_sum, params, parts)
     return loss_sum, batch["loss_mask"].sum(dtype=jnp.float32)
 

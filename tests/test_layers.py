@@ -10,7 +10,7 @@ LAYERS = [
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
     ["attention", "data.splits"],
     ["data.text", "data.blend"],
-    ["data.samples", "data.tokenizer", "data.documents", "dropout"],
+    ["data.samples", "data.tokenizer", "data.documents", "dropout", "zigzag"],
     [
         "data.indexed",
         "data.index_cache",

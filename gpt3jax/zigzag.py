@@ -1,0 +1,187 @@
+"""cuDNN's attention where the sequence is split over `context`, an early and a late chunk a shard.
+
+cuDNN's causal mask starts at the first query and the first key, so it serves where a chunk meets
+itself, and no mask is needed where it meets an earlier one. Of 2 C chunks, n positions each, shard
+c meets: its two own, causally; with its late chunk all C early ones; and one chunk of each other
+shard more, an early one with its early chunk (shards before c) or a late one with its late chunk
+(shards after c). That is the same n^2 x 2 C on every shard, the least a causal mask allows, and
+three kernels of static shapes. Their outputs are joined by their softmax sums.
+
+The one private module of JAX in the project is used here: its public function neither gives the
+sums in fp32 nor lets the backward kernel be called with the joined output and sums.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.ad_checkpoint import checkpoint_name
+
+SAVED = "zigzag"  # the name of what a backward pass needs so as not to run the kernels again
+
+# Queries, keys, values, and the segments of queries and keys, of one kernel's call.
+Part = tuple[Array, Array, Array, Array | None, Array | None]
+
+
+def attend(
+    shard_1: Array,
+    q_B1THK: Array,
+    k_B1THK: Array,
+    v_B1THK: Array,
+    k_B1SHK: Array,
+    v_B1SHK: Array,
+    q_segments_B1T: Array | None = None,
+    k_segments_B1S: Array | None = None,
+) -> Array:
+    """Return the attention of one shard's queries to all keys up to each, `[B, 1, T, H, K]`.
+
+    T is what a shard holds, its early chunk and its late one; S is the whole sequence, in order.
+    """
+    n = q_B1THK.shape[2] // 2
+    n_others = k_B1SHK.shape[2] // (2 * n) - 1
+    before_J = jnp.arange(n_others) < shard_1[0]
+
+    def own(x: Array | None) -> Any:  # [2, B, n, ...]
+        return None if x is None else jnp.stack([x[:, 0, :n], x[:, 0, n:]])
+
+    def early(x: Array | None) -> Any:  # [B, C n, ...]
+        return None if x is None else x[:, 0, : x.shape[2] // 2]
+
+    def others(x: Array | None) -> Any:  # [C - 1, B, n, ...]
+        if x is None:
+            return None
+        chunks = jnp.moveaxis(x[:, 0].reshape(x.shape[0], -1, n, *x.shape[3:]), 1, 0)
+        return _choose(before_J, chunks[:n_others], chunks[::-1][1 : n_others + 1])
+
+    q_2BTHK, segments_2BT = own(q_B1THK), own(q_segments_B1T)
+    keys = own(k_B1THK), early(k_B1SHK), others(k_B1SHK)
+    values = own(v_B1THK), early(v_B1SHK), others(v_B1SHK)
+    segments = segments_2BT, early(k_segments_B1S), others(k_segments_B1S)
+    out_2BTHK = _joined(before_J, q_2BTHK, keys, values, segments)
+    return jnp.moveaxis(out_2BTHK, 0, 1).reshape(q_B1THK.shape)
+
+
+def _choose(before_J: Array, early: Array, late: Array) -> Array:
+    """Return `early` for the shards before this one and `late` for those after it."""
+    return jnp.where(before_J.reshape(-1, *[1] * (late.ndim - 1)), early, late)
+
+
+def _parts(before_J: Array, q_2BTHK: Array, keys: Any, values: Any, segments: Any) -> list[Part]:
+    """Return what the three kernels take, with a leading dimension beside the batch or without."""
+    picked = functools.partial(_pick, before_J)
+    s_2BT = segments[0]
+    late = None if s_2BT is None else s_2BT[1]
+    return [
+        (q_2BTHK, keys[0], values[0], s_2BT, s_2BT),
+        (q_2BTHK[1], keys[1], values[1], late, segments[1]),
+        (picked(q_2BTHK), keys[2], values[2], picked(s_2BT), segments[2]),
+    ]
+
+
+def _pick(before_J: Array, x_2: Any) -> Any:
+    """Return, for each other shard, the part of its own two chunks that it meets."""
+    return None if x_2 is None else _choose(before_J, x_2[:1], x_2[1:])
+
+
+@jax.custom_vjp
+def _joined(before_J: Array, q_2BTHK: Array, keys: Any, values: Any, segments: Any) -> Array:
+    return _joined_forward(before_J, q_2BTHK, keys, values, segments)[0]
+
+
+def _joined_forward(
+    before_J: Array, q_2BTHK: Array, keys: Any, values: Any, segments: Any
+) -> tuple[Array, Any]:
+    own, early, others = _parts(before_J, q_2BTHK, keys, values, segments)
+    o1_2BTHK, l1_2BHT = _forward(own, causal=True)
+    o2_BTHK, l2_BHT = _forward(early, causal=False)
+    o3_JBTHK, l3_JBHT = _forward(others, causal=False)
+    nothing = jnp.full_like(l3_JBHT, -jnp.inf)
+    first = _join([o1_2BTHK[:1], o3_JBTHK], [l1_2BHT[:1], _choose(before_J, l3_JBHT, nothing)])
+    second = _join(
+        [o1_2BTHK[1:], o2_BTHK[None], o3_JBTHK],
+        [l1_2BHT[1:], l2_BHT[None], _choose(before_J, nothing, l3_JBHT)],
+    )
+    out_2BTHK, sums_2BHT = (
+        checkpoint_name(jnp.stack(pair), SAVED) for pair in zip(first, second, strict=True)
+    )
+    return out_2BTHK, (before_J, q_2BTHK, keys, values, segments, out_2BTHK, sums_2BHT)
+
+
+def _join(outs: list[Array], sums: list[Array]) -> tuple[Array, Array]:
+    """Return the output and log-sum of the union of key sets, from those of each."""
+    out_PBTHK, sums_PBHT = jnp.concatenate(outs), jnp.concatenate(sums)
+    sum_BHT = jax.nn.logsumexp(sums_PBHT, axis=0)
+    share_PBHT = jnp.exp(sums_PBHT - sum_BHT)
+    out_BTHK = jnp.einsum("pbht,pbthk->bthk", share_PBHT, out_PBTHK.astype(jnp.float32))
+    return out_BTHK.astype(out_PBTHK.dtype), sum_BHT
+
+
+def _joined_backward(residuals: Any, d_out_2BTHK: Array) -> Any:
+    before_J, q_2BTHK, keys, values, segments, out_2BTHK, sums_2BHT = residuals
+    own, early, others = _parts(before_J, q_2BTHK, keys, values, segments)
+    results = sums_2BHT, out_2BTHK, d_out_2BTHK
+    of_others = (_pick(before_J, x) for x in results)
+    dq1_2BTHK, dk1, dv1 = _backward(own, *results, causal=True)
+    dq2_BTHK, dk2, dv2 = _backward(early, *(x[1] for x in results), causal=False)
+    dq3_JBTHK, dk3, dv3 = _backward(others, *of_others, causal=False)
+    dq3_JBTHK = dq3_JBTHK.astype(jnp.float32)
+    zeros = jnp.zeros_like(dq3_JBTHK)
+    first = dq1_2BTHK[0] + _choose(before_J, dq3_JBTHK, zeros).sum(0)
+    second = dq1_2BTHK[1] + dq2_BTHK + _choose(before_J, zeros, dq3_JBTHK).sum(0)
+    dq_2BTHK = jnp.stack([first, second]).astype(q_2BTHK.dtype)
+    return None, dq_2BTHK, (dk1, dk2, dk3), (dv1, dv2, dv3), None
+
+
+_joined.defvjp(_joined_forward, _joined_backward)
+
+
+def _fold(x: Any) -> Any:
+    """Make one batch dimension of all leading ones."""
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def _mask(part: Part) -> Any:
+    """Return True where segments agree `[B, 1, T, S]`, or None without segments."""
+    q, k, _, q_segments, k_segments = part
+    if q_segments is None or k_segments is None:
+        return None
+    q_segments_BT = q_segments.reshape(-1, q.shape[-3])
+    k_segments_BS = k_segments.reshape(-1, k.shape[-3])
+    return q_segments_BT[:, None, :, None] == k_segments_BS[:, None, None, :]
+
+
+def _forward(part: Part, *, causal: bool) -> tuple[Array, Array]:
+    """Return cuDNN's output `[..., T, H, K]` and the logs of its softmax sums `[..., H, T]`."""
+    q, k, v = (_fold(x) for x in part[:3])
+    # Not jax.nn.dot_product_attention: it rounds the sums to the format of q.
+    out_BTHK, sums_BHT = cudnn.dot_product_attention(
+        q, k, v, mask=_mask(part), scale=q.shape[-1] ** -0.5, mask_type=_mask_type(causal),
+        return_residual=True,
+    )  # fmt: skip
+    return out_BTHK.reshape(part[0].shape), sums_BHT.reshape(
+        *part[0].shape[:-3], *sums_BHT.shape[1:]
+    )
+
+
+def _mask_type(causal: bool) -> Any:
+    return cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
+
+
+def _backward(part: Part, sums: Array, out: Array, d_out: Array, *, causal: bool) -> list[Array]:
+    """Return the gradients of q, k, v through the softmax whose output and log-sums are given."""
+    arrays = part[:3]
+    q, k, v, out, d_out = (_fold(x) for x in (*arrays, out, d_out))
+    absent = jnp.zeros(0, q.dtype)
+    bias = cudnn.combine_bias_and_mask(None, _mask(part), q.dtype)
+    optional = (absent if bias is None else bias, *[absent] * 6)
+    grads = cudnn._dot_product_attention_bwd_p_wrapper.bind(
+        q, k, v, *optional, sums.reshape(-1, *sums.shape[-2:]), out, d_out,
+        scale=q.shape[-1] ** -0.5, seed=0, dropout_rate=0.0,
+        variadic_args=(bias is not None, False),
+        mask_type=_mask_type(causal),
+        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None,
+    )  # fmt: skip
+    return [grad.reshape(x.shape) for grad, x in zip(grads, arrays, strict=True)]

@@ -1,0 +1,106 @@
+"""One loss on every mesh there is: all 35 ways to cut 8 devices, and combinations of features."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gpt3jax import config, sharding, step
+
+import tiny
+
+N_STEPS = 5
+QUICK = {(2, 2, 1, 1, 2), (1, 2, 2, 2, 1)}  # of `make test`; the rest are slow
+
+
+def meshes(n, n_axes=5):
+    """Yield every way to write n as a product of axes."""
+    if n_axes == 1:
+        yield (n,)
+        return
+    for first in (d for d in range(1, n + 1) if n % d == 0):
+        yield from ((first, *rest) for rest in meshes(n // first, n_axes - 1))
+
+
+ALL = list(meshes(8))
+
+
+def named(sizes):
+    return "-".join(
+        f"{axis}{size}" for axis, size in zip(sharding.AXES, sizes, strict=True) if size > 1
+    )
+
+
+def params_of(all_meshes):
+    return [
+        pytest.param(m, id=named(m), marks=() if m in QUICK else pytest.mark.slow)
+        for m in all_meshes
+    ]
+
+
+def config_of(sizes, groups):
+    axes = dict(zip(sharding.AXES, sizes, strict=True)) if sizes else {}
+    model = {"n_layers": 8, "d_model": 32, "n_heads": 8, **groups.get("model", {})}
+    mesh = axes | groups.get("mesh", {})
+    batch = {"microbatch_size": 1} | groups.get("batch", {})
+    rest = {k: v for k, v in groups.items() if k not in ("model", "mesh", "batch")}
+    return tiny.make_config(model=model, mesh=mesh, batch=batch, **rest)
+
+
+def run(sizes, groups, documents=False):
+    """Return the initial and last weights, and losses and gradient norms of the steps."""
+    cfg = config_of(sizes, groups)
+    axes = dict(zip(sharding.AXES, sizes, strict=True)) if sizes else {}
+    mesh = tiny.make_mesh(**axes)
+    program = step.build(cfg, mesh, cfg.train.n_steps * cfg.batch.global_batch_size)
+    state = program.init()
+    initial, told = tiny.leaves(state.params), []
+    rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
+    for i in range(N_STEPS):
+        n = cfg.batch.global_batch_size // rows if sizes else 1
+        batch = tiny.make_batch(i, cfg, mesh, n, masked=documents)
+        if documents:
+            batch = tiny.add_documents(batch)
+        state, metrics = program.train(state, batch)
+        told.append((metrics["loss"], metrics["grad_norm"]))
+    return initial, tiny.leaves(state.params), np.array(told, np.float64)
+
+
+@functools.cache
+def on_one_device(variant):
+    groups, documents = VARIANTS[variant]
+    alone = {k: v for k, v in groups.items() if k != "mesh"}
+    return run((), alone, documents)
+
+
+VARIANTS = {
+    "plain": ({}, False),
+    "documents": ({}, True),
+    "alternating": (
+        {"model": {"attention": config.Attention(pattern="alternating", band=5)}},
+        True,
+    ),
+    "bfloat16": ({"precision": {"compute_dtype": "bfloat16"}}, False),
+    "float16": ({"precision": {"compute_dtype": "float16", "initial_loss_scale": 2.0**10}}, False),
+    "remat": ({"model": {"remat": "dots", "n_loss_chunks": 2}}, False),
+}
+
+
+def check(sizes, variant, rtol=1e-5, **mesh):
+    groups, documents = VARIANTS[variant]
+    initial, weights, told = run(sizes, {**groups, "mesh": mesh}, documents)
+    initial_of_one, weights_of_one, told_of_one = on_one_device(variant)
+    for name, array in initial.items():
+        other = initial_of_one[name].reshape(array.shape)
+        np.testing.assert_array_equal(array, other, err_msg=name)
+    np.testing.assert_allclose(told, told_of_one, rtol=rtol)
+    for name, array in weights.items():
+        other = weights_of_one[name].reshape(array.shape)
+        error = np.linalg.norm(array - other) / np.linalg.norm(other - initial_of_one[name].reshape(array.shape))
+        assert error < 100 * rtol, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("sizes", params_of(ALL))
+def test_losses_are_those_of_one_device(sizes):
+    check(sizes, "plain")
