@@ -214,6 +214,8 @@ class Mesh:
     """Shards of the sequence, for contexts whose activations do not fit one device."""
     tensor: int = 1
     """Shards of heads, MLP and vocabulary: keep inside one NVLink domain."""
+    shard_optimizer: bool = False
+    """Shard optimizer state and fp32 parameters over data too (ZeRO-1)."""
     sequence_parallel: bool = True
     """Shard the norm, dropout and residual regions along the sequence over the tensor axis."""
     cpu_devices: int = 0

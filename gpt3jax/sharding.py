@@ -5,6 +5,7 @@ Parameters declare logical axes where they are made (`model`), activations where
 optimizer included. Nothing else in the project names a mesh axis, but for `stage` in `pipeline`.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -223,42 +224,86 @@ def variable_axes(variable: nnx.Variable[Any]) -> tuple[str | None, ...]:
     return ((), ("layers",), (None, "layers"))[n_stacked] + axes
 
 
-def sum_over_replicas(function: Any, params: Any, batch: Any, has_grads: bool = False) -> Any:
+def data_dim(variable: nnx.Variable[Any], mesh: Any) -> int | None:
+    """Return which dimension of a parameter `data` cuts where it shards the optimizer.
+
+    One that it divides, if possible none that another axis cuts, the largest of them; None if it
+    divides none, as in small vectors. Same answer where some axes are manual and shapes local.
+    """
+    manual = frozenset(getattr(mesh, "manual_axes", ()))
+    best: tuple[bool, int, int] | None = None
+    for dim, axis in enumerate(variable_axes(variable)):
+        axes = RULES[axis]
+        ways = math.prod(mesh.shape[a] for a in axes if a not in manual)
+        n_local = variable.get_value().shape[dim] // ways
+        if n_local % mesh.shape["data"] == 0 and n_local > 0:
+            is_free = all(mesh.shape[a] == 1 for a in axes)
+            best = max(best or (False, 0, 0), (is_free, n_local, -dim))
+    return None if best is None else -best[2]
+
+
+def _with_data(specification: PartitionSpec, dim: int | None) -> PartitionSpec:
+    if dim is None:
+        return specification
+    entries = list(specification)
+    inner = entries[dim] or ()
+    entries[dim] = ("data", *((inner,) if isinstance(inner, str) else inner))
+    return PartitionSpec(*entries)
+
+
+def sum_over_replicas(
+    function: Any, params: Any, batch: Any, has_grads: bool = False, shard_grads: bool = False
+) -> Any:
     """Return the global sums of what (params, batch) -> sums gives on a replica or a stage.
 
     The function runs on each `data` replica's own rows of the batch `[M, B, ...]` and on each
     stage's own layers, manual over these two axes; all else is left to the partitioner. Sums are
     added up over both, once; with `has_grads` they are (sum, gradient like params), and gradients
-    of layers stay with their stage.
+    of layers stay with their stage. With `shard_grads` each replica gets its `data_dim` part of
+    the gradient only.
     """
     manual = frozenset({"data", "stage"})
-    shape = jax.sharding.get_abstract_mesh().shape
-    if shape["data"] == shape["stage"] == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape["data"] == mesh.shape["stage"] == 1:
         return function(params, batch)
 
-    def local_spec(node: Any) -> Any:
-        axes = variable_axes(node) if is_variable(node) else ()
-        return jax.tree.map(lambda _: spec(axes, frozenset(AXES) - manual), node)
+    def local_spec(node: Any, over_data: bool = False) -> Any:
+        if not is_variable(node):
+            return PartitionSpec()
+        dim = data_dim(node, mesh) if over_data else None
+        specification = spec(variable_axes(node), frozenset(AXES) - manual)
+        return jax.tree.map(lambda _: _with_data(specification, dim), node)
 
     def add_up(node: Any) -> Any:
         of_stage = is_variable(node) and "layers" in variable_axes(node)
-        return jax.lax.psum(node, "data" if of_stage else ("data", "stage"))
+        dim = None
+        if is_variable(node) and shard_grads:
+            dim = data_dim(node, jax.sharding.get_abstract_mesh())
+        if not of_stage:
+            node = jax.lax.psum(node, "stage")
+        if dim is None:
+            return jax.lax.psum(node, "data")
+        return jax.lax.psum_scatter(node, "data", scatter_dimension=dim, tiled=True)
 
     specs = jax.tree.map(local_spec, params, is_leaf=is_variable)
-    summed = jax.shard_map(
+    grad_specs = jax.tree.map(
+        functools.partial(local_spec, over_data=shard_grads), params, is_leaf=is_variable
+    )
+    summed: Any = jax.shard_map(
         lambda *args: jax.tree.map(add_up, function(*args), is_leaf=is_variable),
         in_specs=(specs, PartitionSpec(None, "data")),
-        out_specs=(PartitionSpec(), specs) if has_grads else PartitionSpec(),
+        out_specs=(PartitionSpec(), grad_specs) if has_grads else PartitionSpec(),
         axis_names=manual,
         check_vma=False,
     )
     return summed(params, batch)
 
 
-def state_shardings(abstract_state: Any, mesh: jax.sharding.Mesh) -> Any:
+def state_shardings(abstract_state: Any, mesh: jax.sharding.Mesh, over_data: bool = False) -> Any:
     """Return the NamedSharding of every leaf of a state: parameters, moments, counters.
 
-    Used for init, for the step and as the restore target. Plain arrays are replicated.
+    Used for init, for the step and as the restore target. Plain arrays are replicated. With
+    `over_data`, parameters and moments are cut by `data` too (`data_dim`).
 
     Raises:
         UserError: a dimension that its mesh axes do not divide; it names tensor and numbers.
@@ -270,7 +315,8 @@ def state_shardings(abstract_state: Any, mesh: jax.sharding.Mesh) -> Any:
             return replicated
         axes = variable_axes(node)
         _check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), node, axes, mesh)
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec(axes)), node)
+        specification = _with_data(spec(axes), data_dim(node, mesh) if over_data else None)
+        return jax.tree.map(lambda _: NamedSharding(mesh, specification), node)
 
     return jax.tree.map_with_path(one, abstract_state, is_leaf=is_variable)
 

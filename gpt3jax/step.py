@@ -61,7 +61,7 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
     abstract = jax.eval_shape(init)
-    shardings = sharding.state_shardings(abstract, mesh)
+    shardings = sharding.state_shardings(abstract, mesh, cfg.mesh.shard_optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
     train = functools.partial(train_step, cfg, compute, run_samples)
     evaluate = functools.partial(eval_step, cfg, compute)
@@ -163,15 +163,37 @@ def mean_loss_and_grads(
             grads = jax.tree.map(jnp.add, sums[1], grads)
             return (sums[0] + loss_sum, sharding.constrain_like_params(grads)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         start = (jnp.float32(0), sharding.constrain_like_params(zeros))
         return jax.lax.scan(add, start, batch)[0]
 
     parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
     sums = pipelined_sums if _is_pipelined() else local_sums
-    loss_sum, grads = sharding.sum_over_replicas(sums, state.params, parts, has_grads=True)
+    loss_sum, grads = sharding.sum_over_replicas(
+        sums, params_to_use(cfg, state.params), parts, True, cfg.mesh.shard_optimizer
+    )
     n_tokens = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1)
     return loss_sum / n_tokens, jax.tree.map(lambda g: g / scale, grads)
+
+
+def params_to_use(cfg: config.Config, params: model.GPT) -> model.GPT:
+    """Return parameters that each replica has whole, where they are sharded over `data` (ZeRO-1).
+
+    The matrices of layers are cast before they are gathered: the model uses them in the compute
+    format alone, so this changes no number. Not with pipeline stages, where the gradient of a
+    matrix is summed over the microbatches in the matrix's own format.
+    """
+    if not cfg.mesh.shard_optimizer:
+        return params
+
+    def one(variable: Any) -> Any:
+        of_layers = "layers" in sharding.variable_axes(variable)
+        cast = of_layers and variable.get_metadata("decays") and not _is_pipelined()
+        dtype = cfg.precision.compute_dtype if cast else jnp.float32
+        return jax.tree.map(lambda x: x.astype(dtype), variable)
+
+    cast = jax.tree.map(one, params, is_leaf=sharding.is_variable)
+    return sharding.constrain_like_params(cast)
 
 
 def microbatch_loss(
@@ -209,7 +231,7 @@ def eval_step(
 
     weights_MBT = batch["loss_mask"].astype(jnp.float32)
     parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
-    loss_sum = sharding.sum_over_replicas(local_sum, params, parts)
+    loss_sum = sharding.sum_over_replicas(local_sum, params_to_use(cfg, params), parts)
     return loss_sum, batch["loss_mask"].sum(dtype=jnp.float32)
 
 

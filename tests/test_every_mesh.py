@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -97,8 +96,28 @@ def check(sizes, variant, rtol=1e-5, **mesh):
     np.testing.assert_allclose(told, told_of_one, rtol=rtol)
     for name, array in weights.items():
         other = weights_of_one[name].reshape(array.shape)
-        error = np.linalg.norm(array - other) / np.linalg.norm(other - initial_of_one[name].reshape(array.shape))
+        error = np.linalg.norm(array - other) / np.linalg.norm(
+            other - initial_of_one[name].reshape(array.shape)
+        )
         assert error < 100 * rtol, f"{name}: {error}"
+
+
+def test_there_are_35_meshes():
+    assert len(ALL) == len(set(ALL)) == 35 and set(ALL) >= QUICK
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (8, 1, 1, 1, 1),
+        pytest.param((2, 1, 2, 1, 2), marks=pytest.mark.slow),
+        pytest.param((2, 2, 2, 1, 1), marks=pytest.mark.slow),
+        pytest.param((4, 1, 1, 2, 1), marks=pytest.mark.slow),
+    ],
+    ids=named,
+)
+def test_a_sharded_optimizer_changes_nothing(sizes):
+    check(sizes, "plain", shard_optimizer=True)
 
 
 @pytest.mark.parametrize("sizes", params_of(ALL))
