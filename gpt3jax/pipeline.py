@@ -42,6 +42,14 @@ class Schedule:
         """Share of the ticks in which a stage has nothing to do."""
         return (self.n_stages - 1) / self.n_ticks
 
+    @property
+    def told(self) -> str:
+        """The schedule in words, for the log."""
+        return (
+            f"pipeline: {self.n_stages} stages x {self.virtual_stages} virtual, "
+            f"{self.n_microbatches} microbatches, bubble {self.bubble:.1%} of {self.n_ticks} ticks"
+        )
+
     def unit(self, tick: Any, stage: Any) -> tuple[Array, Array]:
         """Return (microbatch, virtual stage) of a stage at a tick; idle ones repeat an end."""
         u = jnp.clip(tick - stage, 0, self.n_microbatches * self.virtual_stages - 1)
@@ -147,8 +155,15 @@ def _stage_pass(
     params: model.GPT, batch: dict[str, Array], noise_key: Any, compute: model.Compute,
     schedule: Schedule,
 ) -> Callable[[Array, Array, Array], Array]:  # fmt: skip
-    """Return what runs one virtual stage of this stage on one microbatch."""
+    """Return what runs one virtual stage of this stage on one microbatch.
+
+    With R > 1 it picks its weights, which the backward pass must find again rather than keep for
+    every tick: what `model.remat` saves is then saved of the virtual stage as a whole, and the rest
+    recomputed as a whole. That costs no more than layer by layer.
+    """
     stage = jax.lax.axis_index("stage")
+    picks = schedule.virtual_stages > 1
+    compute = dataclasses.replace(compute, remat_layers=not picks)
     n_layers = params.model.n_layers // (schedule.n_stages * schedule.virtual_stages)
 
     def stage_pass(x_BTD: Array, microbatch: Array, virtual_stage: Array) -> Array:
@@ -158,7 +173,7 @@ def _stage_pass(
             if name in batch
         }
         blocks = params.blocks
-        if schedule.virtual_stages > 1:  # leaves [R, L / (P R), ...]
+        if picks:  # from leaves [R, L / (P R), ...]
             blocks = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_index_in_dim(leaf, virtual_stage, keepdims=False),
                 blocks,
@@ -173,6 +188,9 @@ def _stage_pass(
             compute,
         )
 
+    if picks:
+        policy = model.REMAT[params.model.remat]
+        return jax.checkpoint(stage_pass, policy=policy, prevent_cse=False)
     return stage_pass
 
 

@@ -144,7 +144,7 @@ def sum_over_replicas(function: Any, params: Any, batch: Any, has_grads: bool = 
         return jax.lax.psum(node, "data" if of_stage else ("data", "stage"))
 
     specs = jax.tree.map(local_spec, params, is_leaf=is_variable)
-    summed = jax.shard_map(
+    summed: Any = jax.shard_map(
         lambda *args: jax.tree.map(add_up, function(*args), is_leaf=is_variable),
         in_specs=(specs, PartitionSpec(None, "data")),
         out_specs=(PartitionSpec(), specs) if has_grads else PartitionSpec(),
