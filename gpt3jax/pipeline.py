@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt3jax import config, dropout, loss, model
+from gpt3jax import config, dropout, loss, model, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,19 +42,27 @@ class Schedule:
         """Share of the ticks in which a stage has nothing to do."""
         return (self.n_stages - 1) / self.n_ticks
 
-    @property
-    def told(self) -> str:
-        """The schedule in words, for the log."""
-        return (
-            f"pipeline: {self.n_stages} stages x {self.virtual_stages} virtual, "
-            f"{self.n_microbatches} microbatches, bubble {self.bubble:.1%} of {self.n_ticks} ticks"
-        )
-
     def unit(self, tick: Any, stage: Any) -> tuple[Array, Array]:
         """Return (microbatch, virtual stage) of a stage at a tick; idle ones repeat an end."""
         u = jnp.clip(tick - stage, 0, self.n_microbatches * self.virtual_stages - 1)
         group, within = jnp.divmod(u, self.n_stages * self.virtual_stages)
         return group * self.n_stages + within % self.n_stages, within // self.n_stages
+
+
+def describe(cfg: config.Config, mesh: jax.sharding.Mesh) -> list[str]:
+    """Return the line that tells a run's schedule at full batch size; none without stages."""
+    if mesh.shape["stage"] == 1:
+        return []
+    schedule = Schedule(
+        n_stages=mesh.shape["stage"],
+        virtual_stages=cfg.mesh.virtual_stages,
+        n_microbatches=cfg.batch.global_batch_size
+        // (cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)),
+    )
+    return [
+        f"pipeline of {schedule.n_stages} stages x {schedule.virtual_stages} virtual stages, "
+        f"{schedule.n_microbatches} microbatches: idle (bubble) {schedule.bubble:.1%} of the time"
+    ]
 
 
 def batch_loss(
