@@ -231,8 +231,12 @@ def _merge_equal(stages: Iterable[tuple[int, int]]) -> Stages:
     return tuple((first, size) for size, first in merged.items())
 
 
-def check(schedule: BatchSchedule, microbatch_size: int, data_parallel_size: int) -> None:
+def check(
+    schedule: BatchSchedule, microbatch_size: int, data_parallel_size: int, n_stages: int = 1
+) -> None:
     """Check that each stage's batch divides into microbatches over the data-parallel ranks.
+
+    With `n_stages` pipeline stages, also that it gives a multiple of them.
 
     Megatron finds out when it enters the stage; here it is an error before the run starts.
 
@@ -241,12 +245,18 @@ def check(schedule: BatchSchedule, microbatch_size: int, data_parallel_size: int
     """
     rows = microbatch_size * data_parallel_size
     for first, size in schedule.stages:
+        stage = f"the batch of {size} from sample {first} on (batch.schedule or batch.ramp)"
+        if len(schedule.stages) == 1:
+            stage = f"batch.global_batch_size={size}"
         if size % rows:
-            stage = f"the batch of {size} from sample {first} on (batch.schedule or batch.ramp)"
-            if len(schedule.stages) == 1:
-                stage = f"batch.global_batch_size={size}"
             raise config.UserError(
                 f"{stage} is not divisible by batch.microbatch_size={microbatch_size} x "
                 f"{data_parallel_size} data-parallel ranks (mesh.data x mesh.fsdp) = {rows}: "
                 f"make it a multiple of {rows}, or use smaller microbatches or fewer ranks"
+            )
+        if size // rows % n_stages:
+            raise config.UserError(
+                f"{stage} makes {size // rows} microbatches of {rows} sequences "
+                f"(batch.microbatch_size x mesh.data x mesh.fsdp), not a multiple of mesh.stage="
+                f"{n_stages}: make it a multiple of {rows * n_stages}, or change the mesh"
             )

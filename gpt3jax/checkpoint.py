@@ -8,10 +8,12 @@ whole; but it restores flipped bits silently and tells of a failed write only at
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import pathlib
 import shutil
 import sys
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gpt3jax import config, distributed
+from gpt3jax import config, distributed, sharding
 
 # What must be equal for weights to mean the same network.
 _IDENTITY = (
@@ -141,6 +143,9 @@ class Checkpoints:
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Return the state of a step in the layout (shapes, types, shardings) asked for.
 
+        Layers that were stacked by another number of virtual stages are read as they were written
+        and stacked anew, array by array.
+
         Raises:
             DamagedError: files are missing, cut or changed; it names the arrays.
         """
@@ -151,16 +156,17 @@ class Checkpoints:
         abstract_digests = {
             "leaves": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole)
         }
+        virtual_stages = self.read_meta(step).config.get("mesh.virtual_stages", 1)
         with _reading(self.folder / str(step)):
             saved = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state),
+                    state=ocp.args.StandardRestore(_as_written(abstract_state, virtual_stages)),
                     digests=ocp.args.StandardRestore(abstract_digests),
                 ),
             )
         _check_digests(self.folder / str(step), saved["state"], saved["digests"]["leaves"])
-        return saved["state"]
+        return jax.tree.map(_restacked, saved["state"], abstract_state)
 
     def set_aside(self, steps: list[int]) -> None:
         """Rename damaged checkpoints of our own, so that their steps can be saved again."""
@@ -282,6 +288,42 @@ def _digest(x: jax.Array) -> jax.Array:
         h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
         sums.append((h ^ (h >> 16)).sum(dtype=jnp.uint32))
     return jnp.stack(sums)
+
+
+def _as_written(abstract_state: Any, virtual_stages: int) -> Any:
+    """Return the layout with layers stacked as in a run of so many virtual stages.
+
+    Either way they are in their natural order: `[L, ...]`, or `[R, L / R, ...]`.
+    """
+
+    def one(node: Any) -> Any:
+        axes = sharding.variable_axes(node) if sharding.is_variable(node) else ()
+        if "layers" not in axes:
+            return node
+        n_stacked = axes.index("layers") + 1
+        return jax.tree.map(lambda leaf: restack(leaf, axes[n_stacked:], n_stacked), node)
+
+    def restack(leaf: Any, axes: tuple[str | None, ...], n_stacked: int) -> Any:
+        mesh, n_layers = leaf.sharding.mesh, math.prod(leaf.shape[:n_stacked])
+        stacked: tuple[int, ...] = (n_layers,)
+        if virtual_stages > 1:
+            stacked = (virtual_stages, n_layers // virtual_stages)
+        over_stages = "layers" if stacked[-1] % mesh.shape["stage"] == 0 else None
+        spec = sharding.spec((*(None,) * (len(stacked) - 1), over_stages, *axes))
+        return jax.ShapeDtypeStruct(
+            (*stacked, *leaf.shape[n_stacked:]),
+            leaf.dtype,
+            sharding=jax.sharding.NamedSharding(mesh, spec),
+        )
+
+    return jax.tree.map(one, abstract_state, is_leaf=sharding.is_variable)
+
+
+def _restacked(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if leaf.shape == like.shape:
+        return leaf
+    reshape = functools.partial(jnp.reshape, shape=like.shape)
+    return jax.jit(reshape, out_shardings=like.sharding)(leaf)
 
 
 def _check_digests(path: pathlib.Path, state: Any, saved: jax.Array) -> None:

@@ -40,6 +40,8 @@ class Compute:
     dtype: str = "float32"
     attention: str = "xla"
     sequence_parallel: bool = False
+    remat_layers: bool = True
+    """Apply `model.remat` layer by layer; off where something larger is recomputed as one."""
 
     @property
     def residual_axes(self) -> tuple[str | None, ...]:
@@ -285,7 +287,7 @@ class GPT(nnx.Module):
         ) -> Array:
             return block(x_BTD, segments_BT, layer_noise, window, compute)
 
-        if REMAT[self.model.remat] is not None:
+        if compute.remat_layers and REMAT[self.model.remat] is not None:
             policy = REMAT[self.model.remat]
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=3)
 

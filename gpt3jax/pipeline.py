@@ -49,6 +49,22 @@ class Schedule:
         return group * self.n_stages + within % self.n_stages, within // self.n_stages
 
 
+def describe(cfg: config.Config, mesh: jax.sharding.Mesh) -> list[str]:
+    """Return the line that tells a run's schedule at full batch size; none without stages."""
+    if mesh.shape["stage"] == 1:
+        return []
+    schedule = Schedule(
+        n_stages=mesh.shape["stage"],
+        virtual_stages=cfg.mesh.virtual_stages,
+        n_microbatches=cfg.batch.global_batch_size
+        // (cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)),
+    )
+    return [
+        f"pipeline of {schedule.n_stages} stages x {schedule.virtual_stages} virtual stages, "
+        f"{schedule.n_microbatches} microbatches: idle (bubble) {schedule.bubble:.1%} of the time"
+    ]
+
+
 def batch_loss(
     params: model.GPT,
     batch: dict[str, Array],
@@ -147,8 +163,15 @@ def _stage_pass(
     params: model.GPT, batch: dict[str, Array], noise_key: Any, compute: model.Compute,
     schedule: Schedule,
 ) -> Callable[[Array, Array, Array], Array]:  # fmt: skip
-    """Return what runs one virtual stage of this stage on one microbatch."""
+    """Return what runs one virtual stage of this stage on one microbatch.
+
+    With R > 1 it picks its weights, which the backward pass must find again rather than keep for
+    every tick: what `model.remat` saves is then saved of the virtual stage as a whole, and the rest
+    recomputed as a whole. That costs no more than layer by layer.
+    """
     stage = jax.lax.axis_index("stage")
+    picks = schedule.virtual_stages > 1
+    compute = dataclasses.replace(compute, remat_layers=not picks)
     n_layers = params.model.n_layers // (schedule.n_stages * schedule.virtual_stages)
 
     def stage_pass(x_BTD: Array, microbatch: Array, virtual_stage: Array) -> Array:
@@ -158,7 +181,7 @@ def _stage_pass(
             if name in batch
         }
         blocks = params.blocks
-        if schedule.virtual_stages > 1:  # leaves [R, L / (P R), ...]
+        if picks:  # from leaves [R, L / (P R), ...]
             blocks = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_index_in_dim(leaf, virtual_stage, keepdims=False),
                 blocks,
@@ -173,6 +196,9 @@ def _stage_pass(
             compute,
         )
 
+    if picks:
+        policy = model.REMAT[params.model.remat]
+        return jax.checkpoint(stage_pass, policy=policy, prevent_cse=False)
     return stage_pass
 
 

@@ -22,6 +22,7 @@ from gpt3jax import (
     distributed,
     flops,
     metrics,
+    pipeline,
     profiling,
     sharding,
     step,
@@ -79,7 +80,8 @@ def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, li
     """Return the run, the state and position to start from, and lines that say where from."""
     mesh = sharding.make_mesh(cfg.mesh)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    batch_schedule.check(schedule, cfg.batch.microbatch_size, sharding.data_parallel_size(mesh))
+    n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
+    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
     text.ensure_corpus(cfg.data, cfg.model)
     folder = cfg.checkpoint.dir
     store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
@@ -262,6 +264,7 @@ def describe(run: Run) -> list[str]:
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
         f"{run.splits.told}",
     ]
+    lines += pipeline.describe(cfg, run.mesh)
     if run.store is None:
         lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
     return lines

@@ -226,7 +226,7 @@ REFUSED = [
         "checkpoint.allow_new_data_order has no effect", "without a checkpoint.dir",
     ),
 ]  # fmt: skip
-NOT_YET = [f"--mesh.{axis}=2" for axis in ("stage", "context")]
+NOT_YET = ["--mesh.context=2"]
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[0])
