@@ -166,6 +166,8 @@ def gather_stretches(tree: Any, n_before: int) -> Any:
         n = x.shape[1] - int(starts_CR.max())
         x = _in_true_order(constrain(x, "batch", None, *_HEADS[: x.ndim - 2]))
         stretches = jnp.stack([x[:, i : i + n] for i in starts_CR.ravel().tolist()], axis=1)
+        # Whole on each device at first: one gather, and each keeps its own part.
+        stretches = constrain(stretches, "batch", None, None, *_HEADS[: x.ndim - 2])
         stretches = stretches.reshape(x.shape[0], *starts_CR.shape, *stretches.shape[2:])
         return constrain(stretches, "batch", "seq", None, None, *_HEADS[: x.ndim - 2])
 
