@@ -107,9 +107,9 @@ def timed(step, n_tokens):
 def measure_ours(args):
     import jax
 
-    from gpt3jax import config, distributed, sharding, step
+    from gpt3jax import distributed, recipe, sharding, step
 
-    cfg = config.parse(args)
+    cfg = recipe.parse(args)
     distributed.start(cfg.distributed, cfg.mesh)
     mesh = sharding.make_mesh(cfg.mesh)
     program = step.build(cfg, mesh, 10**9)

@@ -93,7 +93,7 @@ class BatchSchedule:
         for limit in (train.n_samples, -(-train.n_tokens // seq_len)):
             if limit:
                 counts.append(self.n_steps(limit, start))
-        assert counts, "config.validate asks for one limit"
+        assert counts, "validation.validate asks for one limit"
         n_steps = max(0, min(counts))
         return start_step + n_steps, self.consumed_after(n_steps, start)
 

@@ -4,13 +4,13 @@ import os
 import sys
 import traceback
 
-from gpt3jax import config, distributed, train
+from gpt3jax import config, distributed, recipe, train
 
 
 def main() -> int:
     """Parse, join the other processes, train; return the exit status."""
     try:
-        cfg = config.parse(sys.argv[1:])
+        cfg = recipe.parse(sys.argv[1:])
         distributed.start(cfg.distributed, cfg.mesh)
         train.train(cfg)
     except config.UserError as error:

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt3jax import attention, config, dropout, loss, model, optimizer, pipeline, sharding
+from gpt3jax import (
+    attention,
+    config,
+    dropout,
+    loss,
+    model,
+    optimizer,
+    pipeline,
+    sharding,
+    validation,
+)
 
 Batch = dict[str, jax.Array]
 
@@ -56,8 +66,8 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
             f"the run has {run_samples} samples, and their numbers must stay below 2^31: shorten "
             "train.n_steps, train.n_samples or train.n_tokens"
         )
-    config.check_pipeline(cfg.model, mesh.shape["stage"], cfg.mesh.virtual_stages)
-    config.check_sequence(cfg.model, cfg.mesh, mesh.shape["context"], mesh.shape["tensor"])
+    validation.check_pipeline(cfg.model, mesh.shape["stage"], cfg.mesh.virtual_stages)
+    validation.check_sequence(cfg.model, cfg.mesh, mesh.shape["context"], mesh.shape["tensor"])
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
     abstract = jax.eval_shape(init)

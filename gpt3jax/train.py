@@ -6,8 +6,6 @@ device always has a step queued while Python waits for the last one's numbers, a
 evaluated at step n is the state after exactly n steps.
 """
 
-import dataclasses
-import functools
 import math
 import shlex
 import sys
@@ -16,33 +14,17 @@ from typing import Any, Literal
 import jax
 
 from gpt3jax import (
-    batch_schedule,
     checkpoint,
     config,
     distributed,
     flops,
     metrics,
-    pipeline,
     profiling,
-    sharding,
-    step,
+    setup,
     step_log,
     stopping,
 )
-from gpt3jax.data import loader, splits, text
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What stays the same from the first step to the last."""
-
-    cfg: config.Config
-    mesh: jax.sharding.Mesh
-    schedule: batch_schedule.BatchSchedule
-    end: step_log.Position
-    splits: splits.Splits
-    program: step.Program
-    store: checkpoint.Checkpoints | None
+from gpt3jax.data import loader
 
 
 def train(cfg: config.Config) -> None:
@@ -52,7 +34,7 @@ def train(cfg: config.Config) -> None:
         UserError: what does not fit or cannot be read, before the first step; a loss that is not
             finite; a last checkpoint that cannot be written.
     """
-    run, state, start, news = start_or_resume(cfg)
+    run, state, start, news = setup.start_or_resume(cfg)
     with (
         metrics.Recorder(
             cfg,
@@ -66,7 +48,7 @@ def train(cfg: config.Config) -> None:
         ) as recorder,
         stopping.Stop() as stop,
     ):
-        for line in (*describe(run), *news):
+        for line in (*setup.describe(run), *news):
             recorder.say(line)
         try:
             state, position = loop(run, state, start, recorder, stop)
@@ -76,58 +58,12 @@ def train(cfg: config.Config) -> None:
                 run.store.close()  # an error must not cut off a save under way
 
 
-def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, list[str]]:
-    """Return the run, the state and position to start from, and lines that say where from."""
-    mesh = sharding.make_mesh(cfg.mesh)
-    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
-    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
-    text.ensure_corpus(cfg.data, cfg.model)
-    folder = cfg.checkpoint.dir
-    store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
-    source = checkpoint.choose_source(store, cfg.checkpoint.load)
-    run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
-    if source is None:
-        start = step_log.Position(0, 0)
-        run = run_from(start)
-        seed = f"starting from random weights (train.seed={cfg.train.seed})"
-        return run, run.program.init(), start, [seed]
-
-    def expect(meta: checkpoint.Meta) -> tuple[Any, dict[str, Any]]:
-        run = run_from(step_log.Position(meta.step, meta.consumed_samples))
-        return run.program.abstract_state, run.splits.order
-
-    state, meta, warnings = checkpoint.restore_newest(source, cfg, expect)
-    start = step_log.Position(meta.step, meta.consumed_samples)
-    told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
-    return run_from(start), state, start, [*warnings, told]
-
-
-def prepare(
-    cfg: config.Config,
-    mesh: jax.sharding.Mesh,
-    schedule: batch_schedule.BatchSchedule,
-    store: checkpoint.Checkpoints | None,
-    start: step_log.Position,
-) -> Run:
-    """Build the program, and map the corpus, of a run that goes on from a position.
-
-    Its end depends on the start, because the batch size may have been another one before.
-    """
-    end = step_log.Position(*schedule.end(cfg.train, cfg.model.seq_len, *start))
-    return Run(
-        cfg=cfg,
-        mesh=mesh,
-        schedule=schedule,
-        end=end,
-        splits=splits.open_splits(cfg, end.step, end.samples),
-        program=step.build(cfg, mesh, end.samples),
-        store=store,
-    )
-
-
 def loop(
-    run: Run, state: Any, start: step_log.Position, recorder: metrics.Recorder, stop: stopping.Stop
+    run: setup.Run,
+    state: Any,
+    start: step_log.Position,
+    recorder: metrics.Recorder,
+    stop: stopping.Stop,
 ) -> tuple[Any, step_log.Position]:
     """Take steps until the end of the run or a signal; return the last state and position."""
     cfg, position = run.cfg, start
@@ -160,7 +96,7 @@ def loop(
 
 
 def finish(
-    run: Run,
+    run: setup.Run,
     state: Any,
     start: step_log.Position,
     position: step_log.Position,
@@ -192,7 +128,7 @@ def finish(
 
 
 def evaluate(
-    run: Run,
+    run: setup.Run,
     state: Any,
     position: step_log.Position,
     split: Literal["validation", "test"],
@@ -209,14 +145,16 @@ def evaluate(
     recorder.log_eval(position.step, position.samples, split, loss_sum / n_tokens)
 
 
-def _is_evaluated(run: Run, position: step_log.Position, recorder: metrics.Recorder) -> bool:
+def _is_evaluated(run: setup.Run, position: step_log.Position, recorder: metrics.Recorder) -> bool:
     """Tell whether the evaluation that ends a run is there already, or none is wanted."""
     splits = {"test_loss": run.splits.test, "validation_loss": run.splits.validation}
     wanted = [name for name, source in splits.items() if source is not None]
     return not wanted or recorder.recorded(position.step, wanted[0])
 
 
-def save(run: Run, state: Any, position: step_log.Position, recorder: metrics.Recorder) -> None:
+def save(
+    run: setup.Run, state: Any, position: step_log.Position, recorder: metrics.Recorder
+) -> None:
     """Start to save a checkpoint, unless this very step has one."""
     if run.store is None:
         return
@@ -250,21 +188,3 @@ def _peak_flops(cfg: config.Config) -> float | None:
     if cfg.log.peak_tflops:
         return cfg.log.peak_tflops * 1e12
     return flops.peak_flops(jax.devices()[0].device_kind, cfg.precision.compute_dtype)
-
-
-def describe(run: Run) -> list[str]:
-    """Return the lines that open a run's log: devices, mesh, model, length."""
-    cfg, shape = run.cfg, run.mesh.shape
-    axes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
-    kind = jax.devices()[0].device_kind
-    lines = [
-        f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), mesh {axes}",
-        f"{flops.n_params(cfg.model):,} parameters, {cfg.precision.compute_dtype}, attention "
-        f"{run.program.compute.attention}, remat {cfg.model.remat}",
-        f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
-        f"{run.splits.told}",
-    ]
-    lines += pipeline.describe(cfg, run.mesh)
-    if run.store is None:
-        lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
-    return lines

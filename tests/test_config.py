@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from gpt3jax import config
+from gpt3jax import config, recipe, validation
 
 RECIPE = """
 from gpt3jax import config
@@ -25,20 +25,20 @@ def get_config():
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe_file(tmp_path):
     file = tmp_path / "recipe.py"
     file.write_text(RECIPE)
     return file
 
 
 @pytest.fixture
-def valid(recipe):
-    return config.load(str(recipe))
+def valid(recipe_file):
+    return recipe.load(str(recipe_file))
 
 
 @pytest.fixture
-def parse(recipe):
-    return lambda *overrides: config.parse([f"--config={recipe}", *overrides])
+def parse(recipe_file):
+    return lambda *overrides: recipe.parse([f"--config={recipe_file}", *overrides])
 
 
 def set_field(cfg, name, value):
@@ -64,8 +64,8 @@ def test_overrides_reach_every_depth_and_leave_the_rest(parse, valid):
     assert config.flatten(cfg) == config.flatten(valid) | given
 
 
-def test_a_recipe_may_be_given_as_two_words(recipe, valid):
-    assert config.parse(["--config", str(recipe)]) == valid
+def test_a_recipe_may_be_given_as_two_words(recipe_file, valid):
+    assert recipe.parse(["--config", str(recipe_file)]) == valid
 
 
 def test_a_typo_names_the_nearest_field(parse, capsys):
@@ -118,34 +118,34 @@ def field_docstrings():
 
 def test_help_needs_no_recipe(capsys):
     with pytest.raises(SystemExit) as stop:
-        config.parse(["--help"])
+        recipe.parse(["--help"])
     assert stop.value.code == 0
     assert "--model.n-layers" in capsys.readouterr().out
 
 
 def test_no_recipe_names_the_option():
     with pytest.raises(config.UserError, match="add --config=FILE"):
-        config.parse(["--model.n-layers=2"])
+        recipe.parse(["--model.n-layers=2"])
 
 
-def test_a_missing_recipe_lists_those_beside_it(recipe):
-    (recipe.parent / "other.py").touch()
+def test_a_missing_recipe_lists_those_beside_it(recipe_file):
+    (recipe_file.parent / "other.py").touch()
     with pytest.raises(config.UserError, match=r"recipes in .*: other\.py, recipe\.py") as error:
-        config.parse([f"--config={recipe.parent / 'recip.py'}"])
+        recipe.parse([f"--config={recipe_file.parent / 'recip.py'}"])
     assert "recip.py: no such file" in str(error.value)
     with pytest.raises(config.UserError, match=r"recipes in .*: none"):
-        config.load(str(recipe.parent / "nowhere" / "recipe.py"))
+        recipe.load(str(recipe_file.parent / "nowhere" / "recipe.py"))
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [("", "must define get_config"), ("def get_config(): return {}", "returned <class 'dict'>")],
 )
-def test_a_recipe_without_a_config_is_a_user_error(recipe, text, told):
-    recipe.write_text(text)
+def test_a_recipe_without_a_config_is_a_user_error(recipe_file, text, told):
+    recipe_file.write_text(text)
     with pytest.raises(config.UserError) as error:
-        config.load(str(recipe))
-    assert told in str(error.value) and str(recipe) in str(error.value)
+        recipe.load(str(recipe_file))
+    assert told in str(error.value) and str(recipe_file) in str(error.value)
 
 
 def test_a_config_is_frozen_at_every_depth(valid):
@@ -210,6 +210,12 @@ REFUSED = [
         "--mesh.tensor=4 --model.vocab-multiple=2 --model.vocab-size=10",
         "mesh.tensor=4", "model.padded_vocab_size=10", "use one of 1, 2, 5, 10",
     ),
+    ("--mesh.virtual-stages=2", "mesh.virtual_stages=2 has no effect", "set it to 1"),
+    ("--mesh.stage=3", "mesh.stage=3 x mesh.virtual_stages=1", "model.n_layers=2", "one of 1, 2"),
+    (
+        "--mesh.stage=2 --mesh.virtual-stages=2 --model.n-layers=4 --model.remat=none",
+        "model.remat=none", "mesh.virtual_stages=2", "use full, residual or dots",
+    ),
     ("--mesh.context=3", "model.seq_len=32 must be a multiple of 6", "mesh.context=3", "use 36"),
     (
         "--mesh.context=2 --mesh.tensor=4 --model.seq-len=28",
@@ -246,23 +252,23 @@ def test_values_that_do_not_go_together_name_field_value_and_fix(parse, case):
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("name", config._AT_LEAST)
+@pytest.mark.parametrize("name", validation._AT_LEAST)
 def test_a_number_below_its_range_names_field_value_and_bound(valid, name):
-    least = config._AT_LEAST[name]
+    least = validation._AT_LEAST[name]
     bound = f"must be at least {least:g}"
     for value, told in (
         (least - 1, bound), (float("nan"), "must be finite"), (float("inf"), "must be finite"),
     ):  # fmt: skip
         with pytest.raises(config.UserError) as error:
-            config.validate(set_field(valid, name, value))
+            validation.validate(set_field(valid, name, value))
         assert f"{name}={value} {told}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", config._BELOW_ONE)
+@pytest.mark.parametrize("name", validation._BELOW_ONE)
 def test_a_share_outside_of_0_to_1_names_field_and_value(valid, name):
     for value in (1.0, 1.5):
         with pytest.raises(config.UserError) as error:
-            config.validate(set_field(valid, name, value))
+            validation.validate(set_field(valid, name, value))
         assert f"{name}={value} must be in [0, 1)" in str(error.value)
 
 
@@ -274,7 +280,7 @@ def test_every_number_has_a_range(valid):
     }
     elsewhere = {f"mesh.{axis}" for axis in ("data", "stage", "fsdp", "context", "tensor")}
     elsewhere |= {"distributed.process_id"}  # in `distributed`
-    assert numbers - elsewhere == set(config._AT_LEAST) | set(config._BELOW_ONE)
+    assert numbers - elsewhere == set(validation._AT_LEAST) | set(validation._BELOW_ONE)
 
 
 def test_every_error_of_validate_is_provoked_above(parse, valid):
@@ -282,7 +288,7 @@ def test_every_error_of_validate_is_provoked_above(parse, valid):
     provoked = {line_of_error(lambda o=o: parse(*o.split())) for o in cases}
     for name, value in (("model.n_layers", -1), ("model.dropout", -1), ("model.d_model", math.inf)):
         broken = set_field(valid, name, value)
-        provoked.add(line_of_error(lambda cfg=broken: config.validate(cfg)))
+        provoked.add(line_of_error(lambda cfg=broken: validation.validate(cfg)))
     assert provoked == lines_that_raise()
 
 
@@ -294,7 +300,7 @@ def line_of_error(call):
 
 def lines_that_raise():
     """Return the line of each `raise` in the checks that `validate` calls."""
-    functions = ast.parse(inspect.getsource(config)).body
+    functions = ast.parse(inspect.getsource(validation)).body
     checks = [
         f
         for f in functions

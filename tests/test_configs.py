@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from gpt3jax import batch_schedule, config, flops, model
+from gpt3jax import batch_schedule, config, flops, model, validation
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 GOLDENS = pathlib.Path(__file__).parent / "golden" / "configs"
@@ -32,7 +32,7 @@ def docstring(recipe):
 
 def ready(recipe):
     """Return a recipe's config, with a corpus where the user has to give one."""
-    cfg = config.load(str(path_of(recipe)))
+    cfg = recipe.load(str(path_of(recipe)))
     paths = cfg.data.paths or ("corpus",)
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, paths=paths))
 
@@ -59,8 +59,8 @@ def test_the_recipes_are_these():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_is_valid_and_a_function_of_nothing(recipe):
-    config.validate(ready(recipe))
-    assert config.load(str(path_of(recipe))) == config.load(str(path_of(recipe)))
+    validation.validate(ready(recipe))
+    assert recipe.load(str(path_of(recipe))) == recipe.load(str(path_of(recipe)))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -82,7 +82,7 @@ def test_every_batch_divides_over_the_devices_that_the_recipe_names(recipe):
 def test_the_ramp_that_a_recipe_advises_runs_on_the_devices_that_it_names(recipe):
     advice = re.search(r"on (\d+) GPUs, over (\d+)B tokens:\s`([^`]+)`", docstring(recipe))
     flags = [f"--config={path_of(recipe)}", "--data.paths=corpus", *advice[3].split()]
-    cfg = config.parse(flags)
+    cfg = recipe.parse(flags)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     n_ranks = data_parallel_size(cfg.mesh, int(advice[1]))
     batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks)
@@ -111,7 +111,7 @@ def test_flattened_recipes_are_the_golden_ones(recipe_texts):
 
 @pytest.fixture
 def recipe_texts():
-    flat = {recipe: config.flatten(config.load(str(path_of(recipe)))) for recipe in RECIPES}
+    flat = {recipe: config.flatten(recipe.load(str(path_of(recipe)))) for recipe in RECIPES}
     return {
         recipe: "".join(f"{field} = {value!r}\n" for field, value in fields.items())
         for recipe, fields in flat.items()

@@ -5,6 +5,7 @@ import ast
 LAYERS = [
     ["main", "data.prepare", "data.inspect", "data.merge"],
     ["train"],
+    ["setup"],
     ["step_log", "step", "checkpoint"],
     ["pipeline"],
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
@@ -20,6 +21,8 @@ LAYERS = [
         "batch_schedule",
         "distributed",
     ],
+    ["recipe"],
+    ["validation"],
     ["config"],
 ]
 LEVEL = {module: len(LAYERS) - i for i, layer in enumerate(LAYERS) for module in layer}
@@ -49,7 +52,7 @@ def test_imports_go_only_down(repository):
 
 
 def test_config_and_metrics_do_without_jax(repository):
-    for name in ("config", "metrics", "flops", "batch_schedule"):
+    for name in ("config", "recipe", "validation", "metrics", "flops", "batch_schedule"):
         assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
 
 

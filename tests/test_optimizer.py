@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import config, model, optimizer, step
+from gpt3jax import config, model, optimizer, step, validation
 
 import numpy_gpt
 import tiny
@@ -44,7 +44,7 @@ def schedule_config(a):
 @pytest.mark.parametrize("case", SCHEDULES, ids=lambda case: case["name"])
 def test_learning_rate_and_weight_decay_are_megatrons(case):
     o, run_samples = schedule_config(case["arguments"]), case["arguments"]["wd_incr_steps"]
-    config._check_optimizer(o)
+    validation._check_optimizer(o)
     samples, lr, decay = np.array(case["samples_lr_wd"]).T
     exact = optimizer.learning_rate(o, run_samples, samples)
     np.testing.assert_allclose(exact, lr, rtol=1e-13, atol=1e-20)
@@ -118,7 +118,7 @@ def curve_config(c):
 def test_megatrons_training_curve_is_followed():
     initial, final, c, curve = numpy_gpt.load_curve()
     cfg = curve_config(c)
-    config.validate(cfg)
+    validation.validate(cfg)
     run_samples = c["steps"] * c["global_batch"]
     program = step.build(cfg, tiny.make_mesh(), run_samples)
     state = dataclasses.replace(program.init(), params=tiny.params_from_numpy(initial, cfg.model))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import batch_schedule, checkpoint, config, pipeline, step
+from gpt3jax import batch_schedule, checkpoint, config, pipeline, step, validation
 
 import tiny
 
@@ -261,7 +261,7 @@ def test_layers_that_do_not_divide_are_refused_with_the_numbers(mesh, told):
     remat = mesh.pop("remat", "full")
     cfg = config_of(mesh, model={"attention": attention, "remat": remat})
     with pytest.raises(config.UserError, match=re.escape(told)):
-        config.validate(cfg)
+        validation.validate(cfg)
     if mesh.get("stage", 2) != 3:
         devices = tiny.make_mesh(data=-1, stage=mesh.get("stage", 1))
         with pytest.raises(config.UserError, match=re.escape(told)):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import config, model, sharding, step
+from gpt3jax import config, model, recipe, sharding, step
 
 import tiny
 
@@ -111,16 +111,16 @@ def test_replicas_reduce_gradients_once_a_step_not_in_a_loop():
 
 
 def test_175b_has_its_parameters_and_its_step_lowers_without_allocating(repository):
-    recipe = config.load(str(repository / "configs" / "175b.py"))
-    assert model.count_params(recipe.model) == 174_604_836_864
+    cfg = recipe.load(str(repository / "configs" / "175b.py"))
+    assert model.count_params(cfg.model) == 174_604_836_864
     mesh = tiny.make_mesh(data=1, fsdp=2, tensor=4)
-    small = dataclasses.replace(recipe.batch, global_batch_size=8, schedule="")
-    cfg = dataclasses.replace(recipe, batch=small)
+    small = dataclasses.replace(cfg.batch, global_batch_size=8, schedule="")
+    cfg = dataclasses.replace(cfg, batch=small)
     program = step.build(cfg, mesh, 10_000)
     sizes = [
         math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(program.abstract_state)
     ]
-    assert sum(sizes) < 3 * model.count_params(recipe.model) / 7.9
+    assert sum(sizes) < 3 * model.count_params(cfg.model) / 7.9
     t = cfg.model.seq_len
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
 

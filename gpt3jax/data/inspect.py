@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from gpt3jax import batch_schedule, config
+from gpt3jax import batch_schedule, config, recipe
 from gpt3jax.data import blend, indexed, samples, splits, tokenizer
 
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
@@ -66,7 +66,7 @@ def inspect(options: Options) -> list[str]:
     Raises:
         UserError: corpora, recipe or options that cannot be used.
     """
-    cfg = config.load(options.config) if options.config else None
+    cfg = recipe.load(options.config) if options.config else None
     if bool(options.paths) == bool(cfg):
         raise config.UserError("give the prefix of a corpus, prefixes with weights, or --config")
     if options.step is not None and cfg is None:

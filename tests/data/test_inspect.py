@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from gpt3jax import batch_schedule, config
+from gpt3jax import batch_schedule, config, recipe, validation
 from gpt3jax.data import indexed, inspect, loader, merge, mock, samples, splits, tokenizer
 
 import corpus
@@ -103,7 +103,7 @@ def test_the_samples_of_a_step_are_those_that_it_trains_on(tmp_path, monkeypatch
     words = ["--config", "recipe.py", "--dump", "dump.npz"]
     assert call(monkeypatch, *words, "--step", "4") == 0
     assert "sample 24: corpus, sequence(s)" in capsys.readouterr().out
-    cfg = config.load("recipe.py")
+    cfg = recipe.load("recipe.py")
     opened = splits.open_splits(cfg, 40, 320)
     stretches = (batch_schedule.Stretch(0, 0, 8, 40),)
     step_4 = loader.Batches(opened.train, cfg, stretches, 8, np.arange(8))[3]
@@ -181,7 +181,7 @@ def test_a_run_on_mock_data_needs_no_files():
     batch = samples.read(opened.train, cfg.data, np.arange(4))
     assert batch["tokens"].shape == (4, 32) and batch["tokens"].max() < tiny.VOCAB
     with pytest.raises(config.UserError, match=r"data.paths and data.mock each say"):
-        config.validate(tiny.make_config(data={"mock": True}))
+        validation.validate(tiny.make_config(data={"mock": True}))
 
 
 def test_each_split_may_have_corpora_of_its_own(tmp_path):
@@ -193,7 +193,7 @@ def test_each_split_may_have_corpora_of_its_own(tmp_path):
     assert opened.train.maps[0].document_index.max() == 199  # all of it: no split
     assert opened.validation.corpus.prefix == c and opened.test is None
     with pytest.raises(config.UserError, match=r"go with data.train_paths"):
-        config.validate(tiny.make_config(data={"validation_paths": ("x",)}))
+        validation.validate(tiny.make_config(data={"validation_paths": ("x",)}))
 
 
 def test_the_last_validation_sample_may_be_partial(tmp_path):

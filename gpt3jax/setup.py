@@ -1,0 +1,100 @@
+"""A run: what stays the same from its first step to its last, built new or from a checkpoint."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from gpt3jax import (
+    batch_schedule,
+    checkpoint,
+    config,
+    flops,
+    pipeline,
+    sharding,
+    step,
+    step_log,
+)
+from gpt3jax.data import splits, text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    cfg: config.Config
+    mesh: jax.sharding.Mesh
+    schedule: batch_schedule.BatchSchedule
+    end: step_log.Position
+    splits: splits.Splits
+    program: step.Program
+    store: checkpoint.Checkpoints | None
+
+
+def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, list[str]]:
+    """Return the run, the state and position to start from, and lines that say where from."""
+    mesh = sharding.make_mesh(cfg.mesh)
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
+    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
+    text.ensure_corpus(cfg.data, cfg.model)
+    folder = cfg.checkpoint.dir
+    store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
+    source = checkpoint.choose_source(store, cfg.checkpoint.load)
+    run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
+    if source is None:
+        start = step_log.Position(0, 0)
+        run = run_from(start)
+        seed = f"starting from random weights (train.seed={cfg.train.seed})"
+        return run, run.program.init(), start, [seed]
+
+    def expect(meta: checkpoint.Meta) -> tuple[Any, dict[str, Any]]:
+        run = run_from(step_log.Position(meta.step, meta.consumed_samples))
+        return run.program.abstract_state, run.splits.order
+
+    state, meta, warnings = checkpoint.restore_newest(source, cfg, expect)
+    start = step_log.Position(meta.step, meta.consumed_samples)
+    told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
+    return run_from(start), state, start, [*warnings, told]
+
+
+def prepare(
+    cfg: config.Config,
+    mesh: jax.sharding.Mesh,
+    schedule: batch_schedule.BatchSchedule,
+    store: checkpoint.Checkpoints | None,
+    start: step_log.Position,
+) -> Run:
+    """Build the program, and map the corpus, of a run that goes on from a position.
+
+    Its end depends on the start, because the batch size may have been another one before.
+    """
+    end = step_log.Position(*schedule.end(cfg.train, cfg.model.seq_len, *start))
+    return Run(
+        cfg=cfg,
+        mesh=mesh,
+        schedule=schedule,
+        end=end,
+        splits=splits.open_splits(cfg, end.step, end.samples),
+        program=step.build(cfg, mesh, end.samples),
+        store=store,
+    )
+
+
+def describe(run: Run) -> list[str]:
+    """Return the lines that open a run's log: devices, mesh, model, length."""
+    cfg, shape = run.cfg, run.mesh.shape
+    axes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
+    kind = jax.devices()[0].device_kind
+    lines = [
+        f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), mesh {axes}",
+        f"{flops.n_params(cfg.model):,} parameters, {cfg.precision.compute_dtype}, attention "
+        f"{run.program.compute.attention}, remat {cfg.model.remat}",
+        f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
+        f"{run.splits.told}",
+    ]
+    lines += pipeline.describe(cfg, run.mesh)
+    if run.store is None:
+        lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
+    return lines

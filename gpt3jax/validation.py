@@ -1,0 +1,245 @@
+"""What makes a config invalid. Devices are checked in `sharding` and `step`: no JAX here."""
+
+import math
+
+from gpt3jax import config
+
+
+def validate(cfg: config.Config) -> None:
+    """Check every group and what goes between them.
+
+    Raises:
+        UserError: it names the field, the value, the constraint and the fix.
+    """
+    _check_ranges(cfg)
+    _check_model(cfg.model, cfg.data)
+    _check_optimizer(cfg.optimizer)
+    _check_precision(cfg.precision, cfg.model.attention, cfg.model)
+    _check_mesh(cfg.mesh, cfg.model)
+    _check_run(cfg)
+    _check_data(cfg.data)
+
+
+_AT_LEAST: dict[str, float] = {
+    "model.n_layers": 1, "model.d_model": 1, "model.n_heads": 1, "model.seq_len": 1,
+    "model.vocab_size": 1, "model.vocab_multiple": 1, "model.init_std": 0, "model.norm_eps": 0,
+    "model.n_loss_chunks": 1, "model.attention.band": 1,
+    "optimizer.peak_lr": 0, "optimizer.min_lr": 0, "optimizer.init_lr": 0,
+    "optimizer.decay_samples": 0, "optimizer.warmup_samples": 0, "optimizer.warmup_fraction": 0,
+    "optimizer.wsd_decay_samples": 0, "optimizer.weight_decay": 0,
+    "optimizer.start_weight_decay": 0, "optimizer.eps": 0, "optimizer.clip_norm": 0,
+    "precision.static_loss_scale": 0, "precision.initial_loss_scale": 1,
+    "precision.min_loss_scale": 1, "precision.loss_scale_window": 1,
+    "precision.loss_scale_hysteresis": 1,
+    "batch.global_batch_size": 1, "batch.microbatch_size": 1,
+    "data.prefetch": 0, "data.read_threads": 1, "data.eod_id": 0, "mesh.cpu_devices": 0,
+    "mesh.virtual_stages": 1,
+    "train.n_steps": 0, "train.n_samples": 0, "train.n_tokens": 0, "train.seed": 0,
+    "train.eval_interval": 0, "train.eval_batches": 1,
+    "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,
+    "log.interval": 1, "log.peak_tflops": 0, "distributed.n_processes": 0,
+    "distributed.start_timeout": 1, "distributed.heartbeat_timeout": 1,
+}  # fmt: skip
+_BELOW_ONE = (
+    "model.dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2",
+    "optimizer.warmup_fraction",
+)  # fmt: skip
+
+
+def _check_ranges(cfg: config.Config) -> None:
+    flat = config.flatten(cfg)
+    for name, least in _AT_LEAST.items():
+        if not math.isfinite(flat[name]):
+            raise config.UserError(f"{name}={flat[name]} must be finite: give a number")
+        if flat[name] < least:
+            raise config.UserError(f"{name}={flat[name]} must be at least {least:g}: raise it")
+    for name in _BELOW_ONE:
+        if not 0 <= flat[name] < 1:
+            raise config.UserError(f"{name}={flat[name]} must be in [0, 1): choose a value there")
+
+
+def _check_model(model: config.Model, data: config.Data) -> None:
+    if model.d_model % model.n_heads:
+        raise config.UserError(
+            f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
+            f"use one of {config.divisors(model.d_model)}"
+        )
+    if model.seq_len % model.n_loss_chunks:
+        raise config.UserError(
+            f"model.n_loss_chunks={model.n_loss_chunks} does not divide "
+            f"model.seq_len={model.seq_len}: use one of {config.divisors(model.seq_len)}"
+        )
+    resets = data.eod_mask_loss or data.reset_position_ids or data.reset_attention_mask
+    if resets and data.eod_id >= model.vocab_size:
+        raise config.UserError(
+            f"data.eod_id={data.eod_id} is not below model.vocab_size={model.vocab_size}: "
+            "give the corpus's own end-of-document token"
+        )
+
+
+def _check_optimizer(optimizer: config.Optimizer) -> None:
+    o = optimizer
+    if o.min_lr > o.peak_lr:
+        raise config.UserError(
+            f"optimizer.min_lr={o.min_lr} exceeds optimizer.peak_lr={o.peak_lr}: lower it"
+        )
+    if o.warmup_samples and o.warmup_fraction:
+        raise config.UserError(
+            f"optimizer.warmup_samples={o.warmup_samples} and optimizer.warmup_fraction="
+            f"{o.warmup_fraction} both set the warm-up: set one of them to 0"
+        )
+    if o.decay_samples and o.warmup_samples >= o.decay_samples:
+        raise config.UserError(
+            f"optimizer.warmup_samples={o.warmup_samples} must be below "
+            f"optimizer.decay_samples={o.decay_samples}, which includes it: shorten the warm-up"
+        )
+    if (o.decay == "wsd") != (o.wsd_decay_samples > 0):
+        raise config.UserError(
+            f"optimizer.decay={o.decay} with optimizer.wsd_decay_samples={o.wsd_decay_samples}: "
+            "wsd, and only wsd, needs the length of its final decay: change one of them"
+        )
+    if o.decay_samples and o.wsd_decay_samples > o.decay_samples:
+        raise config.UserError(
+            f"optimizer.wsd_decay_samples={o.wsd_decay_samples} exceeds "
+            f"optimizer.decay_samples={o.decay_samples}: shorten it"
+        )
+    if o.weight_decay_growth == "constant" and o.start_weight_decay:
+        raise config.UserError(
+            f"optimizer.start_weight_decay={o.start_weight_decay} has no effect with "
+            "optimizer.weight_decay_growth=constant: choose linear or cosine"
+        )
+
+
+def _check_precision(
+    precision: config.Precision, attention: config.Attention, model: config.Model
+) -> None:
+    if precision.compute_dtype != "float16" and precision.static_loss_scale:
+        raise config.UserError(
+            f"precision.static_loss_scale={precision.static_loss_scale} has no effect with "
+            f"precision.compute_dtype={precision.compute_dtype}: only float16 scales the loss"
+        )
+    if attention.implementation == "cudnn" and model.attention_dropout:
+        raise config.UserError(
+            f"model.attention_dropout={model.attention_dropout} cannot run on "
+            "model.attention.implementation=cudnn: set it to 0, or use xla"
+        )
+    if attention.implementation == "cudnn" and precision.compute_dtype == "float32":
+        raise config.UserError(
+            "precision.compute_dtype=float32 cannot run on model.attention.implementation=cudnn: "
+            "use bfloat16 or float16, or xla"
+        )
+
+
+def _check_mesh(mesh: config.Mesh, model: config.Model) -> None:
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "stage", "fsdp", "context", "tensor")}
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise config.UserError(f"mesh.{axis}={size} must be at least 1, or -1 for the rest")
+    if list(sizes.values()).count(-1) > 1:
+        rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
+        raise config.UserError(f"{rest} are all -1: only one axis can take the rest of the devices")
+    if mesh.stage > 0:
+        check_pipeline(model, mesh.stage, mesh.virtual_stages)
+    for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
+        if mesh.tensor > 0 and size % mesh.tensor:
+            raise config.UserError(
+                f"mesh.tensor={mesh.tensor} does not divide model.{field}={size}: "
+                f"use one of {config.divisors(size)}"
+            )
+    # What -1 stands for is known once the devices are: `step.build` checks again.
+    check_sequence(model, mesh, max(mesh.context, 1), max(mesh.tensor, 1))
+
+
+def check_sequence(model: config.Model, mesh: config.Mesh, context: int, tensor: int) -> None:
+    """Check that the sequence can be cut as axes of these sizes need it.
+
+    Raises:
+        UserError: model.seq_len or model.n_loss_chunks does not fit.
+    """
+    shards = context * (tensor if mesh.sequence_parallel else 1)
+    multiple = math.lcm(shards, 2 * context if context > 1 else 1)
+    if model.seq_len % multiple:
+        raise config.UserError(
+            f"model.seq_len={model.seq_len} must be a multiple of {multiple} for mesh.context="
+            f"{context} (two chunks each) and mesh.tensor={tensor} (mesh.sequence_parallel="
+            f"{mesh.sequence_parallel}): use {-(-model.seq_len // multiple) * multiple}"
+        )
+    if model.seq_len % (model.n_loss_chunks * context):
+        raise config.UserError(
+            f"model.n_loss_chunks={model.n_loss_chunks} does not divide the "
+            f"{model.seq_len // context} positions that each of mesh.context={context} holds: "
+            f"use one of {config.divisors(model.seq_len // context)}"
+        )
+
+
+def check_pipeline(model: config.Model, n_stages: int, virtual_stages: int) -> None:
+    """Check that the layers divide into equal parts, for stages that are known by now.
+
+    Raises:
+        UserError: it names the numbers.
+    """
+    if n_stages == 1 and virtual_stages > 1:
+        raise config.UserError(
+            f"mesh.virtual_stages={virtual_stages} has no effect with mesh.stage=1: set it to 1"
+        )
+    if virtual_stages > 1 and model.remat in ("none", "attention"):
+        raise config.UserError(
+            f"model.remat={model.remat} with mesh.virtual_stages={virtual_stages} would keep a "
+            "copy of the weights for every microbatch: use full, residual or dots"
+        )
+    unit = 2 if model.attention.pattern == "alternating" and n_stages > 1 else 1
+    if model.n_layers % (n_stages * virtual_stages * unit):
+        pairs = " in pairs (model.attention.pattern=alternating)" if unit == 2 else ""
+        raise config.UserError(
+            f"mesh.stage={n_stages} x mesh.virtual_stages={virtual_stages} does not divide "
+            f"model.n_layers={model.n_layers}{pairs}: their product must be one of "
+            f"{config.divisors(model.n_layers // unit)}"
+        )
+
+
+def _check_run(cfg: config.Config) -> None:
+    train, batch, checkpoint = cfg.train, cfg.batch, cfg.checkpoint
+    if not (train.n_steps or train.n_samples or train.n_tokens):
+        raise config.UserError(
+            "the run has no length: set train.n_steps, train.n_samples or n_tokens"
+        )
+    if batch.schedule and batch.ramp:
+        raise config.UserError(
+            "batch.schedule and batch.ramp both set the batch size: clear one of them"
+        )
+    first, last = cfg.log.profile_steps
+    if (first, last) != (0, 0) and not (0 < first <= last and cfg.log.dir):
+        raise config.UserError(
+            f"log.profile_steps={first} {last} must be a first and a last step from 1 on, "
+            "and needs log.dir to write the profile to"
+        )
+    if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
+        raise config.UserError(
+            "checkpoint.allow_new_data_order has no effect without a checkpoint.dir"
+        )
+
+
+def _check_data(data: config.Data) -> None:
+    given = [n for n in ("paths", "train_paths", "mock") if getattr(data, n)]
+    if not given:
+        raise config.UserError(
+            "data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx"
+        )
+    if len(given) > 1:
+        raise config.UserError(
+            f"data.{' and data.'.join(given)} each say what to train on: keep one"
+        )
+    if (data.validation_paths or data.test_paths) and not data.train_paths:
+        raise config.UserError(
+            "data.validation_paths and data.test_paths go with data.train_paths: give all in "
+            "place of data.paths"
+        )
+    if data.from_text and len(data.paths) != 1:
+        raise config.UserError(
+            f"data.paths has {len(data.paths)} entries, but data.from_text makes one "
+            "corpus: give one prefix"
+        )
+    if bool(data.vocab_file) != bool(data.merge_file):
+        raise config.UserError(
+            "data.vocab_file and data.merge_file go together: give both or neither"
+        )
