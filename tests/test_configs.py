@@ -12,36 +12,36 @@ import re
 
 import pytest
 
-from gpt3jax import batch_schedule, config, flops, model, validation
+from gpt3jax import batch_schedule, config, flops, model, recipe, validation
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 GOLDENS = pathlib.Path(__file__).parent / "golden" / "configs"
 RECIPES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
-EXAMPLES = ["175b", "345m", "857m"]
+EXAMPLES = ["175b", "175b_tp8_pp16", "345m", "857m"]
 SIZES = ["125m", "350m", "760m", "1_3b", "2_7b", "6_7b", "13b", "175b"]
 PAPER = [f"gpt3/{size}" for size in SIZES]
 
 
-def path_of(recipe):
-    return CONFIGS / f"{recipe}.py"
+def path_of(name):
+    return CONFIGS / f"{name}.py"
 
 
-def docstring(recipe):
-    return path_of(recipe).read_text().split('"""')[1]
+def docstring(name):
+    return path_of(name).read_text().split('"""')[1]
 
 
-def ready(recipe):
+def ready(name):
     """Return a recipe's config, with a corpus where the user has to give one."""
-    cfg = recipe.load(str(path_of(recipe)))
+    cfg = recipe.load(str(path_of(name)))
     paths = cfg.data.paths or ("corpus",)
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, paths=paths))
 
 
-def meant_for(recipe, cfg):
+def meant_for(name, cfg):
     """Return the numbers of devices that the docstring names."""
     if cfg.mesh.cpu_devices:
         return [cfg.mesh.cpu_devices]
-    first = re.search(r"^Meant for ((?:\d+, )*\d+(?: or \d+)?)", docstring(recipe), re.MULTILINE)
+    first = re.search(r"^Meant for ((?:\d+, )*\d+(?: or \d+)?)", docstring(name), re.MULTILINE)
     return [int(n) for n in re.findall(r"\d+", first[1])]
 
 
@@ -57,31 +57,32 @@ def test_the_recipes_are_these():
     assert sorted(RECIPES) == sorted(["quickstart", *EXAMPLES, *PAPER])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_is_valid_and_a_function_of_nothing(recipe):
-    validation.validate(ready(recipe))
-    assert recipe.load(str(path_of(recipe))) == recipe.load(str(path_of(recipe)))
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_valid_and_a_function_of_nothing(name):
+    validation.validate(ready(name))
+    assert recipe.load(str(path_of(name))) == recipe.load(str(path_of(name)))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_names_its_source_its_devices_and_its_aim(recipe):
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_names_its_source_its_devices_and_its_aim(name):
     for part in ("Source: ", "Meant for ", "Should reach"):
-        assert part in docstring(recipe)
+        assert part in docstring(name)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_batch_divides_over_the_devices_that_the_recipe_names(recipe):
-    cfg = ready(recipe)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_batch_divides_over_the_devices_that_the_recipe_names(name):
+    cfg = ready(name)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    for n_devices in meant_for(recipe, cfg):
+    for n_devices in meant_for(name, cfg):
         n_ranks = data_parallel_size(cfg.mesh, n_devices)
-        batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks)
+        stages = cfg.mesh.stage
+        batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, stages)
 
 
-@pytest.mark.parametrize("recipe", PAPER)
-def test_the_ramp_that_a_recipe_advises_runs_on_the_devices_that_it_names(recipe):
-    advice = re.search(r"on (\d+) GPUs, over (\d+)B tokens:\s`([^`]+)`", docstring(recipe))
-    flags = [f"--config={path_of(recipe)}", "--data.paths=corpus", *advice[3].split()]
+@pytest.mark.parametrize("name", PAPER)
+def test_the_ramp_that_a_recipe_advises_runs_on_the_devices_that_it_names(name):
+    advice = re.search(r"on (\d+) GPUs, over (\d+)B tokens:\s`([^`]+)`", docstring(name))
+    flags = [f"--config={path_of(name)}", "--data.paths=corpus", *advice[3].split()]
     cfg = recipe.parse(flags)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     n_ranks = data_parallel_size(cfg.mesh, int(advice[1]))
@@ -91,9 +92,9 @@ def test_the_ramp_that_a_recipe_advises_runs_on_the_devices_that_it_names(recipe
     assert n_tokens == pytest.approx(int(advice[2]) * 1e9, rel=1e-6)
 
 
-@pytest.mark.parametrize("recipe", EXAMPLES)
-def test_an_example_fits_no_more_ranks_than_its_first_batch(recipe):
-    cfg = ready(recipe)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_fits_no_more_ranks_than_its_first_batch(name):
+    cfg = ready(name)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     with pytest.raises(config.UserError, match="batch of 16 from sample 0"):
         batch_schedule.check(schedule, cfg.batch.microbatch_size, 32)
@@ -111,18 +112,18 @@ def test_flattened_recipes_are_the_golden_ones(recipe_texts):
 
 @pytest.fixture
 def recipe_texts():
-    flat = {recipe: config.flatten(recipe.load(str(path_of(recipe)))) for recipe in RECIPES}
+    flat = {name: config.flatten(recipe.load(str(path_of(name)))) for name in RECIPES}
     return {
-        recipe: "".join(f"{field} = {value!r}\n" for field, value in fields.items())
-        for recipe, fields in flat.items()
+        name: "".join(f"{field} = {value!r}\n" for field, value in fields.items())
+        for name, fields in flat.items()
     }
 
 
 def write_goldens(texts):
     for old in GOLDENS.rglob("*.txt"):
         old.unlink()
-    for recipe, text in texts.items():
-        file = GOLDENS / f"{recipe}.txt"
+    for name, text in texts.items():
+        file = GOLDENS / f"{name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
@@ -133,6 +134,7 @@ N_PARAMS = {
     "345m": 64_109_568,
     "857m": 355_919_872,
     "175b": 174_604_836_864,
+    "175b_tp8_pp16": 174_604_836_864,
     "gpt3/125m": 125_262_336,
     "gpt3/350m": 355_919_872,
     "gpt3/760m": 760_372_224,
@@ -144,7 +146,7 @@ N_PARAMS = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_have_their_true_parameter_counts(recipe):
-    cfg = ready(recipe).model
-    assert model.count_params(cfg) == flops.n_params(cfg) == N_PARAMS[recipe]
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_have_their_true_parameter_counts(name):
+    cfg = ready(name).model
+    assert model.count_params(cfg) == flops.n_params(cfg) == N_PARAMS[name]
