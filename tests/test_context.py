@@ -30,21 +30,6 @@ def config_of(model, **mesh):
     return tiny.make_config(model={"n_layers": 2, "n_loss_chunks": 2, **MODELS[model]}, mesh=mesh)
 
 
-def add_documents(batch):
-    """Make every eighth token, about, end a document: segments, new positions, no loss there."""
-    ends = np.asarray(batch["tokens"]) % 8 == 0
-    starts = np.roll(ends, 1, axis=-1)
-    starts[..., 0] = True
-    place = np.arange(ends.shape[-1])
-    arrays = {
-        "segments": np.cumsum(starts, axis=-1),
-        "positions": place - np.maximum.accumulate(np.where(starts, place, 0), axis=-1),
-        "loss_mask": ~ends,
-    }
-    put = functools.partial(jax.device_put, device=batch["tokens"].sharding)
-    return batch | {k: put(v.astype(np.int32)) for k, v in arrays.items()}
-
-
 def run(cfg, mesh, n_microbatches, documents):
     """Return initial weights, final weights, the metrics of each step and an evaluation."""
     program = step.build(cfg, mesh, cfg.train.n_steps * cfg.batch.global_batch_size)
@@ -52,7 +37,7 @@ def run(cfg, mesh, n_microbatches, documents):
     initial, told = tiny.leaves(state.params), []
     for i in range(N_STEPS):
         batch = tiny.make_batch(i, cfg, mesh, n_microbatches)
-        batch = add_documents(batch) if documents else batch
+        batch = tiny.add_documents(batch) if documents else batch
         state, metrics = program.train(state, batch)
         told += [metrics["loss"], metrics["grad_norm"]]
     told += program.eval(state.params, batch)

@@ -102,6 +102,26 @@ def check(sizes, variant, rtol=1e-5, **mesh):
         assert error < 100 * rtol, f"{name}: {error}"
 
 
+MIXED = [(2, 2, 1, 1, 2), (1, 2, 2, 2, 1), (2, 1, 2, 2, 1), (1, 4, 1, 1, 2), (1, 1, 2, 2, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MIXED, ids=named)
+@pytest.mark.parametrize(
+    ("variant", "rtol"),
+    [
+        ("documents", 1e-5),
+        ("alternating", 1e-5),
+        ("remat", 1e-5),
+        # Products of 16-bit numbers are rounded before they are summed over another cut.
+        ("bfloat16", 4e-3),
+        ("float16", 1e-3),
+    ],
+)
+def test_features_do_not_depend_on_the_mesh(variant, rtol, sizes):
+    check(sizes, variant, rtol)
+
+
 def test_there_are_35_meshes():
     assert len(ALL) == len(set(ALL)) == 35 and set(ALL) >= QUICK
 

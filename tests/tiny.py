@@ -1,6 +1,7 @@
 """A tiny config, random batches and a short run, for tests that need a whole step."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -52,6 +53,21 @@ def make_batch(index, cfg, mesh, n_microbatches, masked=False):
     mine = sharding.local_rows(mesh, rows)
     cut = {k: v.reshape(n_microbatches, rows, *v.shape[1:])[:, mine] for k, v in batch.items()}
     return sharding.device_put_rows(cut, mesh, rows)
+
+
+def add_documents(batch):
+    """Make every eighth token, about, end a document: segments, new positions, no loss there."""
+    ends = np.asarray(batch["tokens"]) % 8 == 0
+    starts = np.roll(ends, 1, axis=-1)
+    starts[..., 0] = True
+    place = np.arange(ends.shape[-1])
+    arrays = {
+        "segments": np.cumsum(starts, axis=-1),
+        "positions": place - np.maximum.accumulate(np.where(starts, place, 0), axis=-1),
+        "loss_mask": ~ends,
+    }
+    put = functools.partial(jax.device_put, device=batch["tokens"].sharding)
+    return batch | {k: put(v.astype(np.int32)) for k, v in arrays.items()}
 
 
 def run(cfg, mesh, n_microbatches, n_steps, masked=False):
