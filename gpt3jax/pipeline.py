@@ -138,20 +138,20 @@ def run(
     forward = [(i, (i + 1) % n_stages) for i in range(n_stages)]
     backward = [(j, i) for i, j in forward]
 
-    def take(tick: Array | int, arriving_BTD: Array, belts: Array) -> tuple[Array, Array]:
+    def take(tick: Array | int, arriving_BTD: Array, belts_GBTD: Array) -> tuple[Array, Array]:
         """Return the input of a tick, and the belts of all groups after it."""
         group, within = jnp.divmod(tick, n_units)
-        slot_BTD = jax.lax.dynamic_index_in_dim(belts, group, keepdims=False)
+        slot_BTD = jax.lax.dynamic_index_in_dim(belts_GBTD, group, keepdims=False)
         x_BTD = jnp.where((stage == 0) & (within < n_stages), slot_BTD, arriving_BTD)
         moved_BTD = jnp.where(stage == 0, arriving_BTD, slot_BTD)
         moved_BTD = jax.lax.ppermute(moved_BTD, "stage", backward)
         slot_BTD = jnp.where(within < n_stages, moved_BTD, slot_BTD)
-        return x_BTD, jax.lax.dynamic_update_index_in_dim(belts, slot_BTD, group, 0)
+        return x_BTD, jax.lax.dynamic_update_index_in_dim(belts_GBTD, slot_BTD, group, 0)
 
     def step(carry: tuple[Array, Array], tick: Array) -> tuple[tuple[Array, Array], None]:
-        x_BTD, belts = take(tick, *carry)
+        x_BTD, belts_GBTD = take(tick, *carry)
         y_BTD = stage_pass(x_BTD, *schedule.unit(tick, stage))
-        return (jax.lax.ppermute(y_BTD, "stage", forward), belts), None
+        return (jax.lax.ppermute(y_BTD, "stage", forward), belts_GBTD), None
 
     zeros_BTD = jnp.zeros_like(x_GBTD[0])
     start = zeros_BTD, jnp.concatenate([x_GBTD, zeros_BTD[None]])  # the last group: of outputs only
