@@ -229,27 +229,21 @@ def variable_axes(variable: nnx.Variable[Any]) -> tuple[str | None, ...]:
 def data_dim(variable: nnx.Variable[Any], mesh: Any) -> int | None:
     """Return which dimension of a parameter `data` cuts where it shards the optimizer.
 
-    One that it divides, if possible none that another axis cuts, the largest of them; None if it
-    divides none, as in small vectors. Same answer where some axes are manual and shapes local.
+    The largest that it divides and no other axis cuts; None if there is none, as in small vectors.
     """
-    manual = frozenset(getattr(mesh, "manual_axes", ()))
-    best: tuple[bool, int, int] | None = None
-    for dim, axis in enumerate(variable_axes(variable)):
-        axes = RULES[axis]
-        ways = math.prod(mesh.shape[a] for a in axes if a not in manual)
-        n_local = variable.get_value().shape[dim] // ways
-        if n_local % mesh.shape["data"] == 0 and n_local > 0:
-            is_free = all(mesh.shape[a] == 1 for a in axes)
-            best = max(best or (False, 0, 0), (is_free, n_local, -dim))
-    return None if best is None else -best[2]
+    n_data = mesh.shape["data"]
+    best, dim = 0, None
+    for i, axis in enumerate(variable_axes(variable)):
+        size = variable.get_value().shape[i]
+        if size > best and size % n_data == 0 and all(mesh.shape[a] == 1 for a in RULES[axis]):
+            best, dim = size, i
+    return dim
 
 
 def _with_data(specification: PartitionSpec, dim: int | None) -> PartitionSpec:
-    if dim is None:
-        return specification
     entries = list(specification)
-    inner = entries[dim] or ()
-    entries[dim] = ("data", *((inner,) if isinstance(inner, str) else inner))
+    if dim is not None:
+        entries[dim] = "data"
     return PartitionSpec(*entries)
 
 
@@ -285,7 +279,12 @@ def sum_over_replicas(
             node = jax.lax.psum(node, "stage")
         if dim is None:
             return jax.lax.psum(node, "data")
-        return jax.lax.psum_scatter(node, "data", scatter_dimension=dim, tiled=True)
+        # All axes manual: left to the partitioner, it would gather the gradient first.
+        scatter = functools.partial(
+            jax.lax.psum_scatter, axis_name="data", scatter_dimension=dim, tiled=True
+        )
+        axes = variable_axes(node)
+        return jax.tree.map(map_shards(scatter, [axes], axes), node)
 
     specs = jax.tree.map(local_spec, params, is_leaf=is_variable)
     grad_specs = jax.tree.map(
