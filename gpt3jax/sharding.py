@@ -37,9 +37,8 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 
 # [microbatch, batch, ...]; `shard_sequence` cuts the sequence once the batch is on the devices.
-_HEADS = ("heads", "head_dim")
-
 BATCH_SPEC = PartitionSpec(None, ("data", "fsdp"))
+_HEADS = ("heads", "head_dim")
 
 
 def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
