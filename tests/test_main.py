@@ -136,7 +136,7 @@ def test_a_truncated_corpus_is_named(tmp_path, run, name, n_left):
     assert name in run()
 
 
-def test_tokens_of_another_vocabulary_are_found_in_the_first_batch(run):
+def test_tokens_of_another_vocabulary_are_found_at_the_start(run):
     told = run("--model.vocab-size=32", "--checkpoint.dir=")
     assert "corpus" in told and "bin has token" in told and "outside of model.vocab_size=32" in told
 
@@ -174,13 +174,23 @@ def test_tokens_of_another_vocabulary_are_found_in_the_first_batch(run):
             ],
             ["2 processes were expected", "could not be joined"],
         ),
+        (
+            {
+                "SLURM_NTASKS": "2",
+                "SLURM_NNODES": "2",
+                "SLURM_PROCID": "0",
+                "SLURM_GPUS_ON_NODE": "8",
+            },
+            [],
+            ["one task on each of 2 nodes", "--ntasks-per-node=8"],
+        ),
         pytest.param(
             {},
             ["--distributed.process-id=0", "--distributed.coordinator-address=localhost:1"],
             ["distributed.n_processes"],
         ),
     ],
-    ids=["srun", "alone", "ompi", "ompi-1", "slurm", "id", "no-number"],
+    ids=["srun", "alone", "ompi", "ompi-1", "slurm", "id", "one-per-node", "no-number"],
 )
 def test_no_process_of_several_trains_alone(monkeypatch, run, variables, options, words):
     for name, value in variables.items():
