@@ -141,6 +141,17 @@ def test_a_sharded_optimizer_changes_nothing(sizes):
     check(sizes, "plain", shard_optimizer=True)
 
 
+@pytest.mark.slow
+def test_a_sharded_optimizer_changes_nothing_in_16_bits():
+    """Matrices are cast before they are gathered, not where they are used."""
+    groups, sizes = VARIANTS["bfloat16"][0], (4, 1, 1, 1, 2)
+    _, weights, told = run(sizes, groups)
+    _, sharded, told_of_sharded = run(sizes, {**groups, "mesh": {"shard_optimizer": True}})
+    np.testing.assert_allclose(told_of_sharded, told, rtol=1e-6)
+    for name, array in sharded.items():
+        np.testing.assert_allclose(array, weights[name], atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("sizes", params_of(ALL))
 def test_losses_are_those_of_one_device(sizes):
     check(sizes, "plain")
