@@ -15,7 +15,7 @@ from gpt3jax import checkpoint, config, sharding, step
 
 import tiny
 
-QUICK_PAIRS = [("one", "mixed"), ("mixed", "one"), ("stages", "zero"), ("zero", "stages")]
+QUICK_PAIRS = [("one", "mixed"), ("mixed", "one")]
 ORDER = {"corpus": "a corpus", "train.seed": 1234}
 MESHES = {
     "one": {},

@@ -53,7 +53,7 @@ def on_one_device(model, documents):
     ("mesh", "model", "documents"),
     [
         ("context8", "dense", True),
-        ("context2-data2-tensor2", "alternating", False),
+        pytest.param("context2-data2-tensor2", "alternating", False, marks=slow),
         pytest.param("context8", "alternating", False, marks=slow),
         pytest.param("context2-data2-tensor2", "dense", True, marks=slow),
         pytest.param("context2-fsdp4", "dense", True, marks=slow),
