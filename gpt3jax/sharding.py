@@ -274,10 +274,10 @@ def sum_over_replicas(
         dim = None
         if is_variable(node) and shard_grads:
             dim = data_dim(node, jax.sharding.get_abstract_mesh())
+        if dim is None:
+            return jax.lax.psum(node, "data" if of_stage else ("data", "stage"))
         if not of_stage:
             node = jax.lax.psum(node, "stage")
-        if dim is None:
-            return jax.lax.psum(node, "data")
         # All axes manual: left to the partitioner, it would gather the gradient first.
         scatter = functools.partial(
             jax.lax.psum_scatter, axis_name="data", scatter_dimension=dim, tiled=True

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpt3jax import checkpoint, config, optimizer, step, stopping, train
-from gpt3jax.data import indexed, loader, splits
+from gpt3jax.data import loader, splits
 
 import tiny
 
@@ -21,12 +21,7 @@ MESH_B = {"data": 1, "fsdp": 4, "tensor": 2}
 @pytest.fixture
 def corpus(tmp_path):
     """Write 300 random documents and return their prefix."""
-    rng = np.random.default_rng(7)
-    prefix = str(tmp_path / "corpus")
-    with indexed.Writer(prefix, np.uint16) as writer:
-        for length in rng.integers(1, 60, 300):
-            writer.add_document([[*rng.integers(1, tiny.VOCAB, length), 0]])
-    return prefix
+    return tiny.write_corpus(tmp_path / "corpus", 7, 300)
 
 
 def make_config(corpus, folder, mesh, **groups):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from gpt3jax import config, model, sharding, step
+from gpt3jax.data import indexed
 
 VOCAB = 500
 
@@ -23,6 +24,15 @@ def make_config(**groups):
     )
     parts = {name: dataclasses.replace(getattr(base, name), **g) for name, g in groups.items()}
     return dataclasses.replace(base, **parts)
+
+
+def write_corpus(prefix, seed, n, vocab=VOCAB, dtype=np.uint16):
+    """Write n random documents that end with token 0, and return their prefix as a string."""
+    rng = np.random.default_rng(seed)
+    with indexed.Writer(str(prefix), dtype) as writer:
+        for length in rng.integers(1, 60, n):
+            writer.add_document([[*rng.integers(1, vocab, length), 0]])
+    return str(prefix)
 
 
 def one_device_mesh():

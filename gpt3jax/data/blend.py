@@ -8,6 +8,7 @@ next one of that corpus's own, already shuffled samples. Source: Megatron-LM `bl
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -144,7 +145,10 @@ class Blend:
                 "taken": np.asarray(taken),
             }
 
-        key = {"weights": self.weights.tolist(), "n_samples": n, "exhaustive": limits is not None}
+        def key() -> dict[str, Any]:
+            weights = self.weights.tolist()
+            return {"weights": weights, "n_samples": n, "exhaustive": limits is not None}
+
         indices = index_cache.arrays(cache, key, build)
         self.dataset_index = indices["dataset_index"]
         self.dataset_sample_index = indices["dataset_sample_index"]

@@ -22,12 +22,12 @@ from gpt3jax import config
 Arrays = dict[str, np.ndarray]
 
 
-def arrays(folder: str, key: dict[str, Any], build: Callable[[], Arrays]) -> Arrays:
+def arrays(folder: str, key: Callable[[], dict[str, Any]], build: Callable[[], Arrays]) -> Arrays:
     """Return the arrays that `build` returns, from the folder if it has them.
 
     Args:
         folder: on a local or a shared disk; "": build, and keep nothing.
-        key: all that decides the arrays, as JSON.
+        key: returns all that decides the arrays, as JSON.
         build: returns them by name.
 
     Raises:
@@ -35,7 +35,7 @@ def arrays(folder: str, key: dict[str, Any], build: Callable[[], Arrays]) -> Arr
     """
     if not folder:
         return build()
-    text = json.dumps(key, sort_keys=True)
+    text = json.dumps(key(), sort_keys=True)
     entry = pathlib.Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:32]
     if found := _read(entry):
         return found

@@ -8,7 +8,6 @@ d98e8a64dd. NumPy's legacy RandomState is what makes the order equal.
 
 import dataclasses
 import re
-import zlib
 from typing import Any, Protocol
 
 import numpy as np
@@ -151,9 +150,7 @@ class SampleMap:
             )
         self.epochs = Epochs.needed(n_tokens, seq_len, n_samples)
         total = self.epochs.n * n_tokens
-        n = (total - 1) // seq_len
-        if keep_partial:  # in 32-bit floats, as there
-            n = int(np.ceil(np.float32(total - 1) / np.float32(seq_len)))
+        n = _count_samples(total, seq_len, keep_partial)
 
         def build() -> index_cache.Arrays:
             random = np.random.RandomState(seed)  # both shuffles draw from it, in this order
@@ -164,14 +161,16 @@ class SampleMap:
                 "shuffle_index": _shuffled_samples(n, self.epochs, random),
             }
 
-        key = {
-            "lengths": zlib.crc32(corpus.lengths.tobytes()),
-            "sequences": sequences,
-            "seq_len": seq_len,
-            "n_samples": n,
-            "epochs": dataclasses.astuple(self.epochs),
-            "seed": seed,
-        }
+        def key() -> dict[str, Any]:
+            return {
+                "lengths": indexed.lengths_checksum(corpus),
+                "sequences": sequences,
+                "seq_len": seq_len,
+                "n_samples": n,
+                "epochs": dataclasses.astuple(self.epochs),
+                "seed": seed,
+            }
+
         indices = index_cache.arrays(cache, key, build)
         self.document_index = indices["document_index"]
         self.sample_index = indices["sample_index"]
@@ -264,6 +263,12 @@ def read(source: Samples, data: config.Data, numbers: np.ndarray) -> dict[str, n
         "positions": positions,
     }
     return batch if segments is None else batch | {"segments": segments}
+
+
+def _count_samples(n_tokens: int, seq_len: int, keep_partial: bool) -> int:
+    if keep_partial:  # in 32-bit floats, as Megatron does
+        return int(np.ceil(np.float32(n_tokens - 1) / np.float32(seq_len)))
+    return (n_tokens - 1) // seq_len
 
 
 def _shuffled_documents(ids: np.ndarray, epochs: Epochs, random: Any) -> np.ndarray:

@@ -1,7 +1,6 @@
 """The samples of a run: which corpora make each split, and what decides the samples' order."""
 
 import dataclasses
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,5 +123,5 @@ def build(
 
 def _identity(corpus: indexed.Corpus) -> str:
     """Return what tells a corpus from another, wherever its files lie."""
-    checksum = zlib.crc32(corpus.lengths.tobytes())
+    checksum = indexed.lengths_checksum(corpus)
     return f"{len(corpus)} sequences, {corpus.n_tokens} tokens, lengths {checksum:08x}"

@@ -15,11 +15,7 @@ import tiny
 
 
 def write(prefix, seed, n=200, dtype=np.uint16):
-    rng = np.random.default_rng(seed)
-    with indexed.Writer(str(prefix), dtype) as writer:
-        for length in rng.integers(1, 60, n):
-            writer.add_document([[*rng.integers(1, corpus.VOCAB, length), 0]])
-    return str(prefix)
+    return tiny.write_corpus(prefix, seed, n, corpus.VOCAB, dtype)
 
 
 def call(monkeypatch, *words):

@@ -13,12 +13,7 @@ import tiny
 
 @pytest.fixture
 def corpus(tmp_path):
-    rng = np.random.default_rng(3)
-    prefix = str(tmp_path / "corpus")
-    with indexed.Writer(prefix, np.uint16) as writer:
-        for length in rng.integers(1, 60, 400):
-            writer.add_document([[*rng.integers(1, tiny.VOCAB, length), 0]])
-    return prefix
+    return tiny.write_corpus(tmp_path / "corpus", 3, 400)
 
 
 def make_config(corpus, **data):
