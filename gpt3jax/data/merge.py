@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 
-import tqdm  # type: ignore[import-untyped,unused-ignore]
+import tqdm
 import tyro
 
 from gpt3jax import config

@@ -12,10 +12,10 @@ import pathlib
 import sys
 from collections.abc import Iterator
 from concurrent import futures
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import tqdm  # type: ignore[import-untyped,unused-ignore]
+import tqdm
 import tyro
 
 from gpt3jax import config
@@ -184,7 +184,7 @@ def _write(encoded: Encoded, writer: indexed.Writer, options: Options, report: R
     report.n_documents = writer.n_documents
 
 
-def _show(bar: tqdm.tqdm, position: int, report: Report) -> None:
+def _show(bar: "tqdm.tqdm[Any]", position: int, report: Report) -> None:
     bar.update(position - bar.n)
     seconds = max(bar.format_dict["elapsed"], 1e-3)
     n_documents, n_tokens = report.n_documents / seconds, report.n_tokens / seconds

@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 
 import numpy as np
-import tqdm  # type: ignore[import-untyped,unused-ignore]
+import tqdm
 
 from gpt3jax import config
 from gpt3jax.data import indexed, tokenizer
