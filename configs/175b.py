@@ -13,7 +13,8 @@ The example gives --global-batch-size beside its schedule, which Megatron at thi
 here the first caps the second.
 Departs, besides what docs/from_megatron.md lists for every recipe, in:
 - tensor 8 x fsdp 16 in place of TP 8 x PP 16, on as many GPUs. More than 16 data-parallel ranks
-  would not divide the schedule's first batch of 16.
+  would not divide the schedule's first batch of 16; with another `batch.schedule` more GPUs are
+  replicas (data).
 - attention_dropout 0: the example's 0.1 would forbid the fused attention kernel.
 - 300B tokens, with decay over 260B, as in the paper: the example's 500,000 iterations are 1.33T.
 """
@@ -52,7 +53,7 @@ def get_config() -> config.Config:
             schedule="0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536",
         ),
         data=config.Data(split="949,50,1"),
-        mesh=config.Mesh(data=1, fsdp=16, tensor=8),
+        mesh=config.Mesh(data=-1, fsdp=16, tensor=8),
         train=config.Train(n_tokens=300_000_000_000, eval_interval=1000, eval_batches=10),
         checkpoint=config.Checkpoint(save_interval=10_000),
         log=config.Log(interval=100),

@@ -3,12 +3,15 @@
 import ast
 
 LAYERS = [
-    ["main", "data.prepare", "data.inspect", "data.merge"],
+    ["main", "plan", "data.prepare", "data.inspect", "data.merge"],
+    ["plan_report"],
+    ["plan_compile", "plan_time"],
     ["train"],
     ["setup"],
     ["step_log", "step", "checkpoint"],
     ["pipeline"],
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
+    ["plan_memory"],
     ["attention", "data.splits"],
     ["data.text", "data.blend"],
     ["data.samples", "data.tokenizer", "data.documents", "dropout", "zigzag"],
@@ -20,7 +23,10 @@ LAYERS = [
         "flops",
         "batch_schedule",
         "distributed",
+        "plan_hlo",
+        "xla_flags",
     ],
+    ["gpus"],
     ["recipe"],
     ["validation"],
     ["config"],
@@ -52,7 +58,7 @@ def test_imports_go_only_down(repository):
 
 
 def test_config_and_metrics_do_without_jax(repository):
-    for name in ("config", "recipe", "validation", "metrics", "flops", "batch_schedule"):
+    for name in ("config", "recipe", "validation", "metrics", "flops", "batch_schedule", "gpus"):
         assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
 
 

@@ -1,0 +1,231 @@
+"""Compiling a config's true training step for GPUs that are not here, in a process of its own.
+
+`compile_step` starts that process (XLA reads its options once, when JAX starts) and keeps what it
+found in a cache. `python -m gpt3jax.plan_compile` is the process; it takes a request on its
+standard input. Needs the extra `plan`. Nothing is allocated: the step is compiled from shapes.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.experimental.topologies
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+
+from gpt3jax import batch_schedule, config, gpus, plan_hlo, recipe, sharding, step, xla_flags
+
+_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
+_PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What XLA made of the step; bytes are of one GPU."""
+
+    argument_bytes: int
+    """The state and the batch."""
+    temp_bytes: int
+    """All else that is alive at the peak."""
+    peak_bytes: int
+    attention: str
+    """What attention runs on: cudnn or xla."""
+    cudnn: dict[str, bool]
+    """Whether cuDNN's kernels are in the program: forward, backward."""
+    collectives: list[plan_hlo.Collective]
+    compile_seconds: float
+    """Tracing, lowering and compiling."""
+    host_bytes: int
+    """The most memory that the compiling process held."""
+    versions: dict[str, str]
+    cached: bool
+    """Taken from the cache; `compile_seconds` are then of the time it was made."""
+    hlo: str
+    """The optimised, scheduled program."""
+
+
+def missing_extra() -> str:
+    """Return what to do where the compiler for GPUs is not installed, "" where it is."""
+    installed = versions()
+    found = [installed[name] for name in _PLUGINS if name in installed]
+    if found and installed["jax"] in found:
+        return ""
+    have = f"jax {installed['jax']} needs a CUDA plugin of its version"
+    have += f", not {' or '.join(found)}" if found else ", and there is none"
+    return f"{have}: pip install -e '.[plan]'"
+
+
+def compile_step(
+    cfg: config.Config, args: list[str], axis_sizes: dict[str, int], gpu: gpus.Gpu,
+    network: gpus.Network,
+) -> Compiled:  # fmt: skip
+    """Compile the step of the command line `args`, or find it in the cache.
+
+    `cfg` is what `recipe.parse` makes of `args`; `axis_sizes` are its mesh's, none of them -1.
+
+    Raises:
+        UserError: the model does not fit the mesh, or the compiler failed.
+    """
+    flags = xla_flags.text(xla_flags.of_plan(network))
+    request = {
+        "args": args,
+        "axis_sizes": axis_sizes,
+        "target": gpus.target_text(gpu),
+        "capability": gpu.capability,
+        "gpus_per_node": network.gpus_per_node,
+    }
+    described = [config.flatten(cfg), axis_sizes, request["target"], flags, versions(), _sources()]
+    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+    file = _cache_folder() / f"{key}.json.gz"
+    cached = file.exists()
+    if not cached:
+        _run(request, flags, file)
+    found = json.loads(gzip.decompress(file.read_bytes()))
+    read = plan_hlo.collectives(found["hlo"], axis_sizes)
+    cudnn = plan_hlo.cudnn_attention(found["hlo"])
+    return Compiled(collectives=read, cudnn=cudnn, cached=cached, **found)
+
+
+def abstract_batch(cfg: config.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Return the shapes of a full batch `[M, B, ...]`, as the loader lays it on the devices."""
+    n_rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
+    shape = cfg.batch.global_batch_size // n_rows, n_rows
+    tokens = (*shape, cfg.model.seq_len)
+    shapes: dict[str, Any] = {
+        "tokens": (tokens, jnp.int32),
+        "targets": (tokens, jnp.int32),
+        "loss_mask": (tokens, jnp.float32),
+        "positions": (tokens, jnp.int32),
+        "samples": (shape, jnp.int32),
+    }
+    if cfg.data.reset_attention_mask:
+        shapes["segments"] = (tokens, jnp.int32)
+    layout = NamedSharding(mesh, sharding.BATCH_SPEC)
+    return {name: jax.ShapeDtypeStruct(*of, sharding=layout) for name, of in shapes.items()}
+
+
+def main() -> int:
+    """Answer the request on standard input; the exit status is 2 for what a user can mend."""
+    request = json.load(sys.stdin)
+    try:
+        answer = _compile(request)
+    except config.UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    file = pathlib.Path(request["out"])
+    file.write_bytes(gzip.compress(json.dumps(answer).encode(), compresslevel=3))
+    return 0
+
+
+def _compile(request: dict[str, Any]) -> dict[str, Any]:
+    started = time.monotonic()
+    _answer_for_target(tuple(request["capability"]))
+    cfg = recipe.parse(request["args"])
+    mesh = _target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    _, run_samples = schedule.end(cfg.train, cfg.model.seq_len)
+    program = step.build(cfg, mesh, run_samples)
+    with jax.set_mesh(mesh):
+        traced = program.train.jitted.trace(program.abstract_state, abstract_batch(cfg, mesh))
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "attention": program.compute.attention,
+        "compile_seconds": time.monotonic() - started,
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": versions(),
+        "hlo": compiled.as_text(),
+    }
+
+
+def _answer_for_target(capability: tuple[int, int]) -> None:
+    """Let JAX's checks for cuDNN's attention see the target in place of this machine."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split("."))
+
+    major, minor, patch = gpus.CUDNN
+    cudnn.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
+    cudnn.check_compute_capability = lambda least: capability >= numbers(least)
+    cudnn.is_cuda_compute_capability_equal = lambda other: capability == numbers(other)
+
+
+def _target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) -> jax.sharding.Mesh:
+    sizes = [axis_sizes[axis] for axis in sharding.AXES]
+    n_gpus = int(np.prod(sizes))
+    per_node = min(n_gpus, gpus_per_node)
+    topology = jax.experimental.topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology=f"1x{n_gpus // per_node}x{per_node}"
+    )
+    devices: Any = np.array(topology.devices).reshape(sizes)
+    return jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _run(request: dict[str, Any], flags: str, file: pathlib.Path) -> None:
+    """Run the compiling process; its answer appears under the file's name only when whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver, and none is needed
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        request = {**request, "out": str(pathlib.Path(folder, "answer"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "gpt3jax.plan_compile"],
+            input=json.dumps(request), text=True, capture_output=True, env=environment,
+        )  # fmt: skip
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+            said = lines[-1] if done.returncode == 2 else f"the compiler failed: {lines[-1]}"
+            raise config.UserError(said)
+        os.replace(request["out"], file)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides the program, as far as installed."""
+    installed = {}
+    for name in _PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _sources() -> str:
+    """Return a digest of the package's own code, which may change under one version."""
+    package = pathlib.Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.glob("*.py")):
+        if not file.name.startswith("plan"):
+            digest.update(file.read_bytes())
+    digest.update(pathlib.Path(__file__).read_bytes())
+    return digest.hexdigest()
+
+
+def _cache_folder() -> pathlib.Path:
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "gpt3jax" / "plan"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

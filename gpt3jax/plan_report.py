@@ -1,0 +1,242 @@
+"""What a plan says: as one dict (the JSON contract), and as tables on a terminal."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box, console, table
+
+from gpt3jax import (
+    batch_schedule,
+    config,
+    flops,
+    gpus,
+    plan_compile,
+    plan_memory,
+    plan_time,
+    xla_flags,
+)
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is planned for."""
+
+    gpu: gpus.Gpu
+    network: gpus.Network
+    price: float
+    """Of a GPU-hour, in any currency; 0: unknown."""
+
+
+def report(
+    cfg: config.Config,
+    layout: plan_memory.Layout,
+    target: Target,
+    compiled: plan_compile.Compiled | None,
+) -> dict[str, Any]:
+    """Return all that a plan says; without `compiled` memory and collectives are estimates."""
+    sent = plan_time.traffic(cfg, layout, target.network)
+    if compiled:
+        sent = plan_time.compiled_traffic(compiled.collectives, target.network)
+    times = {
+        case: plan_time.step_time(cfg, layout, target.gpu, sent, case) for case in plan_time.CASES
+    }
+    memory = plan_memory.memory(cfg, layout)
+    estimated_peak = sum(memory.values())
+    if compiled:
+        memory = _with_peak(memory, compiled.peak_bytes)
+    peak = sum(memory.values())
+    pool, headroom = plan_memory.budget(cfg, layout, target.gpu)
+    tokens_a_second = cfg.batch.global_batch_size * cfg.model.seq_len / times["expected"].seconds
+    return {
+        "fits": peak + headroom <= pool,
+        "peak_bytes_per_gpu": round(peak),
+        "peak_is": "compiled" if compiled else "estimated",
+        "estimated_peak_bytes_per_gpu": round(estimated_peak),
+        "headroom_bytes": round(headroom),
+        "budget_bytes": round(pool),
+        "memory": {name: round(n) for name, n in memory.items()},
+        "step_seconds": {case: time.seconds for case, time in times.items()},
+        "step_parts_expected": dataclasses.asdict(times["expected"]),
+        "exposed_communication_seconds": times["expected"].exposed,
+        "mfu": _mfu(cfg, layout, target, times["expected"].seconds),
+        "tokens_per_second_per_gpu": tokens_a_second / layout.n_gpus,
+        "bubble": plan_time.bubble(cfg, layout),
+        "collectives": [dataclasses.asdict(one) for one in sent],
+        "collectives_are": "compiled" if compiled else "estimated",
+        **_work(cfg, layout),
+        **_run(cfg, layout, target, times["expected"].seconds),
+        **_compiled_part(compiled),
+        "problems": list(layout.problems),
+        "gpus": layout.n_gpus,
+        "gpu": {"name": target.gpu.name, "source": target.gpu.source},
+        "network": dataclasses.asdict(target.network),
+        "mesh": layout.sizes,
+        "n_microbatches": layout.n_microbatches,
+        "attention": layout.attention,
+        "assumed": {name: dataclasses.asdict(r) for name, r in plan_time.ASSUMED.items()},
+        "versions": plan_compile.versions(),
+    }
+
+
+def _with_peak(memory: Mapping[str, float], peak: float) -> dict[str, float]:
+    """Return an estimated split whose sum is the compiler's peak.
+
+    What is exact stays; temporaries take the difference, and where they would be negative, logits,
+    activations and gradients give way.
+    """
+    split = dict(memory)
+    difference = peak - sum(split.values())
+    for name in ("temporaries", "logits", "activations", "gradients"):
+        new = max(0.0, split[name] + difference)
+        difference -= new - split[name]
+        split[name] = new
+    return split
+
+
+def _mfu(cfg: config.Config, layout: plan_memory.Layout, target: Target, seconds: float) -> float:
+    done = plan_time.work(cfg, layout).model_flops
+    return done / seconds / plan_time.peak_flops(cfg, target.gpu)
+
+
+def _work(cfg: config.Config, layout: plan_memory.Layout) -> dict[str, Any]:
+    done = plan_time.work(cfg, layout)
+    return {
+        "parameters": flops.n_params(cfg.model),
+        "model_flops_per_step": done.model_flops * layout.n_gpus,
+        "recomputed_share": done.recomputed_flops / done.model_flops,
+    }
+
+
+def _run(
+    cfg: config.Config, layout: plan_memory.Layout, target: Target, seconds: float
+) -> dict[str, Any]:
+    """Return the run's length; steps of a growing batch are taken to be as efficient as full."""
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    n_steps, samples = schedule.end(cfg.train, cfg.model.seq_len)
+    hours = samples / cfg.batch.global_batch_size * seconds / 3600
+    return {
+        "run_steps": n_steps,
+        "run_tokens": samples * cfg.model.seq_len,
+        "run_days": hours / 24,
+        "gpu_hours": hours * layout.n_gpus,
+        "cost": hours * layout.n_gpus * target.price if target.price else None,
+    }
+
+
+def _compiled_part(compiled: plan_compile.Compiled | None) -> dict[str, Any]:
+    if compiled is None:
+        return {"compile_seconds": None, "compiled": None}
+    return {
+        "compile_seconds": compiled.compile_seconds,
+        "compiled": {
+            "argument_bytes": compiled.argument_bytes,
+            "temp_bytes": compiled.temp_bytes,
+            "host_bytes": compiled.host_bytes,
+            "cudnn": compiled.cudnn,
+            "cached": compiled.cached,
+        },
+    }
+
+
+def show(found: Mapping[str, Any], out: console.Console) -> None:
+    """Print a report as tables."""
+    out.print(_head(found))
+    out.print(_memory_table(found))
+    out.print(_collectives_table(found))
+    out.print(_time_table(found))
+    out.print(
+        "Times are estimates: nothing ran on a GPU. Assumed, as best / expected / worst (shares):"
+    )
+    for name, of in found["assumed"].items():
+        if name in ("cudnn", "xla") and name != found["attention"]:
+            continue
+        values = f"{of['best']:g} / {of['expected']:g} / {of['worst']:g}"
+        out.print(f"  {name}: {values}: {of['source']}", highlight=False, soft_wrap=True)
+    network = found["network"]
+    out.print(
+        f"  network: NVLink {network['nvlink_bandwidth'] / 1e9:g} GB/s and NIC "
+        f"{network['nic_bandwidth'] / 1e9:g} GB/s a GPU each way, assumed to be reached; "
+        f"{network['latency'] * 1e6:g} us to start and per doubling of a group; "
+        f"GPU: {found['gpu']['source']}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for problem in found["problems"]:
+        out.print(f"WARNING: gpt3jax.main would refuse this run: {problem}", soft_wrap=True)
+
+
+def _head(found: Mapping[str, Any]) -> str:
+    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "one device"
+    return (
+        f"{found['parameters']:,} parameters on {found['gpus']:,} x {found['gpu']['name']}, mesh "
+        f"{mesh}, {found['n_microbatches']} microbatches, attention {found['attention']}"
+    )
+
+
+def _memory_table(found: Mapping[str, Any]) -> table.Table:
+    rows = _table(f"Memory of a GPU ({found['peak_is']} peak)", "", "GiB")
+    for name, n_bytes in found["memory"].items():
+        exact = name in ("parameters", "optimizer", "batch")
+        rows.add_row(f"{name}{'' if exact else ' (estimate)'}", f"{n_bytes / GIB:.2f}")
+    rows.add_section()
+    rows.add_row("peak", f"{found['peak_bytes_per_gpu'] / GIB:.2f}")
+    if found["compiled"]:
+        closed_form = found["estimated_peak_bytes_per_gpu"] / GIB
+        rows.add_row("peak by the closed forms", f"{closed_form:.2f}")
+    rows.add_row(
+        "headroom: cuDNN's workspace, fragmentation", f"{found['headroom_bytes'] / GIB:.2f}"
+    )
+    rows.add_row(
+        f"budget: XLA_PYTHON_CLIENT_MEM_FRACTION={xla_flags.MEMORY_FRACTION}",
+        f"{found['budget_bytes'] / GIB:.2f}",
+    )
+    rows.add_row("fits", "yes" if found["fits"] else "NO")
+    return rows
+
+
+def _collectives_table(found: Mapping[str, Any]) -> table.Table:
+    title = f"Collectives of a step ({found['collectives_are']}; seconds estimated, each alone)"
+    rows = _table(title, "kind", "axis", "network", "count", "GB out of a GPU", "s")
+    for one in found["collectives"]:
+        if one["seconds"] >= 5e-4 or len(found["collectives"]) <= 8:
+            rows.add_row(
+                one["kind"], one["axis"], one["network"], f"{one['count']:,}",
+                f"{one['bytes_per_step'] / 1e9:.2f}", f"{one['seconds']:.3f}",
+            )  # fmt: skip
+    return rows
+
+
+def _time_table(found: Mapping[str, Any]) -> table.Table:
+    rows = _table("Time (estimate)", "", "")
+    low, expected, high = (found["step_seconds"][case] for case in plan_time.CASES)
+    rows.add_row("step", f"{expected:.3g} s ({low:.3g} to {high:.3g})")
+    parts = found["step_parts_expected"]
+    for name in ("matmul", "attention", "elementwise", "exposed", "bubble"):
+        label = {"exposed": "exposed communication"}.get(name, name)
+        rows.add_row(f"  {label}", f"{parts[name]:.3g} s")
+    rows.add_row("MFU", f"{found['mfu']:.1%}")
+    rows.add_row("recomputed FLOPs", f"{found['recomputed_share']:.1%} of the model's")
+    rows.add_row("pipeline bubble", f"{found['bubble']:.1%}")
+    rows.add_row("tokens/s a GPU", f"{found['tokens_per_second_per_gpu']:,.0f}")
+    rows.add_row("run", f"{found['run_tokens'] / 1e9:,.1f}B tokens, {found['run_steps']:,} steps")
+    rows.add_row("", f"{found['run_days']:,.1f} days, {found['gpu_hours']:,.0f} GPU-hours")
+    if found["cost"] is not None:
+        rows.add_row("cost", f"{found['cost']:,.0f}")
+    if found["compiled"]:
+        rows.add_section()
+        kernels = ", ".join(f"{name} {'yes' if used else 'no'}" for name, used
+                            in found["compiled"]["cudnn"].items())  # fmt: skip
+        rows.add_row("cuDNN attention in the program", kernels)
+        rows.add_row("compiled in", f"{found['compile_seconds']:.1f} s")
+    return rows
+
+
+def _table(title: str, *columns: str) -> table.Table:
+    rows = table.Table(title=title, box=box.SIMPLE, title_justify="left")
+    words = {"", "kind", "axis", "network"}
+    for i, column in enumerate(columns):
+        text = column in words and (i == 0 or bool(column))
+        rows.add_column(column, justify="left" if text else "right")
+    return rows

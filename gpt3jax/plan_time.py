@@ -1,0 +1,266 @@
+"""Closed forms of a step's arithmetic and communication, and the time that they take: an estimate.
+
+What a GPU reaches of its peaks, and what share of communication stays exposed, are ranges
+(`ASSUMED`), each with its source; nothing here was measured on this machine. Imports no JAX beyond
+`plan_memory`'s.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from gpt3jax import config, flops, gpus, plan_hlo, plan_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An assumption: its optimistic, expected and pessimistic value, and where it is from."""
+
+    best: float
+    expected: float
+    worst: float
+    source: str
+
+    def at(self, case: str) -> float:
+        """Return the value of a case: low, expected or high step time."""
+        return {"low": self.best, "expected": self.expected, "high": self.worst}[case]
+
+
+CASES = ("low", "expected", "high")
+ASSUMED = {
+    "matmul": Range(
+        0.78, 0.68, 0.55,
+        "share of the peak of large products: chosen, not fitted. With all of these the layout of "
+        "NVIDIA's Pax run (175B, 256 H100, published 30.1 s) comes to 25.3 s expected, 32.6 s at "
+        "worst; that of NeMo's (1,024 H100, published 8.45 s) to 11.4 s, as this pipeline sums "
+        "gradients every tick",
+    ),
+    "cudnn": Range(
+        0.55, 0.42, 0.32, "share of the peak of cuDNN's causal attention: assumed from "
+        "FlashAttention-2 and 3 papers' figures for H100",
+    ),
+    "xla": Range(0.20, 0.12, 0.07, "share of the peak of XLA's attention: assumed"),
+    "memory": Range(0.90, 0.80, 0.65, "share of the memory's bandwidth, elementwise: assumed"),
+    "network": Range(1.10, 1.00, 0.75, "of the rates below, what collectives reach: assumed"),
+    "data": Range(0.5, 1.0, 1.0, "exposed share of sums over data, at the step's end: assumed"),
+    "stage": Range(0.1, 0.5, 1.0, "exposed share of hand-overs between stages: assumed"),
+    "fsdp": Range(0.05, 0.2, 0.5, "exposed share of weights' gathering and scattering: assumed"),
+    "context": Range(0.2, 0.5, 1.0, "exposed share of keys' and values' gathering: assumed"),
+    "tensor": Range(0.3, 0.6, 1.0, "exposed share of activations' gathering: assumed"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """One kind of collective over one axis, summed over a step."""
+
+    kind: str
+    axis: str
+    """Mesh axes, joined by +."""
+    count: int
+    bytes_per_step: float
+    """What leaves a GPU."""
+    network: str
+    seconds: float
+    """On its own, with nothing beside it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """A GPU's arithmetic in a step, without pipeline bubbles."""
+
+    model_flops: float
+    """Forward and backward, nothing recomputed: what MFU counts."""
+    recomputed_flops: float
+    attention_flops: float
+    """Of both, what attention's scores and values take."""
+    moved_bytes: float
+    """Elementwise work's traffic with the memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one step in one case."""
+
+    seconds: float
+    matmul: float
+    attention: float
+    elementwise: float
+    exposed: float
+    """Communication that no arithmetic hides."""
+    bubble: float
+
+
+def work(cfg: config.Config, layout: plan_memory.Layout) -> Work:
+    """Return what each GPU computes in a step; all axes share the work out evenly."""
+    model, recomputed = cfg.model, recompute_share(cfg, layout.attention)
+    tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus
+    dense = dataclasses.replace(cfg.model, n_layers=0)
+    of_head = flops.flops_per_token(dense)
+    of_products = 6.0 * model.n_layers * 12 * model.d_model**2
+    of_attention = flops.flops_per_token(model) - of_head - of_products
+    moved = _moved_bytes(cfg, layout, tokens)
+    return Work(
+        model_flops=tokens * flops.flops_per_token(model),
+        recomputed_flops=tokens * (recomputed[0] * of_products + recomputed[1] * of_attention),
+        attention_flops=tokens * (1 + recomputed[1]) * of_attention,
+        moved_bytes=moved,
+    )
+
+
+def recompute_share(cfg: config.Config, attention: str) -> tuple[float, float]:
+    """Return the shares (products, attention) of 6ND that the backward pass computes again.
+
+    Of a layer's 12 D^2 weights QKV has 3, the projection 1, each matrix of the MLP 4; forward is a
+    third of the FLOPs. The MLP's second product is needed by nothing in the backward pass.
+    """
+    again = {"full": 8, "residual": 7, "dots": 0, "attention": 0, "none": 0}[cfg.model.remat]
+    if cfg.mesh.virtual_stages > 1 and cfg.model.remat in ("full", "residual"):
+        again = 12 if cfg.model.remat == "full" else 8  # all but a virtual stage's last product
+    kept = cfg.model.remat == "none" or (cfg.model.remat == "attention" and attention == "cudnn")
+    return again / 12 / 3, 0.0 if kept else 1 / 3
+
+
+def _moved_bytes(cfg: config.Config, layout: plan_memory.Layout, tokens: float) -> float:
+    """Return the bytes that elementwise work reads and writes (by counting; fusion is XLA's).
+
+    A layer's forward pass: 18 values of the compute format a token and unit of d_model (10 for
+    norms, dropout and residuals, 8 for GELU); backward twice that; again once where recomputed.
+    Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter. Sums of gradients: 16 a microbatch,
+    20 a pipeline tick.
+    """
+    model, sizes = cfg.model, layout.sizes
+    passes = 3 + (cfg.model.remat in ("full", "residual"))
+    width = 4 if cfg.precision.compute_dtype == "float32" else 2
+    layers = tokens * model.n_layers * passes * 18 * width * model.d_model
+    head = tokens * model.padded_vocab_size * 24
+    held = plan_memory.parameters(cfg, sizes, False)
+    sums = 16.0 * layout.n_microbatches * held
+    if sizes["stage"] > 1:
+        sums = 20 * ticks(cfg, layout) * held / cfg.mesh.virtual_stages  # a tick's own weights
+    optimizer = 40 * plan_memory.parameters(cfg, sizes, cfg.mesh.shard_optimizer)
+    return layers + head + sums + optimizer
+
+
+def ticks(cfg: config.Config, layout: plan_memory.Layout) -> int:
+    """Return a pipeline's ticks in a step: M R of work, and P - 1 more."""
+    return layout.n_microbatches * cfg.mesh.virtual_stages + layout.sizes["stage"] - 1
+
+
+def bubble(cfg: config.Config, layout: plan_memory.Layout) -> float:
+    """Return the share of a pipeline's ticks in which a stage has nothing to do."""
+    return (layout.sizes["stage"] - 1) / ticks(cfg, layout)
+
+
+def traffic(cfg: config.Config, layout: plan_memory.Layout, network: gpus.Network) -> list[Traffic]:
+    """Return the collectives that the layout must run, by closed form (docs/parallelism.md)."""
+    model, sizes = cfg.model, layout.sizes
+    width = 4 if cfg.precision.compute_dtype == "float32" else 2
+    passes = layout.n_microbatches  # of each of a stage's layers
+    if sizes["stage"] > 1:  # idle ticks communicate too
+        passes = -(-ticks(cfg, layout) // cfg.mesh.virtual_stages)
+    n_layers = model.n_layers // sizes["stage"] * passes
+    again = model.remat in ("full", "residual")
+    weights = 12 * model.d_model**2 / sizes["tensor"] * width
+    whole = plan_memory.activation_bytes(cfg, layout)
+    whole *= sizes["tensor"] if cfg.mesh.sequence_parallel else 1
+    part = plan_memory.activation_bytes(cfg, layout)
+    rows = [
+        ("all-gather", "fsdp", 2 * n_layers, weights),
+        ("reduce-scatter", "fsdp", n_layers, weights),
+        ("all-gather", "context", (1 + again) * n_layers, 2 * whole * sizes["context"]),
+        ("reduce-scatter", "context", n_layers, 2 * whole * sizes["context"]),
+        ("collective-permute", "stage", 4 * ticks(cfg, layout), part),
+    ]
+    rows[2:4] = [(k, a, n, b / sizes["tensor"]) for k, a, n, b in rows[2:4]]
+    if cfg.mesh.sequence_parallel:
+        rows.append(("all-gather", "tensor", (4 + 2 * again) * n_layers, whole))
+        rows.append(("reduce-scatter", "tensor", (4 + again) * n_layers, whole))
+    else:
+        rows.append(("all-reduce", "tensor", (4 + again) * n_layers, whole))
+    held = plan_memory.parameters(cfg, sizes, False)
+    if cfg.mesh.shard_optimizer:
+        rows.append(("reduce-scatter", "data", 1, 4.0 * held))
+        rows.append(("all-gather", "data", 1, (4.0 if sizes["stage"] > 1 else width) * held))
+    else:
+        rows.append(("all-reduce", "data", 1, 4.0 * held))
+    found = []
+    for kind, axis, count, n_bytes in rows:
+        if sizes[axis] > 1:
+            one = plan_hlo.Collective(
+                kind, (axis,), sizes[axis], layout.stride(axis), round(n_bytes), count, True
+            )
+            found.append(_timed(one, network))
+    return found
+
+
+def compiled_traffic(
+    collectives: Iterable[plan_hlo.Collective], network: gpus.Network
+) -> list[Traffic]:
+    """Return a compiled step's collectives by kind and axis, largest time first."""
+    merged: dict[tuple[str, str, str], Traffic] = {}
+    for one in collectives:
+        new = _timed(one, network)
+        key = new.kind, new.axis, new.network
+        old = merged.get(key)
+        if old:
+            new = dataclasses.replace(
+                new,
+                count=old.count + new.count,
+                bytes_per_step=old.bytes_per_step + new.bytes_per_step,
+                seconds=old.seconds + new.seconds,
+            )
+        merged[key] = new
+    return sorted(merged.values(), key=lambda t: -t.seconds)
+
+
+def _timed(one: plan_hlo.Collective, network: gpus.Network) -> Traffic:
+    return Traffic(
+        kind=one.kind,
+        axis="+".join(one.axes),
+        count=one.count,
+        bytes_per_step=one.count * one.crossing_bytes,
+        network=network.bandwidth(one.group_size, one.stride)[0],
+        seconds=one.count * network.seconds(one.crossing_bytes, one.group_size, one.stride),
+    )
+
+
+def step_time(
+    cfg: config.Config, layout: plan_memory.Layout, gpu: gpus.Gpu, sent: list[Traffic], case: str
+) -> StepTime:
+    """Estimate a step's time in a case (`CASES`) from its arithmetic and its collectives.
+
+    Arithmetic of all kinds adds up. Of each axis's communication a share is exposed, and so is what
+    exceeds the arithmetic that could hide it. Idle pipeline ticks take as long as working ones.
+    """
+    done, peak = work(cfg, layout), peak_flops(cfg, gpu)
+    products = done.model_flops + done.recomputed_flops - done.attention_flops
+    matmul = products / (peak * ASSUMED["matmul"].at(case))
+    attention = done.attention_flops / (peak * ASSUMED[layout.attention].at(case))
+    elementwise = done.moved_bytes / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
+    idle = bubble(cfg, layout)
+    stretch = 1 / (1 - idle)
+    arithmetic = (matmul + attention + elementwise) * stretch
+    exposed = hidden = 0.0
+    for one in sent:
+        share = max(ASSUMED[axis].at(case) for axis in one.axis.split("+"))
+        seconds = one.seconds / ASSUMED["network"].at(case)
+        exposed += share * seconds
+        hidden += (1 - share) * seconds
+    exposed += max(0.0, hidden - arithmetic)
+    return StepTime(
+        seconds=arithmetic + exposed,
+        matmul=matmul,
+        attention=attention,
+        elementwise=elementwise,
+        exposed=exposed,
+        bubble=arithmetic * idle,
+    )
+
+
+def peak_flops(cfg: config.Config, gpu: gpus.Gpu) -> float:
+    """Return a GPU's peak FLOP/s in the config's compute format."""
+    name = re.sub(r"\bA100-", "A100 ", gpu.name)
+    peak = flops.peak_flops(name, cfg.precision.compute_dtype)
+    assert peak, f"flops knows no peak of {gpu.name}"
+    return peak
