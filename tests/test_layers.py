@@ -3,9 +3,9 @@
 import ast
 
 LAYERS = [
-    ["main", "data.prepare", "data.inspect", "data.merge"],
+    ["main", "convert", "data.prepare", "data.inspect", "data.merge"],
     ["train"],
-    ["setup"],
+    ["setup", "trained"],
     ["step_log", "step", "checkpoint"],
     ["pipeline"],
     ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
@@ -20,6 +20,7 @@ LAYERS = [
         "flops",
         "batch_schedule",
         "distributed",
+        "hf_gpt2",
     ],
     ["recipe"],
     ["validation"],
@@ -58,6 +59,7 @@ def test_config_and_metrics_do_without_jax(repository):
 
 def test_orbax_grain_and_nnx_stay_behind_their_files(repository):
     allowed = {"orbax": {"checkpoint"}, "grain": {"data.loader"}, "tensorboardX": {"metrics"}}
+    allowed["safetensors"] = {"hf_gpt2"}
     for module, path in modules(repository):
         text = path.read_text()
         for library, files in allowed.items():
