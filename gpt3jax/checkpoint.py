@@ -140,33 +140,47 @@ class Checkpoints:
                 raise ValueError("its meta file was changed since it was written")
             return Meta(**{field.name: found[field.name] for field in dataclasses.fields(Meta)})
 
-    def restore(self, step: int, abstract_state: Any) -> Any:
+    def restore(
+        self, step: int, abstract_state: Any, wanted: Callable[[str], bool] = lambda name: True
+    ) -> Any:
         """Return the state of a step in the layout (shapes, types, shardings) asked for.
 
         Layers that were stacked by another number of virtual stages are read as they were written
-        and stacked anew, array by array.
+        and stacked anew, array by array. Arrays whose names (`params/norm/scale_D/value`) are not
+        `wanted` are not read: the state has `...` in their places.
 
         Raises:
             DamagedError: files are missing, cut or changed; it names the arrays.
         """
         # Without a layout of ours Orbax asks for the devices that the checkpoint was written on.
-        mesh = jax.tree.leaves(abstract_state)[0].sharding.mesh
-        shape = jax.eval_shape(digests, abstract_state)
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        leaves = jax.tree.leaves(abstract_state)
+        whole = jax.sharding.NamedSharding(leaves[0].sharding.mesh, jax.sharding.PartitionSpec())
         abstract_digests = {
-            "leaves": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole)
+            "leaves": jax.ShapeDtypeStruct((len(leaves), 2), jnp.uint32, sharding=whole)
         }
         virtual_stages = self.read_meta(step).config.get("mesh.virtual_stages", 1)
+        written = jax.tree.map_with_path(
+            lambda path, leaf: leaf if wanted(_name(path)) else ocp.PLACEHOLDER,
+            _as_written(abstract_state, virtual_stages),
+        )
+        items = {"digests": ocp.args.StandardRestore(abstract_digests)}
+        whole_state = ocp.PLACEHOLDER not in jax.tree.leaves(written)
+        if whole_state:
+            items["state"] = ocp.args.StandardRestore(written)
         with _reading(self.folder / str(step)):
-            saved = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_as_written(abstract_state, virtual_stages)),
-                    digests=ocp.args.StandardRestore(abstract_digests),
-                ),
+            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+            state = saved["state"] if whole_state else self._read_part(step, written)
+        _check_digests(self.folder / str(step), state, saved["digests"]["leaves"])
+        return jax.tree.map(_restacked, state, abstract_state)
+
+    def _read_part(self, step: int, written: Any) -> Any:
+        # A standard item is read whole, and the manager keeps one reader for an item.
+        restore_args = ocp.checkpoint_utils.construct_restore_args(written)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(
+                self.folder / str(step) / "state",
+                args=ocp.args.PyTreeRestore(written, restore_args),
             )
-        _check_digests(self.folder / str(step), saved["state"], saved["digests"]["leaves"])
-        return jax.tree.map(_restacked, saved["state"], abstract_state)
 
     def set_aside(self, steps: list[int]) -> None:
         """Rename damaged checkpoints of our own, so that their steps can be saved again."""
@@ -202,13 +216,22 @@ def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:
     return loaded
 
 
+def is_param(name: str) -> bool:
+    """Tell by its name whether an array of a state is a parameter of the network."""
+    return name.startswith("params/")
+
+
 def restore_newest(
-    store: Checkpoints, cfg: config.Config, expect: Callable[[Meta], tuple[Any, dict[str, Any]]]
+    store: Checkpoints,
+    cfg: config.Config,
+    expect: Callable[[Meta], tuple[Any, dict[str, Any]]],
+    only_params: bool = False,
 ) -> tuple[Any, Meta, list[str]]:
     """Return state and meta of the newest checkpoint that is whole, and warnings.
 
     `expect` returns the layout of the state, and the data order, of a run that goes on from a
-    checkpoint. Damaged ones are named in the warnings and, if they are our own, set aside.
+    checkpoint. With `only_params` the order is not compared, and the rest of the state is `...`.
+    Damaged ones are named in the warnings and, if they are our own, set aside.
 
     Raises:
         UserError: the checkpoint is of another network or data order, or none is whole.
@@ -221,8 +244,10 @@ def restore_newest(
             meta = store.read_meta(step)
             _check_same_model(cfg, meta)
             abstract_state, data_order = expect(meta)
-            _check_same_order(cfg, meta, data_order)
-            state = store.restore(step, abstract_state)
+            if not only_params:
+                _check_same_order(cfg, meta, data_order)
+            wanted = is_param if only_params else lambda name: True
+            state = store.restore(step, abstract_state, wanted)
         except DamagedError as error:
             problem = str(error)
         if not distributed.on_any_process(bool(problem)):
@@ -252,7 +277,7 @@ def _check_same_model(cfg: config.Config, meta: Meta) -> None:
 
 def _check_same_order(cfg: config.Config, meta: Meta, data_order: dict[str, Any]) -> None:
     changed = [k for k in data_order if meta.data_order.get(k) != data_order[k]]
-    if changed and not cfg.checkpoint.allow_new_data_order:
+    if meta.consumed_samples and changed and not cfg.checkpoint.allow_new_data_order:
         table = "\n".join(
             f"  {k}: checkpoint {meta.data_order.get(k)}, here {data_order[k]}" for k in changed
         )
@@ -319,26 +344,32 @@ def _as_written(abstract_state: Any, virtual_stages: int) -> Any:
     return jax.tree.map(one, abstract_state, is_leaf=sharding.is_variable)
 
 
-def _restacked(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    if leaf.shape == like.shape:
+def _restacked(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+    if leaf is ocp.PLACEHOLDER or leaf.shape == like.shape:
         return leaf
     reshape = functools.partial(jnp.reshape, shape=like.shape)
     return jax.jit(reshape, out_shardings=like.sharding)(leaf)
 
 
 def _check_digests(path: pathlib.Path, state: Any, saved: jax.Array) -> None:
-    same = (np.asarray(digests(state)) == np.asarray(saved)).all(axis=1)
-    if not same.all():
-        leaves = jax.tree_util.tree_leaves_with_path(state)
-        names = [
-            jax.tree_util.keystr(p, simple=True, separator="/")
-            for (p, _), ok in zip(leaves, same, strict=True)
-            if not ok
-        ]
+    read = [
+        (_name(p), leaf, want)
+        for (p, leaf), want in zip(
+            jax.tree_util.tree_leaves_with_path(state), np.asarray(saved), strict=True
+        )
+        if leaf is not ocp.PLACEHOLDER
+    ]
+    found = np.asarray(digests([leaf for _, leaf, _ in read]))
+    names = [name for (name, _, want), got in zip(read, found, strict=True) if (got != want).any()]
+    if names:
         raise DamagedError(
             f"checkpoint {path} was changed since it was written: {', '.join(names)} "
             "do not match their digests"
         )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _with_digest(meta: dict[str, Any]) -> dict[str, Any]:

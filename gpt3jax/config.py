@@ -4,7 +4,10 @@
 """
 
 import dataclasses
-from typing import Any, Literal
+import typing
+from typing import Any, Literal, TypeVar
+
+Tree = TypeVar("Tree")
 
 
 class UserError(ValueError):
@@ -241,6 +244,8 @@ class Checkpoint:
     """Folder of this run's checkpoints, resumed from if it has one (empty: none are written)."""
     load: str = ""
     """Start from this folder's newest checkpoint where checkpoint.dir has none yet."""
+    only_params: bool = False
+    """Take the parameters alone from checkpoint.load: begin at step 0, with a fresh optimizer."""
     save_interval: int = 1000
     """Steps between checkpoints (one more is written at the end)."""
     max_to_keep: int = 3
@@ -305,6 +310,18 @@ def flatten(config: Any) -> dict[str, Any]:
         else:
             flat[field.name] = value
     return flat
+
+
+def unflatten(kind: type[Tree], flat: dict[str, Any], prefix: str = "") -> Tree:
+    """Return the config that `flatten` gave, read back from JSON; what it lacks has its default."""
+    given: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        value = flat.get(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            given[name] = unflatten(typing.cast(type[Any], hint), flat, f"{prefix}{name}.")
+        elif prefix + name in flat:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**given)
 
 
 def divisors(n: int) -> str:

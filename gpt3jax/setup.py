@@ -49,14 +49,22 @@ def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, li
         seed = f"starting from random weights (train.seed={cfg.train.seed})"
         return run, run.program.init(), start, [seed]
 
+    only_params = cfg.checkpoint.only_params and source is not store
+
+    def position(meta: checkpoint.Meta) -> step_log.Position:
+        return step_log.Position(*(0, 0) if only_params else (meta.step, meta.consumed_samples))
+
     def expect(meta: checkpoint.Meta) -> tuple[Any, dict[str, Any]]:
-        run = run_from(step_log.Position(meta.step, meta.consumed_samples))
+        run = run_from(position(meta))
         return run.program.abstract_state, run.splits.order
 
-    state, meta, warnings = checkpoint.restore_newest(source, cfg, expect)
-    start = step_log.Position(meta.step, meta.consumed_samples)
+    state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
+    start, run = position(meta), run_from(position(meta))
     told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
-    return run_from(start), state, start, [*warnings, told]
+    if only_params:
+        state = run.program.adopt(state.params)
+        told = f"starting with the parameters of {source.folder}, step {meta.step}"
+    return run, state, start, [*warnings, told]
 
 
 def prepare(

@@ -51,6 +51,7 @@ class Program:
     compute: model.Compute
     abstract_state: TrainState
     init: Any  # () -> state
+    adopt: Any  # (params) -> state before the first step, with these parameters
     train: Any  # (state, batch) -> (state, metrics)
     eval: Any  # (params, batch) -> (loss sum, token count)
 
@@ -73,6 +74,7 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     abstract = jax.eval_shape(init)
     shardings = sharding.state_shardings(abstract, mesh, cfg.mesh.shard_optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
+    adopt = functools.partial(first_state, cfg)
     train = functools.partial(train_step, cfg, compute, run_samples)
     evaluate = functools.partial(eval_step, cfg, compute)
     return Program(
@@ -82,6 +84,7 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         ),
         init=_under(mesh, jax.jit(init, out_shardings=shardings)),
+        adopt=_under(mesh, jax.jit(adopt, out_shardings=shardings, donate_argnums=0)),
         train=_under(mesh, jax.jit(train, out_shardings=(shardings, replicated), donate_argnums=0)),
         eval=_under(mesh, jax.jit(evaluate, out_shardings=replicated)),
     )
@@ -100,7 +103,12 @@ def choose_compute(cfg: config.Config, mesh: jax.sharding.Mesh) -> model.Compute
 
 def init_state(cfg: config.Config) -> TrainState:
     """Return the state before the first step; a function of the seed, whatever the mesh."""
-    params = model.GPT(cfg.model, jax.random.key(cfg.train.seed), cfg.mesh.virtual_stages)
+    key = jax.random.key(cfg.train.seed)
+    return first_state(cfg, model.GPT(cfg.model, key, cfg.mesh.virtual_stages))
+
+
+def first_state(cfg: config.Config, params: model.GPT) -> TrainState:
+    """Return the state before the first step, with these parameters."""
     return TrainState(
         step=jnp.int32(0),
         schedule_samples=jnp.int32(0),

@@ -12,7 +12,7 @@ def validate(cfg: config.Config) -> None:
         UserError: it names the field, the value, the constraint and the fix.
     """
     _check_ranges(cfg)
-    _check_model(cfg.model, cfg.data)
+    check_model(cfg.model, cfg.data)
     _check_optimizer(cfg.optimizer)
     _check_precision(cfg.precision, cfg.model.attention, cfg.model)
     _check_mesh(cfg.mesh, cfg.model)
@@ -58,7 +58,12 @@ def _check_ranges(cfg: config.Config) -> None:
             raise config.UserError(f"{name}={flat[name]} must be in [0, 1): choose a value there")
 
 
-def _check_model(model: config.Model, data: config.Data) -> None:
+def check_model(model: config.Model, data: config.Data) -> None:
+    """Check what a model's own fields ask of each other.
+
+    Raises:
+        UserError: it names the fields.
+    """
     if model.d_model % model.n_heads:
         raise config.UserError(
             f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
@@ -216,6 +221,11 @@ def _check_run(cfg: config.Config) -> None:
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise config.UserError(
             "checkpoint.allow_new_data_order has no effect without a checkpoint.dir"
+        )
+    if checkpoint.only_params and not checkpoint.load:
+        raise config.UserError(
+            "checkpoint.only_params has no effect without checkpoint.load: name the folder to take "
+            "parameters from"
         )
 
 

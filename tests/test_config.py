@@ -240,6 +240,7 @@ REFUSED = [
         "--checkpoint.allow-new-data-order",
         "checkpoint.allow_new_data_order has no effect", "without a checkpoint.dir",
     ),
+    ("--checkpoint.only-params", "checkpoint.only_params has no effect", "checkpoint.load"),
 ]  # fmt: skip
 
 

@@ -11,16 +11,13 @@ from gpt3jax import (
     config,
     flops,
     gpus,
-    plan,
-    plan_compile,
-    plan_hlo,
-    plan_memory,
-    plan_time,
     recipe,
     sharding,
     step,
     xla_flags,
 )
+from gpt3jax.plan import __main__ as plan
+from gpt3jax.plan import compiler, hlo, memory_model, time_model
 
 import tiny
 
@@ -36,7 +33,7 @@ MESHES = [
     {"data": 4, "tensor": 2, "shard_optimizer": True},
     {"data": 2, "stage": 2, "fsdp": 2, "virtual_stages": 2, "shard_optimizer": True},
 ]
-compiles = pytest.mark.skipif(bool(plan_compile.missing_extra()), reason="needs the extra plan")
+compiles = pytest.mark.skipif(bool(compiler.missing_extra()), reason="needs the extra plan")
 
 
 @pytest.fixture
@@ -59,7 +56,7 @@ def recipe_file(tmp_path):
 
 
 def layout_of(cfg, n_gpus=8):
-    return plan_memory.lay_out(cfg, n_gpus, 8)
+    return memory_model.lay_out(cfg, n_gpus, 8)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -73,27 +70,27 @@ def test_parameters_of_a_gpu_are_the_states_own(axes):
     )
     sizes = layout_of(cfg).sizes
     assert sizes == dict(mesh.shape)
-    assert plan_memory.parameters(cfg, sizes, cfg.mesh.shard_optimizer) == held
+    assert memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer) == held
 
 
 @pytest.mark.parametrize("name", ["345m", "gpt3/13b", "175b"])
 def test_parameters_of_one_gpu_are_all(repository, name):
     cfg = recipe.load(str(repository / "configs" / f"{name}.py"))
-    sizes = dict.fromkeys(plan_memory.AXES, 1)
-    assert plan_memory.parameters(cfg, sizes, False) == flops.n_params(cfg.model)
+    sizes = dict.fromkeys(memory_model.AXES, 1)
+    assert memory_model.parameters(cfg, sizes, False) == flops.n_params(cfg.model)
 
 
 def test_batch_is_the_loaders():
     cfg = tiny.make_config(mesh={"data": 2, "fsdp": 4})
     mesh = sharding.make_mesh(cfg.mesh)
     batch = tiny.make_batch(0, cfg, mesh, 2)
-    planned = plan_compile.abstract_batch(cfg, mesh)
+    planned = compiler.abstract_batch(cfg, mesh)
     assert planned.keys() == batch.keys()
     for name, array in batch.items():
         assert (planned[name].shape, planned[name].dtype) == (array.shape, array.dtype)
         assert planned[name].sharding.is_equivalent_to(array.sharding, array.ndim)
     held = sum(a.addressable_shards[0].data.nbytes for a in batch.values())
-    assert plan_memory.memory(cfg, layout_of(cfg))["batch"] == held
+    assert memory_model.memory(cfg, layout_of(cfg))["batch"] == held
 
 
 @pytest.mark.parametrize("name", gpus.GPUS)
@@ -101,7 +98,7 @@ def test_target_has_the_data_sheets_peak(name):
     gpu = gpus.GPUS[name]
     cfg = tiny.make_config(precision={"compute_dtype": "bfloat16"})
     peak = gpu.n_cores * 4 * gpu.matrix_ops["bf16"] * 2 * gpu.matrix_clock_ghz * 1e9
-    assert peak == pytest.approx(plan_time.peak_flops(cfg, gpu), rel=0.015)
+    assert peak == pytest.approx(time_model.peak_flops(cfg, gpu), rel=0.015)
     text = gpus.target_text(gpu)
     assert text.count("{") == text.count("}") and f'name: "{gpu.name}"' in text
 
@@ -135,7 +132,7 @@ def test_flags_of_a_plan_are_those_of_a_run_and_every_one_has_a_reason():
     ],
 )
 def test_replica_groups_in_every_spelling(spelling, members):
-    assert plan_hlo._first_group(spelling + ", dimensions={0}", 8).tolist() == members
+    assert hlo._first_group(spelling + ", dimensions={0}", 8).tolist() == members
 
 
 def test_started_collectives_count_their_whole_buffer():
@@ -146,7 +143,7 @@ ENTRY %main (p: bf16[4,2]) -> bf16[8,2] {
   %s = f32[4]{0} all-reduce(%p), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
 }
 """
-    found = plan_hlo.collectives(text, {"data": 4, "tensor": 2})
+    found = hlo.collectives(text, {"data": 4, "tensor": 2})
     got = [(c.kind, c.axes, c.n_bytes, c.is_async, c.crossing_bytes) for c in found]
     assert got == [
         ("all-gather", ("tensor",), 32, True, 16),
@@ -167,7 +164,7 @@ def test_collectives_of_a_loop_count_its_trips_and_name_their_axis(no_compilatio
     spec = jax.sharding.PartitionSpec()
     mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     text = jax.jit(mapped).lower(jax.numpy.ones(100)).compile().as_text()
-    found = plan_hlo.collectives(text, dict(mesh.shape))
+    found = hlo.collectives(text, dict(mesh.shape))
     assert {c.axes: (c.count, c.n_bytes) for c in found} == {
         ("tensor",): (7, 400),
         ("data",): (1, 400),
@@ -224,7 +221,7 @@ def test_verify_fails_what_does_not_fit_or_would_be_refused(repository, capsys):
 
 def test_mfu_is_that_of_the_log(recipe_file):
     cfg = dataclasses.replace(recipe.load(recipe_file), data=config.Data(mock=True))
-    done = plan_time.work(cfg, layout_of(cfg))
+    done = time_model.work(cfg, layout_of(cfg))
     tokens = cfg.batch.global_batch_size * cfg.model.seq_len
     assert done.model_flops * 8 == pytest.approx(tokens * flops.flops_per_token(cfg.model))
 
@@ -232,7 +229,7 @@ def test_mfu_is_that_of_the_log(recipe_file):
 def test_175b_recomputes_what_the_compiler_does():
     """GEMMs of the compiled step with full remat come to 1.22 x 6ND."""
     cfg = tiny.make_config(model={"remat": "full"})
-    assert 1 + plan_time.recompute_share(cfg, "cudnn")[0] == pytest.approx(1.22, abs=0.005)
+    assert 1 + time_model.recompute_share(cfg, "cudnn")[0] == pytest.approx(1.22, abs=0.005)
 
 
 @compiles
@@ -240,9 +237,9 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     recipe_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    report, hlo = tmp_path / "plan.json", tmp_path / "step.hlo"
+    report, program = tmp_path / "plan.json", tmp_path / "step.hlo"
     args = [f"--config={recipe_file}", "--gpus=8", "--verify", f"--json={report}"]
-    assert plan.main([*args, f"--dump-hlo={hlo}"]) == 0
+    assert plan.main([*args, f"--dump-hlo={program}"]) == 0
     found = json.loads(report.read_text())
     assert found.keys() >= CONTRACT
     assert found["compiled"]["cudnn"] == {"forward": True, "backward": True}
@@ -251,7 +248,7 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert found["compiled"]["argument_bytes"] == pytest.approx(states, rel=0.01)
     gathers = [c for c in found["collectives"] if c["kind"] == "all-gather"]
     assert {c["axis"] for c in gathers} == {"fsdp", "tensor"}
-    text = hlo.read_text()
+    text = program.read_text()
     assert "reduce-scatter-start" in text or "all-gather-start" in text
     assert not re.search(r"all-gather[^=]*\(.*\[\d+,512,1024\]", text)  # whole logits
     closed_form, peak = found["estimated_peak_bytes_per_gpu"], found["peak_bytes_per_gpu"]

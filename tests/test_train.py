@@ -151,6 +151,25 @@ def test_checkpoint_load_starts_a_new_run_from_an_old_one(corpus, tmp_path, unin
     assert [r["step"] for r in steps] == [5, 6]
 
 
+def test_only_the_parameters_of_another_run_start_a_new_one(corpus, tmp_path, uninterrupted):
+    """At step 0, with fresh moments, though seed and order differ; then it resumes its own."""
+    cfg = make_config(
+        corpus, tmp_path / "tuned", MESH_B, train={"n_steps": 2, "seed": 7},
+        optimizer={"warmup_samples": 0, "peak_lr": 1e-30, "weight_decay": 0.0},
+    )  # fmt: skip
+    load = dataclasses.replace(cfg.checkpoint, load=uninterrupted.checkpoint.dir, only_params=True)
+    cfg = dataclasses.replace(cfg, checkpoint=load)
+    train.train(cfg)
+    steps, _ = records(tmp_path / "tuned")
+    assert [(r["step"], r["consumed_samples"]) for r in steps] == [(1, 16), (2, 32)]
+    ours, theirs = final_arrays(cfg, 2), final_arrays(uninterrupted, 4)
+    for name in (n for n in ours if n.startswith("params/")):  # steps of 1e-30 change none
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert ours["opt_state/count"] == 2
+    train.train(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, n_steps=3)))
+    assert [r["step"] for r in records(tmp_path / "tuned")[0]] == [1, 2, 3]
+
+
 def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted):
     """By hand: the validation loss at step 2 from the weights saved there."""
     cfg = uninterrupted

@@ -1,7 +1,7 @@
 """Compiling a config's true training step for GPUs that are not here, in a process of its own.
 
 `compile_step` starts that process (XLA reads its options once, when JAX starts) and keeps what it
-found in a cache. `python -m gpt3jax.plan_compile` is the process; it takes a request on its
+found in a cache. `python -m gpt3jax.plan.compiler` is the process; it takes a request on its
 standard input. Needs the extra `plan`. Nothing is allocated: the step is compiled from shapes.
 """
 
@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from gpt3jax import batch_schedule, config, gpus, plan_hlo, recipe, sharding, step, xla_flags
+from gpt3jax import batch_schedule, config, gpus, recipe, sharding, step, xla_flags
+from gpt3jax.plan import hlo
 
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
@@ -44,7 +45,7 @@ class Compiled:
     """What attention runs on: cudnn or xla."""
     cudnn: dict[str, bool]
     """Whether cuDNN's kernels are in the program: forward, backward."""
-    collectives: list[plan_hlo.Collective]
+    collectives: list[hlo.Collective]
     compile_seconds: float
     """Tracing, lowering and compiling."""
     host_bytes: int
@@ -93,8 +94,8 @@ def compile_step(
     if not cached:
         _run(request, flags, file)
     found = json.loads(gzip.decompress(file.read_bytes()))
-    read = plan_hlo.collectives(found["hlo"], axis_sizes)
-    cudnn = plan_hlo.cudnn_attention(found["hlo"])
+    read = hlo.collectives(found["hlo"], axis_sizes)
+    cudnn = hlo.cudnn_attention(found["hlo"])
     return Compiled(collectives=read, cudnn=cudnn, cached=cached, **found)
 
 
@@ -190,7 +191,7 @@ def _run(request: dict[str, Any], flags: str, file: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         request = {**request, "out": str(pathlib.Path(folder, "answer"))}
         done = subprocess.run(
-            [sys.executable, "-m", "gpt3jax.plan_compile"],
+            [sys.executable, "-m", "gpt3jax.plan.compiler"],
             input=json.dumps(request), text=True, capture_output=True, env=environment,
         )  # fmt: skip
         if done.returncode:
@@ -213,11 +214,10 @@ def versions() -> dict[str, str]:
 
 def _sources() -> str:
     """Return a digest of the package's own code, which may change under one version."""
-    package = pathlib.Path(__file__).parent
+    package = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
     for file in sorted(package.glob("*.py")):
-        if not file.name.startswith("plan"):
-            digest.update(file.read_bytes())
+        digest.update(file.read_bytes())
     digest.update(pathlib.Path(__file__).read_bytes())
     return digest.hexdigest()
 

@@ -11,11 +11,9 @@ from gpt3jax import (
     config,
     flops,
     gpus,
-    plan_compile,
-    plan_memory,
-    plan_time,
     xla_flags,
 )
+from gpt3jax.plan import compiler, memory_model, time_model
 
 GIB = 2**30
 
@@ -30,25 +28,25 @@ class Target:
     """Of a GPU-hour, in any currency; 0: unknown."""
 
 
-def report(
+def build(
     cfg: config.Config,
-    layout: plan_memory.Layout,
+    layout: memory_model.Layout,
     target: Target,
-    compiled: plan_compile.Compiled | None,
+    compiled: compiler.Compiled | None,
 ) -> dict[str, Any]:
     """Return all that a plan says; without `compiled` memory and collectives are estimates."""
-    sent = plan_time.traffic(cfg, layout, target.network)
+    sent = time_model.traffic(cfg, layout, target.network)
     if compiled:
-        sent = plan_time.compiled_traffic(compiled.collectives, target.network)
+        sent = time_model.compiled_traffic(compiled.collectives, target.network)
     times = {
-        case: plan_time.step_time(cfg, layout, target.gpu, sent, case) for case in plan_time.CASES
+        case: time_model.step_time(cfg, layout, target.gpu, sent, case) for case in time_model.CASES
     }
-    memory = plan_memory.memory(cfg, layout)
+    memory = memory_model.memory(cfg, layout)
     estimated_peak = sum(memory.values())
     if compiled:
         memory = _with_peak(memory, compiled.peak_bytes)
     peak = sum(memory.values())
-    pool, headroom = plan_memory.budget(cfg, layout, target.gpu)
+    pool, headroom = memory_model.budget(cfg, layout, target.gpu)
     tokens_a_second = cfg.batch.global_batch_size * cfg.model.seq_len / times["expected"].seconds
     return {
         "fits": peak + headroom <= pool,
@@ -63,7 +61,7 @@ def report(
         "exposed_communication_seconds": times["expected"].exposed,
         "mfu": _mfu(cfg, layout, target, times["expected"].seconds),
         "tokens_per_second_per_gpu": tokens_a_second / layout.n_gpus,
-        "bubble": plan_time.bubble(cfg, layout),
+        "bubble": time_model.bubble(cfg, layout),
         "collectives": [dataclasses.asdict(one) for one in sent],
         "collectives_are": "compiled" if compiled else "estimated",
         **_work(cfg, layout),
@@ -76,8 +74,8 @@ def report(
         "mesh": layout.sizes,
         "n_microbatches": layout.n_microbatches,
         "attention": layout.attention,
-        "assumed": {name: dataclasses.asdict(r) for name, r in plan_time.ASSUMED.items()},
-        "versions": plan_compile.versions(),
+        "assumed": {name: dataclasses.asdict(r) for name, r in time_model.ASSUMED.items()},
+        "versions": compiler.versions(),
     }
 
 
@@ -96,13 +94,13 @@ def _with_peak(memory: Mapping[str, float], peak: float) -> dict[str, float]:
     return split
 
 
-def _mfu(cfg: config.Config, layout: plan_memory.Layout, target: Target, seconds: float) -> float:
-    done = plan_time.work(cfg, layout).model_flops
-    return done / seconds / plan_time.peak_flops(cfg, target.gpu)
+def _mfu(cfg: config.Config, layout: memory_model.Layout, target: Target, seconds: float) -> float:
+    done = time_model.work(cfg, layout).model_flops
+    return done / seconds / time_model.peak_flops(cfg, target.gpu)
 
 
-def _work(cfg: config.Config, layout: plan_memory.Layout) -> dict[str, Any]:
-    done = plan_time.work(cfg, layout)
+def _work(cfg: config.Config, layout: memory_model.Layout) -> dict[str, Any]:
+    done = time_model.work(cfg, layout)
     return {
         "parameters": flops.n_params(cfg.model),
         "model_flops_per_step": done.model_flops * layout.n_gpus,
@@ -111,7 +109,7 @@ def _work(cfg: config.Config, layout: plan_memory.Layout) -> dict[str, Any]:
 
 
 def _run(
-    cfg: config.Config, layout: plan_memory.Layout, target: Target, seconds: float
+    cfg: config.Config, layout: memory_model.Layout, target: Target, seconds: float
 ) -> dict[str, Any]:
     """Return the run's length; steps of a growing batch are taken to be as efficient as full."""
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
@@ -126,7 +124,7 @@ def _run(
     }
 
 
-def _compiled_part(compiled: plan_compile.Compiled | None) -> dict[str, Any]:
+def _compiled_part(compiled: compiler.Compiled | None) -> dict[str, Any]:
     if compiled is None:
         return {"compile_seconds": None, "compiled": None}
     return {
@@ -210,7 +208,7 @@ def _collectives_table(found: Mapping[str, Any]) -> table.Table:
 
 def _time_table(found: Mapping[str, Any]) -> table.Table:
     rows = _table("Time (estimate)", "", "")
-    low, expected, high = (found["step_seconds"][case] for case in plan_time.CASES)
+    low, expected, high = (found["step_seconds"][case] for case in time_model.CASES)
     rows.add_row("step", f"{expected:.3g} s ({low:.3g} to {high:.3g})")
     parts = found["step_parts_expected"]
     for name in ("matmul", "attention", "elementwise", "exposed", "bubble"):

@@ -2,14 +2,15 @@
 
 What a GPU reaches of its peaks, and what share of communication stays exposed, are ranges
 (`ASSUMED`), each with its source; nothing here was measured on this machine. Imports no JAX beyond
-`plan_memory`'s.
+`memory_model`'s.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable
 
-from gpt3jax import config, flops, gpus, plan_hlo, plan_memory
+from gpt3jax import config, flops, gpus
+from gpt3jax.plan import hlo, memory_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class StepTime:
     bubble: float
 
 
-def work(cfg: config.Config, layout: plan_memory.Layout) -> Work:
+def work(cfg: config.Config, layout: memory_model.Layout) -> Work:
     """Return what each GPU computes in a step; all axes share the work out evenly."""
     model, recomputed = cfg.model, recompute_share(cfg, layout.attention)
     tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus
@@ -121,7 +122,7 @@ def recompute_share(cfg: config.Config, attention: str) -> tuple[float, float]:
     return again / 12 / 3, 0.0 if kept else 1 / 3
 
 
-def _moved_bytes(cfg: config.Config, layout: plan_memory.Layout, tokens: float) -> float:
+def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float) -> float:
     """Return the bytes that elementwise work reads and writes (by counting; fusion is XLA's).
 
     A layer's forward pass: 18 values of the compute format a token and unit of d_model (10 for
@@ -134,25 +135,27 @@ def _moved_bytes(cfg: config.Config, layout: plan_memory.Layout, tokens: float) 
     width = 4 if cfg.precision.compute_dtype == "float32" else 2
     layers = tokens * model.n_layers * passes * 18 * width * model.d_model
     head = tokens * model.padded_vocab_size * 24
-    held = plan_memory.parameters(cfg, sizes, False)
+    held = memory_model.parameters(cfg, sizes, False)
     sums = 16.0 * layout.n_microbatches * held
     if sizes["stage"] > 1:
         sums = 20 * ticks(cfg, layout) * held / cfg.mesh.virtual_stages  # a tick's own weights
-    optimizer = 40 * plan_memory.parameters(cfg, sizes, cfg.mesh.shard_optimizer)
+    optimizer = 40 * memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer)
     return layers + head + sums + optimizer
 
 
-def ticks(cfg: config.Config, layout: plan_memory.Layout) -> int:
+def ticks(cfg: config.Config, layout: memory_model.Layout) -> int:
     """Return a pipeline's ticks in a step: M R of work, and P - 1 more."""
     return layout.n_microbatches * cfg.mesh.virtual_stages + layout.sizes["stage"] - 1
 
 
-def bubble(cfg: config.Config, layout: plan_memory.Layout) -> float:
+def bubble(cfg: config.Config, layout: memory_model.Layout) -> float:
     """Return the share of a pipeline's ticks in which a stage has nothing to do."""
     return (layout.sizes["stage"] - 1) / ticks(cfg, layout)
 
 
-def traffic(cfg: config.Config, layout: plan_memory.Layout, network: gpus.Network) -> list[Traffic]:
+def traffic(
+    cfg: config.Config, layout: memory_model.Layout, network: gpus.Network
+) -> list[Traffic]:
     """Return the collectives that the layout must run, by closed form (docs/parallelism.md)."""
     model, sizes = cfg.model, layout.sizes
     width = 4 if cfg.precision.compute_dtype == "float32" else 2
@@ -162,9 +165,9 @@ def traffic(cfg: config.Config, layout: plan_memory.Layout, network: gpus.Networ
     n_layers = model.n_layers // sizes["stage"] * passes
     again = model.remat in ("full", "residual")
     weights = 12 * model.d_model**2 / sizes["tensor"] * width
-    whole = plan_memory.activation_bytes(cfg, layout)
+    whole = memory_model.activation_bytes(cfg, layout)
     whole *= sizes["tensor"] if cfg.mesh.sequence_parallel else 1
-    part = plan_memory.activation_bytes(cfg, layout)
+    part = memory_model.activation_bytes(cfg, layout)
     rows = [
         ("all-gather", "fsdp", 2 * n_layers, weights),
         ("reduce-scatter", "fsdp", n_layers, weights),
@@ -178,7 +181,7 @@ def traffic(cfg: config.Config, layout: plan_memory.Layout, network: gpus.Networ
         rows.append(("reduce-scatter", "tensor", (4 + again) * n_layers, whole))
     else:
         rows.append(("all-reduce", "tensor", (4 + again) * n_layers, whole))
-    held = plan_memory.parameters(cfg, sizes, False)
+    held = memory_model.parameters(cfg, sizes, False)
     if cfg.mesh.shard_optimizer:
         rows.append(("reduce-scatter", "data", 1, 4.0 * held))
         rows.append(("all-gather", "data", 1, (4.0 if sizes["stage"] > 1 else width) * held))
@@ -187,16 +190,14 @@ def traffic(cfg: config.Config, layout: plan_memory.Layout, network: gpus.Networ
     found = []
     for kind, axis, count, n_bytes in rows:
         if sizes[axis] > 1:
-            one = plan_hlo.Collective(
+            one = hlo.Collective(
                 kind, (axis,), sizes[axis], layout.stride(axis), round(n_bytes), count, True
             )
             found.append(_timed(one, network))
     return found
 
 
-def compiled_traffic(
-    collectives: Iterable[plan_hlo.Collective], network: gpus.Network
-) -> list[Traffic]:
+def compiled_traffic(collectives: Iterable[hlo.Collective], network: gpus.Network) -> list[Traffic]:
     """Return a compiled step's collectives by kind and axis, largest time first."""
     merged: dict[tuple[str, str, str], Traffic] = {}
     for one in collectives:
@@ -214,7 +215,7 @@ def compiled_traffic(
     return sorted(merged.values(), key=lambda t: -t.seconds)
 
 
-def _timed(one: plan_hlo.Collective, network: gpus.Network) -> Traffic:
+def _timed(one: hlo.Collective, network: gpus.Network) -> Traffic:
     return Traffic(
         kind=one.kind,
         axis="+".join(one.axes),
@@ -226,7 +227,7 @@ def _timed(one: plan_hlo.Collective, network: gpus.Network) -> Traffic:
 
 
 def step_time(
-    cfg: config.Config, layout: plan_memory.Layout, gpu: gpus.Gpu, sent: list[Traffic], case: str
+    cfg: config.Config, layout: memory_model.Layout, gpu: gpus.Gpu, sent: list[Traffic], case: str
 ) -> StepTime:
     """Estimate a step's time in a case (`CASES`) from its arithmetic and its collectives.
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from rich import console
 
-from gpt3jax import config, gpus, plan_compile, plan_memory, plan_report, recipe
+from gpt3jax import config, gpus, recipe
+from gpt3jax.plan import compiler, memory_model, report
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,28 +39,28 @@ def plan(options: argparse.Namespace, recipe_args: list[str]) -> dict[str, Any]:
     """
     gpu = gpus.find(options.gpu)
     network = _network(gpu, options)
-    target = plan_report.Target(gpu=gpu, network=network, price=options.price)
+    target = report.Target(gpu=gpu, network=network, price=options.price)
     recipe_args = [
         f"--config={options.config}",
         *recipe_args,
         *_corpus(options.config, recipe_args),
     ]
     cfg = recipe.parse(recipe_args)
-    layout = plan_memory.lay_out(cfg, options.gpus, network.gpus_per_node)
+    layout = memory_model.lay_out(cfg, options.gpus, network.gpus_per_node)
     out = console.Console(width=None if sys.stdout.isatty() else 120)
-    missing = plan_compile.missing_extra()
+    missing = compiler.missing_extra()
     compiled = None
     if options.dump_hlo and (missing or options.no_compile):
         raise config.UserError(f"--dump-hlo needs the compiled step: {missing or 'compile it'}")
     if not (missing or options.no_compile):
-        found = plan_report.report(cfg, layout, target, None)
+        found = report.build(cfg, layout, target, None)
         out.print(
-            f"By closed forms: {found['peak_bytes_per_gpu'] / plan_report.GIB:.1f} GiB a GPU, "
+            f"By closed forms: {found['peak_bytes_per_gpu'] / report.GIB:.1f} GiB a GPU, "
             f"{found['step_seconds']['expected']:.3g} s a step. Compiling the step ..."
         )
-        compiled = plan_compile.compile_step(cfg, recipe_args, layout.sizes, gpu, network)
-    found = plan_report.report(cfg, layout, target, compiled)
-    plan_report.show(found, out)
+        compiled = compiler.compile_step(cfg, recipe_args, layout.sizes, gpu, network)
+    found = report.build(cfg, layout, target, compiled)
+    report.show(found, out)
     if missing and not options.no_compile:
         out.print(f"Not compiled, all figures are by closed forms: {missing}", soft_wrap=True)
     if options.json:

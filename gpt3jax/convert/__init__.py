@@ -1,0 +1,1 @@
+"""Weights in and out: other projects' formats from and to checkpoints."""
