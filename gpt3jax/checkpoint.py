@@ -326,15 +326,18 @@ def _as_written(abstract_state: Any, virtual_stages: int) -> Any:
         if "layers" not in axes:
             return node
         n_stacked = axes.index("layers") + 1
-        return jax.tree.map(lambda leaf: restack(leaf, axes[n_stacked:], n_stacked), node)
+        return jax.tree.map(lambda leaf: restack(leaf, n_stacked), node)
 
-    def restack(leaf: Any, axes: tuple[str | None, ...], n_stacked: int) -> Any:
+    def restack(leaf: Any, n_stacked: int) -> Any:
         mesh, n_layers = leaf.sharding.mesh, math.prod(leaf.shape[:n_stacked])
         stacked: tuple[int, ...] = (n_layers,)
         if virtual_stages > 1:
             stacked = (virtual_stages, n_layers // virtual_stages)
-        over_stages = "layers" if stacked[-1] % mesh.shape["stage"] == 0 else None
-        spec = sharding.spec((*(None,) * (len(stacked) - 1), over_stages, *axes))
+        if stacked == leaf.shape[:n_stacked]:
+            return leaf
+        over_stages = "stage" if stacked[-1] % mesh.shape["stage"] == 0 else None
+        of_layer = leaf.sharding.spec[n_stacked:]
+        spec = jax.sharding.PartitionSpec(*(None,) * (len(stacked) - 1), over_stages, *of_layer)
         return jax.ShapeDtypeStruct(
             (*stacked, *leaf.shape[n_stacked:]),
             leaf.dtype,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, optimizer, step, stopping, train
+from gpt3jax import checkpoint, config, optimizer, sharding, step, stopping, train
 from gpt3jax.data import loader, splits
 
 import tiny
@@ -141,6 +141,29 @@ def test_each_batch_size_compiles_once_and_counts_right(corpus, tmp_path, monkey
     lr = [optimizer.learning_rate(cfg.optimizer, 72, n) for n in before]
     assert [r["learning_rate"] for r in steps] == lr
     assert built[0].train.jitted._cache_size() == 2
+
+
+@pytest.mark.slow
+def test_a_growing_batch_has_one_loss_on_every_mesh(corpus, tmp_path, monkeypatch):
+    meshes = {
+        "data": {"data": 8},
+        "stages": {"data": 2, "stage": 2, "tensor": 2},
+        "context": {"fsdp": 2, "context": 2, "tensor": 2},
+        "zero": {"data": 4, "stage": 2, "shard_optimizer": True},
+    }
+    batch = {"global_batch_size": 16, "schedule": f"0:8 {20 * 32}:16"}
+    for name, mesh in meshes.items():
+        train.train(make_config(corpus, tmp_path / name, mesh, batch=batch, train={"n_steps": 6}))
+    monkeypatch.setattr(sharding, "make_mesh", lambda _: tiny.make_mesh())
+    train.train(make_config(corpus, tmp_path / "alone", {}, batch=batch, train={"n_steps": 6}))
+    expected, _ = records(tmp_path / "alone")
+    assert [r["batch_size"] for r in expected] == [8, 8, 8, 16, 16, 16]
+    for name in meshes:
+        found, _ = records(tmp_path / name)
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose(
+                [r[key] for r in found], [r[key] for r in expected], rtol=1e-5, err_msg=name
+            )
 
 
 def test_checkpoint_load_starts_a_new_run_from_an_old_one(corpus, tmp_path, uninterrupted):
