@@ -4,13 +4,14 @@ import os
 import sys
 import traceback
 
-from gpt3jax import config, distributed, recipe, train
+from gpt3jax import config, distributed, recipe, train, xla_flags
 
 
 def main() -> int:
     """Parse, join the other processes, train; return the exit status."""
     try:
         cfg = recipe.parse(sys.argv[1:])
+        xla_flags.check(os.environ.get("XLA_FLAGS", ""))
         distributed.start(cfg.distributed, cfg.mesh)
         train.train(cfg)
     except config.UserError as error:

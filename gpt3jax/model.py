@@ -16,18 +16,27 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt3jax import attention, config, dropout, sharding
+from gpt3jax import attention, config, dropout, sharding, zigzag
+
+
+def _all_but_mlp(primitive: Any, *args: Any, **params: Any) -> bool:
+    named = primitive.name == "name" and params["name"] in ("qkv", "residual", zigzag.SAVED)
+    return named or "dot_product_attention_fwd" in primitive.name  # its softmax sums too
+
 
 # What the backward pass finds saved of a layer; it computes the rest again.
 #   none       everything, attention probabilities too
 #   attention  everything but the attention core (scores, probabilities): Megatron's "selective"
 #   dots       outputs of the weight products (QKV, projection, both of the MLP)
+#   mlp        the layer's input, QKV, what cuDNN's attention gives, the residual stream after it:
+#              all but norms, dropout and the MLP's hidden layer
 #   residual   the layer's input, and the residual stream after attention
 #   full       the layer's input only
 REMAT: dict[str, Any] = {
     "none": None,
     "attention": None,  # by checkpointing the attention core itself, in `attention.attend`
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp": _all_but_mlp,
     "residual": jax.checkpoint_policies.save_only_these_names("residual"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -89,7 +98,7 @@ class Attention(nnx.Module):
         self.w_out_HKD = weight(k_out, (h, k, d), output_std(model), ("heads", "head_dim", "embed"))
         self.b_out_D = vector(0.0, (d,), (None,))
         self.dropout_rate = model.attention_dropout
-        self.remat_blocks = model.remat in ("attention", "dots")
+        self.remat_blocks = model.remat in ("attention", "dots", "mlp")
 
     def __call__(
         self,
@@ -104,6 +113,7 @@ class Attention(nnx.Module):
         qkv_BT3HK = jnp.einsum("btd,dchk->btchk", x_BTD, w_qkv_D3HK)
         qkv_BT3HK += self.b_qkv_3HK[...].astype(compute.dtype)
         qkv_BT3HK = sharding.constrain(qkv_BT3HK, "batch", "seq", None, "heads", "head_dim")
+        qkv_BT3HK = checkpoint_name(qkv_BT3HK, "qkv")
         out_BTHK = attention.attend(
             qkv_BT3HK[:, :, 0],
             qkv_BT3HK[:, :, 1],

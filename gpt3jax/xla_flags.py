@@ -1,46 +1,66 @@
 """XLA's options for GPUs, each with its reason: for a run (`launch/`) and for a plan.
 
-`python -m gpt3jax.xla_flags` prints those of a run. Imports no JAX: they must be in the environment
-(XLA_FLAGS) before JAX starts.
+`python -m gpt3jax.xla_flags` prints a run's as lines for a shell; they must be in the environment
+before JAX starts. Imports no JAX.
 """
 
 import dataclasses
+import difflib
+import importlib.util
+import mmap
+import pathlib
+import re
+import shlex
 import sys
 
-from gpt3jax import gpus
-
-# Share of the GPU that JAX's allocator takes (XLA_PYTHON_CLIENT_MEM_FRACTION; JAX's own is 0.75).
-# What is left, 6.3 GiB of an H100, is for CUDA's context, NCCL's buffers and library handles.
-MEMORY_FRACTION = 0.92
+from gpt3jax import config, gpus
 
 
 @dataclasses.dataclass(frozen=True)
-class Flag:
-    """One option of XLA and why it is set."""
+class Setting:
+    """An option of XLA, or a variable of the environment, and why it is set."""
 
     name: str
     value: str
     reason: str
 
 
-def of_run(network: gpus.Network) -> tuple[Flag, ...]:
+MEMORY_FRACTION = 0.92
+
+VARIABLES = (
+    Setting(
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+        str(MEMORY_FRACTION),
+        "the allocator's share of the GPU (JAX: 0.75); what is left, 6.3 GiB of an H100, is for "
+        "CUDA's context, NCCL's buffers and library handles",
+    ),
+    Setting(
+        "JAX_OPTIMIZATION_LEVEL",
+        "O1",
+        "pipelines collectives over the layers' loop: half of the exposed communication and 16% of "
+        "the step of 175B on 1,024 H100, for 2 to 3 GiB (compiled, docs/plan.md)",
+    ),
+)
+
+
+def of_run(network: gpus.Network) -> tuple[Setting, ...]:
     """Return the options of a training run on this network."""
     options = (
         f"nic_speed_gbps={network.nic_bandwidth / 1e9:g},nccl_op_launch_us=20,rtt_us=4,"
         f"chunk_prep_us=1,gpus_per_node={network.gpus_per_node}"
     )
     return (
-        Flag(
+        Setting(
             "xla_gpu_enable_latency_hiding_scheduler",
             "true",
             "starts collectives early and does arithmetic meanwhile",
         ),
-        Flag(
+        Setting(
             "xla_gpu_enable_analytical_sol_latency_estimator",
             "true",
             "tells that scheduler how long collectives and products take",
         ),
-        Flag(
+        Setting(
             "xla_gpu_analytical_latency_estimator_options",
             options,
             "the network's rate: XLA assumes 25 GB/s, half of 400 Gb/s InfiniBand",
@@ -48,22 +68,57 @@ def of_run(network: gpus.Network) -> tuple[Flag, ...]:
     )
 
 
-def of_plan(network: gpus.Network) -> tuple[Flag, ...]:
+def of_plan(network: gpus.Network) -> tuple[Setting, ...]:
     """Return the options of compiling that run's step without a GPU."""
     return (
         *of_run(network),
-        Flag(
+        Setting(
             "xla_gpu_enable_triton_gemm",
             "false",
             "without a GPU nothing is autotuned, and an untuned Triton tile would replace cuBLASLt",
         ),
+        Setting(
+            "xla_gpu_collect_cost_model_stats",
+            "true",
+            "writes into the program how long XLA thinks that each kernel takes; changes nothing",
+        ),
     )
 
 
-def text(flags: tuple[Flag, ...]) -> str:
+def text(settings: tuple[Setting, ...]) -> str:
     """Return options as XLA_FLAGS has them."""
-    return " ".join(f"--{flag.name}={flag.value}" for flag in flags)
+    return " ".join(f"--{one.name}={one.value}" for one in settings)
+
+
+def check(flags: str) -> None:
+    """Check that this XLA knows all options in `flags`: else it would abort without a hint.
+
+    Raises:
+        UserError: it names the first unknown one, and the nearest known ones.
+    """
+    names = [name.encode() for name in re.findall(r"--(xla_\w+)", flags)]
+    spec = importlib.util.find_spec("jaxlib")
+    folder = pathlib.Path(spec.origin).parent if spec and spec.origin else None
+    library = folder / "libjax_common.so" if folder else None
+    if not names or library is None or not library.exists():
+        return
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        for name in names:
+            if code.find(name + b"\0") >= 0:
+                continue
+            known = {found.decode() for found in re.findall(rb"xla_[a-z0-9_]+(?=\0)", code)}
+            near = difflib.get_close_matches(name.decode(), known, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "remove it"
+            raise config.UserError(f"XLA_FLAGS: this XLA has no option {name.decode()}: {hint}")
+
+
+def main() -> None:
+    """Print the settings of a run on H100s for a shell; what is set already stays and wins."""
+    flags = text(of_run(gpus.network_of(gpus.GPUS["h100"])))
+    lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']
+    lines += [f'export {one.name}="${{{one.name}:-{one.value}}}"' for one in VARIABLES]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.write(text(of_run(gpus.network_of(gpus.GPUS["h100"]))) + "\n")
+    main()

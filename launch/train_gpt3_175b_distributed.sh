@@ -30,12 +30,11 @@ if [ "${NUM_NODES:-1}" -gt 1 ]; then
   )
 fi
 
-# The options that gpt3jax.plan compiles with; what XLA_FLAGS already has comes last and wins.
+# What gpt3jax.plan compiles with; what the environment already has wins.
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-XLA_FLAGS="$(PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" \
-  "${PYTHON:-python3}" -m gpt3jax.xla_flags) ${XLA_FLAGS:-}"
-export XLA_FLAGS
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+settings=$(PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" \
+  "${PYTHON:-python3}" -m gpt3jax.xla_flags)
+eval "$settings"
 exec "${PYTHON:-python3}" -m gpt3jax.main \
   --config="${CONFIG:-$repository/configs/175b.py}" \
   --checkpoint.dir "$checkpoint_path" \

@@ -165,7 +165,16 @@ def test_masks_documents_banded_layers_and_evaluation_are_the_same_too():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "virtual_stages"),
-    [("none", 1), ("attention", 1), ("dots", 1), ("residual", 1), ("dots", 2), ("residual", 2)],
+    [
+        ("none", 1),
+        ("attention", 1),
+        ("dots", 1),
+        ("residual", 1),
+        ("mlp", 1),
+        ("dots", 2),
+        ("mlp", 2),
+        ("residual", 2),
+    ],
 )
 def test_what_is_saved_for_the_backward_pass_changes_no_loss(remat, virtual_stages):
     _, _, expected = reference(4)

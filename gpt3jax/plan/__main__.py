@@ -66,7 +66,7 @@ def plan(options: argparse.Namespace, recipe_args: list[str]) -> dict[str, Any]:
     if options.json:
         _write(options.json, json.dumps(found, indent=2) + "\n")
     if options.dump_hlo and compiled:
-        _write(options.dump_hlo, compiled.hlo)
+        _write(options.dump_hlo, compiled.text)
     return found
 
 

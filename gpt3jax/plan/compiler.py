@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from gpt3jax import batch_schedule, config, gpus, recipe, sharding, step, xla_flags
-from gpt3jax.plan import hlo
+from gpt3jax.plan import buffers, hlo
 
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
@@ -43,9 +43,10 @@ class Compiled:
     peak_bytes: int
     attention: str
     """What attention runs on: cudnn or xla."""
+    largest_buffers: list[dict[str, Any]]
+    """Temporary arrays, as `buffers.Buffer`."""
     cudnn: dict[str, bool]
     """Whether cuDNN's kernels are in the program: forward, backward."""
-    collectives: list[hlo.Collective]
     compile_seconds: float
     """Tracing, lowering and compiling."""
     host_bytes: int
@@ -53,8 +54,10 @@ class Compiled:
     versions: dict[str, str]
     cached: bool
     """Taken from the cache; `compile_seconds` are then of the time it was made."""
-    hlo: str
+    text: str
     """The optimised, scheduled program."""
+    program: hlo.Program
+    """The same, read."""
 
 
 def missing_extra() -> str:
@@ -94,9 +97,9 @@ def compile_step(
     if not cached:
         _run(request, flags, file)
     found = json.loads(gzip.decompress(file.read_bytes()))
-    read = hlo.collectives(found["hlo"], axis_sizes)
-    cudnn = hlo.cudnn_attention(found["hlo"])
-    return Compiled(collectives=read, cudnn=cudnn, cached=cached, **found)
+    text = found.pop("hlo")
+    cudnn = hlo.cudnn_attention(text)
+    return Compiled(text=text, program=hlo.parse(text), cudnn=cudnn, cached=cached, **found)
 
 
 def abstract_batch(cfg: config.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -141,7 +144,9 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         traced = program.train.jitted.trace(program.abstract_state, abstract_batch(cfg, mesh))
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    [assignment] = pathlib.Path(request["dump"]).glob("*optimizations-buffer-assignment.txt")
+    found = buffers.largest(assignment.read_text(), text)
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
@@ -150,7 +155,8 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         "compile_seconds": time.monotonic() - started,
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": versions(),
-        "hlo": compiled.as_text(),
+        "hlo": text,
+        "largest_buffers": [dataclasses.asdict(one) for one in found],
     }
 
 
@@ -183,13 +189,14 @@ def _run(request: dict[str, Any], flags: str, file: pathlib.Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
-        "XLA_FLAGS": flags,
+        **{one.name: one.value for one in xla_flags.VARIABLES},
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver, and none is needed
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        request = {**request, "out": str(pathlib.Path(folder, "answer"))}
+        request = {**request, "out": f"{folder}/answer", "dump": f"{folder}/dump"}
+        environment["XLA_FLAGS"] = f"{flags} --xla_dump_to={request['dump']}"
         done = subprocess.run(
             [sys.executable, "-m", "gpt3jax.plan.compiler"],
             input=json.dumps(request), text=True, capture_output=True, env=environment,

@@ -1,30 +1,111 @@
-"""Reading XLA's scheduled HLO text: which collectives a step runs, how often, over which mesh axes.
+"""Reading XLA's scheduled HLO text: instructions, and which mesh axes a collective spans.
 
 Understands what `jax.stages.Compiled.as_text()` gives for GPUs, as of JAX 0.10.
 """
 
-import collections
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator
 
 import numpy as np
 
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(
-    r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_BODY = re.compile(r"body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CUDNN_ATTENTION = {
     "forward": '"__cudnn$fmhaSoftmax"',
     "backward": '"__cudnn$fmhaSoftmaxBackward"',
 }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction of a computation."""
+
+    name: str
+    shape: str
+    """Of its result, as XLA writes it."""
+    op: str
+    operands: tuple[str, ...]
+    """Names of instructions of the same computation."""
+    attributes: str
+
+    @property
+    def collective(self) -> str:
+        """What it starts or is, of the kinds of collectives; "" for all else."""
+        kind = self.op.removesuffix("-start")
+        return kind if kind in _KINDS else ""
+
+    @property
+    def callees(self) -> list[str]:
+        """Computations that it runs; a fusion's count as one kernel, not as a call."""
+        if self.op in ("fusion", "reduce", "scatter", "sort", "all-reduce", "reduce-scatter"):
+            return []
+        found = _CALLED.findall(self.attributes)
+        if branches := _BRANCHES.search(self.attributes):
+            found += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
+        return found
+
+    @property
+    def body(self) -> str:
+        """The computation that a loop repeats."""
+        match = re.search(r"body=%?([\w.\-]+)", self.attributes)
+        assert match, f"{self.name} is not a loop"
+        return match[1]
+
+    @property
+    def trips(self) -> int:
+        """How often a loop runs its body; 1 where XLA does not know."""
+        match = _TRIPS.search(self.attributes)
+        return int(match[1]) if match else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program."""
+
+    entry: str
+    computations: dict[str, list[Instruction]]
+
+
+def parse(text: str) -> Program:
+    """Return the program of an HLO text."""
+    entry, found = "", dict[str, list[Instruction]]()
+    lines: list[Instruction] = []
+    for line in text.splitlines():
+        if match := _INSTRUCTION.match(line):
+            lines.append(_instruction(match[1], line[match.end() :]))
+        elif match := _COMPUTATION.match(line):
+            lines = found.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+    assert entry, "the HLO text has no entry computation"
+    return Program(entry, found)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _closing(text) if text.startswith("(") else text.index(" ")
+    shape, rest = text[:end], text[end:].lstrip()
+    start = rest.index("(")
+    length = _closing(rest[start:])
+    arguments = rest[start : start + length]
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    return Instruction(name, shape, rest[:start], operands, rest[start + length :])
+
+
+def _closing(text: str) -> int:
+    """Return the place after the bracket that closes the first one."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.end()
+    raise AssertionError(f"brackets do not close: {text[:80]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +119,8 @@ class Collective:
     """Devices between neighbours of a group."""
     n_bytes: int
     """The whole buffer of one execution: what is gathered, reduced, scattered or sent."""
-    count: int
-    """Executions in a step."""
     is_async: bool
+    """Arithmetic may go on meanwhile."""
 
     @property
     def crossing_bytes(self) -> float:
@@ -51,22 +131,12 @@ class Collective:
         return ways * self.n_bytes * (self.group_size - 1) / self.group_size
 
 
-def collectives(text: str, axis_sizes: dict[str, int]) -> list[Collective]:
-    """Return the collectives of a step; equal ones are one entry, with their counts added.
+def collective(one: Instruction, axis_sizes: tuple[tuple[str, int], ...]) -> Collective:
+    """Return what an instruction communicates over which axes.
 
-    `axis_sizes` are the mesh's, slowest first; devices are numbered in its order. Executions count
-    the trips of loops; of a conditional's branches all count.
+    `axis_sizes` are the mesh's, slowest first; devices are numbered in its order.
     """
-    bodies = _computations(text)
-    counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
-    for line, times in _executed(bodies, _entry(text), 1):
-        match = _COLLECTIVE.search(line)
-        if match:
-            counts[match[1], match[2] + (match[3] or ""), line[match.end() :]] += times
-    merged: collections.Counter[Collective] = collections.Counter()
-    for (shape, name, rest), times in counts.items():
-        merged[_collective(shape, name, rest, axis_sizes)] += times
-    return [dataclasses.replace(one, count=times) for one, times in merged.items()]
+    return _collective(one.shape, one.op, one.attributes, axis_sizes)
 
 
 def cudnn_attention(text: str) -> dict[str, bool]:
@@ -74,63 +144,43 @@ def cudnn_attention(text: str) -> dict[str, bool]:
     return {name: target in text for name, target in CUDNN_ATTENTION.items()}
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """Return the instructions of each computation."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line.startswith("  "):
-            lines.append(line)
-        elif match := _COMPUTATION.match(line):
-            lines = found.setdefault(match[1], [])
-    return found
-
-
-def _entry(text: str) -> str:
-    match = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
-    assert match, "the HLO text has no entry computation"
-    return match[1]
-
-
-def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
-    """Yield each instruction that a computation runs, and how often."""
-    for line in bodies.get(name, []):
-        yield line, times
-        if body := _BODY.search(line):
-            trips = _TRIPS.search(line)
-            yield from _executed(bodies, body[1], times * (int(trips[1]) if trips else 1))
-            continue
-        if " fusion(" in line:  # holds no collective
-            continue
-        called = [match[1] for match in _CALLED.finditer(line)]
-        if branches := _BRANCHES.search(line):
-            called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
-        for callee in called:
-            yield from _executed(bodies, callee, times)
-
-
-def _collective(shape: str, name: str, rest: str, axis_sizes: dict[str, int]) -> Collective:
+@functools.cache
+def _collective(
+    shape: str, name: str, rest: str, axis_sizes: tuple[tuple[str, int], ...]
+) -> Collective:
+    names, sizes = zip(*axis_sizes, strict=True)
     kind = name.removesuffix("-start")
-    n_devices = math.prod(axis_sizes.values())
+    n_devices = math.prod(sizes)
     group = _first_group(rest, n_devices)
-    places = np.stack(np.unravel_index(group, tuple(axis_sizes.values())))
+    places = np.stack(np.unravel_index(group, sizes))
     varies = (places != places[:, :1]).any(axis=1)
     n = len(group)
     return Collective(
         kind=kind,
-        axes=tuple(axis for axis, moves in zip(axis_sizes, varies, strict=True) if moves),
+        axes=tuple(axis for axis, moves in zip(names, varies, strict=True) if moves),
         # A permutation's pair has two members; its axis has more, all of which take part.
         group_size=n,
         stride=abs(int(group[1]) - int(group[0])) if n > 1 else 1,
         n_bytes=_buffer_bytes(kind, name != kind, shape, n),
-        count=1,
         is_async=name != kind and '"is_sync":true' not in rest,
     )
 
 
+def n_bytes(shape: str) -> int:
+    """Return the bytes of a shape, of a tuple's parts together."""
+    return sum(_size(*match.groups()) for match in _SHAPE.finditer(shape))
+
+
+def dims(shape: str) -> tuple[int, ...]:
+    """Return the dimensions of a shape, or of a tuple's first part."""
+    match = _SHAPE.search(shape)
+    assert match, f"not a shape: {shape}"
+    return tuple(int(d) for d in match[2].split(",") if d)
+
+
 def _buffer_bytes(kind: str, starts: bool, shape: str, group_size: int) -> int:
     """Return the size of the whole buffer; a `-start` lists inputs, then outputs."""
-    total = sum(_size(*match.groups()) for match in _SHAPE.finditer(shape))
+    total = n_bytes(shape)
     if kind in ("all-gather", "reduce-scatter") and starts:
         return total * group_size // (group_size + 1)
     if kind == "reduce-scatter":
@@ -141,6 +191,7 @@ def _buffer_bytes(kind: str, starts: bool, shape: str, group_size: int) -> int:
 
 
 def _size(dtype: str, dims: str) -> int:
+    """Return the bytes of an array of XLA's shape."""
     if dtype in ("u32", "token") and not dims:  # a permutation's context, not data
         return 0
     digits = re.search(r"\d+", dtype)

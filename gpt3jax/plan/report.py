@@ -35,12 +35,12 @@ def build(
     compiled: compiler.Compiled | None,
 ) -> dict[str, Any]:
     """Return all that a plan says; without `compiled` memory and collectives are estimates."""
-    sent = time_model.traffic(cfg, layout, target.network)
-    if compiled:
-        sent = time_model.compiled_traffic(compiled.collectives, target.network)
+    program = compiled.program if compiled else None
     times = {
-        case: time_model.step_time(cfg, layout, target.gpu, sent, case) for case in time_model.CASES
+        case: time_model.estimate(cfg, layout, target.gpu, target.network, case, program)
+        for case in time_model.CASES
     }
+    parts = dataclasses.asdict(times["expected"])
     memory = memory_model.memory(cfg, layout)
     estimated_peak = sum(memory.values())
     if compiled:
@@ -57,12 +57,12 @@ def build(
         "budget_bytes": round(pool),
         "memory": {name: round(n) for name, n in memory.items()},
         "step_seconds": {case: time.seconds for case, time in times.items()},
-        "step_parts_expected": dataclasses.asdict(times["expected"]),
+        "step_parts_expected": parts,
         "exposed_communication_seconds": times["expected"].exposed,
         "mfu": _mfu(cfg, layout, target, times["expected"].seconds),
         "tokens_per_second_per_gpu": tokens_a_second / layout.n_gpus,
         "bubble": time_model.bubble(cfg, layout),
-        "collectives": [dataclasses.asdict(one) for one in sent],
+        "collectives": parts.pop("traffic"),
         "collectives_are": "compiled" if compiled else "estimated",
         **_work(cfg, layout),
         **_run(cfg, layout, target, times["expected"].seconds),
@@ -133,6 +133,7 @@ def _compiled_part(compiled: compiler.Compiled | None) -> dict[str, Any]:
             "argument_bytes": compiled.argument_bytes,
             "temp_bytes": compiled.temp_bytes,
             "host_bytes": compiled.host_bytes,
+            "largest_buffers": compiled.largest_buffers,
             "cudnn": compiled.cudnn,
             "cached": compiled.cached,
         },
@@ -144,6 +145,8 @@ def show(found: Mapping[str, Any], out: console.Console) -> None:
     out.print(_head(found))
     out.print(_memory_table(found))
     out.print(_collectives_table(found))
+    if found["compiled"]:
+        out.print(_buffers_table(found["compiled"]["largest_buffers"]))
     out.print(_time_table(found))
     out.print(
         "Times are estimates: nothing ran on a GPU. Assumed, as best / expected / worst (shares):"
@@ -196,13 +199,22 @@ def _memory_table(found: Mapping[str, Any]) -> table.Table:
 
 def _collectives_table(found: Mapping[str, Any]) -> table.Table:
     title = f"Collectives of a step ({found['collectives_are']}; seconds estimated, each alone)"
-    rows = _table(title, "kind", "axis", "network", "count", "GB out of a GPU", "s")
+    rows = _table(title, "kind", "axis", "network", "count", "GB out of a GPU", "s", "exposed s")
     for one in found["collectives"]:
         if one["seconds"] >= 5e-4 or len(found["collectives"]) <= 8:
             rows.add_row(
                 one["kind"], one["axis"], one["network"], f"{one['count']:,}",
                 f"{one['bytes_per_step'] / 1e9:.2f}", f"{one['seconds']:.3f}",
+                f"{one['exposed']:.3f}",
             )  # fmt: skip
+    return rows
+
+
+def _buffers_table(buffers: list[dict[str, Any]]) -> table.Table:
+    rows = _table("Largest temporary arrays (compiled)", "GiB", "shape", "made by", "source")
+    for one in buffers:
+        made_by = "/".join(one["operation"].split("/")[-2:])
+        rows.add_row(f"{one['n_bytes'] / GIB:.2f}", one["shape"], made_by, one["source"])
     return rows
 
 
@@ -233,7 +245,7 @@ def _time_table(found: Mapping[str, Any]) -> table.Table:
 
 def _table(title: str, *columns: str) -> table.Table:
     rows = table.Table(title=title, box=box.SIMPLE, title_justify="left")
-    words = {"", "kind", "axis", "network"}
+    words = {"", "kind", "axis", "network", "shape", "made by", "source"}
     for i, column in enumerate(columns):
         text = column in words and (i == 0 or bool(column))
         rows.add_column(column, justify="left" if text else "right")

@@ -1,16 +1,15 @@
-"""Closed forms of a step's arithmetic and communication, and the time that they take: an estimate.
+"""The time of a step, an estimate: of a compiled one by its schedule, else by closed forms.
 
-What a GPU reaches of its peaks, and what share of communication stays exposed, are ranges
-(`ASSUMED`), each with its source; nothing here was measured on this machine. Imports no JAX beyond
-`memory_model`'s.
+What a GPU reaches of its peaks is a range (`ASSUMED`), each with its source (docs/plan.md tells how
+they were calibrated). A compiled step's schedule says what communication is exposed; closed forms
+assume a share. Imports no JAX beyond `memory_model`'s.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable
 
 from gpt3jax import config, flops, gpus
-from gpt3jax.plan import hlo, memory_model
+from gpt3jax.plan import hlo, memory_model, timeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +63,8 @@ class Traffic:
     network: str
     seconds: float
     """On its own, with nothing beside it."""
+    exposed: float
+    """Seconds of these that arithmetic does not hide."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,9 @@ class StepTime:
     exposed: float
     """Communication that no arithmetic hides."""
     bubble: float
+    """Of matmul, attention and elementwise, what idle pipeline ticks take."""
+    traffic: list[Traffic]
+    """Largest time first."""
 
 
 def work(cfg: config.Config, layout: memory_model.Layout) -> Work:
@@ -153,10 +157,12 @@ def bubble(cfg: config.Config, layout: memory_model.Layout) -> float:
     return (layout.sizes["stage"] - 1) / ticks(cfg, layout)
 
 
-def traffic(
-    cfg: config.Config, layout: memory_model.Layout, network: gpus.Network
-) -> list[Traffic]:
-    """Return the collectives that the layout must run, by closed form (docs/parallelism.md)."""
+Row = tuple[str, str, int, float]
+"""Kind, axis, count, bytes of the whole buffer."""
+
+
+def collectives(cfg: config.Config, layout: memory_model.Layout) -> list[Row]:
+    """Return the collectives that the layout must run in a step (docs/parallelism.md)."""
     model, sizes = cfg.model, layout.sizes
     width = 4 if cfg.precision.compute_dtype == "float32" else 2
     passes = layout.n_microbatches  # of each of a stage's layers
@@ -168,7 +174,7 @@ def traffic(
     whole = memory_model.activation_bytes(cfg, layout)
     whole *= sizes["tensor"] if cfg.mesh.sequence_parallel else 1
     part = memory_model.activation_bytes(cfg, layout)
-    rows = [
+    rows: list[Row] = [
         ("all-gather", "fsdp", 2 * n_layers, weights),
         ("reduce-scatter", "fsdp", n_layers, weights),
         ("all-gather", "context", (1 + again) * n_layers, 2 * whole * sizes["context"]),
@@ -187,75 +193,115 @@ def traffic(
         rows.append(("all-gather", "data", 1, (4.0 if sizes["stage"] > 1 else width) * held))
     else:
         rows.append(("all-reduce", "data", 1, 4.0 * held))
-    found = []
-    for kind, axis, count, n_bytes in rows:
-        if sizes[axis] > 1:
-            one = hlo.Collective(
-                kind, (axis,), sizes[axis], layout.stride(axis), round(n_bytes), count, True
-            )
-            found.append(_timed(one, network))
-    return found
+    return [row for row in rows if sizes[row[1]] > 1]
 
 
-def compiled_traffic(collectives: Iterable[hlo.Collective], network: gpus.Network) -> list[Traffic]:
-    """Return a compiled step's collectives by kind and axis, largest time first."""
-    merged: dict[tuple[str, str, str], Traffic] = {}
-    for one in collectives:
-        new = _timed(one, network)
-        key = new.kind, new.axis, new.network
-        old = merged.get(key)
-        if old:
-            new = dataclasses.replace(
-                new,
-                count=old.count + new.count,
-                bytes_per_step=old.bytes_per_step + new.bytes_per_step,
-                seconds=old.seconds + new.seconds,
-            )
-        merged[key] = new
-    return sorted(merged.values(), key=lambda t: -t.seconds)
+def estimate(
+    cfg: config.Config,
+    layout: memory_model.Layout,
+    gpu: gpus.Gpu,
+    network: gpus.Network,
+    case: str,
+    program: hlo.Program | None = None,
+) -> StepTime:
+    """Return the time of a step in a case (`CASES`), by the schedule of a compiled one if given."""
+    if program is None:
+        return _by_closed_forms(cfg, layout, gpu, _reached(network, case), case)
+    return _by_schedule(cfg, layout, gpu, _reached(network, case), case, program)
 
 
-def _timed(one: hlo.Collective, network: gpus.Network) -> Traffic:
-    return Traffic(
-        kind=one.kind,
-        axis="+".join(one.axes),
-        count=one.count,
-        bytes_per_step=one.count * one.crossing_bytes,
-        network=network.bandwidth(one.group_size, one.stride)[0],
-        seconds=one.count * network.seconds(one.crossing_bytes, one.group_size, one.stride),
+def _reached(network: gpus.Network, case: str) -> gpus.Network:
+    share = ASSUMED["network"].at(case)
+    return dataclasses.replace(
+        network,
+        nvlink_bandwidth=network.nvlink_bandwidth * share,
+        nic_bandwidth=network.nic_bandwidth * share,
     )
 
 
-def step_time(
-    cfg: config.Config, layout: memory_model.Layout, gpu: gpus.Gpu, sent: list[Traffic], case: str
+def _by_closed_forms(
+    cfg: config.Config,
+    layout: memory_model.Layout,
+    gpu: gpus.Gpu,
+    network: gpus.Network,
+    case: str,
 ) -> StepTime:
-    """Estimate a step's time in a case (`CASES`) from its arithmetic and its collectives.
+    """Arithmetic of all kinds adds up; idle pipeline ticks take as long as working ones.
 
-    Arithmetic of all kinds adds up. Of each axis's communication a share is exposed, and so is what
-    exceeds the arithmetic that could hide it. Idle pipeline ticks take as long as working ones.
+    Of each axis's communication a share is exposed, and so is what exceeds the arithmetic.
     """
     done, peak = work(cfg, layout), peak_flops(cfg, gpu)
+    stretch = 1 / (1 - bubble(cfg, layout))
     products = done.model_flops + done.recomputed_flops - done.attention_flops
-    matmul = products / (peak * ASSUMED["matmul"].at(case))
-    attention = done.attention_flops / (peak * ASSUMED[layout.attention].at(case))
-    elementwise = done.moved_bytes / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
-    idle = bubble(cfg, layout)
-    stretch = 1 / (1 - idle)
-    arithmetic = (matmul + attention + elementwise) * stretch
-    exposed = hidden = 0.0
-    for one in sent:
-        share = max(ASSUMED[axis].at(case) for axis in one.axis.split("+"))
-        seconds = one.seconds / ASSUMED["network"].at(case)
-        exposed += share * seconds
-        hidden += (1 - share) * seconds
-    exposed += max(0.0, hidden - arithmetic)
+    matmul = stretch * products / (peak * ASSUMED["matmul"].at(case))
+    attention = stretch * done.attention_flops / (peak * ASSUMED[layout.attention].at(case))
+    elementwise = stretch * done.moved_bytes / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
+    arithmetic = matmul + attention + elementwise
+    sent = []
+    for kind, axis, count, n_bytes in collectives(cfg, layout):
+        size, stride = layout.sizes[axis], layout.stride(axis)
+        one = hlo.Collective(kind, (axis,), size, stride, round(n_bytes), True)
+        seconds = count * network.seconds(one.crossing_bytes, size, stride)
+        sent.append(
+            Traffic(
+                kind=kind,
+                axis=axis,
+                count=count,
+                bytes_per_step=count * one.crossing_bytes,
+                network=network.bandwidth(size, stride)[0],
+                seconds=seconds,
+                exposed=ASSUMED[axis].at(case) * seconds,
+            )
+        )
+    exposed = sum(one.exposed for one in sent)
+    exposed += max(0.0, sum(one.seconds for one in sent) - exposed - arithmetic)
     return StepTime(
         seconds=arithmetic + exposed,
         matmul=matmul,
         attention=attention,
         elementwise=elementwise,
         exposed=exposed,
-        bubble=arithmetic * idle,
+        bubble=arithmetic * bubble(cfg, layout),
+        traffic=sorted(sent, key=lambda one: -one.seconds),
+    )
+
+
+def _by_schedule(
+    cfg: config.Config,
+    layout: memory_model.Layout,
+    gpu: gpus.Gpu,
+    network: gpus.Network,
+    case: str,
+    program: hlo.Program,
+) -> StepTime:
+    peak = peak_flops(cfg, gpu)
+    rates = timeline.Rates(
+        matmul=peak * ASSUMED["matmul"].at(case),
+        attention=peak * ASSUMED["cudnn"].at(case),
+        memory=gpu.memory_bandwidth * ASSUMED["memory"].at(case),
+        memory_peak=gpu.memory_bandwidth,
+        network=network,
+    )
+    found = timeline.walk(program, layout.sizes, rates)
+    sent = [
+        Traffic(
+            kind=key[0],
+            axis=key[1],
+            count=round(found.count[key]),
+            bytes_per_step=found.crossing_bytes[key],
+            network=key[2],
+            seconds=seconds,
+            exposed=found.exposed[key],
+        )
+        for key, seconds in sorted(found.busy.items(), key=lambda item: -item[1])
+    ]
+    kernels = {name: found.kernels[name] for name in ("matmul", "attention", "elementwise")}
+    return StepTime(
+        seconds=found.seconds,
+        **kernels,
+        exposed=found.seconds - sum(kernels.values()),
+        bubble=bubble(cfg, layout) * sum(kernels.values()),
+        traffic=sent,
     )
 
 

@@ -1,0 +1,194 @@
+"""The time of a compiled step: its schedule walked on two streams, arithmetic and communication.
+
+Products and attention take what their FLOPs need at an assumed rate, or what their bytes need;
+all other kernels what XLA's cost model says they move. A collective starts when the one before it
+ends; arithmetic waits for it where the schedule does, and that wait is what is exposed.
+"""
+
+import collections
+import copy
+import dataclasses
+import math
+import re
+from typing import Any
+
+from gpt3jax import gpus
+from gpt3jax.plan import hlo
+
+_COST = re.compile(r'"exec_time_us":([\d.e+-]+),[^{}]*"name":"([^"]*)"')
+_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_WINDOW = re.compile(r'"sliding_window_length":"?(\d+)')
+# Operations that take no time of their own: names for what is there already.
+_FREE = {
+    "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id", "after-all",
+    "while", "conditional", "call", "add-dependency", "opt-barrier",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a GPU is taken to reach."""
+
+    matmul: float
+    """FLOP/s of large products."""
+    attention: float
+    """FLOP/s of cuDNN's attention, of what its mask leaves."""
+    memory: float
+    """Bytes a second of kernels that only move data."""
+    memory_peak: float
+    """Bytes a second that XLA's cost model reckons with."""
+    network: gpus.Network
+
+
+Key = tuple[str, str, str]
+"""Kind, mesh axes joined by +, network."""
+
+
+def _amounts() -> collections.defaultdict[Any, float]:
+    return collections.defaultdict(float)
+
+
+@dataclasses.dataclass
+class Timeline:
+    """Seconds of a step, and what they are spent on."""
+
+    seconds: float = 0.0
+    link_free: float = 0.0
+    """When the communication stream is next free."""
+    flops: float = 0.0
+    """Of products and attention."""
+    kernels: dict[str, float] = dataclasses.field(default_factory=_amounts)
+    """Seconds of matmul, attention, elementwise."""
+    count: dict[Key, float] = dataclasses.field(default_factory=_amounts)
+    crossing_bytes: dict[Key, float] = dataclasses.field(default_factory=_amounts)
+    """What leaves a GPU."""
+    busy: dict[Key, float] = dataclasses.field(default_factory=_amounts)
+    """Seconds that collectives take on their own."""
+    exposed: dict[Key, float] = dataclasses.field(default_factory=_amounts)
+    """Seconds that arithmetic waits for them."""
+
+    def repeat(self, before: "Timeline", times: int) -> None:
+        """Add what happened since `before` so many times more."""
+        for name, old in vars(before).items():
+            now = getattr(self, name)
+            if isinstance(old, dict):
+                for key in now:
+                    now[key] += times * (now[key] - old[key])
+            else:
+                setattr(self, name, now + times * (now - old))
+
+
+def walk(program: hlo.Program, axis_sizes: dict[str, int], rates: Rates) -> Timeline:
+    """Return the timeline of a step on a mesh of these sizes, slowest axis first."""
+    timeline = Timeline()
+    _walk(program, program.entry, tuple(axis_sizes.items()), rates, timeline)
+    timeline.seconds = max(timeline.seconds, timeline.link_free)
+    return timeline
+
+
+def _walk(
+    program: hlo.Program,
+    name: str,
+    axis_sizes: tuple[tuple[str, int], ...],
+    rates: Rates,
+    line: Timeline,
+) -> None:
+    instructions = program.computations.get(name, [])
+    shapes = {one.name: one.shape for one in instructions}
+    under_way: dict[str, tuple[float, Key]] = {}
+    for one in instructions:
+        if one.collective:
+            under_way[one.name] = _start(hlo.collective(one, axis_sizes), rates, line)
+        elif one.op.endswith("-done") and one.operands[0] in under_way:
+            _wait(*under_way.pop(one.operands[0]), line)
+        elif one.op == "while":
+            _loop(program, one, axis_sizes, rates, line)
+        elif one.op == "conditional":
+            branches = [copy.deepcopy(line) for _ in one.callees]
+            for callee, branch in zip(one.callees, branches, strict=True):
+                _walk(program, callee, axis_sizes, rates, branch)
+            vars(line).update(vars(max(branches, key=lambda branch: branch.seconds)))
+        elif one.callees:
+            _walk(program, one.callees[0], axis_sizes, rates, line)
+        elif one.op not in _FREE:
+            _run(one, shapes, rates, line)
+
+
+def _loop(
+    program: hlo.Program,
+    one: hlo.Instruction,
+    axis_sizes: tuple[tuple[str, int], ...],
+    rates: Rates,
+    line: Timeline,
+) -> None:
+    """Walk a loop's body twice and take the second trip for the others."""
+    body = one.body
+    for _ in range(min(one.trips, 2)):
+        before = copy.deepcopy(line)
+        _walk(program, body, axis_sizes, rates, line)
+    if one.trips > 2:
+        line.repeat(before, one.trips - 2)
+
+
+def _start(one: hlo.Collective, rates: Rates, line: Timeline) -> tuple[float, Key]:
+    network, _ = rates.network.bandwidth(one.group_size, one.stride)
+    key = one.kind, "+".join(one.axes), network
+    seconds = rates.network.seconds(one.crossing_bytes, one.group_size, one.stride)
+    line.count[key] += 1
+    line.crossing_bytes[key] += one.crossing_bytes
+    line.busy[key] += seconds
+    line.link_free = max(line.link_free, line.seconds) + seconds
+    if not one.is_async:
+        _wait(line.link_free, key, line)
+    return line.link_free, key
+
+
+def _wait(end: float, key: Key, line: Timeline) -> None:
+    line.exposed[key] += max(0.0, end - line.seconds)
+    line.seconds = max(line.seconds, end)
+
+
+def _run(one: hlo.Instruction, shapes: dict[str, str], rates: Rates, line: Timeline) -> None:
+    """Let a kernel take its time."""
+    if one.op == "custom-call" and "matmul" in one.attributes:
+        kind, n_flops, rate = "matmul", _matmul_flops(one, shapes), rates.matmul
+    elif one.op == "custom-call" and "fmhaSoftmax" in one.attributes:
+        kind, n_flops, rate = "attention", _attention_flops(one, shapes), rates.attention
+    else:
+        line.kernels["elementwise"] += _moving_seconds(one, rates)
+        line.seconds += _moving_seconds(one, rates)
+        return
+    moved = sum(hlo.n_bytes(shapes[name]) for name in one.operands) + hlo.n_bytes(one.shape)
+    seconds = max(n_flops / rate, moved / rates.memory)
+    line.kernels[kind] += seconds
+    line.flops += n_flops
+    line.seconds += seconds
+
+
+def _moving_seconds(one: hlo.Instruction, rates: Rates) -> float:
+    """Return what XLA's cost model says, at the rate reached in place of the peak."""
+    costs = {name: float(us) * 1e-6 for us, name in _COST.findall(one.attributes)}
+    if not costs:
+        return hlo.n_bytes(one.shape) / rates.memory
+    # Where it has this entry, for Triton's kernels, the first one is far off.
+    seconds = costs.get("indexing-cost-model", costs.get("", 0.0))
+    return seconds * rates.memory_peak / rates.memory
+
+
+def _matmul_flops(one: hlo.Instruction, shapes: dict[str, str]) -> float:
+    left = hlo.dims(shapes[one.operands[0]])
+    match = _CONTRACTED.search(one.attributes)
+    assert match, f"{one.name}: no dimensions of its product"
+    contracted = math.prod(left[int(d)] for d in re.findall(r"\d+", match[1]))
+    return 2.0 * math.prod(hlo.dims(one.shape)) * contracted
+
+
+def _attention_flops(one: hlo.Instruction, shapes: dict[str, str]) -> float:
+    """Two products of all pairs forward, five backward, of which a causal mask leaves half."""
+    b, h, t, k = hlo.dims(one.shape)
+    s = math.prod(hlo.dims(shapes[one.operands[1]])) / (b * h * k)
+    pairs = t * s / 2 if '"CAUSAL"' in one.attributes else t * s
+    if window := _WINDOW.search(one.attributes):
+        pairs = min(pairs, t * float(window[1])) if int(window[1]) else pairs
+    products = 5 if "Backward" in one.attributes else 2
+    return products * 2.0 * b * h * pairs * k
