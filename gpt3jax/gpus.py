@@ -190,16 +190,14 @@ class Network:
 
 # Assumed, not measured here: NCCL's bus bandwidth over the link's.
 NVLINK_SHARE, NIC_SHARE = 0.8, 0.9  # H100: 360 of 450 GB/s, 45 of 50
-LATENCY = 10e-6
-GPUS_PER_NODE = 8  # DGX and HGX
 
 
 def network_of(
     gpu: Gpu,
-    gpus_per_node: int = GPUS_PER_NODE,
+    gpus_per_node: int = 8,  # DGX and HGX
     nvlink_bandwidth: float | None = None,
     nic_bandwidth: float | None = None,
-    latency: float = LATENCY,
+    latency: float = 10e-6,  # assumed
 ) -> Network:
     """Return the network of a pod of DGXs, with what is given in place of the usual figures."""
     return Network(

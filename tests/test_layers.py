@@ -4,8 +4,9 @@ import ast
 
 LAYERS = [
     ["main", "plan.__main__", "convert.__main__", "data.prepare", "data.inspect", "data.merge"],
-    ["plan.report"],
+    ["plan.report", "plan.search"],
     ["plan.compiler", "plan.time_model"],
+    ["plan.buffers", "plan.timeline"],
     ["train"],
     ["setup", "trained"],
     ["step_log", "step", "checkpoint"],
@@ -24,6 +25,7 @@ LAYERS = [
         "batch_schedule",
         "distributed",
         "plan.hlo",
+        "plan.page",
         "xla_flags",
         "convert.hf_gpt2",
     ],

@@ -1,27 +1,71 @@
 """`python -m gpt3jax.plan --config=RECIPE.py --gpus=N [--gpu=h100] [--group.field VALUE ...]`.
 
 Says, without a GPU, what a config's step takes on a pod: memory, collectives, time, cost. Closed
-forms come at once; with the extra `plan` the true step is compiled as well.
+forms come at once; with the extra `plan` the true step is compiled as well. Further options
+override the recipe, as in gpt3jax.main.
 """
 
-import argparse
+import dataclasses
 import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import tyro
 from rich import console
 
 from gpt3jax import config, gpus, recipe
-from gpt3jax.plan import compiler, memory_model, report
+from gpt3jax.plan import compiler, memory_model, page, report, search
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is planned for, and what to write."""
+
+    config: str
+    """The recipe, configs/*.py."""
+    gpus: int
+    """How many GPUs."""
+    gpu: str = "h100"
+    """Their kind: h100, h200, a100 (80 GB) or b200."""
+    search: bool = False
+    """Look for the fastest layout that fits: mesh, microbatch, remat, sharded optimizer."""
+    n_compiled: int = 4
+    """How many of the layouts that --search finds are compiled."""
+    compile: bool = True
+    """Compile the step; --no-compile gives closed forms only."""
+    json: str = ""
+    """File for the report."""
+    html: str = ""
+    """File for the report as a page."""
+    dump_hlo: str = ""
+    """File for the compiled program."""
+    verify: bool = False
+    """Exit with 1 if the run does not fit or would be refused."""
+    price: float = 0.0
+    """Of a GPU-hour, in any currency."""
+    gpus_per_node: int = 8
+    """GPUs that NVLink joins."""
+    nvlink_gbytes: float | None = None
+    """GB/s that a GPU reaches in one direction inside a node; left out: 80% of the data sheet's."""
+    nic_gbytes: float | None = None
+    """GB/s that a GPU reaches in one direction between nodes; left out: 90% of its card's."""
+    latency_us: float = 10.0
+    """Microseconds to start a collective."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Plan and report; the exit status is 2 for errors, 1 where --verify finds that it fails."""
-    options, recipe_args = _parser().parse_known_args(args)
+    args = sys.argv[1:] if args is None else list(args)
+    options, recipe_args = tyro.cli(
+        Options, args=args, prog="python -m gpt3jax.plan", description=__doc__,
+        return_unknown_args=True,
+    )  # fmt: skip
+    command = shlex.join(["python", "-m", "gpt3jax.plan", *args])
     try:
-        found = plan(options, recipe_args)
+        found = plan(options, recipe_args, command)
     except config.UserError as error:
         sys.stderr.write(f"gpt3jax: error: {error}\n")
         return 2
@@ -31,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plan(options: argparse.Namespace, recipe_args: list[str]) -> dict[str, Any]:
+def plan(options: Options, recipe_args: list[str], command: str) -> dict[str, Any]:
     """Print the plan, write the files that were asked for, and return the report.
 
     Raises:
@@ -45,71 +89,87 @@ def plan(options: argparse.Namespace, recipe_args: list[str]) -> dict[str, Any]:
         *recipe_args,
         *_corpus(options.config, recipe_args),
     ]
+    out = console.Console(width=None if sys.stdout.isatty() else 120)
+    missing = compiler.missing_extra() if options.compile else "as --no-compile says"
+    if options.dump_hlo and missing:
+        raise config.UserError(f"--dump-hlo needs the compiled step: {missing}")
+    searched: list[dict[str, Any]] = []
+    if options.search:
+        searched = _search(recipe_args, options, target, bool(missing), out)
+        recipe_args += searched[0]["overrides"]
     cfg = recipe.parse(recipe_args)
     layout = memory_model.lay_out(cfg, options.gpus, network.gpus_per_node)
-    out = console.Console(width=None if sys.stdout.isatty() else 120)
-    missing = compiler.missing_extra()
     compiled = None
-    if options.dump_hlo and (missing or options.no_compile):
-        raise config.UserError(f"--dump-hlo needs the compiled step: {missing or 'compile it'}")
-    if not (missing or options.no_compile):
+    if not missing:
         found = report.build(cfg, layout, target, None)
         out.print(
             f"By closed forms: {found['peak_bytes_per_gpu'] / report.GIB:.1f} GiB a GPU, "
             f"{found['step_seconds']['expected']:.3g} s a step. Compiling the step ..."
         )
         compiled = compiler.compile_step(cfg, recipe_args, layout.sizes, gpu, network)
-    found = report.build(cfg, layout, target, compiled)
+    found = report.build(cfg, layout, target, compiled) | {"search": searched}
     report.show(found, out)
-    if missing and not options.no_compile:
+    if missing and options.compile:
         out.print(f"Not compiled, all figures are by closed forms: {missing}", soft_wrap=True)
     if options.json:
         _write(options.json, json.dumps(found, indent=2) + "\n")
+    if options.html:
+        _write(options.html, page.render(found, command))
     if options.dump_hlo and compiled:
         _write(options.dump_hlo, compiled.text)
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gpt3jax.plan",
-        description="Memory, collectives, time and cost of a config's step on GPUs that are not "
-        "here. Further options override the recipe, as in gpt3jax.main.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="configs/*.py")
-    parser.add_argument("--gpus", type=int, required=True, help="how many")
-    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(gpus.GPUS)}")
-    parser.add_argument("--json", default="", metavar="FILE", help="write the report")
-    parser.add_argument("--dump-hlo", default="", metavar="FILE", help="write the compiled program")
-    parser.add_argument("--no-compile", action="store_true", help="closed forms only")
-    parser.add_argument(
-        "--verify", action="store_true", help="exit with 1 if it does not fit or would be refused"
-    )
-    parser.add_argument("--price", type=float, default=0.0, help="of a GPU-hour")
-    parser.add_argument("--gpus-per-node", type=int, default=gpus.GPUS_PER_NODE)
-    parser.add_argument("--nvlink-gbytes", type=float, help="GB/s reached, a GPU and direction")
-    parser.add_argument("--nic-gbytes", type=float, help="GB/s reached between nodes")
-    parser.add_argument("--latency-us", type=float, help="to start a collective")
-    return parser
+def _search(
+    recipe_args: list[str],
+    options: Options,
+    target: report.Target,
+    closed_forms_only: bool,
+    out: console.Console,
+) -> list[dict[str, Any]]:
+    """Print and return the best layouts, fastest first."""
+    cfg = recipe.parse(recipe_args)
+    found = search.candidates(cfg, options.gpus, target.gpu, target.network)
+    chosen = search.to_compile(found, max(options.n_compiled, 1))
+    out.print(f"{len(found):,} layouts fit, by closed forms.")
+    rows = []
+    for i, one in enumerate(chosen):
+        compiled = None
+        if not closed_forms_only:
+            out.print(
+                f"Compiling {i + 1} of {len(chosen)}: {' '.join(one.overrides)}", soft_wrap=True
+            )
+            compiled = compiler.compile_step(
+                recipe.parse([*recipe_args, *one.overrides]), [*recipe_args, *one.overrides],
+                one.layout.sizes, target.gpu, target.network,
+            )  # fmt: skip
+        built = report.build(one.cfg, one.layout, target, compiled)
+        rows.append(
+            {
+                "overrides": list(one.overrides),
+                "fits": built["fits"],
+                "peak_bytes_per_gpu": built["peak_bytes_per_gpu"],
+                "step_seconds": built["step_seconds"]["expected"],
+                "step_seconds_closed_form": one.seconds,
+                "mfu": built["mfu"],
+            }
+        )
+    rows.sort(key=lambda row: (not row["fits"], row["step_seconds"]))
+    report.show_search(rows, out)
+    return rows
 
 
-def _network(gpu: gpus.Gpu, options: argparse.Namespace) -> gpus.Network:
-    given = {
-        "nvlink-gbytes": options.nvlink_gbytes,
-        "nic-gbytes": options.nic_gbytes,
-        "latency-us": options.latency_us,
-        "gpus-per-node": options.gpus_per_node,
-    }
-    for name, value in given.items():
+def _network(gpu: gpus.Gpu, options: Options) -> gpus.Network:
+    for name in ("nvlink_gbytes", "nic_gbytes", "latency_us", "gpus_per_node"):
+        value = getattr(options, name)
         if value is not None and value <= 0:
-            raise config.UserError(f"--{name}={value} must be above 0")
+            raise config.UserError(f"--{name.replace('_', '-')}={value} must be above 0")
     return gpus.network_of(
         gpu,
         options.gpus_per_node,
         1e9 * options.nvlink_gbytes if options.nvlink_gbytes else None,
         1e9 * options.nic_gbytes if options.nic_gbytes else None,
-        gpus.LATENCY if options.latency_us is None else 1e-6 * options.latency_us,
+        1e-6 * options.latency_us,
     )
 
 

@@ -15,7 +15,7 @@ _WAYS = {"layers": "stage", "embed": "fsdp", "heads": "tensor", "mlp": "tensor",
 # Bytes that the backward pass finds saved of a layer, per token and unit of d_model, by
 # `model.remat`: the layer's input, and what the policy names. "none" and "attention" keep all that
 # the derivatives use, much of it in fp32: fitted (GPT-3 13B and 857M, jax 0.10.2).
-_SAVED = {"full": 2, "residual": 4, "dots": 20, "attention": 84, "none": 84}
+_SAVED = {"full": 2, "residual": 4, "mlp": 12, "dots": 20, "attention": 84, "none": 84}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,19 @@ def show(found: Mapping[str, Any], out: console.Console) -> None:
         out.print(f"WARNING: gpt3jax.main would refuse this run: {problem}", soft_wrap=True)
 
 
+def show_search(rows: list[dict[str, Any]], out: console.Console) -> None:
+    """Print the layouts that a search compiled, fastest first, with the options of each."""
+    found = _table("Layouts, fastest first (estimates)", "", "step s", "MFU", "GiB", "fits")
+    for i, row in enumerate(rows):
+        found.add_row(
+            str(i + 1), f"{row['step_seconds']:.3g}", f"{row['mfu']:.1%}",
+            f"{row['peak_bytes_per_gpu'] / GIB:.1f}", "yes" if row["fits"] else "NO",
+        )  # fmt: skip
+    out.print(found)
+    for i, row in enumerate(rows):
+        out.print(f"{i + 1}: {' '.join(row['overrides'])}", highlight=False, soft_wrap=True)
+
+
 def _head(found: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "one device"
     return (

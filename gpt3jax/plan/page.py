@@ -1,0 +1,147 @@
+"""A plan's report as one HTML page that needs nothing else: bars of memory and time, tables."""
+
+import html
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+GIB = 2**30
+_COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1c1e21; }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .15rem .8rem .15rem 0;
+  text-align: left; vertical-align: top } td.n, th.n { text-align: right }
+tr + tr td { border-top: 1px solid #e4e6eb }
+.bar { display: flex; height: 2rem; border: 1px solid #bbb; border-radius: 3px; overflow: hidden }
+.key span { display: inline-block; margin-right: 1rem } .key i { display: inline-block;
+  width: .8rem; height: .8rem; margin-right: .3rem; border-radius: 2px }
+.no { color: #b00020; font-weight: bold } .yes { color: #1b7f3b; font-weight: bold }
+code { background: #f2f3f5; padding: .1rem .3rem; border-radius: 3px }
+small { color: #606770 }
+"""
+
+
+def render(found: Mapping[str, Any], command: str) -> str:
+    """Return the page of a report (`report.build`) that a command line gave."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "one device"
+    fits = '<span class="yes">fits</span>' if found["fits"] else '<span class="no">no fit</span>'
+    head = (
+        f"{found['parameters']:,} parameters on {found['gpus']:,} x {found['gpu']['name']}, mesh "
+        f"{mesh}, {found['n_microbatches']} microbatches, attention {found['attention']}"
+    )
+    low, expected, high = found["step_seconds"].values()
+    parts = [
+        f"<h1>{html.escape(head)}</h1>",
+        f"<p><code>{html.escape(command)}</code></p>",
+        *(f'<p class="no">{html.escape(problem)}</p>' for problem in found["problems"]),
+        f"<h2>Memory of a GPU: {found['peak_bytes_per_gpu'] / GIB:.1f} GiB, {fits}</h2>",
+        _memory(found),
+        f"<h2>Step: {expected:.3g} s (estimate; {low:.3g} to {high:.3g} s)</h2>",
+        _time(found),
+        f"<h2>Collectives of a step ({found['collectives_are']})</h2>",
+        _collectives(found),
+    ]
+    if found["compiled"]:
+        parts += ["<h2>Largest temporary arrays (compiled)</h2>", _buffers(found)]
+    parts += ["<h2>Assumptions</h2>", _assumptions(found)]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>gpt3jax plan</title><style>{_STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _memory(found: Mapping[str, Any]) -> str:
+    shares = {name: n / GIB for name, n in found["memory"].items()}
+    shares["headroom"] = found["headroom_bytes"] / GIB
+    free = found["budget_bytes"] / GIB - sum(shares.values())
+    note = (
+        f"Budget {found['budget_bytes'] / GIB:.1f} GiB, peak {found['peak_is']}; the split is "
+        "estimated but for parameters, optimizer and batch. Headroom is what the compiler cannot "
+        "see: cuDNN's workspace, fragmentation."
+    )
+    return _bar(shares, "GiB", free) + f"<p><small>{note}</small></p>"
+
+
+def _time(found: Mapping[str, Any]) -> str:
+    parts = found["step_parts_expected"]
+    shares = {name: parts[name] for name in ("matmul", "attention", "elementwise")}
+    waits = {f"waiting for {one['axis']}": 0.0 for one in found["collectives"]}
+    for one in found["collectives"]:
+        waits[f"waiting for {one['axis']}"] += one["exposed"]
+    facts = [
+        ("MFU", f"{found['mfu']:.1%}"),
+        ("recomputed FLOPs", f"{found['recomputed_share']:.1%} of the model's"),
+        ("pipeline bubble", f"{found['bubble']:.1%}, in the parts above"),
+        ("tokens/s a GPU", f"{found['tokens_per_second_per_gpu']:,.0f}"),
+        ("run", f"{found['run_tokens'] / 1e9:,.1f}B tokens, {found['run_steps']:,} steps"),
+        ("", f"{found['run_days']:,.1f} days, {found['gpu_hours']:,.0f} GPU-hours"),
+    ]
+    if found["cost"] is not None:
+        facts.append(("cost", f"{found['cost']:,.0f}"))
+    return _bar(shares | {k: v for k, v in waits.items() if v > 1e-3}, "s") + _table((), facts)
+
+
+def _collectives(found: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            one["kind"], one["axis"], one["network"], f"{one['count']:,}",
+            f"{one['bytes_per_step'] / 1e9:.2f}", f"{one['seconds']:.3f}", f"{one['exposed']:.3f}",
+        )
+        for one in found["collectives"]
+    ]  # fmt: skip
+    return _table(("kind", "axis", "network", "count", "GB out of a GPU", "s", "exposed s"), rows)
+
+
+def _buffers(found: Mapping[str, Any]) -> str:
+    rows = [
+        (f"{one['n_bytes'] / GIB:.2f}", one["shape"], one["operation"], one["source"])
+        for one in found["compiled"]["largest_buffers"]
+    ]
+    return _table(("GiB", "shape", "made by", "source"), rows)
+
+
+def _assumptions(found: Mapping[str, Any]) -> str:
+    rows = [
+        (name, f"{of['best']:g} / {of['expected']:g} / {of['worst']:g}", of["source"])
+        for name, of in found["assumed"].items()
+    ]
+    network = found["network"]
+    told = (
+        f"NVLink {network['nvlink_bandwidth'] / 1e9:g} GB/s and NIC "
+        f"{network['nic_bandwidth'] / 1e9:g} GB/s a GPU each way, {network['latency'] * 1e6:g} us "
+        f"to start a collective. GPU: {found['gpu']['source']}. Versions: "
+        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    )
+    head = ("", "best / expected / worst", "")
+    return _table(head, rows) + f"<p><small>{html.escape(told)}</small></p>"
+
+
+def _bar(shares: Mapping[str, float], unit: str, free: float = 0.0) -> str:
+    whole = sum(shares.values()) + max(free, 0.0)
+    blocks, keys = [], []
+    for i, (name, share) in enumerate(shares.items()):
+        color = _COLORS[i % len(_COLORS)]
+        told = html.escape(f"{name}: {share:.3g} {unit}")
+        blocks.append(
+            f'<div title="{told}" style="width:{share / whole:.3%};background:{color}"></div>'
+        )
+        keys.append(f'<span><i style="background:{color}"></i>{told}</span>')
+    if free > 0:
+        keys.append(f"<span>free: {free:.3g} {unit}</span>")
+    return f'<div class="bar">{"".join(blocks)}</div><p class="key">{"".join(keys)}</p>'
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    for row in rows:
+        cells = [
+            f'<td class="n">{html.escape(cell)}</td>'
+            if cell[:1].isdigit()
+            else f"<td>{html.escape(cell)}</td>"
+            for cell in row
+        ]
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return "<table>" + "\n".join(lines) + "</table>"
