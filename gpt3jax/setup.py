@@ -17,6 +17,7 @@ from gpt3jax import (
     step_log,
 )
 from gpt3jax.data import splits, text
+from gpt3jax.plan import memory_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,31 @@ def describe(run: Run) -> list[str]:
         f"{run.splits.told}",
     ]
     lines += pipeline.describe(cfg, run.mesh)
+    lines += memory_warnings(run, device_memory())
     if run.store is None:
         lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
     return lines
+
+
+def device_memory() -> int | None:
+    """Return the bytes that a device of this process offers; None where it does not tell."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def memory_warnings(run: Run, limit: int | None) -> list[str]:
+    """Return a line if the plan's closed forms say that a step needs more than a device has."""
+    rows = run.cfg.batch.microbatch_size * sharding.data_parallel_size(run.mesh)
+    layout = memory_model.Layout(
+        sizes=dict(run.mesh.shape),
+        n_microbatches=max(run.cfg.batch.global_batch_size // rows, 1),
+        attention=run.program.compute.attention,
+        problems=(),
+    )
+    needed = sum(memory_model.memory(run.cfg, layout).values())
+    if limit is None or needed <= limit:
+        return []
+    return [
+        f"WARNING: a step needs about {needed / 2**30:.1f} GiB a device (closed forms), which has "
+        f"{limit / 2**30:.1f}: it may run out of memory; python -m gpt3jax.plan says what to change"
+    ]

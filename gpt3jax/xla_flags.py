@@ -1,7 +1,7 @@
 """XLA's options for GPUs, each with its reason: for a run (`launch/`) and for a plan.
 
-`python -m gpt3jax.xla_flags` prints a run's as lines for a shell; they must be in the environment
-before JAX starts. Imports no JAX.
+`python -m gpt3jax.xla_flags --config=RECIPE.py ...` prints a run's as lines for a shell; they must
+be in the environment before JAX starts. Imports no JAX.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import pathlib
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 
-from gpt3jax import config, gpus
+from gpt3jax import config, gpus, recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,27 +28,43 @@ class Setting:
 
 MEMORY_FRACTION = 0.92
 
-VARIABLES = (
-    Setting(
-        "XLA_PYTHON_CLIENT_MEM_FRACTION",
-        str(MEMORY_FRACTION),
-        "the allocator's share of the GPU (JAX: 0.75); what is left, 6.3 GiB of an H100, is for "
-        "CUDA's context, NCCL's buffers and library handles",
-    ),
-    Setting(
+
+def variables(n_stages: int) -> tuple[Setting, ...]:
+    """Return the environment of a training run."""
+    level = Setting(
         "JAX_OPTIMIZATION_LEVEL",
         "O1",
-        "pipelines collectives over the layers' loop: half of the exposed communication and 16% of "
-        "the step of 175B on 1,024 H100, for 2 to 3 GiB (compiled, docs/plan.md)",
-    ),
-)
+        "pipelines the collectives of the loop over layers, for 2 to 3 GiB",
+    )
+    return (
+        Setting(
+            "XLA_PYTHON_CLIENT_MEM_FRACTION",
+            str(MEMORY_FRACTION),
+            "the allocator's share of the GPU (JAX: 0.75); what is left, 6.3 GiB of an H100, is "
+            "for CUDA's context, NCCL's buffers and library handles",
+        ),
+        Setting(
+            "JAX_COMPILER_ENABLE_REMAT_PASS",
+            "false",
+            "XLA counts saved activations twice and so gathers weights again that are there; "
+            "model.remat decides what is recomputed, and the plan says whether it fits",
+        ),
+        # With stages it copies the weights' gradients instead: slower.
+        *([level] if n_stages == 1 else []),
+    )
 
 
-def of_run(network: gpus.Network) -> tuple[Setting, ...]:
+def of_run(network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
     """Return the options of a training run on this network."""
     options = (
         f"nic_speed_gbps={network.nic_bandwidth / 1e9:g},nccl_op_launch_us=20,rtt_us=4,"
         f"chunk_prep_us=1,gpus_per_node={network.gpus_per_node}"
+    )
+    overlap = Setting(
+        "xla_gpu_experimental_parallel_collective_overlap_limit",
+        "4",
+        "lets weights be gathered while another collective waits: with 1 they are gathered when "
+        "they are needed",
     )
     return (
         Setting(
@@ -65,13 +82,14 @@ def of_run(network: gpus.Network) -> tuple[Setting, ...]:
             options,
             "the network's rate: XLA assumes 25 GB/s, half of 400 Gb/s InfiniBand",
         ),
+        *([overlap] if n_stages == 1 else []),
     )
 
 
-def of_plan(network: gpus.Network) -> tuple[Setting, ...]:
+def of_plan(network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
     """Return the options of compiling that run's step without a GPU."""
     return (
-        *of_run(network),
+        *of_run(network, n_stages),
         Setting(
             "xla_gpu_enable_triton_gemm",
             "false",
@@ -112,13 +130,20 @@ def check(flags: str) -> None:
             raise config.UserError(f"XLA_FLAGS: this XLA has no option {name.decode()}: {hint}")
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> int:
     """Print the settings of a run on H100s for a shell; what is set already stays and wins."""
-    flags = text(of_run(gpus.network_of(gpus.GPUS["h100"])))
+    try:
+        cfg = recipe.parse(sys.argv[1:] if args is None else args)
+    except config.UserError as error:
+        sys.stderr.write(f"gpt3jax: error: {error}\n")
+        return 2
+    flags = text(of_run(gpus.network_of(gpus.GPUS["h100"]), cfg.mesh.stage))
     lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']
-    lines += [f'export {one.name}="${{{one.name}:-{one.value}}}"' for one in VARIABLES]
+    for one in variables(cfg.mesh.stage):
+        lines.append(f'export {one.name}="${{{one.name}:-{one.value}}}"')
     sys.stdout.write("\n".join(lines) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,17 +30,19 @@ if [ "${NUM_NODES:-1}" -gt 1 ]; then
   )
 fi
 
-# What gpt3jax.plan compiles with; what the environment already has wins.
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-settings=$(PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" \
-  "${PYTHON:-python3}" -m gpt3jax.xla_flags)
-eval "$settings"
-exec "${PYTHON:-python3}" -m gpt3jax.main \
-  --config="${CONFIG:-$repository/configs/175b.py}" \
-  --checkpoint.dir "$checkpoint_path" \
-  --log.dir "$tensorboard_logs_path" \
-  --data.vocab-file "$vocab_file" \
-  --data.merge-file "$merge_file" \
-  --data.paths "$data_path" \
-  "${processes[@]}" \
+arguments=(
+  --config="${CONFIG:-$repository/configs/175b.py}"
+  --checkpoint.dir "$checkpoint_path"
+  --log.dir "$tensorboard_logs_path"
+  --data.vocab-file "$vocab_file"
+  --data.merge-file "$merge_file"
+  --data.paths "$data_path"
+  "${processes[@]}"
   "$@"
+)
+# What gpt3jax.plan compiles with; what the environment already has wins.
+settings=$(PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" \
+  "${PYTHON:-python3}" -m gpt3jax.xla_flags "${arguments[@]}")
+eval "$settings"
+exec "${PYTHON:-python3}" -m gpt3jax.main "${arguments[@]}"

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, optimizer, sharding, step, stopping, train
+from gpt3jax import checkpoint, config, optimizer, setup, sharding, step, stopping, train
 from gpt3jax.data import loader, splits
 
 import tiny
@@ -210,6 +210,16 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
     recorded = records(tmp_path / "whole")[1][0]
     assert recorded["step"] == 2
     np.testing.assert_allclose(recorded["validation_loss"], (lse - target).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(10_000, True), (2**30, False), (None, False)])
+def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
+    corpus, tmp_path, capsys, monkeypatch, limit, warned
+):
+    monkeypatch.setattr(setup, "device_memory", lambda: limit)
+    train.train(make_config(corpus, tmp_path / "run", MESH_A, train={"n_steps": 1}))
+    told = capsys.readouterr().out
+    assert ("WARNING: a step needs about 0.0 GiB" in told) == warned
 
 
 def test_files_are_where_the_docs_say(uninterrupted):

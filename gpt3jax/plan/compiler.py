@@ -82,7 +82,9 @@ def compile_step(
     Raises:
         UserError: the model does not fit the mesh, or the compiler failed.
     """
-    flags = xla_flags.text(xla_flags.of_plan(network))
+    n_stages = axis_sizes["stage"]
+    flags = xla_flags.text(xla_flags.of_plan(network, n_stages))
+    variables = {one.name: one.value for one in xla_flags.variables(n_stages)}
     request = {
         "args": args,
         "axis_sizes": axis_sizes,
@@ -90,12 +92,12 @@ def compile_step(
         "capability": gpu.capability,
         "gpus_per_node": network.gpus_per_node,
     }
-    described = [config.flatten(cfg), axis_sizes, request["target"], flags, versions(), _sources()]
-    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+    described = [config.flatten(cfg), axis_sizes, request["target"], flags, variables, versions()]
+    key = hashlib.sha256(json.dumps([*described, _sources()]).encode()).hexdigest()[:32]
     file = _cache_folder() / f"{key}.json.gz"
     cached = file.exists()
     if not cached:
-        _run(request, flags, file)
+        _run(request, {**variables, "XLA_FLAGS": flags}, file)
     found = json.loads(gzip.decompress(file.read_bytes()))
     text = found.pop("hlo")
     cudnn = hlo.cudnn_attention(text)
@@ -184,19 +186,19 @@ def _target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) ->
     return jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _run(request: dict[str, Any], flags: str, file: pathlib.Path) -> None:
+def _run(request: dict[str, Any], settings: dict[str, str], file: pathlib.Path) -> None:
     """Run the compiling process; its answer appears under the file's name only when whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
-        **{one.name: one.value for one in xla_flags.VARIABLES},
+        **settings,
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver, and none is needed
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         request = {**request, "out": f"{folder}/answer", "dump": f"{folder}/dump"}
-        environment["XLA_FLAGS"] = f"{flags} --xla_dump_to={request['dump']}"
+        environment["XLA_FLAGS"] += f" --xla_dump_to={request['dump']}"
         done = subprocess.run(
             [sys.executable, "-m", "gpt3jax.plan.compiler"],
             input=json.dumps(request), text=True, capture_output=True, env=environment,

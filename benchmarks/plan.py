@@ -1,0 +1,116 @@
+"""The tables of docs/plan.md: layouts, memory and MFU of recipes by number of GPUs; residuals.
+
+    python benchmarks/plan.py layouts [--gpus 8 64] [--recipes 345m gpt3/13b]
+    python benchmarks/plan.py memory
+    python benchmarks/plan.py runs
+
+Needs the extra `plan`; runs on a CPU, an hour for all of `layouts`. Prints Markdown.
+"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+
+from gpt3jax import config
+from gpt3jax.plan import __main__ as plan
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+RECIPES = ("345m", "857m", "gpt3/13b", "175b")
+GPUS = (8, 64, 256, 1024)
+FSDP_TENSOR = ["--mesh.data=1", "--mesh.fsdp=128", "--mesh.tensor=8", "--batch.microbatch-size=12"]
+PIPELINE = ["--mesh.data=8", "--mesh.stage=16", "--mesh.tensor=8"]
+BF16 = ["--precision.compute-dtype=bfloat16", "--batch.schedule="]
+# Six unlike layouts: recipe, GPUs, options.
+LAYOUTS = [
+    ("175b", 1024, FSDP_TENSOR),
+    ("175b", 1024, [*FSDP_TENSOR, "--model.remat=mlp"]),
+    ("175b", 256, ["--mesh.data=1", "--mesh.fsdp=256", "--mesh.tensor=1",
+                   "--batch.microbatch-size=6", "--model.n-loss-chunks=8"]),
+    ("175b_tp8_pp16", 1024, PIPELINE),
+    ("175b_tp8_pp16", 1024, [*PIPELINE, "--mesh.shard-optimizer"]),
+    ("gpt3/13b", 64, ["--mesh.data=8", "--mesh.fsdp=8", "--mesh.shard-optimizer"]),
+]  # fmt: skip
+# Published steps of 175B that a layout of ours can be held against: seconds, source, kind, layout.
+RUNS = [
+    ("Pax, 256 H100, fsdp", 30.1, "h100", *LAYOUTS[2]),
+    ("Megatron-LM, 1,024 A100, TP 8 x PP 16", 32.0, "a100", *LAYOUTS[3]),
+    ("NeMo, 1,024 H100, TP 4 x PP 8 x VP 6", 8.45, "h100", "175b_tp8_pp16", 1024,
+     ["--mesh.data=32", "--mesh.stage=8", "--mesh.tensor=4", "--mesh.virtual-stages=6",
+      "--mesh.shard-optimizer", "--batch.global-batch-size=2048"]),
+]  # fmt: skip
+
+
+def report(recipe, n_gpus, args, gpu="h100", **options):
+    """Return the report of a plan without its output."""
+    given = plan.Options(config=str(CONFIGS / f"{recipe}.py"), gpus=n_gpus, gpu=gpu, **options)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return plan.plan(given, args, "")
+
+
+def layouts(gpus, recipes):
+    """Print the fastest layout that a search finds, for each recipe and number of GPUs."""
+    print("| recipe | GPUs | layout | GiB | step s | MFU |\n|---|---|---|---|---|---|")
+    for recipe in recipes:
+        for n in gpus:
+            try:
+                found = report(recipe, n, ["--batch.schedule="], search=True, n_compiled=2)
+            except config.UserError as error:
+                print(f"| {recipe} | {n:,} | {str(error).partition(':')[0]} | | | |", flush=True)
+                continue
+            best = found["search"][0]
+            told = " ".join(
+                arg.removeprefix("--").removeprefix("mesh.").removeprefix("batch.")
+                for arg in best["overrides"]
+                if not arg.endswith(("=1", "schedule=")) and "no-" not in arg
+            )
+            print(
+                f"| {recipe} | {n:,} | {told} | {best['peak_bytes_per_gpu'] / 2**30:.1f} | "
+                f"{best['step_seconds']:.3g} | {best['mfu']:.1%} |",
+                flush=True,
+            )
+
+
+def memory():
+    """Print the closed forms' peak and the states' minimum beside the compiler's."""
+    print("| layout | states GiB | closed forms | compiled | error |\n|---|---|---|---|---|")
+    for recipe, n, args in LAYOUTS:
+        found = report(recipe, n, [*args, *BF16])
+        peak, ours = found["peak_bytes_per_gpu"], found["estimated_peak_bytes_per_gpu"]
+        states = 16 * found["parameters"] / n  # fp32 weights, gradients, two moments, all cut
+        print(
+            f"| {recipe} on {n}: {' '.join(a.removeprefix('--') for a in args)} | "
+            f"{states / 2**30:.2f} | {ours / 2**30:.2f} | {peak / 2**30:.2f} | "
+            f"{ours / peak - 1:+.1%} |",
+            flush=True,
+        )
+
+
+def runs():
+    """Print what the plan says of published runs."""
+    print("| run | published s | estimate s (range) | ratio |\n|---|---|---|---|")
+    for name, seconds, gpu, recipe, n, args in RUNS:
+        found = report(recipe, n, [*args, *BF16], gpu=gpu)
+        low, expected, high = found["step_seconds"].values()
+        print(
+            f"| {name} | {seconds} | {expected:.3g} ({low:.3g} to {high:.3g}) | "
+            f"{expected / seconds:.2f} |",
+            flush=True,
+        )
+
+
+def main():
+    """Print the table that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=["layouts", "memory", "runs"])
+    parser.add_argument("--gpus", type=int, nargs="*", default=GPUS)
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    options = parser.parse_args()
+    if options.table == "layouts":
+        layouts(options.gpus, options.recipes)
+    else:
+        {"memory": memory, "runs": runs}[options.table]()
+
+
+if __name__ == "__main__":
+    main()

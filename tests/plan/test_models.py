@@ -1,0 +1,127 @@
+"""Closed forms of memory and time against the real state and the data sheets."""
+
+import subprocess
+
+import jax
+import pytest
+
+from gpt3jax import config, flops, gpus, recipe, sharding, step, xla_flags
+from gpt3jax.plan import compiler, memory_model, time_model
+
+import tiny
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "stage": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "context": 2},
+    {"data": 4, "tensor": 2, "shard_optimizer": True},
+    {"data": 2, "stage": 2, "fsdp": 2, "virtual_stages": 2, "shard_optimizer": True},
+]
+
+
+def layout_of(cfg, n_gpus=8):
+    return memory_model.lay_out(cfg, n_gpus, 8)
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_parameters_of_a_gpu_are_the_states_own(axes):
+    cfg = tiny.make_config(mesh={"data": 1, **axes})
+    mesh = sharding.make_mesh(cfg.mesh)
+    state = step.build(cfg, mesh, 320).abstract_state
+    held = sum(
+        int(jax.numpy.prod(jax.numpy.array(leaf.sharding.shard_shape(leaf.shape))))
+        for leaf in jax.tree.leaves(state.params)
+    )
+    sizes = layout_of(cfg).sizes
+    assert sizes == dict(mesh.shape)
+    assert memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer) == held
+
+
+@pytest.mark.parametrize("name", ["345m", "gpt3/13b", "175b"])
+def test_parameters_of_one_gpu_are_all(repository, name):
+    cfg = recipe.load(str(repository / "configs" / f"{name}.py"))
+    sizes = dict.fromkeys(memory_model.AXES, 1)
+    assert memory_model.parameters(cfg, sizes, False) == flops.n_params(cfg.model)
+
+
+def test_batch_is_the_loaders():
+    cfg = tiny.make_config(mesh={"data": 2, "fsdp": 4})
+    mesh = sharding.make_mesh(cfg.mesh)
+    batch = tiny.make_batch(0, cfg, mesh, 2)
+    planned = compiler.abstract_batch(cfg, mesh)
+    assert planned.keys() == batch.keys()
+    for name, array in batch.items():
+        assert (planned[name].shape, planned[name].dtype) == (array.shape, array.dtype)
+        assert planned[name].sharding.is_equivalent_to(array.sharding, array.ndim)
+    held = sum(a.addressable_shards[0].data.nbytes for a in batch.values())
+    assert memory_model.memory(cfg, layout_of(cfg))["batch"] == held
+
+
+@pytest.mark.parametrize("name", gpus.GPUS)
+def test_target_has_the_data_sheets_peak(name):
+    gpu = gpus.GPUS[name]
+    cfg = tiny.make_config(precision={"compute_dtype": "bfloat16"})
+    peak = gpu.n_cores * 4 * gpu.matrix_ops["bf16"] * 2 * gpu.matrix_clock_ghz * 1e9
+    assert peak == pytest.approx(time_model.peak_flops(cfg, gpu), rel=0.015)
+    text = gpus.target_text(gpu)
+    assert text.count("{") == text.count("}") and f'name: "{gpu.name}"' in text
+
+
+def test_members_of_a_group_in_one_node_share_their_cards():
+    network = gpus.network_of(gpus.GPUS["h100"])
+    assert network.bandwidth(8, 1) == ("NVLink", 360e9)
+    assert network.bandwidth(16, 8) == ("NIC", 45e9)
+    assert network.bandwidth(256, 1) == ("NIC", 360e9)
+    assert network.bandwidth(16, 4) == ("NIC", 90e9)
+
+
+@pytest.mark.parametrize("n_stages", [1, 4])
+def test_flags_of_a_plan_are_those_of_a_run_and_every_one_has_a_reason(n_stages):
+    network = gpus.network_of(gpus.GPUS["h100"])
+    run, planned = xla_flags.of_run(network, n_stages), xla_flags.of_plan(network, n_stages)
+    assert planned[: len(run)] == run
+    assert all(one.reason for one in (*planned, *xla_flags.variables(n_stages)))
+
+
+def test_mfu_is_that_of_the_log():
+    cfg = tiny.make_config(mesh={"data": 4, "tensor": 2})
+    done = time_model.work(cfg, layout_of(cfg))
+    tokens = cfg.batch.global_batch_size * cfg.model.seq_len
+    assert done.model_flops * 8 == pytest.approx(tokens * flops.flops_per_token(cfg.model))
+
+
+def test_175b_recomputes_what_the_compiler_does():
+    """GEMMs of the compiled step with full remat come to 1.22 x 6ND."""
+    cfg = tiny.make_config(model={"remat": "full"})
+    assert 1 + time_model.recompute_share(cfg, "cudnn")[0] == pytest.approx(1.22, abs=0.005)
+
+
+def test_an_unknown_option_of_xla_is_named_with_its_nearest():
+    xla_flags.check(xla_flags.text(xla_flags.of_plan(gpus.network_of(gpus.GPUS["h100"]), 1)))
+    with pytest.raises(config.UserError, match="did you mean xla_gpu_enable_triton_gemm"):
+        xla_flags.check("--xla_gpu_enable_triton_gem=false")
+
+
+def test_communication_that_arithmetic_cannot_hide_is_exposed():
+    """Over a slow network a step takes what the network takes."""
+    cfg = tiny.make_config(mesh={"fsdp": 8})
+    gpu, layout = gpus.GPUS["h100"], layout_of(cfg)
+    slow = gpus.network_of(gpu, nvlink_bandwidth=1e6, latency=1e-9)
+    found = time_model.estimate(cfg, layout, gpu, slow, "expected")
+    busy = sum(one.seconds for one in found.traffic)
+    assert found.seconds == pytest.approx(busy, rel=0.02)
+    assert found.exposed == pytest.approx(sum(one.exposed for one in found.traffic))
+
+
+def test_a_shell_gets_the_settings_and_those_of_the_user_win(repository, capsys):
+    recipe_file = f"--config={repository / 'configs' / '175b.py'}"
+    assert xla_flags.main([recipe_file, "--data.mock"]) == 0
+    script = capsys.readouterr().out + 'echo "$XLA_FLAGS / $JAX_OPTIMIZATION_LEVEL"'
+    environment = {"XLA_FLAGS": "--xla_mine=1", "JAX_OPTIMIZATION_LEVEL": "O0"}
+    done = subprocess.run(
+        ["bash", "-euc", script], env=environment, text=True, capture_output=True, check=True
+    )
+    assert done.stdout.endswith("--xla_mine=1 / O0\n") and "latency_hiding" in done.stdout
+    assert xla_flags.main([recipe_file, "--data.mock", "--mesh.tensor=5"]) == 2
+    assert "mesh.tensor=5" in capsys.readouterr().err
