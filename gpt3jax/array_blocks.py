@@ -27,7 +27,11 @@ class Blocks:
 
     shape: tuple[int, ...]
     rows: Callable[[int, int], np.ndarray]  # (first, stop) -> [stop - first, ...]
-    dtype: Any = np.dtype(np.float32)
+
+    @property
+    def dtype(self) -> Any:
+        """Always float32."""
+        return np.dtype(np.float32)
 
     @property
     def ndim(self) -> int:
@@ -65,7 +69,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
     ) -> None:
         spec = tensorstore.Spec(tspec)
         array = tensorstore.open(spec, create=True, open=True, context=ts_context).result()
-        for first, rows in value.in_multiples_of(array.chunk_layout.write_chunk.shape[0]):
+        [n_rows, *_] = array.chunk_layout.write_chunk.shape or (1,)
+        for first, rows in value.in_multiples_of(n_rows):
             array[first : first + len(rows)].write(rows).result()
 
 
@@ -81,7 +86,7 @@ def save_args(n_stacked: int) -> ocp.SaveArgs:
 
 
 def read(folder: pathlib.Path, name: str, n_stacked: int) -> Blocks:
-    """Return an array in a folder that Orbax wrote; its layers' dimensions are made one, `[L, ...]`.
+    """Return an array of a folder that Orbax wrote; layers, stacked or not, come as `[L, ...]`.
 
     Raises:
         ValueError: it is not there or, later, when rows are read, it is damaged.
@@ -122,6 +127,21 @@ def digest(x: Any, first: Any = 0) -> jax.Array:
         h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
         sums.append((h ^ (h >> 16)).sum(dtype=jnp.uint32))
     return jnp.stack(sums)
+
+
+@jax.jit
+def digests(state: Any) -> jax.Array:
+    """Return uint32 `[leaves, 2]`: the digest of each array of a state.
+
+    They are the same on every mesh; a single changed value always changes both sums.
+    """
+    return jnp.stack([digest(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def digest_of_blocks(blocks: Blocks) -> Any:
+    """Return the digest, uint32 `[2]`, of an array that is made block by block."""
+    parts = [block_digest(blocks.shape, first, rows) for first, rows in blocks]
+    return np.sum(parts, axis=0, dtype=np.uint32)
 
 
 def block_digest(shape: tuple[int, ...], first_row: int, rows: np.ndarray) -> np.ndarray:

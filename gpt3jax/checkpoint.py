@@ -1,19 +1,17 @@
 """Saving and restoring a run's state, through Orbax (which only `array_blocks` imports as well).
 
 A checkpoint holds the train state, or the parameters alone, a digest of each array, and the run's
-position and config as JSON. Orbax writes it asynchronously and makes it appear under its final name only when
-whole; but it restores flipped bits silently and tells of a failed write only at the next save
-(0.12.8), so the digests are checked at restore, and `poll` looks for the file after each save.
+position and config as JSON. Orbax writes it asynchronously and makes it appear under its final name
+only when whole; but it restores flipped bits silently and tells of a failed write only at the next
+save (0.12.8), so the digests are checked at restore, and `poll` looks for the file after each save.
 """
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import itertools
 import json
 import logging
-import math
 import pathlib
 import shutil
 import sys
@@ -26,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gpt3jax import array_blocks, config, distributed, sharding
+from gpt3jax import array_blocks, config, distributed, sharding, stacking
 
 # What must be equal for weights to mean the same network.
 _IDENTITY = (
@@ -90,7 +88,9 @@ class Checkpoints:
 
     def save(self, state: Any, meta: Meta) -> None:
         """Start to save; arrays are copied before this returns, files are written behind it."""
-        self._save(ocp.args.StandardSave(state, _save_args(state)), digests(state), meta)
+        self._save(
+            ocp.args.StandardSave(state, _save_args(state)), array_blocks.digests(state), meta
+        )
 
     def save_params(self, params: Any, meta: Meta) -> None:
         """Save parameters alone, a tree of `array_blocks.Blocks`; each block is asked for twice.
@@ -98,7 +98,7 @@ class Checkpoints:
         Raises:
             UserError: what the blocks raise, before anything is written.
         """
-        sums = [_digest_of_blocks(leaf) for leaf in jax.tree.leaves(params)]
+        sums = [array_blocks.digest_of_blocks(leaf) for leaf in jax.tree.leaves(params)]
         state = {"params": params}
         self._save(
             ocp.args.PyTreeSave(state, _save_args(state)),
@@ -173,17 +173,21 @@ class Checkpoints:
         meta = self.read_meta(step)
         written = jax.tree.map_with_path(
             lambda path, leaf: leaf if wanted(_name(path)) else ocp.PLACEHOLDER,
-            _as_written(abstract_state, meta.config.get("mesh.virtual_stages", 1)),
+            stacking.as_written(abstract_state, meta.config.get("mesh.virtual_stages", 1)),
         )
         with _reading(self.folder / str(step)):
             sums = self._read_digests(step, meta, abstract_state)
             if ocp.PLACEHOLDER in jax.tree.leaves(written):
-                state = self._read_params(step, written)
+                state = self._read_part(step, written, meta)
             else:
                 items = ocp.args.Composite(state=ocp.args.StandardRestore(written))
                 state = self._manager.restore(step, args=items)["state"]
         _check_digests(self.folder / str(step), state, sums)
-        return jax.tree.map(_restacked, state, abstract_state)
+        return jax.tree.map(
+            lambda leaf, like: leaf if leaf is ocp.PLACEHOLDER else stacking.restacked(leaf, like),
+            state,
+            abstract_state,
+        )
 
     def read_blocks(self, step: int, abstract_state: Any, name: str) -> Iterator[np.ndarray]:
         """Yield an array by its name, rows of its first dimension by rows; layers are `[L, ...]`.
@@ -217,15 +221,14 @@ class Checkpoints:
         found = np.asarray(self._manager.restore(step, args=items)["digests"]["leaves"])
         return dict(zip(names, found, strict=True))
 
-    def _read_params(self, step: int, written: Any) -> Any:
+    def _read_part(self, step: int, written: Any, meta: Meta) -> Any:
         # A standard item is read whole, and the manager keeps one reader for an item.
-        item = {"params": written.params}
+        item = {"params": written.params} if meta.only_params else written
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            args = ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
+            args = ocp.args.PyTreeRestore(item, restore_args)
             found = reader.restore(self.folder / str(step) / "state", args=args)
-        others = jax.tree.map(lambda _: ocp.PLACEHOLDER, written)
-        return dataclasses.replace(others, params=found["params"])
+        return dataclasses.replace(written, **found) if meta.only_params else found
 
     def set_aside(self, steps: list[int]) -> None:
         """Rename damaged checkpoints of our own, so that their steps can be saved again."""
@@ -334,52 +337,6 @@ def _check_same_order(cfg: config.Config, meta: Meta, data_order: dict[str, Any]
         )
 
 
-@jax.jit
-def digests(state: Any) -> jax.Array:
-    """Return uint32 `[leaves, 2]`: two position-dependent checksums of each array of a state.
-
-    Sums modulo 2^32, so they are the same on every mesh; a single changed value always changes
-    both.
-    """
-    return jnp.stack([array_blocks.digest(leaf) for leaf in jax.tree.leaves(state)])
-
-
-def _as_written(abstract_state: Any, virtual_stages: int) -> Any:
-    """Return the layout with layers stacked as in a run of so many virtual stages.
-
-    Either way they are in their natural order: `[L, ...]`, or `[R, L / R, ...]`.
-    """
-
-    def one(node: Any) -> Any:
-        axes = sharding.variable_axes(node) if sharding.is_variable(node) else ()
-        if "layers" not in axes:
-            return node
-        n_stacked = axes.index("layers") + 1
-        return jax.tree.map(lambda leaf: restack(leaf, axes[n_stacked:], n_stacked), node)
-
-    def restack(leaf: Any, axes: tuple[str | None, ...], n_stacked: int) -> Any:
-        mesh, n_layers = leaf.sharding.mesh, math.prod(leaf.shape[:n_stacked])
-        stacked: tuple[int, ...] = (n_layers,)
-        if virtual_stages > 1:
-            stacked = (virtual_stages, n_layers // virtual_stages)
-        over_stages = "layers" if stacked[-1] % mesh.shape["stage"] == 0 else None
-        spec = sharding.spec((*(None,) * (len(stacked) - 1), over_stages, *axes))
-        return jax.ShapeDtypeStruct(
-            (*stacked, *leaf.shape[n_stacked:]),
-            leaf.dtype,
-            sharding=jax.sharding.NamedSharding(mesh, spec),
-        )
-
-    return jax.tree.map(one, abstract_state, is_leaf=sharding.is_variable)
-
-
-def _restacked(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
-    if leaf is ocp.PLACEHOLDER or leaf.shape == like.shape:
-        return leaf
-    reshape = functools.partial(jnp.reshape, shape=like.shape)
-    return jax.jit(reshape, out_shardings=like.sharding)(leaf)
-
-
 def _save_args(state: Any) -> Any:
     """Return, for each array, how it is cut."""
 
@@ -391,18 +348,13 @@ def _save_args(state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=sharding.is_variable)
 
 
-def _digest_of_blocks(blocks: array_blocks.Blocks) -> np.ndarray:
-    parts = [array_blocks.block_digest(blocks.shape, first, rows) for first, rows in blocks]
-    return np.sum(parts, axis=0, dtype=np.uint32)
-
-
 def _check_digests(path: pathlib.Path, state: Any, expected: dict[str, np.ndarray]) -> None:
     read = [
         (_name(p), leaf)
         for p, leaf in jax.tree_util.tree_leaves_with_path(state)
         if leaf is not ocp.PLACEHOLDER
     ]
-    found = np.asarray(digests([leaf for _, leaf in read]))
+    found = np.asarray(array_blocks.digests([leaf for _, leaf in read]))
     names = [n for (n, _), got in zip(read, found, strict=True) if (got != expected[n]).any()]
     if names:
         raise _changed(path, names)

@@ -75,7 +75,7 @@ class Writer:
             self._max_bytes
         ):
             self._flush()
-        self._shard[name] = np.array(array, order="C")  # a copy: the whole may go
+        self._shard[name] = np.ascontiguousarray(array)
         self._n_bytes += array.nbytes
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ _ENUMS = (
     "megatron.core.transformer.enums.CudaGraphScope",
     "megatron.core.transformer.enums.InferenceCudaGraphScope",
 )
+_NUMPY_CORES = ("_core", "core")  # as NumPy 2 and 1 name it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,11 +162,11 @@ def _ranks(iteration: pathlib.Path) -> dict[tuple[int, int], pathlib.Path]:
 
 def _load(path: pathlib.Path) -> dict[str, Any]:
     torch = _torch()
-    numpy_types = [np.ndarray, np.dtype, np.dtypes.UInt32DType]
-    numpy_types.append((_reconstruct(), "numpy._core.multiarray._reconstruct"))
-    numpy_types.append((_reconstruct(), "numpy.core.multiarray._reconstruct"))
-    stand_ins = [(_stand_in(name), name) for name in _ENUMS]
-    allowed = [argparse.Namespace, signal.Signals, io.BytesIO, *numpy_types, *stand_ins]
+    allowed: list[Any] = [argparse.Namespace, signal.Signals, io.BytesIO]
+    allowed += [np.ndarray, np.dtype, np.dtypes.UInt32DType]  # of a random state
+    reconstruct = importlib.import_module("numpy._core.multiarray")._reconstruct
+    allowed += [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in _NUMPY_CORES]
+    allowed += [(_stand_in(name), name) for name in _ENUMS]
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(
@@ -210,10 +211,6 @@ def _tensors(path: pathlib.Path, model: Any) -> dict[str, Callable[[], np.ndarra
                 "Megatron's tools/checkpoint/convert.py to mcore first"
             )
     return found
-
-
-def _reconstruct() -> Any:
-    return importlib.import_module("numpy._core.multiarray")._reconstruct
 
 
 def _stand_in(name: str) -> type:
