@@ -263,23 +263,18 @@ def _check_names(path: pathlib.Path, pieces: _Pieces, model: config.Model) -> No
         )
 
 
-def _tensors(
-    source: trained.Trained, layers: range, wanted: str = ""
-) -> Iterator[tuple[str, str, np.ndarray]]:
+def _tensors(source: trained.Trained, layers: range) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield (our name, Megatron's, tensor) of these layers, and of what is outside of layers.
 
-    `wanted` begins our names.
+    All layers are read, so that what was damaged is noticed.
     """
-    for name in mcore.NAMES:
-        if not name.startswith(wanted):
-            continue
+    for name, theirs in mcore.NAMES.items():
         if not name.startswith("blocks/"):
-            yield name, mcore.NAMES[name], source.whole(name)
+            yield name, theirs, source.whole(name)
             continue
         for i, layer in enumerate(itertools.chain.from_iterable(source.blocks(name))):
             if i in layers:
-                theirs = mcore.NAMES[name].format(i - layers.start)
-                yield name, theirs, mcore.to_theirs(name, layer)
+                yield name, theirs.format(i - layers.start), mcore.to_theirs(name, layer)
 
 
 def _write_stage(
