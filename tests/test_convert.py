@@ -153,9 +153,11 @@ def test_a_changed_value_is_noticed_by_every_reader(converted, tmp_path):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+# The file under way is in memory, so files are smaller here than 1 GiB.
 PEAK = """
-import resource, sys
-from gpt3jax.convert import __main__ as convert
+import functools, resource
+from gpt3jax.convert import __main__ as convert, tensor_files
+tensor_files.Writer = functools.partial(tensor_files.Writer, max_bytes=64 << 20)
 status = convert.main()
 print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
