@@ -1,19 +1,17 @@
-"""Saving and restoring a run's state; the only file that imports Orbax.
+"""Saving and restoring a run's state, through Orbax (which only `array_blocks` imports as well).
 
-A checkpoint holds the train state, a digest of each of its arrays, and the run's position and
-config as JSON. Orbax writes it asynchronously and makes it appear under its final name only when
-whole; but it restores flipped bits silently and tells of a failed write only at the next save
-(0.12.8), so the digests are checked at restore, and `poll` looks for the file after each save.
+A checkpoint holds the train state, or the parameters alone, a digest of each array, and the run's
+position and config as JSON. Orbax writes it asynchronously and makes it appear under its final name
+only when whole; but it restores flipped bits silently and tells of a failed write only at the next
+save (0.12.8), so the digests are checked at restore, and `poll` looks for the file after each save.
 """
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import itertools
 import json
 import logging
-import math
 import pathlib
 import shutil
 import sys
@@ -26,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gpt3jax import config, distributed, sharding
+from gpt3jax import array_blocks, config, distributed, sharding, stacking
 
 # What must be equal for weights to mean the same network.
 _IDENTITY = (
@@ -48,6 +46,8 @@ class Meta:
     consumed_samples: int
     data_order: dict[str, Any]
     config: dict[str, Any]
+    only_params: bool = False
+    """There is no more state than the parameters: a run starts with them, not from there."""
     version: str = importlib.metadata.version("gpt3jax")
 
 
@@ -88,17 +88,34 @@ class Checkpoints:
 
     def save(self, state: Any, meta: Meta) -> None:
         """Start to save; arrays are copied before this returns, files are written behind it."""
+        self._save(
+            ocp.args.StandardSave(state, _save_args(state)), array_blocks.digests(state), meta
+        )
+
+    def save_params(self, params: Any, meta: Meta) -> None:
+        """Save parameters alone, a tree of `array_blocks.Blocks`; each block is asked for twice.
+
+        Raises:
+            UserError: what the blocks raise, before anything is written.
+        """
+        sums = [array_blocks.digest_of_blocks(leaf) for leaf in jax.tree.leaves(params)]
+        state = {"params": params}
+        self._save(
+            ocp.args.PyTreeSave(state, _save_args(state)),
+            np.stack(sums),
+            dataclasses.replace(meta, only_params=True),
+        )
+
+    def _save(self, state: Any, sums: Any, meta: Meta) -> None:
         self._pending = meta.step
+        items = ocp.args.Composite(
+            state=state,
+            digests=ocp.args.StandardSave({"leaves": sums}),
+            meta=ocp.args.JsonSave(_with_digest(dataclasses.asdict(meta))),
+        )
         for _ in range(3):  # Orbax raises here what an earlier save left behind, each once
             try:
-                self._manager.save(
-                    meta.step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(state),
-                        digests=ocp.args.StandardSave({"leaves": digests(state)}),
-                        meta=ocp.args.JsonSave(_with_digest(dataclasses.asdict(meta))),
-                    ),
-                )
+                self._manager.save(meta.step, args=items)
                 self._failure = ""
                 return
             except Exception as error:  # as in poll
@@ -138,7 +155,8 @@ class Checkpoints:
             found = dict(saved["meta"])
             if _with_digest(found)["crc32"] != saved["meta"]["crc32"]:
                 raise ValueError("its meta file was changed since it was written")
-            return Meta(**{field.name: found[field.name] for field in dataclasses.fields(Meta)})
+            known = {field.name for field in dataclasses.fields(Meta)}
+            return Meta(**{name: value for name, value in found.items() if name in known})
 
     def restore(
         self, step: int, abstract_state: Any, wanted: Callable[[str], bool] = lambda name: True
@@ -152,35 +170,65 @@ class Checkpoints:
         Raises:
             DamagedError: files are missing, cut or changed; it names the arrays.
         """
-        # Without a layout of ours Orbax asks for the devices that the checkpoint was written on.
-        leaves = jax.tree.leaves(abstract_state)
-        whole = jax.sharding.NamedSharding(leaves[0].sharding.mesh, jax.sharding.PartitionSpec())
-        abstract_digests = {
-            "leaves": jax.ShapeDtypeStruct((len(leaves), 2), jnp.uint32, sharding=whole)
-        }
-        virtual_stages = self.read_meta(step).config.get("mesh.virtual_stages", 1)
+        meta = self.read_meta(step)
         written = jax.tree.map_with_path(
             lambda path, leaf: leaf if wanted(_name(path)) else ocp.PLACEHOLDER,
-            _as_written(abstract_state, virtual_stages),
+            stacking.as_written(abstract_state, meta.config.get("mesh.virtual_stages", 1)),
         )
-        items = {"digests": ocp.args.StandardRestore(abstract_digests)}
-        whole_state = ocp.PLACEHOLDER not in jax.tree.leaves(written)
-        if whole_state:
-            items["state"] = ocp.args.StandardRestore(written)
         with _reading(self.folder / str(step)):
-            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
-            state = saved["state"] if whole_state else self._read_part(step, written)
-        _check_digests(self.folder / str(step), state, saved["digests"]["leaves"])
-        return jax.tree.map(_restacked, state, abstract_state)
+            sums = self._read_digests(step, meta, abstract_state)
+            if ocp.PLACEHOLDER in jax.tree.leaves(written):
+                state = self._read_part(step, written, meta)
+            else:
+                items = ocp.args.Composite(state=ocp.args.StandardRestore(written))
+                state = self._manager.restore(step, args=items)["state"]
+        _check_digests(self.folder / str(step), state, sums)
+        return jax.tree.map(
+            lambda leaf, like: leaf if leaf is ocp.PLACEHOLDER else stacking.restacked(leaf, like),
+            state,
+            abstract_state,
+        )
 
-    def _read_part(self, step: int, written: Any) -> Any:
+    def read_blocks(self, step: int, abstract_state: Any, name: str) -> Iterator[np.ndarray]:
+        """Yield an array by its name, rows of its first dimension by rows; layers are `[L, ...]`.
+
+        Raises:
+            DamagedError: as `restore`; that a value was changed is known only after the last rows.
+        """
+        meta, path = self.read_meta(step), self.folder / str(step)
+        stacked_twice = meta.config.get("mesh.virtual_stages", 1) > 1
+        n_stacked = (1 + stacked_twice) if "/blocks/" in name else 0
+        found = np.zeros(2, np.uint32)
+        with _reading(path):
+            expected = self._read_digests(step, meta, abstract_state)[name]
+            blocks = array_blocks.read(path / "state", name, n_stacked)
+            for first, rows in blocks:
+                found += array_blocks.block_digest(blocks.shape, first, rows)
+                yield rows
+        if (found != expected).any():
+            raise _changed(path, [name])
+
+    def _read_digests(self, step: int, meta: Meta, abstract_state: Any) -> dict[str, np.ndarray]:
+        """Return the digests of a checkpoint by the names of its arrays."""
+        names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state)]
+        if meta.only_params:
+            names = [name for name in names if is_param(name)]
+        # Without a layout of ours Orbax asks for the devices that the checkpoint was written on.
+        mesh = jax.tree.leaves(abstract_state)[0].sharding.mesh
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        leaves = jax.ShapeDtypeStruct((len(names), 2), jnp.uint32, sharding=whole)
+        items = ocp.args.Composite(digests=ocp.args.StandardRestore({"leaves": leaves}))
+        found = np.asarray(self._manager.restore(step, args=items)["digests"]["leaves"])
+        return dict(zip(names, found, strict=True))
+
+    def _read_part(self, step: int, written: Any, meta: Meta) -> Any:
         # A standard item is read whole, and the manager keeps one reader for an item.
-        restore_args = ocp.checkpoint_utils.construct_restore_args(written)
+        item = {"params": written.params} if meta.only_params else written
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(
-                self.folder / str(step) / "state",
-                args=ocp.args.PyTreeRestore(written, restore_args),
-            )
+            args = ocp.args.PyTreeRestore(item, restore_args)
+            found = reader.restore(self.folder / str(step) / "state", args=args)
+        return dataclasses.replace(written, **found) if meta.only_params else found
 
     def set_aside(self, steps: list[int]) -> None:
         """Rename damaged checkpoints of our own, so that their steps can be saved again."""
@@ -230,7 +278,8 @@ def restore_newest(
     """Return state and meta of the newest checkpoint that is whole, and warnings.
 
     `expect` returns the layout of the state, and the data order, of a run that goes on from a
-    checkpoint. With `only_params` the order is not compared, and the rest of the state is `...`.
+    checkpoint. With `only_params` the order is not compared, and the rest of the state is `...`,
+    as it is where the checkpoint has no more than parameters.
     Damaged ones are named in the warnings and, if they are our own, set aside.
 
     Raises:
@@ -246,7 +295,7 @@ def restore_newest(
             abstract_state, data_order = expect(meta)
             if not only_params:
                 _check_same_order(cfg, meta, data_order)
-            wanted = is_param if only_params else lambda name: True
+            wanted = is_param if only_params or meta.only_params else lambda name: True
             state = store.restore(step, abstract_state, wanted)
         except DamagedError as error:
             problem = str(error)
@@ -288,87 +337,34 @@ def _check_same_order(cfg: config.Config, meta: Meta, data_order: dict[str, Any]
         )
 
 
-@jax.jit
-def digests(state: Any) -> jax.Array:
-    """Return uint32 `[leaves, 2]`: two position-dependent checksums of each array of a state.
-
-    Sums modulo 2^32, so they are the same on every mesh; a single changed value always changes
-    both.
-    """
-    return jnp.stack([_digest(leaf) for leaf in jax.tree.leaves(state)])
-
-
-def _digest(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for dim in reversed(range(x.ndim)):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
-        position += iota * np.uint32(stride % 2**32)
-        stride *= x.shape[dim]
-    sums = []
-    for multiplier in (0x9E3779B1, 0x85EBCA77):
-        # A bijection of the bits at each position (Murmur3's finaliser), then a sum.
-        h = bits ^ (position * np.uint32(multiplier))
-        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
-        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
-        sums.append((h ^ (h >> 16)).sum(dtype=jnp.uint32))
-    return jnp.stack(sums)
-
-
-def _as_written(abstract_state: Any, virtual_stages: int) -> Any:
-    """Return the layout with layers stacked as in a run of so many virtual stages.
-
-    Either way they are in their natural order: `[L, ...]`, or `[R, L / R, ...]`.
-    """
+def _save_args(state: Any) -> Any:
+    """Return, for each array, how it is cut."""
 
     def one(node: Any) -> Any:
         axes = sharding.variable_axes(node) if sharding.is_variable(node) else ()
-        if "layers" not in axes:
-            return node
-        n_stacked = axes.index("layers") + 1
-        return jax.tree.map(lambda leaf: restack(leaf, n_stacked), node)
+        n_stacked = axes.index("layers") + 1 if "layers" in axes else 0
+        return jax.tree.map(lambda _: array_blocks.save_args(n_stacked), node)
 
-    def restack(leaf: Any, n_stacked: int) -> Any:
-        mesh, n_layers = leaf.sharding.mesh, math.prod(leaf.shape[:n_stacked])
-        stacked: tuple[int, ...] = (n_layers,)
-        if virtual_stages > 1:
-            stacked = (virtual_stages, n_layers // virtual_stages)
-        if stacked == leaf.shape[:n_stacked]:
-            return leaf
-        over_stages = "stage" if stacked[-1] % mesh.shape["stage"] == 0 else None
-        of_layer = leaf.sharding.spec[n_stacked:]
-        spec = jax.sharding.PartitionSpec(*(None,) * (len(stacked) - 1), over_stages, *of_layer)
-        return jax.ShapeDtypeStruct(
-            (*stacked, *leaf.shape[n_stacked:]),
-            leaf.dtype,
-            sharding=jax.sharding.NamedSharding(mesh, spec),
-        )
-
-    return jax.tree.map(one, abstract_state, is_leaf=sharding.is_variable)
+    return jax.tree.map(one, state, is_leaf=sharding.is_variable)
 
 
-def _restacked(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
-    if leaf is ocp.PLACEHOLDER or leaf.shape == like.shape:
-        return leaf
-    reshape = functools.partial(jnp.reshape, shape=like.shape)
-    return jax.jit(reshape, out_shardings=like.sharding)(leaf)
-
-
-def _check_digests(path: pathlib.Path, state: Any, saved: jax.Array) -> None:
+def _check_digests(path: pathlib.Path, state: Any, expected: dict[str, np.ndarray]) -> None:
     read = [
-        (_name(p), leaf, want)
-        for (p, leaf), want in zip(
-            jax.tree_util.tree_leaves_with_path(state), np.asarray(saved), strict=True
-        )
+        (_name(p), leaf)
+        for p, leaf in jax.tree_util.tree_leaves_with_path(state)
         if leaf is not ocp.PLACEHOLDER
     ]
-    found = np.asarray(digests([leaf for _, leaf, _ in read]))
-    names = [name for (name, _, want), got in zip(read, found, strict=True) if (got != want).any()]
+    found = np.asarray(array_blocks.digests([leaf for _, leaf in read]))
+    names = [n for (n, _), got in zip(read, found, strict=True) if (got != expected[n]).any()]
     if names:
-        raise DamagedError(
-            f"checkpoint {path} was changed since it was written: {', '.join(names)} "
-            "do not match their digests"
-        )
+        raise _changed(path, names)
+
+
+def _changed(path: pathlib.Path, names: list[str]) -> DamagedError:
+    return DamagedError(
+        f"checkpoint {path} was changed since it was written: {', '.join(names)} "
+        "do not match their digests"
+    )
 
 
 def _name(path: Any) -> str:

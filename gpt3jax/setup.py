@@ -62,7 +62,7 @@ def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, li
     state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
     start, run = position(meta), run_from(position(meta))
     told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
-    if only_params:
+    if only_params or meta.only_params:
         state = run.program.adopt(state.params)
         told = f"starting with the parameters of {source.folder}, step {meta.step}"
     return run, state, start, [*warnings, told]

@@ -1,13 +1,15 @@
 """A trained model for use: config and parameters of a checkpoint, without its optimizer."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
-from gpt3jax import checkpoint, config, step
+from gpt3jax import array_blocks, checkpoint, config, sharding, step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,33 @@ class Trained:
 
         state = self.store.restore(self.step, self.program.abstract_state, of_params)
         return state.params
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Yield a parameter by its name, rows by rows, layers (`[L, ...]`) by layers.
+
+        Raises:
+            DamagedError: as `params`; that it was changed is known only after the last rows.
+        """
+        return self.store.read_blocks(self.step, self.program.abstract_state, long_name(name))
+
+    def whole(self, name: str) -> np.ndarray:
+        """Return a parameter by its name.
+
+        Raises:
+            DamagedError: as `params`.
+        """
+        [shape] = [
+            leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                self.program.abstract_state.params
+            )
+            if short_name(jax.tree_util.keystr(path, simple=True, separator="/")) == name
+        ]
+        out, n = np.empty(shape, np.float32), 0  # not joined from a list, which would need it twice
+        for rows in self.blocks(name):
+            out[n : n + len(rows)] = rows
+            n += len(rows)
+        return out
 
 
 def find(folder: str) -> tuple[checkpoint.Checkpoints, int, config.Config]:
@@ -78,6 +107,62 @@ def open_newest(folder: str, mesh: jax.sharding.Mesh, compute_dtype: Any = "floa
     )
     program = step.build(cfg, mesh, run_samples=1)
     return Trained(store=store, step=newest, cfg=cfg, program=program)
+
+
+def new_store(folder: str) -> checkpoint.Checkpoints:
+    """Return the checkpoints of a folder, which has none yet.
+
+    Raises:
+        UserError: it has.
+    """
+    store = checkpoint.Checkpoints(folder)
+    if store.steps():
+        raise config.UserError(f"--output={folder} has checkpoints: give a new folder")
+    return store
+
+
+def write(
+    store: checkpoint.Checkpoints,
+    cfg: config.Config,
+    rows: Callable[[str, tuple[int, ...], int, int], np.ndarray],
+) -> None:
+    """Write a checkpoint of parameters alone at step 0, without ever holding one whole.
+
+    `rows` gets a parameter's name and shape and a range of its first dimension (layers, where it
+    has them), and returns these rows in fp32. It is asked for each twice.
+
+    Raises:
+        UserError: the disk is full, or what `rows` raises.
+    """
+    program = step.build(cfg, sharding.make_mesh(config.Mesh()), run_samples=1)
+
+    def one(path: Any, leaf: Any) -> array_blocks.Blocks:
+        name = short_name(jax.tree_util.keystr(path, simple=True, separator="/"))
+        return array_blocks.Blocks(leaf.shape, functools.partial(rows, name, leaf.shape))
+
+    params = jax.tree.map_with_path(one, program.abstract_state.params)
+    meta = checkpoint.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
+    store.save_params(params, meta)
+    failure = store.poll(wait=True)
+    store.close()
+    if failure:
+        raise config.UserError(failure)
+
+
+def untrained(model: config.Model, data: config.Data) -> config.Config:
+    """Return the config of a checkpoint that has a model's parameters from elsewhere."""
+    return config.Config(
+        model=model,
+        optimizer=config.Optimizer(peak_lr=0.0),
+        batch=config.Batch(global_batch_size=1),
+        data=data,
+        precision=config.Precision(compute_dtype="float32"),
+    )
+
+
+def long_name(name: str) -> str:
+    """Return the name of an array in the state from a parameter's in the model."""
+    return f"params/{name}/value"
 
 
 def short_name(name: str) -> str:

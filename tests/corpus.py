@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from gpt3jax import main
+from gpt3jax import main, recipe
 from gpt3jax.data import indexed
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -57,6 +57,11 @@ def call_main(monkeypatch, folder, *args):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["main", "--config=recipe.py", *args])
     return main.main()
+
+
+def config_of(folder, *args):
+    """Return the config that `call_main` trains with these arguments."""
+    return recipe.parse([f"--config={folder}/recipe.py", *args])
 
 
 def start_main(folder, *args):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, sharding, step
+from gpt3jax import array_blocks, checkpoint, config, sharding, step
 
 import tiny
 
@@ -87,14 +87,37 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, here, there):
 
 
 def test_digests_do_not_depend_on_the_mesh():
-    one = np.asarray(checkpoint.digests(trained("one")))
+    one = np.asarray(array_blocks.digests(trained("one")))
     for mesh in MESHES:
         moved = jax.tree.map(
             lambda x, a: jax.device_put(x.reshape(a.shape), a.sharding),
             jax.tree.leaves(trained("one")),
             jax.tree.leaves(program(mesh).abstract_state),
         )
-        np.testing.assert_array_equal(checkpoint.digests(moved), one)
+        np.testing.assert_array_equal(array_blocks.digests(moved), one)
+
+
+@pytest.mark.parametrize("mesh", ["mixed", "stages"])
+def test_an_array_is_read_in_parts_in_the_order_of_its_layers(tmp_path, mesh, monkeypatch):
+    """Of any run: with virtual stages as well, whose layers have two dimensions."""
+    monkeypatch.setattr(array_blocks, "_BLOCK_BYTES", 2 * 4 * 64 * 3 * 64)
+    store, abstract = saved(tmp_path, mesh), program(mesh).abstract_state
+    for name in ("params/blocks/attention/w_qkv_D3HK", "params/embedding_VD", "params/norm/bias_D"):
+        expected = tiny.leaves(trained(mesh))[name]
+        if "/blocks/" in name:
+            expected = expected.reshape(4, *expected.shape[-4:])
+        parts = list(store.read_blocks(1, abstract, f"{name}/value"))
+        assert name.endswith("bias_D") or len(parts) > 1
+        np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def test_digests_of_parts_add_up(monkeypatch):
+    x = np.random.default_rng().standard_normal((10, 3, 7)).astype(np.float32)
+    expected = np.asarray(array_blocks.digests([x]))[0]
+    for n_bytes in (1, 100, 1 << 20):
+        monkeypatch.setattr(array_blocks, "_BLOCK_BYTES", n_bytes)
+        blocks = array_blocks.Blocks(x.shape, lambda first, stop: x[first:stop])
+        np.testing.assert_array_equal(array_blocks.digest_of_blocks(blocks), expected)
 
 
 @pytest.mark.parametrize("bit", [0, 13, 31])
@@ -105,7 +128,7 @@ def test_a_flipped_bit_or_two_swapped_values_change_a_digest(bit):
     swapped = np.asarray(x).copy()
     swapped[0, [1, 2]] = swapped[0, [2, 1]]
     for other in (bits.view(np.float32), swapped, np.asarray(x)[::-1], np.asarray(x) + 0.0):
-        same = np.array_equal(checkpoint.digests([x]), checkpoint.digests([jnp.asarray(other)]))
+        same = np.array_equal(array_blocks.digests([x]), array_blocks.digests([jnp.asarray(other)]))
         assert same == np.array_equal(x, other)
 
 
@@ -236,7 +259,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 import sys
 sys.path.insert(0, sys.argv[2])
 import tiny
-from gpt3jax import checkpoint, step
+from gpt3jax import array_blocks, checkpoint, step
 cfg = tiny.make_config()
 program = step.build(cfg, tiny.make_mesh(data=1, fsdp=2), 320)
 state = checkpoint.Checkpoints(sys.argv[1]).restore(1, program.abstract_state)

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tensorstore
 
 from gpt3jax import checkpoint, config, setup, sharding, step, trained
 from gpt3jax.convert import __main__ as convert
-from gpt3jax.convert import hf_gpt2
+from gpt3jax.convert import hf_gpt2, tensor_files
 from gpt3jax.data import indexed
 
 import tiny
@@ -51,8 +53,8 @@ def test_hugging_face_weights_give_its_logits(converted):
 @pytest.mark.parametrize("max_bytes", [4 << 30, 100_000])
 def test_what_comes_in_goes_out_byte_for_byte(converted, tmp_path, monkeypatch, max_bytes):
     """In one file, or in several with an index, which are read back as well."""
-    writer = hf_gpt2.Writer
-    monkeypatch.setattr(hf_gpt2, "Writer", lambda folder: writer(folder, max_bytes))
+    writer = tensor_files.Writer
+    monkeypatch.setattr(tensor_files, "Writer", lambda folder: writer(folder, max_bytes))
     out, again = tmp_path / "out", tmp_path / "again"
     convert.to_hf(convert.ToHf(checkpoint=str(converted), output=str(out)))
     files = sorted(p.name for p in out.glob("model*"))
@@ -94,7 +96,9 @@ def test_names_without_a_prefix_masks_and_16_bits_are_read(gpt2, tmp_path):
     assert not np.asarray(params.embedding_VD[257:]).any()
 
 
-def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"only_params": True}])
+def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, options):
+    """It has no more than parameters, so it makes no difference whether they are asked for."""
     prefix = str(tmp_path / "corpus")
     with indexed.Writer(prefix, np.uint16) as writer:
         for _ in range(50):
@@ -102,10 +106,11 @@ def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path):
     cfg = tiny.make_config(
         model={"n_layers": 3, "n_heads": 4, "seq_len": 64, "vocab_size": 257},
         data={"paths": (prefix,), "split": "1,0,0"}, mesh={"data": 2, "fsdp": 2, "tensor": 2},
-        checkpoint={"load": str(converted)}, train={"n_steps": 2, "eval_interval": 0},
+        checkpoint={"load": str(converted), **options}, train={"n_steps": 2, "eval_interval": 0},
     )  # fmt: skip
-    run, state, start, _ = setup.start_or_resume(cfg)
-    assert start == (0, 0)
+    run, state, start, told = setup.start_or_resume(cfg)
+    assert start == (0, 0) and "starting with the parameters of" in told[-1]
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
     batch = tiny.make_batch(0, cfg, run.mesh, 1)
     state, metrics = run.program.train(state, batch)
     assert np.isfinite(metrics["loss"]) and state.step == 1
@@ -122,11 +127,88 @@ def test_the_tokenizers_files_travel_along(gpt2, tmp_path):
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 64
 
 
-def test_padded_entries_that_take_part_in_the_softmax_go_out_too():
-    model = tiny.make_config(model={"mask_padded_vocab": False}).model
-    array = np.ones((model.padded_vocab_size, 4), np.float32)
-    [(_, found)] = hf_gpt2.tensors("embedding_VD", array, model)
-    assert found.shape == (512, 4)
+def test_padded_entries_that_take_part_in_the_softmax_go_out_too(tmp_path):
+    cfg = tiny.make_config(model={"mask_padded_vocab": False})
+    trained.write(
+        trained.new_store(str(tmp_path / "ours")),
+        cfg,
+        lambda name, shape, first, stop: np.ones((stop - first, *shape[1:]), np.float32),
+    )
+    convert.to_hf(convert.ToHf(checkpoint=str(tmp_path / "ours"), output=str(tmp_path / "out")))
+    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert found["transformer.wte.weight"].shape == (512, 64)
+
+
+def test_a_changed_value_is_noticed_by_every_reader(converted, tmp_path):
+    copy = pathlib.Path(shutil.copytree(converted, tmp_path / "copy"))
+    kvstore = {"driver": "ocdbt", "base": f"file://{copy}/0/state/"}
+    kvstore["path"] = "params.blocks.mlp.w_in_DF.value/"
+    array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, write=True, read=True).result()
+    array[1, 2, 3].write(7.0).result()
+    message = "was changed since it was written: params/blocks/mlp/w_in_DF/value do"
+    with pytest.raises(checkpoint.DamagedError, match=message):
+        trained.open_newest(str(copy), mesh()).params()
+    with pytest.raises(checkpoint.DamagedError, match=message):
+        convert.to_hf(convert.ToHf(checkpoint=str(copy), output=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+# The file under way is in memory, so files are smaller here than 1 GiB.
+PEAK = """
+import functools, resource
+from gpt3jax.convert import __main__ as convert, tensor_files
+tensor_files.Writer = functools.partial(tensor_files.Writer, max_bytes=64 << 20)
+status = convert.main()
+print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_mib(*args):
+    """Run a conversion in a process of its own; return its peak memory (MiB)."""
+    command = [sys.executable, "-c", PEAK, *map(str, args)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    status, kib = told.splitlines()[-1].split()
+    assert status == "0", told
+    return int(kib) / 1024
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """48 MiB of fp32 a layer: 16 more layers are 768 MiB more to read and to write."""
+    peaks = {}
+    for n_layers in (4, 20):
+        given, ours, out = (tmp_path / f"{n_layers}-{part}" for part in ("hf", "ours", "out"))
+        write_gpt2(given, n_layers, width=1024)
+        peaks[n_layers] = (
+            peak_mib("from-hf", given, "--output", ours),
+            peak_mib("to-hf", "--checkpoint", ours, "--output", out),
+        )
+    growth = np.subtract(peaks[20], peaks[4])
+    assert (growth < 200).all(), peaks
+
+
+def write_gpt2(folder, n_layers, width):
+    """Write a random GPT-2 in fp16, a file for each layer."""
+    rng, names = np.random.default_rng(), {}
+    cfg = {"model_type": "gpt2", "n_layer": n_layers, "n_embd": width, "n_head": 16}
+    cfg |= {"vocab_size": 500, "n_positions": 128}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(cfg))
+    sizes = {"embedding_VD": (500, width), "positions_TD": (128, width)}
+    widths = {"c_attn": (width, 3 * width), "c_fc": (width, 4 * width)}
+    widths |= {"attn.c_proj": (width, width), "mlp.c_proj": (4 * width, width)}
+    for layer in range(n_layers):
+        tensors = {}
+        for ours, theirs in hf_gpt2.NAMES.items():
+            name = theirs.format(layer)
+            shape = next((s for part, s in widths.items() if part in name), (1, width))
+            shape = sizes.get(ours, shape if name.endswith("weight") else shape[1:])
+            shape = shape[-1:] if "ln_" in name else shape
+            if name not in names:
+                tensors[name] = rng.standard_normal(shape, np.float32).astype(np.float16)
+                names[name] = f"{layer}.safetensors"
+        safetensors.numpy.save_file(tensors, folder / f"{layer}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
 def spoil_config(folder, **changes):

@@ -7,11 +7,21 @@ LAYERS = [
     ["plan.report", "plan.search"],
     ["plan.compiler", "plan.time_model"],
     ["plan.buffers", "plan.timeline"],
-    ["train"],
+    ["train", "convert.megatron"],
     ["setup", "trained"],
     ["step_log", "step", "checkpoint"],
+    ["array_blocks", "stacking"],
     ["pipeline"],
-    ["metrics", "model", "loss", "optimizer", "data.loader", "stopping", "profiling"],
+    [
+        "convert.hf_gpt2",
+        "metrics",
+        "model",
+        "loss",
+        "optimizer",
+        "data.loader",
+        "stopping",
+        "profiling",
+    ],
     ["plan.memory_model"],
     ["attention", "data.splits"],
     ["data.text", "data.blend"],
@@ -27,7 +37,9 @@ LAYERS = [
         "plan.hlo",
         "plan.page",
         "xla_flags",
-        "convert.hf_gpt2",
+        "convert.mcore",
+        "convert.tensor_files",
+        "convert.torch_files",
     ],
     ["gpus"],
     ["recipe"],
@@ -66,8 +78,9 @@ def test_config_and_metrics_do_without_jax(repository):
 
 
 def test_orbax_grain_and_nnx_stay_behind_their_files(repository):
-    allowed = {"orbax": {"checkpoint"}, "grain": {"data.loader"}, "tensorboardX": {"metrics"}}
-    allowed["safetensors"] = {"convert.hf_gpt2"}
+    allowed = {"orbax": {"checkpoint", "array_blocks"}, "tensorstore": {"array_blocks"}}
+    allowed |= {"grain": {"data.loader"}, "tensorboardX": {"metrics"}}
+    allowed |= {"safetensors": {"convert.tensor_files"}, "torch": {"convert.torch_files"}}
     for module, path in modules(repository):
         text = path.read_text()
         for library, files in allowed.items():

@@ -1,28 +1,29 @@
 """`python -m gpt3jax.convert`: weights in and out.
 
-    from-hf DIR --output CKPT            a Hugging Face GPT-2 folder becomes a checkpoint
-    to-hf --checkpoint CKPT --output DIR the newest checkpoint becomes such a folder
+    from-hf DIR --output CKPT                  a Hugging Face GPT-2 folder becomes a checkpoint
+    to-hf --checkpoint CKPT --output DIR       the newest checkpoint becomes such a folder
+    from-megatron DIR --output CKPT            a Megatron-LM GPT checkpoint becomes one of ours
+    to-megatron --checkpoint CKPT --output DIR --tensor T --pipeline P
+                                               the newest checkpoint becomes a Megatron-LM one
 
-Both ways are exact. It runs on the CPU, whatever the machine has. `to-hf` holds one parameter of
-all layers at a time, at most a third of the model, and the file under way; `from-hf` holds the
-whole state, 12 bytes a parameter.
+All are exact, run on the CPU, whatever the machine has, and read and write layer by layer.
 """
 
 import dataclasses
-import functools
+import itertools
 import json
-import operator
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
 
-from gpt3jax import checkpoint, config, sharding, step, trained, validation
-from gpt3jax.convert import hf_gpt2
+from gpt3jax import config, sharding, trained, validation
+from gpt3jax.convert import hf_gpt2, megatron, tensor_files
 from gpt3jax.data import tokenizer
 
 
@@ -61,30 +62,10 @@ def from_hf(options: FromHf) -> str:
     model, eod_id = hf_gpt2.read_config(folder)
     validation.check_model(model, config.Data())
     weights = hf_gpt2.Weights(folder, model)
-    store = checkpoint.Checkpoints(str(output))
-    if store.steps():
-        raise config.UserError(f"--output={output} has checkpoints: give a new folder")
+    store = trained.new_store(str(output))
     files = _copy_tokenizer([folder / name for name in hf_gpt2.TOKENIZER_FILES], output)
-    cfg = config.Config(
-        model=model,
-        optimizer=config.Optimizer(peak_lr=0.0),
-        batch=config.Batch(global_batch_size=1),
-        data=config.Data(vocab_file=files[0], merge_file=files[1], eod_id=eod_id),
-        precision=config.Precision(compute_dtype="float32"),
-    )
-    program = step.build(cfg, sharding.make_mesh(config.Mesh()), run_samples=1)
-
-    def read(path: Any, leaf: Any) -> jax.Array:
-        name = trained.short_name(jax.tree_util.keystr(path, simple=True, separator="/"))
-        return jax.device_put(weights.parameter(name, leaf.shape), leaf.sharding)
-
-    params = jax.tree.map_with_path(read, program.abstract_state.params)
-    meta = checkpoint.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
-    store.save(program.adopt(params), meta)
-    failure = store.poll(wait=True)
-    store.close()
-    if failure:
-        raise config.UserError(failure)
+    data = config.Data(vocab_file=files[0], merge_file=files[1], eod_id=eod_id)
+    trained.write(store, trained.untrained(model, data), weights.rows)
     told = "its tokenizer" if files[0] else "no vocab.json and merges.txt there"
     return f"{output}: GPT-2 of {model.n_layers} x {model.d_model} x {model.n_heads}, {told}"
 
@@ -112,16 +93,25 @@ def to_hf(options: ToHf) -> str:
     if copied[0]:
         kind = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.seq_len}
         (output / "tokenizer_config.json").write_text(json.dumps(kind, indent=2) + "\n")
-    writer = hf_gpt2.Writer(output)
+    writer = tensor_files.Writer(output)
     for name in hf_gpt2.NAMES:
-        params = source.params(functools.partial(operator.eq, name))
-        array = next(leaf for leaf in jax.tree.leaves(params) if leaf is not ...)
-        for theirs, tensor in hf_gpt2.tensors(name, np.asarray(array), model):
-            writer.add(theirs, tensor)
+        for theirs, tensor in _gpt2_tensors(source, name):
+            writer.add(theirs, tensor.reshape(hf_gpt2.flat_shape(theirs, tensor.shape)))
     writer.close()
     hf_gpt2.write_config(output, stored, data.eod_id)  # last: it completes the folder
     told = "with its tokenizer" if copied[0] else "without a tokenizer"
     return f"{output}: GPT2LMHeadModel of step {source.step}, {told}"
+
+
+def _gpt2_tensors(source: trained.Trained, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield GPT-2's tensors of one of our parameters, which is read layer by layer."""
+    if not name.startswith("blocks/"):
+        array = source.whole(name)
+        rows = source.cfg.model.softmax_size if name == "embedding_VD" else len(array)
+        yield hf_gpt2.tensor_name(name, 0), array[:rows]
+        return
+    for i, layer in enumerate(itertools.chain.from_iterable(source.blocks(name))):
+        yield hf_gpt2.tensor_name(name, i), layer
 
 
 def _copy_tokenizer(files: list[pathlib.Path], folder: pathlib.Path) -> tuple[str, str]:
@@ -140,11 +130,19 @@ def main() -> int:
     commands = (
         Annotated[FromHf, tyro.conf.subcommand("from-hf")]
         | Annotated[ToHf, tyro.conf.subcommand("to-hf")]
+        | Annotated[megatron.FromMegatron, tyro.conf.subcommand("from-megatron")]
+        | Annotated[megatron.ToMegatron, tyro.conf.subcommand("to-megatron")]
     )
     options: Any = tyro.cli(commands, prog="python -m gpt3jax.convert", description=__doc__)
     jax.config.update("jax_platforms", "cpu")
+    run: dict[type, Callable[[Any], str]] = {
+        FromHf: from_hf,
+        ToHf: to_hf,
+        megatron.FromMegatron: megatron.from_megatron,
+        megatron.ToMegatron: megatron.to_megatron,
+    }
     try:
-        print(from_hf(options) if isinstance(options, FromHf) else to_hf(options))
+        print(run[type(options)](options))
     except config.UserError as error:
         print(f"gpt3jax: error: {error}", file=sys.stderr)
         return 2

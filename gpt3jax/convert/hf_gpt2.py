@@ -4,18 +4,15 @@ GPT-2 keeps linear weights as [in, out] and queries, keys and values side by sid
 of its tensors is one of ours reshaped: a layer's slice, or the vocabulary's true rows.
 """
 
-import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from gpt3jax import config
+from gpt3jax.convert import tensor_files
 
 # Our parameter: GPT-2's name of it, in layer {} where it has one.
 NAMES = {
@@ -38,9 +35,8 @@ NAMES = {
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 _PREFIX = "transformer."
-_HEAD = "lm_head.weight"
-_INDEX = "model.safetensors.index.json"
-_FILE = "model.safetensors"
+_HEAD, _EMBEDDING = "lm_head.weight", "wte.weight"
+_HEAD_ROWS = 4096  # compared at a time
 # GPT2Config's defaults (transformers), for what a config.json leaves out.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 50_257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
@@ -59,7 +55,7 @@ def read_config(folder: pathlib.Path) -> tuple[config.Model, int]:
         UserError: there is none, or it is not a GPT-2 that our network can be.
     """
     path = folder / "config.json"
-    found = _DEFAULTS | _read_json(path)
+    found = _DEFAULTS | tensor_files.read_json(path)
     kind = found.get("model_type")
     if kind != "gpt2":
         raise config.UserError(f"{path}: model_type={kind!r} is not supported: only gpt2 is")
@@ -142,65 +138,76 @@ class Weights:
         """Open the files and check that they hold the model's tensors and no others.
 
         Raises:
-            UserError: a file is missing or damaged, or a tensor is missing or unknown.
+            UserError: a file is missing or damaged, or a tensor is missing, unknown or of another
+                shape, or the head is not the embedding.
         """
-        self._model, self._where = model, {}
-        for path in _files(folder):
-            with _reading(path):
-                file: Any = safetensors.safe_open(path, "np")
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    self._where[name.removeprefix(_PREFIX)] = (path, file, name)
-        needed = {
-            pattern.format(layer) for pattern in NAMES.values() for layer in range(model.n_layers)
-        }
-        masks = {
-            f"h.{i}.attn.{name}" for i in range(model.n_layers) for name in ("bias", "masked_bias")
-        }
-        missing, unknown = (
-            needed - self._where.keys(),
-            self._where.keys() - needed - masks - {_HEAD},
-        )
+        files = tensor_files.files(folder)
+        if not files:
+            raise config.UserError(
+                f"{folder} has neither {tensor_files.FILE} nor an index: give a folder that "
+                "transformers' save_pretrained wrote, or a download of a GPT-2 repository with "
+                "safetensors"
+            )
+        self._model, self._reader = model, tensor_files.Reader(files)
+        self._stored = {name.removeprefix(_PREFIX): name for name in self._reader.shapes}
+        self._check_names(folder)
+        if _HEAD in self._stored:
+            self._check_head()
+
+    def rows(self, name: str, shape: tuple[int, ...], first: int, stop: int) -> np.ndarray:
+        """Return rows of one of our parameters in fp32; rows beyond the vocabulary are zero.
+
+        The first dimension is the layers' where there are any.
+
+        Raises:
+            UserError: a tensor has another shape than config.json says.
+        """
+        out = np.zeros((stop - first, *shape[1:]), np.float32)
+        if name.startswith("blocks/"):
+            for i in range(first, stop):
+                found = self._tensor(NAMES[name].format(i), shape[1:])
+                out[i - first] = found.reshape(shape[1:])
+            return out
+        end = self._model.vocab_size if name == "embedding_VD" else shape[0]
+        n_rows = max(min(stop, end) - first, 0)
+        if n_rows:
+            out[:n_rows] = self._tensor(NAMES[name], (end, *shape[1:]), first, first + n_rows)
+        return out
+
+    def _tensor(
+        self, name: str, shape: tuple[int, ...], first: int = 0, stop: int | None = None
+    ) -> np.ndarray:
+        stored, as_stored = self._stored[name], flat_shape(name, shape)
+        found = self._reader.shapes[stored]
+        if found != as_stored:
+            raise config.UserError(
+                f"{self._reader.file(stored)}: {stored} has the shape {list(found)}, and "
+                f"config.json says {list(as_stored)}"
+            )
+        return self._reader.rows(stored, first, stop)
+
+    def _check_names(self, folder: pathlib.Path) -> None:
+        layers = range(self._model.n_layers)
+        needed = {pattern.format(layer) for pattern in NAMES.values() for layer in layers}
+        masks = {f"h.{i}.attn.{name}" for i in layers for name in ("bias", "masked_bias")}
+        missing = needed - self._stored.keys()
+        unknown = self._stored.keys() - needed - masks - {_HEAD}
         for problem, names in (("has no", missing), ("has an unknown", unknown)):
             if names:
                 raise config.UserError(
                     f"{folder} {problem} tensor {sorted(names)[0]} ({len(names)} such): it is not "
-                    f"the GPT-2 with {model.n_layers} layers of its config.json"
+                    f"the GPT-2 with {self._model.n_layers} layers of its config.json"
                 )
 
-    def parameter(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return one of our parameters in fp32, `[L, ...]` or `[...]`; padded rows are zero.
-
-        Raises:
-            UserError: a tensor has another shape than config.json says, or another head is found.
-        """
-        out = np.zeros(shape, np.float32)
-        if name.startswith("blocks/"):
-            for layer in range(self._model.n_layers):
-                out[layer] = self._tensor(NAMES[name].format(layer), shape[1:])
-            return out
-        if name != "embedding_VD":
-            out[...] = self._tensor(NAMES[name], shape)
-            return out
-        rows = (self._model.vocab_size, *shape[1:])
-        out[: rows[0]] = self._tensor(NAMES[name], rows)
-        if _HEAD in self._where and not np.array_equal(self._tensor(_HEAD, rows), out[: rows[0]]):
-            raise config.UserError(
-                f"{self._where[_HEAD][0]}: {_HEAD} is not {NAMES[name]}: this GPT-2 has a head of "
-                "its own, ours is tied to the embedding"
-            )
-        return out
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        path, file, name = self._where[name]
-        with _reading(path):
-            found: np.ndarray = file.get_tensor(name)
-        as_stored = flat_shape(name, shape)
-        if found.shape != as_stored:
-            raise config.UserError(
-                f"{path}: {name} has the shape {list(found.shape)}, and config.json says "
-                f"{list(as_stored)}"
-            )
-        return found.astype(np.float32).reshape(shape)
+    def _check_head(self) -> None:
+        shape = (self._model.vocab_size, self._model.d_model)
+        for first in range(0, shape[0], _HEAD_ROWS):
+            part = (shape, first, min(first + _HEAD_ROWS, shape[0]))
+            if not np.array_equal(self._tensor(_HEAD, *part), self._tensor(_EMBEDDING, *part)):
+                raise config.UserError(
+                    f"{self._reader.file(self._stored[_HEAD])}: {_HEAD} is not {_EMBEDDING}: this "
+                    "GPT-2 has a head of its own, ours is tied to the embedding"
+                )
 
 
 def flat_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -212,84 +219,6 @@ def flat_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape),) if name.endswith("bias") else shape
 
 
-def tensors(name: str, array: np.ndarray, model: config.Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield GPT-2's tensors of one of our parameters, `[L, ...]` or `[...]`, by their names."""
-    if name.startswith("blocks/"):
-        for layer in range(model.n_layers):
-            theirs = _PREFIX + NAMES[name].format(layer)
-            yield theirs, array[layer].reshape(flat_shape(theirs, array.shape[1:]))
-        return
-    yield _PREFIX + NAMES[name], array[: model.softmax_size] if name == "embedding_VD" else array
-
-
-class Writer:
-    """Writes tensors to safetensors files of bounded size, with an index if they are several."""
-
-    def __init__(self, folder: pathlib.Path, max_bytes: int = 4 << 30):
-        """Write into a folder that exists; a file is begun anew beyond max_bytes."""
-        self._folder, self._max_bytes = folder, max_bytes
-        self._shard: dict[str, np.ndarray] = {}
-        self._parts: list[list[str]] = []
-        self._n_bytes = 0
-
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Write a tensor, some time before `close`."""
-        if self._shard and sum(a.nbytes for a in self._shard.values()) + array.nbytes > (
-            self._max_bytes
-        ):
-            self._flush()
-        self._shard[name] = np.array(array, order="C")  # a copy: the whole may go
-        self._n_bytes += array.nbytes
-
-    def close(self) -> None:
-        """Write the rest, and give the files their names."""
-        self._flush()
-        n = len(self._parts)
-        index: dict[str, str] = {}
-        for i, names in enumerate(self._parts):
-            file = f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else _FILE
-            self._partial(i).replace(self._folder / file)
-            index |= dict.fromkeys(names, file)
-        if n > 1:
-            content = {"metadata": {"total_size": self._n_bytes}, "weight_map": index}
-            (self._folder / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
-
-    def _flush(self) -> None:
-        path = self._partial(len(self._parts))
-        safetensors.numpy.save_file(self._shard, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library writes for its own user alone
-        self._parts.append(list(self._shard))
-        self._shard = {}
-
-    def _partial(self, i: int) -> pathlib.Path:
-        return self._folder / f"model.{i}.partial"
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / _FILE).is_file():
-        return [folder / _FILE]
-    if (folder / _INDEX).is_file():
-        names = _read_json(folder / _INDEX).get("weight_map", {}).values()
-        return [folder / name for name in sorted(set(names))]
-    raise config.UserError(
-        f"{folder} has neither {_FILE} nor {_INDEX}: give a folder that transformers' "
-        "save_pretrained wrote, or a download of a GPT-2 repository with safetensors"
-    )
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise config.UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise config.UserError(f"{path} is not a JSON object")
-    return content
-
-
-@contextlib.contextmanager
-def _reading(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        raise config.UserError(f"{path} cannot be read: {error}") from error
+def tensor_name(name: str, layer: int) -> str:
+    """Return the name of GPT-2's tensor for a layer of one of our parameters."""
+    return _PREFIX + NAMES[name].format(layer)
