@@ -136,13 +136,14 @@ def prefill(
     logits_BV, cache = prompt_logits(weights, tokens_BT, padding_B, n_slots)
     progress = Progress(
         cache=cache,
-        slot=jnp.int32(tokens_BT.shape[1]),
+        slot=jnp.int32(tokens_BT.shape[1] - 1),
         padding_B=padding_B,
         token_B=tokens_BT[:, -1],
         left_B=left_B,
         eod_B=eod_B,
     )
-    return _take(progress, logits_BV, choice, mode)
+    progress, new_B = _take(progress, logits_BV, choice, mode)
+    return dataclasses.replace(progress, slot=progress.slot + 1), new_B
 
 
 def decode(
@@ -155,9 +156,14 @@ def decode(
 
     def one(carry: tuple[Array, Progress, Array]) -> tuple[Array, Progress, Array]:
         n, progress, new_BN = carry
-        logits_BV, cache = next_logits(weights, progress)
-        progress = dataclasses.replace(progress, cache=cache, slot=progress.slot + 1)
-        progress, new_B = _take(progress, logits_BV, choice, mode)
+        logits_BV, new = next_logits(weights, progress)
+        taken, new_B = _take(progress, logits_BV, choice, mode)
+        # Never true, but it makes the write wait for all reads of the cache: else XLA's CPU
+        # compiler copies the whole cache for every token.
+        slot = progress.slot + (new_B.min() < -1)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
+        cache = jax.tree.map(put, progress.cache, new)
+        progress = dataclasses.replace(taken, cache=cache, slot=progress.slot + 1)
         return n + 1, progress, new_BN.at[:, n].set(new_B)
 
     new_BN = jnp.full((progress.token_B.size, CHUNK), -1, jnp.int32)
@@ -190,34 +196,38 @@ def prompt_logits(
 
 
 def next_logits(weights: Weights, progress: Progress) -> tuple[Array, Cache]:
-    """Return the logits after each row's last token, `[B, V]`, and the cache with that token."""
+    """Return the logits after each row's last token, `[B, V]`, and its keys and values."""
     slot, padding_B = progress.slot, progress.padding_B
     s_S = jnp.arange(progress.cache[0][0].shape[2])
-    seen_BS = (s_S >= padding_B[:, None]) & (s_S <= slot)
+    earlier_BS = (s_S >= padding_B[:, None]) & (s_S < slot)
 
-    def attend(
-        i: int, window: int | None, q_BTHK: Array, *new: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
-        k_BHSK, v_BHSK = (
-            jax.lax.dynamic_update_slice_in_dim(old_BHSK, x_BTHK.swapaxes(1, 2), slot, axis=2)
-            for old_BHSK, x_BTHK in zip(progress.cache[i], new, strict=True)
-        )
-        visible_BS = seen_BS if window is None else seen_BS & (slot - s_S <= window)
-        return _attend_one(q_BTHK[:, 0], k_BHSK, v_BHSK, visible_BS)[:, None], (k_BHSK, v_BHSK)
+    def attend(i: int, window: int | None, *qkv: Array) -> tuple[Array, tuple[Array, Array]]:
+        q_BHK, k_BHK, v_BHK = (x_BTHK[:, 0] for x_BTHK in qkv)
+        k_BHSK, v_BHSK = progress.cache[i]
+        visible_BS = earlier_BS if window is None else earlier_BS & (slot - s_S <= window)
+        out_BHK = _attend_one(q_BHK, k_BHK, v_BHK, k_BHSK, v_BHSK, visible_BS)
+        return out_BHK[:, None], (k_BHK[:, :, None], v_BHK[:, :, None])
 
     return _network(weights, progress.token_B[:, None], (slot - padding_B)[:, None], attend)
 
 
-def _attend_one(q_BHK: Array, k_BHSK: Array, v_BHSK: Array, visible_BS: Array) -> Array:
-    """Return attention's output `[B, H, K]` for one query a row, softmax in fp32."""
+def _attend_one(
+    q_BHK: Array, k_BHK: Array, v_BHK: Array, k_BHSK: Array, v_BHSK: Array, visible_BS: Array
+) -> Array:
+    """Return attention's output `[B, H, K]` for one token a row, softmax in fp32.
+
+    It sees itself, and what is visible in the cache, which does not have it yet.
+    """
+    f32, dtype = jnp.float32, v_BHSK.dtype
     q_BHK = q_BHK * q_BHK.shape[-1] ** -0.5
-    scores_BHS = jnp.einsum("bhk,bhsk->bhs", q_BHK, k_BHSK, preferred_element_type=jnp.float32)
+    own_BH = jnp.einsum("bhk,bhk->bh", q_BHK, k_BHK, preferred_element_type=f32)
+    scores_BHS = jnp.einsum("bhk,bhsk->bhs", q_BHK, k_BHSK, preferred_element_type=f32)
     scores_BHS = jnp.where(visible_BS[:, None], scores_BHS, attention.HIDDEN)
-    exp_BHS = jnp.exp(scores_BHS - scores_BHS.max(-1, keepdims=True))
-    out_BHK = jnp.einsum(
-        "bhs,bhsk->bhk", exp_BHS.astype(v_BHSK.dtype), v_BHSK, preferred_element_type=jnp.float32
-    )
-    return (out_BHK / exp_BHS.sum(-1, keepdims=True)).astype(v_BHSK.dtype)
+    max_BH = jnp.maximum(own_BH, scores_BHS.max(-1))
+    exp_BHS, own_BH1 = jnp.exp(scores_BHS - max_BH[..., None]), jnp.exp(own_BH - max_BH)[..., None]
+    out_BHK = jnp.einsum("bhs,bhsk->bhk", exp_BHS.astype(dtype), v_BHSK, preferred_element_type=f32)
+    out_BHK += own_BH1.astype(dtype) * v_BHK.astype(f32)
+    return (out_BHK / (exp_BHS.sum(-1, keepdims=True) + own_BH1)).astype(dtype)
 
 
 def _network(
@@ -275,8 +285,9 @@ def _product(w: Array, x: Array, n_summed: int) -> Array:
 def _take(
     progress: Progress, logits_BV: Array, choice: sampling.Choice, mode: sampling.Mode
 ) -> tuple[Progress, Array]:
-    """Choose the next token of each row that is not done; return it, -1 for none."""
-    token_B = sampling.choose(logits_BV, progress.slot - progress.padding_B, choice, mode)
+    """Choose the token after `slot` of each row that is not done; return it, -1 for none."""
+    places_B = progress.slot + 1 - progress.padding_B
+    token_B = sampling.choose(logits_BV, places_B, choice, mode)
     active_B = progress.left_B > 0
     ended_B = token_B == progress.eod_B
     progress = dataclasses.replace(

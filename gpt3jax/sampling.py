@@ -68,16 +68,22 @@ class Choice:
 def make_choice(options: list[Options], rows: list[int]) -> tuple[Choice, Mode]:
     """Return the arrays of rows with these numbers in their requests, and what they ask for."""
     seeds_B = np.asarray([o.seed for o in options], np.uint32)
-    make_key = jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))
     random = [o for o in options if o.temperature > 0]
     filtered = any(o.top_k > 0 or o.top_p < 1 for o in random)
     choice = Choice(
         temperature_B=np.asarray([o.temperature for o in options], np.float32),
         top_k_B=np.asarray([o.top_k for o in options], np.int32),
         top_p_B=np.asarray([o.top_p for o in options], np.float32),
-        key_B=make_key(seeds_B, np.asarray(rows, np.uint32)),
+        key_B=_keys(seeds_B, np.asarray(rows, np.uint32)),
     )
     return choice, "filtered" if filtered else "random" if random else "greedy"
+
+
+@jax.jit
+def _keys(seeds_B: Any, rows_B: Any) -> Any:
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(
+        seeds_B, rows_B
+    )
 
 
 def choose(logits_BV: Array, positions_B: Array, choice: Choice, mode: Mode) -> Array:
