@@ -161,9 +161,7 @@ def decode(
         # Never true, but it makes the write wait for all reads of the cache: else XLA's CPU
         # compiler copies the whole cache for every token.
         slot = progress.slot + (new_B.min() < -1)
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
-        cache = jax.tree.map(put, progress.cache, new)
-        progress = dataclasses.replace(taken, cache=cache, slot=progress.slot + 1)
+        progress = extend(taken, new, slot)
         return n + 1, progress, new_BN.at[:, n].set(new_B)
 
     new_BN = jnp.full((progress.token_B.size, CHUNK), -1, jnp.int32)
@@ -209,6 +207,13 @@ def next_logits(weights: Weights, progress: Progress) -> tuple[Array, Cache]:
         return out_BHK[:, None], (k_BHK[:, :, None], v_BHK[:, :, None])
 
     return _network(weights, progress.token_B[:, None], (slot - padding_B)[:, None], attend)
+
+
+def extend(progress: Progress, new: Cache, slot: Array) -> Progress:
+    """Return the progress with a token's keys and values, `[B, H, 1, K]`, in a slot."""
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
+    cache = jax.tree.map(put, progress.cache, new)
+    return dataclasses.replace(progress, cache=cache, slot=progress.slot + 1)
 
 
 def _attend_one(

@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import tyro
 
-from gpt3jax import config, distributed, generate, sampling, sharding, trained
+from gpt3jax import config, distributed, generate, row_text, sampling, sharding, trained
 from gpt3jax.data import tokenizer
 
 
@@ -186,7 +186,11 @@ def _continue(
     n_tokens, begin, first, full = 0, time.perf_counter(), 0.0, 0
     for i in range(0, len(rows), options.batch_size):
         batch = rows[i : i + options.batch_size]
-        out = [_Row(text, prompt, live=len(batch) == 1) for prompt, _ in batch]
+        texts = [row_text.RowText(text, (), options.choice.ignore_eod) for _ in batch]
+        told = [prompt for prompt, _ in batch]
+        live = len(batch) == 1  # else rows would mix on the terminal
+        if live:
+            print(told[0], end="", flush=True)
         stream = generator.stream(
             [ids[prompt] for prompt, _ in batch],
             [options.choice] * len(batch),
@@ -194,46 +198,23 @@ def _continue(
         )
         for new in stream:
             first = first or time.perf_counter() - begin
-            for row, tokens in zip(out, new, strict=True):
-                row.add(tokens)
-        for row, (prompt, _) in zip(out, batch, strict=True):
-            row.end()
-            n_tokens += row.n_tokens
-            full += not row.ended and row.n_tokens == generator.room(ids[prompt])
+            added = [row.add(tokens) for row, tokens in zip(texts, new, strict=True)]
+            told = [t + a for t, a in zip(told, added, strict=True)]
+            if live:
+                print(added[0], end="", flush=True)
+        for row, (prompt, _), start in zip(texts, batch, told, strict=True):
+            rest = row.end()
+            print(rest if live else start + rest, flush=True)
+            n_tokens += len(row.tokens)
+            full += row.reason == "length" and len(row.tokens) == generator.room(ids[prompt])
     seconds = time.perf_counter() - begin
-    told = f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s"
-    print(f"[{told}, the first after {first:.1f} s]", file=sys.stderr)
+    speed = f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s"
+    print(f"[{speed}, the first after {first:.1f} s]", file=sys.stderr)
     if full:
         print(
             f"[{full} stopped where the context of {generator.model.seq_len} tokens was full]",
             file=sys.stderr,
         )
-
-
-class _Row:
-    """One continuation, printed as it comes if it is alone, else when it is complete."""
-
-    def __init__(self, text: tokenizer.Tokenizer, prompt: str, live: bool):
-        self._stream, self._eod_id = tokenizer.TextStream(text), text.eod_id
-        self._live, self._parts = live, []  # type: tuple[bool, list[str]]
-        self.n_tokens, self.ended = 0, False
-        self._write(prompt)
-
-    def add(self, tokens: list[int]) -> None:
-        self.n_tokens += len(tokens)
-        self.ended |= tokens[-1:] == [self._eod_id]
-        self._write(self._stream.add(tokens[:-1] if self.ended else tokens))
-
-    def end(self) -> None:
-        self._write(self._stream.end() + "\n")
-        if not self._live:
-            print("".join(self._parts), flush=True)
-
-    def _write(self, part: str) -> None:
-        if self._live:
-            print(part, end="", flush=True)
-        else:
-            self._parts.append(part)
 
 
 def main() -> int:
