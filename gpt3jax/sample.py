@@ -9,6 +9,7 @@ A mesh works as in training; what `stage` and `context` ask for is added to `fsd
 """
 
 import dataclasses
+import importlib.util
 import pathlib
 import sys
 import time
@@ -110,7 +111,9 @@ def sample(options: Options) -> None:
     given = _prompts(options)
     generator, text = load(options)
     if options.serve:
-        from gpt3jax import serve  # its libraries are in an extra
+        if importlib.util.find_spec("starlette") is None:
+            raise config.UserError("--serve needs the extra: pip install 'gpt3jax[serve]'")
+        from gpt3jax import serve
 
         server = options.server
         limits = serve.Limits(

@@ -101,7 +101,7 @@ class _Server:
             content = {"error": {"message": str(error), "type": "server_error"}}
             return responses.JSONResponse(content, 500)
         n_prompt = sum(map(len, job.ids[:: _field(body, "n", int, 1)]))
-        n_new = sum(text.n_tokens for text in texts)
+        n_new = sum(len(text.tokens) for text in texts)
         usage = {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_new,

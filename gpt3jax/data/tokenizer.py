@@ -96,23 +96,26 @@ class TextStream:
     """Text from token ids that come one after another: what may still change is held back."""
 
     def __init__(self, tokenizer: Tokenizer):
+        """Begin with no text."""
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # from the last that was told, which may decide how to go on
-        self._told = ""
+        self._ids: list[int] = []  # what was told last, which may decide how to go on, and the rest
+        self._n_context = 0
+        self._told = ""  # of their text
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that these ids complete; bytes of half a character wait for the rest."""
+        if not ids:
+            return ""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
         whole = text.rstrip("\ufffd")
         if len(text) - len(whole) > _HALF_CHARACTER:  # it is no character at all
             whole = text
-        new = whole[len(self._told) :]
-        if whole == text and self._ids:
-            self._ids = self._ids[-1:]
+        new, self._told = whole[len(self._told) :], whole
+        if whole == text:
+            self._ids = self._ids[self._n_context :]
+            self._n_context = len(self._ids)
             self._told = self._tokenizer.decode(self._ids)
-        else:
-            self._told += new
         return new
 
     def end(self) -> str:
