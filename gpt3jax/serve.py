@@ -59,6 +59,8 @@ class _Job:
     options: sampling.Options
     stops: tuple[str, ...] = ()
     echo: bool = False
+    n: int = 1
+    stream: bool = False
 
 
 class _Server:
@@ -92,7 +94,7 @@ class _Server:
             "model": self._name,
         }
         texts = self._texts(job)
-        if _field(body, "stream", bool, False):
+        if job.stream:
             events = _events(head, job, texts, parts)
             return responses.StreamingResponse(events, media_type="text/event-stream")
         try:
@@ -100,7 +102,7 @@ class _Server:
         except Exception as error:  # reported to the client; the server goes on
             content = {"error": {"message": str(error), "type": "server_error"}}
             return responses.JSONResponse(content, 500)
-        n_prompt = sum(map(len, job.ids[:: _field(body, "n", int, 1)]))
+        n_prompt = sum(map(len, job.ids[:: job.n]))
         n_new = sum(len(text.tokens) for text in texts)
         usage = {
             "prompt_tokens": n_prompt,
@@ -161,13 +163,17 @@ class _Server:
             ignore_eod=_field(body, "ignore_eos", bool, False),
         )
         texts = [p if isinstance(p, str) else self._text.decode(p) for p in prompts]
-        return self._job(
-            [t for t in texts for _ in range(n)],
-            [i for i in ids for _ in range(n)],
-            options,
-            tuple(stops),
-            _field(body, "echo", bool, False),
+        job = _Job(
+            prompts=[t for t in texts for _ in range(n)],
+            ids=[i for i in ids for _ in range(n)],
+            options=options,
+            stops=tuple(stops),
+            echo=_field(body, "echo", bool, False),
+            n=n,
+            stream=_field(body, "stream", bool, False),
         )
+        self._check(job)
+        return job
 
     def _megatron_job(self, body: dict[str, Any]) -> _Job:
         prompts = body.get("prompts")
@@ -190,28 +196,24 @@ class _Server:
         )
         first = [self._text.eod_id] if _field(body, "add_BOS", bool, False) else []
         ids = [first + self._encode(prompt, "prompts") for prompt in prompts]
-        return self._job(prompts, ids, options, (), _field(body, "echo_prompts", bool, True))
+        echo = _field(body, "echo_prompts", bool, True)
+        job = _Job(prompts=prompts, ids=ids, options=options, echo=echo)
+        self._check(job)
+        return job
 
-    def _job(
-        self,
-        prompts: list[str],
-        ids: list[list[int]],
-        options: sampling.Options,
-        stops: tuple[str, ...],
-        echo: bool,
-    ) -> _Job:
-        for prompt in ids:
+    def _check(self, job: _Job) -> None:
+        n_new, seq_len = job.options.max_new_tokens, self._generator.model.seq_len
+        for prompt in job.ids:
             try:
-                self._generator.check(prompt, options)
+                self._generator.check(prompt, job.options)
             except config.UserError as error:
                 raise _RefusedError(400, str(error)) from None
-            if options.max_new_tokens > self._generator.room(prompt):
+            if n_new > self._generator.room(prompt):
                 raise _RefusedError(
                     400,
-                    f"a prompt of {len(prompt)} tokens and {options.max_new_tokens} more do not "
-                    f"fit the context of {self._generator.model.seq_len}: ask for fewer",
+                    f"a prompt of {len(prompt)} tokens and {n_new} more do not fit the context of "
+                    f"{seq_len}: ask for fewer",
                 )
-        return _Job(prompts=prompts, ids=ids, options=options, stops=stops, echo=echo)
 
     def _texts(self, job: _Job) -> list[row_text.RowText]:
         ignore = job.options.ignore_eod
