@@ -116,10 +116,12 @@ def allowed(logits_BV: Array, top_k_B: Array, top_p_B: Array) -> Array:
     """
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-    rank_V = jnp.arange(logits_BV.shape[1])
-    kept_BV = (top_k_B[:, None] == 0) | (rank_V < top_k_B[:, None])
+    ids_V = jnp.arange(logits_BV.shape[1])
+    kept_BV = (top_k_B[:, None] == 0) | (ids_V < top_k_B[:, None])
     probs_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf), axis=-1)
     before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
     kept_BV &= (before_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1)
-    rank_BV = jnp.argsort(order_BV, axis=-1)  # the inverse permutation
-    return jnp.take_along_axis(kept_BV, rank_BV, axis=-1)
+    # What is kept comes first in the order, so its last tells it all.
+    last_B1 = kept_BV.sum(-1, keepdims=True) - 1
+    least_B1, id_B1 = (jnp.take_along_axis(x, last_B1, axis=-1) for x in (sorted_BV, order_BV))
+    return (logits_BV > least_B1) | ((logits_BV == least_B1) & (ids_V <= id_B1))
