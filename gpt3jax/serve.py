@@ -8,11 +8,13 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import uvicorn
 from starlette import applications, requests, responses, routing
 
 from gpt3jax import batcher, config, generate, row_text, sampling
@@ -279,10 +281,22 @@ def make_app(
 
 
 def run(app: applications.Starlette, host: str, port: int) -> None:
-    """Serve until SIGTERM or Ctrl-C; what is under way is answered first."""
-    import uvicorn
+    """Serve until SIGTERM or Ctrl-C; what is under way is answered first.
 
-    uvicorn.run(app, host=host, port=port, limit_concurrency=1000, timeout_keep_alive=30)
+    Raises:
+        UserError: the address cannot be listened on.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise config.UserError(
+            f"--server.host={host} --server.port={port} cannot be listened on ({error}): choose "
+            "another"
+        ) from error
+    options = uvicorn.Config(app, timeout_keep_alive=30)
+    with listening:
+        uvicorn.Server(options).run(sockets=[listening])
 
 
 async def _read(request: requests.Request, max_bytes: int, known: set[str]) -> dict[str, Any]:

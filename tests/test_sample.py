@@ -74,6 +74,23 @@ def test_prompts_are_continued_alone_and_from_a_file(
     assert both.startswith(alone) and both[len(alone) :].startswith("countrymen")
 
 
+def test_a_terminal_is_asked_until_it_ends(checkpoint_dir, bpe, monkeypatch, capsys):
+    """A prompt that cannot be continued is told, and the next one is asked for."""
+    answers = iter(["x" * 64, "", ROMAN])
+
+    def ask(prompt):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    args = ["--checkpoint", checkpoint_dir, *files_of(bpe), *GREEDY]
+    status, out, err = run(monkeypatch, capsys, *args)
+    assert status == 0 and out.startswith(ROMAN) and "a prompt has 64 tokens" in err
+
+
 def test_text_that_fills_the_context_says_so(checkpoint_dir, bpe, monkeypatch, capsys):
     args = ["--checkpoint", checkpoint_dir, *files_of(bpe), "--n", "2", "--prompt", "x" * 60]
     args += ["--ignore-eod"]

@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 
-from gpt3jax import generate, model
+from gpt3jax import config, generate, model
 from gpt3jax.data import tokenizer
 
 import tiny
@@ -155,6 +155,11 @@ def test_a_bad_completion_is_refused_with_a_reason(port, body):
 def test_a_bad_request_to_megatrons_is_refused(port, body):
     status, told = ask(port, "PUT", "/api", body)
     assert status == 400 and json.loads(told)
+
+
+def test_an_address_in_use_is_one_clear_error(port):
+    with pytest.raises(config.UserError, match=f"--server.port={port} cannot be listened on"):
+        serve.run(None, "127.0.0.1", port)
 
 
 def test_other_methods_and_paths_are_refused(port):
