@@ -111,9 +111,7 @@ def sample(options: Options) -> None:
     given = _prompts(options)
     generator, text = load(options)
     if options.serve:
-        if importlib.util.find_spec("starlette") is None:
-            raise config.UserError("--serve needs the extra: pip install 'gpt3jax[serve]'")
-        from gpt3jax import serve
+        from gpt3jax import serve  # in an extra
 
         server = options.server
         limits = serve.Limits(
@@ -131,6 +129,8 @@ def sample(options: Options) -> None:
                 _continue(options, generator, text, [prompt])
             except config.UserError as error:
                 print(f"gpt3jax: error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print()  # enough of this one
 
 
 def _check(options: Options) -> None:
@@ -142,6 +142,8 @@ def _check(options: Options) -> None:
             )
     if bool(options.prompt) + bool(options.prompts) + options.serve > 1:
         raise config.UserError("--prompt, --prompts and --serve exclude each other: give one")
+    if options.serve and importlib.util.find_spec("starlette") is None:
+        raise config.UserError("--serve needs the extra: pip install 'gpt3jax[serve]'")
     if options.serve and options.choice != sampling.Options():
         raise config.UserError(
             "--serve takes how to sample from each request: leave options of sampling out"

@@ -47,6 +47,8 @@ class Limits:
 
 
 class _RefusedError(Exception):
+    """What becomes an answer with an error status."""
+
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status = status
@@ -66,6 +68,8 @@ class _Job:
 
 
 class _Server:
+    """The answers to each path."""
+
     def __init__(
         self, generator: generate.Generator, text: tokenizer.Tokenizer, name: str, limits: Limits
     ):
@@ -227,6 +231,10 @@ class _Server:
 
     def _encode(self, prompt: Any, name: str) -> list[int]:
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:  # half of a surrogate pair
+                raise _RefusedError(400, f"{name} is not text: {error}") from None
             return self._text.encode(prompt) or [self._text.eod_id]
         if isinstance(prompt, list) and all(type(token) is int for token in prompt):
             return prompt

@@ -123,6 +123,8 @@ REFUSED = {
     b'{"prompt": "x", "model": "gpt-4"}': 404,
     b'{"prompt": 3.5}': 400,
     b'{"prompt": ["x", 1]}': 400,
+    b'{"prompt": []}': 400,
+    b'{"prompt": "\\ud800"}': 400,
     b'{"prompt": [[1, 400]]}': 400,
     b'{"prompt": "x", "max_tokens": 100}': 400,
     b'{"prompt": "x", "max_tokens": 0}': 400,
