@@ -21,6 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _LONE_BLANK = re.compile(r"(?<=\S)[ \n](?=\S)")
 _CUT_WINDOW = 4096  # characters
+_HALF_CHARACTER = 3  # bytes at most, each of which may be decoded as a U+FFFD
 _GPT2_DIGEST = "9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d"
 MIN_VOCAB_SIZE = 257  # a token for each byte, and the end of a document
 
@@ -89,6 +90,37 @@ class Tokenizer:
             special_tokens={END_OF_TEXT: vocab[END_OF_TEXT]},
         )
         return True
+
+
+class TextStream:
+    """Text from token ids that come one after another: what may still change is held back."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Begin with no text."""
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # what was told last, which may decide how to go on, and the rest
+        self._n_context = 0
+        self._told = ""  # of their text
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Return the text that these ids complete; bytes of half a character wait for the rest."""
+        if not ids:
+            return ""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        whole = text.rstrip("\ufffd")
+        if len(text) - len(whole) > _HALF_CHARACTER:  # it is no character at all
+            whole = text
+        new, self._told = whole[len(self._told) :], whole
+        if whole == text:
+            self._ids = self._ids[self._n_context :]
+            self._n_context = len(self._ids)
+            self._told = self._tokenizer.decode(self._ids)
+        return new
+
+    def end(self) -> str:
+        """Return what was held back."""
+        return self._tokenizer.decode(self._ids)[len(self._told) :]
 
 
 def from_files(vocab_file: str, merge_file: str) -> Tokenizer:

@@ -1,0 +1,191 @@
+"""`gpt3jax.sample`: text on the terminal, the same as Hugging Face's, or one clear line."""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from gpt3jax import checkpoint, config, model, step, trained
+from gpt3jax.convert import __main__ as convert
+from gpt3jax.data import tokenizer
+from gpt3jax.sample import __main__ as sample
+from gpt3jax.sample import generate, row_text, sampling
+
+import tiny
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROMAN = "Friends, Romans"
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """Return GPT-2's two files for a vocabulary of 257: a token for each byte."""
+    folder = tmp_path_factory.mktemp("bpe")
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    tokenizer.train(["no merges"], 257, *files)
+    return files
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory, bpe):
+    """Return a checkpoint of the golden GPT-2, with that tokenizer."""
+    folder = tmp_path_factory.mktemp("hf") / "checkpoint"
+    convert.from_hf(convert.FromHf(folder=str(GOLDEN / "hf_gpt2"), output=str(folder)))
+    return str(folder)
+
+
+def run(monkeypatch, capsys, *args):
+    """Return the exit status, what was printed, and the error lines."""
+    monkeypatch.setattr(sys, "argv", ["sample", *args])
+    status = sample.main()
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def files_of(bpe):
+    return ["--vocab-file", bpe[0], "--merge-file", bpe[1]]
+
+
+GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
+
+
+def test_prompts_are_continued_alone_and_from_a_file(
+    checkpoint_dir, bpe, tmp_path, monkeypatch, capsys
+):
+    common = ["--checkpoint", checkpoint_dir, *files_of(bpe), *GREEDY]
+    status, alone, err = run(monkeypatch, capsys, *common, "--prompt", ROMAN)
+    assert status == 0 and alone.startswith(ROMAN) and len(alone) > len(ROMAN)
+    assert "8 tokens in " in err and " tokens/s" in err
+    (tmp_path / "prompts.txt").write_text(f"{ROMAN}\n\ncountrymen\n")
+    mesh = ["--mesh.data", "2", "--mesh.stage", "2", "--mesh.tensor", "2"]
+    _, both, _ = run(
+        monkeypatch, capsys, *common, *mesh, "--prompts", str(tmp_path / "prompts.txt")
+    )
+    assert both.startswith(alone) and both[len(alone) :].startswith("countrymen")
+
+
+def test_a_terminal_is_asked_until_it_ends(checkpoint_dir, bpe, monkeypatch, capsys):
+    """A prompt that cannot be continued is told, and the next one is asked for."""
+    answers = iter(["x" * 64, "", ROMAN])
+
+    def ask(prompt):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    args = ["--checkpoint", checkpoint_dir, *files_of(bpe), *GREEDY]
+    status, out, err = run(monkeypatch, capsys, *args)
+    assert status == 0 and out.startswith(ROMAN) and "a prompt has 64 tokens" in err
+
+
+def test_text_that_fills_the_context_says_so(checkpoint_dir, bpe, monkeypatch, capsys):
+    args = ["--checkpoint", checkpoint_dir, *files_of(bpe), "--n", "2", "--prompt", "x" * 60]
+    args += ["--ignore-eod"]
+    _, _, err = run(monkeypatch, capsys, *args)
+    assert "[8 tokens in " in err
+    assert "[2 stopped where the context of 64 tokens was full]" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt", "x"], "names no tokenizer (data.vocab_file): give --vocab-file"),
+        (["--prompt", "x", "--prompts", "f"], "--prompt, --prompts and --serve exclude each other"),
+        (["--prompts", "missing.txt"], "--prompts=missing.txt cannot be read"),
+        ([], "nothing to continue: give --prompt, --prompts or --serve"),
+        (["--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
+        (["--prompt", "x", "--n", "0"], "--n=0 must be at least 1"),
+        (["--prompt", "x", "--mesh.tensor", "3"], "mesh: "),
+        (["--prompt", "x" * 64, "BPE"], "a prompt has 64 tokens, and model.seq_len=64"),
+        (["--serve", "--seed", "1"], "--serve takes how to sample from each request"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(checkpoint_dir, bpe, monkeypatch, capsys, args, message):
+    args = [a for arg in args for a in (files_of(bpe) if arg == "BPE" else [arg])]
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    status, out, err = run(monkeypatch, capsys, "--checkpoint", checkpoint_dir, *args)
+    assert status == 2 and message in err and len(err.splitlines()) == 1 and not out
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):
+    golden = GOLDEN / "gpt2"
+    source = tokenizer.Source(
+        vocab_file=str(golden / "vocab.json"), merge_file=str(golden / "merges.txt")
+    )
+    options = sample.Options(checkpoint=checkpoint_dir, prompt=("x",), source=source)
+    with pytest.raises(config.UserError, match="tokens and the model"):
+        sample.load(options)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_streamed_text_is_the_whole_text(bpe, cut):
+    text = "na\u00efve \u65e5\u672c\u8a9e \U0001f680 end\u00e9"
+    text_bpe = tokenizer.from_files(*bpe)
+    ids = text_bpe.encode(text)
+    assert len(ids) == len(text.encode())
+    stream = tokenizer.TextStream(text_bpe)
+    parts = [stream.add(ids[i : i + cut]) for i in range(0, len(ids), cut)]
+    assert "".join(parts) == text and "\ufffd" not in "".join(parts)
+    assert not stream.end()
+    stream.add(ids[:3])
+    assert stream.add([]) == "" and stream.end() == "\ufffd"  # half of the i with two dots
+
+
+def test_bytes_that_are_no_text_do_not_hold_up_the_rest(bpe):
+    text_bpe = tokenizer.from_files(*bpe)
+    stream = tokenizer.TextStream(text_bpe)
+    broken = text_bpe.encode("\u65e5")[1:] * 3  # continuation bytes alone
+    told = stream.add(broken) + stream.add(text_bpe.encode("ok"))
+    assert told.endswith("ok") and told.count("\ufffd") == 6
+
+
+@pytest.mark.parametrize("stops", [("STOP",), ("never", "TOP"), ()])
+def test_text_ends_before_the_first_stop(bpe, stops):
+    text_bpe = tokenizer.from_files(*bpe)
+    row = row_text.RowText(text_bpe, stops)
+    parts = [row.add([i]) for i in text_bpe.encode("go on, STOmp STOP here")]
+    whole = "".join([*parts, row.end()])
+    if not stops:
+        assert whole == "go on, STOmp STOP here" and row.reason == "length"
+    else:
+        assert whole == "go on, STOmp " + ("S" if "TOP" in stops else "")
+        assert row.reason == "stop"
+
+
+@pytest.mark.slow
+def test_hugging_face_generates_the_same_tokens(tmp_path):
+    """200 tokens, greedily, of a model that is exported from a checkpoint with random weights."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    cfg = tiny.make_config(model={"seq_len": 256, "init_std": 0.15})
+    mesh = tiny.one_device_mesh()
+    program = step.build(cfg, mesh, 1)
+    noise = iter(jax.random.split(jax.random.key(1), 100))
+    params = model.GPT(cfg.model, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), params)
+    store = checkpoint.Checkpoints(str(tmp_path / "ours"))
+    meta = checkpoint.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
+    store.save(program.adopt(params), meta)
+    assert store.poll(wait=True) == ""
+    out = str(tmp_path / "theirs")
+    convert.to_hf(convert.ToHf(checkpoint=str(tmp_path / "ours"), output=out))
+    source = trained.open_newest(str(tmp_path / "ours"), mesh)
+    generator = generate.Generator(source.params(), source.program.compute, mesh, -1)
+    prompts = np.random.default_rng(0).integers(1, 500, (2, 24)).tolist()
+    options = [sampling.Options(temperature=0.0, max_new_tokens=200)] * 2
+    found = [[], []]
+    for new in generator.stream(prompts, options, [0, 1]):
+        for row, tokens in zip(found, new, strict=True):
+            row.extend(tokens)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(out).eval()
+    expected = theirs.generate(
+        torch.tensor(prompts), max_new_tokens=200, do_sample=False, pad_token_id=0,
+        eos_token_id=None, use_cache=True,
+    )  # fmt: skip
+    assert len(found[0]) == 200 and len(set(found[0])) > 20
+    assert found == expected[:, 24:].tolist()
