@@ -11,6 +11,7 @@ import mmap
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -54,11 +55,23 @@ def variables(n_stages: int) -> tuple[Setting, ...]:
     )
 
 
-def of_run(network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
-    """Return the options of a training run on this network."""
+def of_run(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
+    """Return the options of a training run on these GPUs and this network."""
     options = (
         f"nic_speed_gbps={network.nic_bandwidth / 1e9:g},nccl_op_launch_us=20,rtt_us=4,"
         f"chunk_prep_us=1,gpus_per_node={network.gpus_per_node}"
+    )
+    estimator = (
+        Setting(
+            "xla_gpu_enable_analytical_sol_latency_estimator",
+            "true",
+            "tells the scheduler how long collectives and products take",
+        ),
+        Setting(
+            "xla_gpu_analytical_latency_estimator_options",
+            options,
+            "the network's rate: XLA assumes 25 GB/s, half of 400 Gb/s InfiniBand",
+        ),
     )
     overlap = Setting(
         "xla_gpu_experimental_parallel_collective_overlap_limit",
@@ -72,24 +85,16 @@ def of_run(network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
             "true",
             "starts collectives early and does arithmetic meanwhile",
         ),
-        Setting(
-            "xla_gpu_enable_analytical_sol_latency_estimator",
-            "true",
-            "tells that scheduler how long collectives and products take",
-        ),
-        Setting(
-            "xla_gpu_analytical_latency_estimator_options",
-            options,
-            "the network's rate: XLA assumes 25 GB/s, half of 400 Gb/s InfiniBand",
-        ),
+        # XLA's tables for it begin with Hopper: compiling for an A100 would fail.
+        *(estimator if gpu.capability >= (9, 0) else ()),
         *([overlap] if n_stages == 1 else []),
     )
 
 
-def of_plan(network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
+def of_plan(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
     """Return the options of compiling that run's step without a GPU."""
     return (
-        *of_run(network, n_stages),
+        *of_run(gpu, network, n_stages),
         Setting(
             "xla_gpu_enable_triton_gemm",
             "false",
@@ -130,16 +135,27 @@ def check(flags: str) -> None:
             raise config.UserError(f"XLA_FLAGS: this XLA has no option {name.decode()}: {hint}")
 
 
+def _gpu_here() -> gpus.Gpu:
+    """Return this machine's kind of GPU, an H100 where it does not tell or is of another kind."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.lower()
+    except (OSError, subprocess.CalledProcessError):
+        told = ""
+    return next((gpu for name, gpu in gpus.GPUS.items() if name in told), gpus.GPUS["h100"])
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Print the settings of a run on H100s for a shell; what is set already stays and wins."""
+    """Print the settings of a run here for a shell; what is set already stays and wins."""
     try:
         cfg = recipe.parse(sys.argv[1:] if args is None else args)
     except config.UserError as error:
         sys.stderr.write(f"gpt3jax: error: {error}\n")
         return 2
-    flags = text(of_run(gpus.network_of(gpus.GPUS["h100"]), cfg.mesh.stage))
+    gpu, n_stages = _gpu_here(), cfg.mesh.stage
+    flags = text(of_run(gpu, gpus.network_of(gpu), n_stages))
     lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']
-    for one in variables(cfg.mesh.stage):
+    for one in variables(n_stages):
         lines.append(f'export {one.name}="${{{one.name}:-{one.value}}}"')
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -83,7 +83,7 @@ def compile_step(
         UserError: the model does not fit the mesh, or the compiler failed.
     """
     n_stages = axis_sizes["stage"]
-    flags = xla_flags.text(xla_flags.of_plan(network, n_stages))
+    flags = xla_flags.text(xla_flags.of_plan(gpu, network, n_stages))
     variables = {one.name: one.value for one in xla_flags.variables(n_stages)}
     request = {
         "args": args,

@@ -35,6 +35,7 @@ class Instruction:
     operands: tuple[str, ...]
     """Names of instructions of the same computation."""
     attributes: str
+    """All else, of a constant its value too."""
 
     @property
     def collective(self) -> str:
@@ -58,12 +59,6 @@ class Instruction:
         match = re.search(r"body=%?([\w.\-]+)", self.attributes)
         assert match, f"{self.name} is not a loop"
         return match[1]
-
-    @property
-    def trips(self) -> int:
-        """How often a loop runs its body; 1 where XLA does not know."""
-        match = _TRIPS.search(self.attributes)
-        return int(match[1]) if match else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +90,25 @@ def _instruction(name: str, text: str) -> Instruction:
     length = _closing(rest[start:])
     arguments = rest[start : start + length]
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    return Instruction(name, shape, rest[:start], operands, rest[start + length :])
+    attributes = rest[start + length :] if operands else rest[start:]
+    return Instruction(name, shape, rest[:start], operands, attributes)
+
+
+def trips(program: Program, loop: Instruction) -> int:
+    """Return how often a loop runs its body.
+
+    Where XLA does not say, what its condition compares with: JAX's scans count from 0, by 1.
+    """
+    if match := _TRIPS.search(loop.attributes):
+        return int(match[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    names = [condition[1]] if condition else []
+    for name in names:
+        for one in program.computations.get(name, []):
+            names += re.findall(r"calls=%?([\w.\-]+)", one.attributes)
+            if one.op == "constant" and one.shape == "s32[]":
+                return int(one.attributes[1 : one.attributes.index(")")])
+    raise AssertionError(f"{loop.name}: how often it runs is not known")
 
 
 def _closing(text: str) -> int:

@@ -122,12 +122,12 @@ def _loop(
     line: Timeline,
 ) -> None:
     """Walk a loop's body twice and take the second trip for the others."""
-    body = one.body
-    for _ in range(min(one.trips, 2)):
+    trips = hlo.trips(program, one)
+    for _ in range(min(trips, 2)):
         before = copy.deepcopy(line)
-        _walk(program, body, axis_sizes, rates, line)
-    if one.trips > 2:
-        line.repeat(before, one.trips - 2)
+        _walk(program, one.body, axis_sizes, rates, line)
+    if trips > 2:
+        line.repeat(before, trips - 2)
 
 
 def _start(one: hlo.Collective, rates: Rates, line: Timeline) -> tuple[float, Key]:

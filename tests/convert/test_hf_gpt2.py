@@ -20,7 +20,7 @@ from gpt3jax.data import indexed
 
 import tiny
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def mesh(**axes):

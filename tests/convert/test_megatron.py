@@ -21,7 +21,7 @@ import numpy_gpt
 import test_model
 import tiny
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 WEIGHTS = GOLDEN / "megatron_gpt" / "weights.safetensors"
 SHARDS = GOLDEN / "megatron_run" / "tp2_pp2"
 VARIANTS = {

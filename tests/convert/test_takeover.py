@@ -18,7 +18,7 @@ from gpt3jax.data import loader
 import corpus
 import tiny
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "megatron_run"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "megatron_run"
 RUN = json.loads((GOLDEN / "run.json").read_text())
 # The command line of run.json in our words.
 RECIPE = f"""

@@ -77,9 +77,12 @@ def test_members_of_a_group_in_one_node_share_their_cards():
 
 
 @pytest.mark.parametrize("n_stages", [1, 4])
-def test_flags_of_a_plan_are_those_of_a_run_and_every_one_has_a_reason(n_stages):
-    network = gpus.network_of(gpus.GPUS["h100"])
-    run, planned = xla_flags.of_run(network, n_stages), xla_flags.of_plan(network, n_stages)
+@pytest.mark.parametrize("name", ["h100", "a100"])
+def test_flags_of_a_plan_are_those_of_a_run_and_every_one_has_a_reason(name, n_stages):
+    gpu = gpus.GPUS[name]
+    network = gpus.network_of(gpu)
+    run = xla_flags.of_run(gpu, network, n_stages)
+    planned = xla_flags.of_plan(gpu, network, n_stages)
     assert planned[: len(run)] == run
     assert all(one.reason for one in (*planned, *xla_flags.variables(n_stages)))
 
@@ -98,7 +101,8 @@ def test_175b_recomputes_what_the_compiler_does():
 
 
 def test_an_unknown_option_of_xla_is_named_with_its_nearest():
-    xla_flags.check(xla_flags.text(xla_flags.of_plan(gpus.network_of(gpus.GPUS["h100"]), 1)))
+    h100 = gpus.GPUS["h100"]
+    xla_flags.check(xla_flags.text(xla_flags.of_plan(h100, gpus.network_of(h100), 1)))
     with pytest.raises(config.UserError, match="did you mean xla_gpu_enable_triton_gemm"):
         xla_flags.check("--xla_gpu_enable_triton_gem=false")
 

@@ -125,8 +125,21 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
     assert found.seconds == pytest.approx(0.12, rel=1e-6)
 
 
-def test_a_loop_takes_its_trips_and_a_gather_of_one_may_hide_in_the_next():
-    found = walk(f"""
+CONDITION = """
+%compare (i: s32[]) -> pred[] {
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%condition (p: s32[]) -> pred[] {
+  ROOT %c = pred[] fusion(%p), kind=kLoop, calls=%compare
+}
+"""
+
+
+@pytest.mark.parametrize("known", ['{"known_trip_count":{"n":"5"}}', "{}"])
+def test_a_loop_takes_its_trips_and_a_gather_of_one_may_hide_in_the_next(known):
+    found = walk(f"""{CONDITION}
 %body (p: bf16[4]) -> bf16[4] {{
 {INPUTS}
   %m = {PRODUCT}
@@ -137,7 +150,7 @@ def test_a_loop_takes_its_trips_and_a_gather_of_one_may_hide_in_the_next():
 
 ENTRY %main (p: bf16[4]) -> bf16[4] {{
   %t = (bf16[4]{{0}}) parameter(0)
-  %w = (bf16[4]{{0}}) while(%t), body=%body, backend_config={{"known_trip_count":{{"n":"5"}}}}
+  %w = (bf16[4]{{0}}) while(%t), condition=%condition, body=%body, backend_config={known}
 }}
 """)
     assert found.seconds == pytest.approx(5 * 0.07, rel=1e-6)

@@ -15,7 +15,7 @@ from gpt3jax.sample import generate, row_text, sampling
 
 import tiny
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ROMAN = "Friends, Romans"
 
 
