@@ -52,11 +52,11 @@ def on_one_device(model, documents):
 @pytest.mark.parametrize(
     ("mesh", "model", "documents"),
     [
-        ("context8", "dense", True),
+        pytest.param("context8", "dense", True, marks=slow),
         pytest.param("context2-data2-tensor2", "alternating", False, marks=slow),
         pytest.param("context8", "alternating", False, marks=slow),
         pytest.param("context2-data2-tensor2", "dense", True, marks=slow),
-        pytest.param("context2-fsdp4", "dense", True, marks=slow),
+        ("context2-fsdp4", "dense", True),
         pytest.param("context2-fsdp4", "alternating", True, marks=slow),
         pytest.param("context4-fsdp2", "dense", False, marks=slow),
         pytest.param("context4-fsdp2", "alternating", True, marks=slow),

@@ -93,9 +93,7 @@ def test_orbax_grain_and_nnx_stay_behind_their_files(repository):
     allowed = {"orbax": {"checkpoint", "array_blocks"}, "tensorstore": {"array_blocks"}}
     allowed |= {"grain": {"data.loader"}, "tensorboardX": {"metrics"}}
     allowed |= {"safetensors": {"convert.tensor_files"}, "torch": {"convert.torch_files"}}
-    allowed = {"orbax": {"checkpoint"}, "grain": {"data.loader"}, "tensorboardX": {"metrics"}}
     allowed |= {"starlette": {"sample.serve"}, "uvicorn": {"sample.serve"}}
-    allowed["safetensors"] = {"convert.hf_gpt2"}
     for module, path in modules(repository):
         text = path.read_text()
         for library, files in allowed.items():

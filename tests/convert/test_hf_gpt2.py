@@ -96,7 +96,9 @@ def test_names_without_a_prefix_masks_and_16_bits_are_read(gpt2, tmp_path):
     assert not np.asarray(params.embedding_VD[257:]).any()
 
 
-@pytest.mark.parametrize("options", [{}, {"only_params": True}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.slow), {"only_params": True}]
+)
 def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, options):
     """It has no more than parameters, so it makes no difference whether they are asked for."""
     prefix = str(tmp_path / "corpus")

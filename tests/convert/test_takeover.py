@@ -60,7 +60,9 @@ def take_over(monkeypatch, folder, weights, *args):
     return corpus.records(folder)
 
 
-@pytest.mark.parametrize("mesh", ["one device", "data 2 x stage 2 x tensor 2"])
+@pytest.mark.parametrize(
+    "mesh", ["one device", pytest.param("data 2 x stage 2 x tensor 2", marks=pytest.mark.slow)]
+)
 def test_a_megatron_project_goes_on_with_megatrons_numbers(monkeypatch, folder, mesh):
     """Losses, gradient norms, learning rates and evaluations, as far as its console shows them."""
     if mesh == "one device":

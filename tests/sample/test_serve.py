@@ -16,7 +16,7 @@ from gpt3jax.sample import generate
 import tiny
 
 uvicorn = pytest.importorskip("uvicorn")
-serve = pytest.importorskip("gpt3jax.serve")
+serve = pytest.importorskip("gpt3jax.sample.serve")
 
 LIMITS = serve.Limits(max_rows=4, max_queue=3, max_body_bytes=2000)
 GREEDY = {"temperature": 0, "max_tokens": 9, "ignore_eos": True}
