@@ -21,7 +21,7 @@ GPUS = (8, 64, 256, 1024)
 FSDP_TENSOR = ["--mesh.data=1", "--mesh.fsdp=128", "--mesh.tensor=8", "--batch.microbatch-size=12"]
 PIPELINE = ["--mesh.data=8", "--mesh.stage=16", "--mesh.tensor=8"]
 BF16 = ["--precision.compute-dtype=bfloat16", "--batch.schedule="]
-# Six unlike layouts: recipe, GPUs, options.
+# Unlike layouts: recipe, GPUs, options.
 LAYOUTS = [
     ("175b", 1024, FSDP_TENSOR),
     ("175b", 1024, [*FSDP_TENSOR, "--model.remat=mlp"]),
@@ -29,6 +29,8 @@ LAYOUTS = [
                    "--batch.microbatch-size=6", "--model.n-loss-chunks=8"]),
     ("175b_tp8_pp16", 1024, PIPELINE),
     ("175b_tp8_pp16", 1024, [*PIPELINE, "--mesh.shard-optimizer"]),
+    ("175b", 1024, ["--mesh.data=1", "--mesh.fsdp=512", "--mesh.tensor=2",
+                    "--batch.microbatch-size=3", "--model.remat=mlp"]),
     ("gpt3/13b", 64, ["--mesh.data=8", "--mesh.fsdp=8", "--mesh.shard-optimizer"]),
 ]  # fmt: skip
 # Published steps of 175B that a layout of ours can be held against: seconds, source, kind, layout.

@@ -17,7 +17,7 @@ from gpt3jax import batch_schedule, config, flops, model, recipe, validation
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 GOLDENS = pathlib.Path(__file__).parent / "golden" / "configs"
 RECIPES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.py"))
-EXAMPLES = ["175b", "175b_tp8_pp16", "345m", "857m"]
+EXAMPLES = ["175b", "175b_fsdp512_tp2", "175b_tp8_pp16", "345m", "857m"]
 SIZES = ["125m", "350m", "760m", "1_3b", "2_7b", "6_7b", "13b", "175b"]
 PAPER = [f"gpt3/{size}" for size in SIZES]
 
@@ -134,6 +134,7 @@ N_PARAMS = {
     "345m": 64_109_568,
     "857m": 355_919_872,
     "175b": 174_604_836_864,
+    "175b_fsdp512_tp2": 174_604_836_864,
     "175b_tp8_pp16": 174_604_836_864,
     "gpt3/125m": 125_262_336,
     "gpt3/350m": 355_919_872,

@@ -15,7 +15,7 @@ _WAYS = {"layers": "stage", "embed": "fsdp", "heads": "tensor", "mlp": "tensor",
 # Bytes that the backward pass finds saved of a layer, per token and unit of d_model, by
 # `model.remat`: the layer's input, and what the policy names. "none" and "attention" keep all that
 # the derivatives use, much of it in fp32: fitted (GPT-3 13B and 857M, jax 0.10.2).
-_SAVED = {"full": 2, "residual": 4, "mlp": 12, "dots": 20, "attention": 84, "none": 84}
+_SAVED = {"full": 2, "residual": 4, "mlp": 12, "dots": 20, "attention": 60, "none": 60}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,8 +213,8 @@ def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
         shards = layout.sizes["tensor"] * layout.sizes["context"]
         scores = cfg.batch.microbatch_size * model.n_heads * model.seq_len**2 / shards
         of_layer += 4.0 * scores  # half of them, as probabilities and what made them
-    if stages == 1:
-        return model.n_layers * of_layer
+    if stages == 1:  # in a loop over microbatches those of two are held (fitted)
+        return model.n_layers * of_layer * (2 if m > 2 else 1)
     ends = 4 * m / stages * a
     if rounds == 1:
         return (m + stages - 1) * model.n_layers / stages * of_layer + ends
@@ -224,7 +224,7 @@ def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
 def _layer_bytes(cfg: config.Config, layout: Layout) -> float:
     """Two layers' weights gathered, a gradient before it is scattered, values in flight (fitted).
 
-    Values: some 5 that are whole along the sequence, and 32 of a GPU's part of it.
+    Values: some 10 that are whole along the sequence, and 6.5 of a GPU's part of it.
     """
     model, tensor = cfg.model, layout.sizes["tensor"]
     weights = 12 * model.d_model**2 / tensor * _width(cfg)
@@ -236,7 +236,7 @@ def _layer_bytes(cfg: config.Config, layout: Layout) -> float:
         scores = 12.0 * heads * attention.QUERY_BLOCK * model.seq_len
     if layout.sizes["context"] > 1:  # keys, values and their gradients
         gathered *= 1 + layout.sizes["context"]
-    return 3 * weights + (32 + 5 * gathered) * a + scores
+    return 2.8 * weights + (6.5 + 10 * gathered) * a + scores
 
 
 def _logits_bytes(cfg: config.Config, layout: Layout) -> float:
