@@ -61,12 +61,10 @@ def of_run(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting
         f"nic_speed_gbps={network.nic_bandwidth / 1e9:g},nccl_op_launch_us=20,rtt_us=4,"
         f"chunk_prep_us=1,gpus_per_node={network.gpus_per_node}"
     )
+    name = "xla_gpu_enable_analytical_sol_latency_estimator"
+    no_estimator = Setting(name, "false", "XLA's tables for it begin with Hopper")
     estimator = (
-        Setting(
-            "xla_gpu_enable_analytical_sol_latency_estimator",
-            "true",
-            "tells the scheduler how long collectives and products take",
-        ),
+        Setting(name, "true", "tells the scheduler how long collectives and products take"),
         Setting(
             "xla_gpu_analytical_latency_estimator_options",
             options,
@@ -85,8 +83,7 @@ def of_run(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting
             "true",
             "starts collectives early and does arithmetic meanwhile",
         ),
-        # XLA's tables for it begin with Hopper: compiling for an A100 would fail.
-        *(estimator if gpu.capability >= (9, 0) else ()),
+        *(estimator if gpu.capability >= (9, 0) else (no_estimator,)),
         *([overlap] if n_stages == 1 else []),
     )
 
