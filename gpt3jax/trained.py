@@ -1,4 +1,4 @@
-"""A trained model for use: config and parameters of a checkpoint, without its optimizer."""
+"""A trained model for use: config, parameters and tokenizer of a checkpoint, no optimizer."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt3jax import array_blocks, checkpoint, config, sharding, step
+from gpt3jax import array_blocks, checkpoint, config, distributed, sharding, step
+from gpt3jax.data import tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,48 @@ def open_newest(folder: str, mesh: jax.sharding.Mesh, compute_dtype: Any = "floa
     )
     program = step.build(cfg, mesh, run_samples=1)
     return Trained(store=store, step=newest, cfg=cfg, program=program)
+
+
+def open_for_use(folder: str, axes: config.Mesh, compute_dtype: str) -> Trained:
+    """Return the newest checkpoint of a folder, on the mesh that a command asks for.
+
+    What `stage` and `context` ask for is added to `fsdp`. The format "auto" is float32 on a CPU,
+    bfloat16 elsewhere.
+
+    Raises:
+        UserError: as `open_newest`, or the axes do not fit the devices.
+    """
+    distributed.start(config.Distributed(), axes)
+    asked = sharding.make_mesh(axes).shape
+    folded = asked["fsdp"] * asked["stage"] * asked["context"]
+    mesh = sharding.make_mesh(config.Mesh(data=asked["data"], fsdp=folded, tensor=asked["tensor"]))
+    if compute_dtype == "auto":
+        compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return open_newest(folder, mesh, compute_dtype)
+
+
+def open_tokenizer(
+    folder: str, cfg: config.Config, source: tokenizer.Source
+) -> tokenizer.Tokenizer:
+    """Return the tokenizer that a command names, else the one that the folder's checkpoint does.
+
+    Raises:
+        UserError: none is named, it cannot be read, or it has more tokens than the model.
+    """
+    if not (source.tokenizer or source.vocab_file or source.merge_file):
+        if not cfg.data.vocab_file:
+            raise config.UserError(
+                f"--checkpoint={folder} names no tokenizer (data.vocab_file): give "
+                "--vocab-file and --merge-file, or --tokenizer"
+            )
+        source = tokenizer.Source(vocab_file=cfg.data.vocab_file, merge_file=cfg.data.merge_file)
+    found = source.open()
+    if found.vocab_size > cfg.model.vocab_size:
+        raise config.UserError(
+            f"the tokenizer has {found.vocab_size} tokens and the model "
+            f"model.vocab_size={cfg.model.vocab_size}: give the one it was trained with"
+        )
+    return found
 
 
 def new_store(folder: str) -> checkpoint.Checkpoints:

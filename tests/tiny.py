@@ -133,6 +133,15 @@ def params_from_numpy(weights, model_config):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def random_params(model_config):
+    """Return a GPT of random weights, biases and norms of a size that makes the layers matter."""
+    rng = np.random.default_rng(3)
+    shapes = jax.eval_shape(lambda: model.GPT(model_config, jax.random.key(0)))
+    return jax.tree.map(
+        lambda x: jax.numpy.asarray(rng.normal(0.1, 0.2, x.shape), "float32"), shapes
+    )
+
+
 def to_numpy_names(tree):
     """Return the arrays of a GPT-shaped tree under the numpy GPT's names."""
     return {NUMPY_NAMES[name]: array for name, array in leaves(tree).items()}

@@ -16,10 +16,9 @@ import time
 from collections.abc import Iterator
 from typing import Literal
 
-import jax
 import tyro
 
-from gpt3jax import config, distributed, sharding, trained
+from gpt3jax import config, trained
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import generate, row_text, sampling
 
@@ -72,34 +71,10 @@ def load(options: Options) -> tuple[generate.Generator, tokenizer.Tokenizer]:
     Raises:
         UserError: the checkpoint, the mesh or the tokenizer cannot be used.
     """
-    distributed.start(config.Distributed(), options.mesh)
-    asked = sharding.make_mesh(options.mesh).shape
-    folded = asked["fsdp"] * asked["stage"] * asked["context"]
-    mesh = sharding.make_mesh(config.Mesh(data=asked["data"], fsdp=folded, tensor=asked["tensor"]))
-    dtype = options.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    source = trained.open_newest(options.checkpoint, mesh, dtype)
-    text = _tokenizer(options, source.cfg)
+    source = trained.open_for_use(options.checkpoint, options.mesh, options.compute_dtype)
+    text = trained.open_tokenizer(options.checkpoint, source.cfg, options.source)
+    mesh = source.program.mesh
     return generate.Generator(source.params(), source.program.compute, mesh, text.eod_id), text
-
-
-def _tokenizer(options: Options, cfg: config.Config) -> tokenizer.Tokenizer:
-    source = options.source
-    if not (source.tokenizer or source.vocab_file or source.merge_file):
-        if not cfg.data.vocab_file:
-            raise config.UserError(
-                f"--checkpoint={options.checkpoint} names no tokenizer (data.vocab_file): give "
-                "--vocab-file and --merge-file, or --tokenizer"
-            )
-        source = tokenizer.Source(vocab_file=cfg.data.vocab_file, merge_file=cfg.data.merge_file)
-    found = source.open()
-    if found.vocab_size > cfg.model.vocab_size:
-        raise config.UserError(
-            f"the tokenizer has {found.vocab_size} tokens and the model "
-            f"model.vocab_size={cfg.model.vocab_size}: give the one it was trained with"
-        )
-    return found
 
 
 def sample(options: Options) -> None:
