@@ -97,7 +97,12 @@ def _collectives(found: Mapping[str, Any]) -> str:
 
 def _buffers(found: Mapping[str, Any]) -> str:
     rows = [
-        (f"{one['n_bytes'] / GIB:.2f}", one["shape"], one["operation"], one["source"])
+        (
+            f"{one['n_bytes'] / GIB:.2f}",
+            one["shape"],
+            "/".join(one["operation"].split("/")[-2:]),
+            one["source"],
+        )
         for one in found["compiled"]["largest_buffers"]
     ]
     return _table(("GiB", "shape", "made by", "source"), rows)
