@@ -61,6 +61,9 @@ def layouts(gpus, recipes):
                 print(f"| {recipe} | {n:,} | {str(error).partition(':')[0]} | | | |", flush=True)
                 continue
             best = found["search"][0]
+            if not best["fits"]:
+                print(f"| {recipe} | {n:,} | none that was compiled fits | | | |", flush=True)
+                continue
             told = " ".join(
                 arg.removeprefix("--").removeprefix("mesh.").removeprefix("batch.")
                 for arg in best["overrides"]

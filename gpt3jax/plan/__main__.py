@@ -19,6 +19,8 @@ from rich import console
 from gpt3jax import config, gpus, recipe
 from gpt3jax.plan import compiler, memory_model, page, report, search
 
+MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -33,7 +35,7 @@ class Options:
     search: bool = False
     """Look for the fastest layout that fits: mesh, microbatch, remat, sharded optimizer."""
     n_compiled: int = 4
-    """How many of the layouts that --search finds are compiled."""
+    """How many of the layouts that --search finds are compiled; more while none of them fits."""
     compile: bool = True
     """Compile the step; --no-compile gives closed forms only."""
     json: str = ""
@@ -130,15 +132,15 @@ def _search(
     """Print and return the best layouts, fastest first."""
     cfg = recipe.parse(recipe_args)
     found = search.candidates(cfg, options.gpus, target.gpu, target.network)
-    chosen = search.to_compile(found, max(options.n_compiled, 1))
+    chosen = search.to_compile(found, max(options.n_compiled, 1) + MORE_COMPILED)
     out.print(f"{len(found):,} layouts fit, by closed forms.")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, one in enumerate(chosen):
+        if i >= options.n_compiled and any(row["fits"] for row in rows):
+            break
         compiled = None
         if not closed_forms_only:
-            out.print(
-                f"Compiling {i + 1} of {len(chosen)}: {' '.join(one.overrides)}", soft_wrap=True
-            )
+            out.print(f"Compiling layout {i + 1}: {' '.join(one.overrides)}", soft_wrap=True)
             compiled = compiler.compile_step(
                 recipe.parse([*recipe_args, *one.overrides]), [*recipe_args, *one.overrides],
                 one.layout.sizes, target.gpu, target.network,
