@@ -15,7 +15,7 @@ from gpt3jax import array_blocks, checkpoint, config, sharding, step
 
 import tiny
 
-QUICK_PAIRS = [("one", "mixed"), ("mixed", "one")]
+QUICK_PAIRS = [("mixed", "zero")]
 ORDER = {"corpus": "a corpus", "train.seed": 1234}
 MESHES = {
     "one": {},
