@@ -86,6 +86,7 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, here, there):
         assert leaf.sharding == want.sharding and leaf.dtype == want.dtype
 
 
+@pytest.mark.slow
 def test_digests_do_not_depend_on_the_mesh():
     one = np.asarray(array_blocks.digests(trained("one")))
     for mesh in MESHES:

@@ -103,7 +103,9 @@ def assert_equal(split, whole):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("window", "documents"), [(None, True), (5, False), (20, True)])
+@pytest.mark.parametrize(
+    ("window", "documents"), [(None, True), pytest.param(5, False, marks=slow), (20, True)]
+)
 def test_chunks_of_several_blocks_attend_as_one_device(monkeypatch, window, documents):
     case = {"dropout_rate": 0.2, "documents": documents, "window": window}
     whole = attend({}, **case)

@@ -261,6 +261,7 @@ def test_what_cannot_be_read_is_one_clear_line(gpt2, tmp_path, monkeypatch, caps
     assert not list((tmp_path / "out").glob("*/*"))
 
 
+@pytest.mark.slow
 def test_banded_attention_is_refused_with_the_reason(tmp_path):
     cfg = tiny.make_config(model={"attention": config.Attention(pattern="alternating")})
     program = step.build(cfg, mesh(), 1)
