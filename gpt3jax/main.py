@@ -4,23 +4,23 @@ import os
 import sys
 import traceback
 
-from gpt3jax import config, distributed, recipe, train, xla_flags
+from gpt3jax import command, distributed, recipe, train, xla_flags
 
 
 def main() -> int:
     """Parse, join the other processes, train; return the exit status."""
     try:
-        cfg = recipe.parse(sys.argv[1:])
-        xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-        distributed.start(cfg.distributed, cfg.mesh)
-        train.train(cfg)
-    except config.UserError as error:
-        print(f"gpt3jax: error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        return command.run(_train)
     except Exception:
         traceback.print_exc()
         return 1
-    return 0
+
+
+def _train() -> None:
+    cfg = recipe.parse(sys.argv[1:])
+    xla_flags.check(os.environ.get("XLA_FLAGS", ""))
+    distributed.start(cfg.distributed, cfg.mesh)
+    train.train(cfg)
 
 
 if __name__ == "__main__":

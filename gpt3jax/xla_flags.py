@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from gpt3jax import config, gpus, recipe
+from gpt3jax import command, config, gpus, recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +144,17 @@ def _gpu_here() -> gpus.Gpu:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print the settings of a run here for a shell; what is set already stays and wins."""
-    try:
+
+    def tell() -> None:
         cfg = recipe.parse(sys.argv[1:] if args is None else args)
-    except config.UserError as error:
-        sys.stderr.write(f"gpt3jax: error: {error}\n")
-        return 2
-    gpu, n_stages = _gpu_here(), cfg.mesh.stage
-    flags = text(of_run(gpu, gpus.network_of(gpu), n_stages))
-    lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']
-    for one in variables(n_stages):
-        lines.append(f'export {one.name}="${{{one.name}:-{one.value}}}"')
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+        gpu, n_stages = _gpu_here(), cfg.mesh.stage
+        flags = text(of_run(gpu, gpus.network_of(gpu), n_stages))
+        lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']
+        for one in variables(n_stages):
+            lines.append(f'export {one.name}="${{{one.name}:-{one.value}}}"')
+        sys.stdout.write("\n".join(lines) + "\n")
+
+    return command.run(tell)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ LAYERS = [
         "convert.torch_files",
     ],
     ["gpus"],
-    ["recipe"],
+    ["recipe", "command"],
     ["validation"],
     ["config"],
 ]

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tyro
 
-from gpt3jax import config, sharding, trained, validation
+from gpt3jax import command, config, sharding, trained, validation
 from gpt3jax.convert import hf_gpt2, megatron, tensor_files
 from gpt3jax.data import tokenizer
 
@@ -141,12 +141,7 @@ def main() -> int:
         megatron.FromMegatron: megatron.from_megatron,
         megatron.ToMegatron: megatron.to_megatron,
     }
-    try:
-        print(run[type(options)](options))
-    except config.UserError as error:
-        print(f"gpt3jax: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: print(run[type(options)](options)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from gpt3jax import batch_schedule, config, recipe
+from gpt3jax import batch_schedule, command, config, recipe
 from gpt3jax.data import blend, indexed, samples, splits, tokenizer
 
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
@@ -223,13 +223,7 @@ def _dump(path: str, arrays: dict[str, np.ndarray]) -> None:
 def main() -> int:
     """Parse, print; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.data.inspect", description=__doc__)
-    try:
-        lines = inspect(options)
-    except config.UserError as error:
-        print(f"gpt3jax: error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    return command.run(lambda: print("\n".join(inspect(options))))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 import tqdm
 import tyro
 
-from gpt3jax import config
+from gpt3jax import command, config
 from gpt3jax.data import indexed
 
 
@@ -47,12 +47,7 @@ def merge(options: Options) -> str:
 def main() -> int:
     """Parse, merge, tell; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.data.merge", description=__doc__)
-    try:
-        print(merge(options))
-    except config.UserError as error:
-        print(f"gpt3jax: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: print(merge(options)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from gpt3jax import config
+from gpt3jax import command, config
 from gpt3jax.data import documents, indexed, tokenizer
 
 N_TOLD = 10  # bad records that are named one by one
@@ -191,14 +191,8 @@ def _show(bar: "tqdm.tqdm[Any]", position: int, report: Report) -> None:
     bar.set_postfix_str(f"{n_documents:,.0f} documents/s, {n_tokens:,.0f} tokens/s", refresh=False)
 
 
-def main() -> int:
-    """Parse, prepare, tell what was written; return the exit status."""
-    options = tyro.cli(Options, prog="python -m gpt3jax.data.prepare", description=__doc__)
-    try:
-        report = prepare(options)
-    except config.UserError as error:
-        print(f"gpt3jax: error: {error}", file=sys.stderr)
-        return 2
+def _lines(report: Report, options: Options) -> list[str]:
+    """Return what was written, for a terminal."""
     lines = [
         f"{report.prefix}.bin and .idx: {report.n_documents:,} documents, "
         f"{report.n_tokens:,} tokens, {pathlib.Path(report.prefix + '.bin').stat().st_size:,} bytes"
@@ -207,8 +201,13 @@ def main() -> int:
         lines.append(f"{report.n_empty:,} empty documents ({options.on_empty_document})")
     if report.n_bad:
         lines += [f"{report.n_bad:,} bad lines were left out:", *report.bad]
-    print("\n".join(lines))
-    return 0
+    return lines
+
+
+def main() -> int:
+    """Parse, prepare, tell what was written; return the exit status."""
+    options = tyro.cli(Options, prog="python -m gpt3jax.data.prepare", description=__doc__)
+    return command.run(lambda: print("\n".join(_lines(prepare(options), options))))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from gpt3jax import config, trained
+from gpt3jax import command, config, trained
 from gpt3jax.data import tokenizer
 from gpt3jax.evaluate import scoring, stream
 
@@ -198,13 +198,7 @@ def _write(path: str, content: str) -> None:
 def main() -> int:
     """Parse, measure; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.evaluate", description=__doc__)
-    try:
-        told = evaluate(options)
-    except config.UserError as error:
-        print(f"gpt3jax: error: {error}", file=sys.stderr)
-        return 2
-    print(told)
-    return 0
+    return command.run(lambda: print(evaluate(options)))
 
 
 if __name__ == "__main__":

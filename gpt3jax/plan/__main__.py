@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 from rich import console
 
-from gpt3jax import config, gpus, recipe
+from gpt3jax import command, config, gpus, recipe
 from gpt3jax.plan import compiler, memory_model, page, report, search
 
 MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
@@ -65,20 +65,22 @@ def main(args: Sequence[str] | None = None) -> int:
         Options, args=args, prog="python -m gpt3jax.plan", description=__doc__,
         return_unknown_args=True,
     )  # fmt: skip
-    command = shlex.join(["python", "-m", "gpt3jax.plan", *args])
-    try:
-        found = plan(options, recipe_args, command)
-    except config.UserError as error:
-        sys.stderr.write(f"gpt3jax: error: {error}\n")
-        return 2
-    if options.verify and (found["problems"] or not found["fits"]):
-        sys.stderr.write("gpt3jax: --verify: this run would fail, as said above\n")
-        return 1
-    return 0
+    told = shlex.join(["python", "-m", "gpt3jax.plan", *args])
+
+    def verified() -> int:
+        found = plan(options, recipe_args, told)
+        if options.verify and (found["problems"] or not found["fits"]):
+            sys.stderr.write("gpt3jax: --verify: this run would fail, as said above\n")
+            return 1
+        return 0
+
+    return command.run(verified)
 
 
-def plan(options: Options, recipe_args: list[str], command: str) -> dict[str, Any]:
+def plan(options: Options, recipe_args: list[str], told: str) -> dict[str, Any]:
     """Print the plan, write the files that were asked for, and return the report.
+
+    `told` is the command line, for the page.
 
     Raises:
         UserError: the config, the number of GPUs or a file does not serve.
@@ -116,7 +118,7 @@ def plan(options: Options, recipe_args: list[str], command: str) -> dict[str, An
     if options.json:
         _write(options.json, json.dumps(found, indent=2) + "\n")
     if options.html:
-        _write(options.html, page.render(found, command))
+        _write(options.html, page.render(found, told))
     if options.dump_hlo and compiled:
         _write(options.dump_hlo, compiled.text)
     return found

@@ -18,7 +18,7 @@ from typing import Literal
 
 import tyro
 
-from gpt3jax import config, trained
+from gpt3jax import command, config, trained
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import generate, row_text, sampling
 
@@ -201,12 +201,7 @@ def _continue(
 def main() -> int:
     """Parse, generate; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.sample", description=__doc__)
-    try:
-        sample(options)
-    except config.UserError as error:
-        print(f"gpt3jax: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: sample(options))
 
 
 if __name__ == "__main__":
