@@ -14,6 +14,10 @@ class UserError(ValueError):
     """What a user can cause and mend: `main` prints it without a traceback."""
 
 
+class TransientError(UserError):
+    """One that may be gone at the next start: a store that fails, a process that did not come."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
     """How attention is computed and what it sees."""

@@ -21,6 +21,7 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
 
     Raises:
         UserError: more processes are expected than this one can find.
+        TransientError: they did not come in time.
     """
     if mesh.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
@@ -52,6 +53,11 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
             "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
             "HOST:PORT and --distributed.process-id to each process"
         )
+    if explicit and distributed.process_id >= expected:
+        raise config.UserError(
+            f"distributed.process_id={distributed.process_id}, but the {expected} processes of "
+            f"distributed.n_processes are numbered 0 to {expected - 1}: correct one of them"
+        )
     timeouts: dict[str, Any] = {
         "initialization_timeout": distributed.start_timeout,
         "heartbeat_timeout_seconds": distributed.heartbeat_timeout,
@@ -64,7 +70,7 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
         else:
             jax.distributed.initialize(**timeouts)
     except (ValueError, RuntimeError) as error:
-        raise config.UserError(
+        raise config.TransientError(
             f"{expected} processes were expected ({launcher}) and could not be joined: {error}. "
             "Start with srun or mpirun, or give --distributed.n-processes, "
             "--distributed.coordinator-address and --distributed.process-id"

@@ -13,14 +13,14 @@ def main() -> int:
         return command.run(_train)
     except Exception:
         traceback.print_exc()
-        return 1
+        return command.RETRY
 
 
-def _train() -> None:
+def _train() -> int:
     cfg = recipe.parse(sys.argv[1:])
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
     distributed.start(cfg.distributed, cfg.mesh)
-    train.train(cfg)
+    return command.DONE if train.train(cfg) else command.REQUEUE
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Stopping cleanly when the scheduler or the user asks for it."""
 
 import contextlib
+import os
 import signal
 from typing import Any
 
@@ -9,9 +10,10 @@ from jax.experimental import multihost_utils
 
 
 class Stop(contextlib.AbstractContextManager["Stop"]):
-    """Turns SIGTERM and Ctrl-C into a request to stop after the step; a second Ctrl-C kills.
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request to stop after the step.
 
-    With several processes, SIGTERM only: JAX's service passes it on to all of them.
+    A second Ctrl-C kills. With several processes one that is asked tells JAX's service, which
+    watches for SIGTERM and asks all of them.
     """
 
     def __init__(self) -> None:
@@ -20,8 +22,9 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
-            self._before[number] = signal.signal(number, self._ask)
+        alone = jax.process_count() == 1
+        for number in (signal.SIGUSR1, signal.SIGINT, *((signal.SIGTERM,) if alone else ())):
+            self._before[number] = signal.signal(number, self._ask if alone else self._pass_on)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,7 +33,14 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
 
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
-        if number == signal.SIGINT:  # schedulers repeat SIGTERM, people insist
+        self._kill_next_time(number)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        self._kill_next_time(number)
+
+    def _kill_next_time(self, number: int) -> None:
+        if number == signal.SIGINT:  # schedulers repeat their signals, people insist
             signal.signal(number, signal.SIG_DFL)
 
     def requested(self, step_number: int) -> bool:

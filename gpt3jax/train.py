@@ -27,8 +27,8 @@ from gpt3jax import (
 from gpt3jax.data import loader
 
 
-def train(cfg: config.Config) -> None:
-    """Train a config from its newest checkpoint, or from scratch, to its end.
+def train(cfg: config.Config) -> bool:
+    """Train a config from its newest checkpoint, or from scratch; tell whether it is at its end.
 
     Raises:
         UserError: what does not fit or cannot be read, before the first step; a loss that is not
@@ -56,6 +56,7 @@ def train(cfg: config.Config) -> None:
         finally:
             if run.store is not None:
                 run.store.close()  # an error must not cut off a save under way
+    return position.samples >= run.end.samples
 
 
 def loop(
@@ -113,7 +114,7 @@ def finish(
     if run.store is not None:
         failure = run.store.poll(wait=True)
         if failure:
-            raise config.UserError(f"the last checkpoint failed: {failure}")
+            raise config.TransientError(f"the last checkpoint failed: {failure}")
     if not done:
         command = shlex.join(["python", "-m", "gpt3jax.main", *sys.argv[1:]])
         saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"

@@ -14,7 +14,7 @@ import time
 import jax
 import pytest
 
-from gpt3jax import checkpoint, step, train
+from gpt3jax import checkpoint, command, step, train
 from gpt3jax.data import indexed
 
 import corpus
@@ -63,18 +63,21 @@ def logged(folder, n):
     return lambda: file.exists() and file.read_bytes().count(b"\n") >= n
 
 
-def test_after_sigterm_a_run_goes_on_as_if_uninterrupted(tmp_path, monkeypatch, capfd, finished):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_after_a_signal_a_run_goes_on_as_if_uninterrupted(
+    tmp_path, monkeypatch, capfd, finished, number
+):
     folder = corpus.write_run(tmp_path)
     process = corpus.start_main(folder, "--checkpoint.save-interval=1000")
-    when(process, logged(folder, 7), signal.SIGTERM)
+    when(process, logged(folder, 7), number)
     told, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, errors) == (command.REQUEUE, "")
     found = re.search(r"stopped at step (\d+), saved in (\S+); resume with: (.*)", told)
     (last,) = steps_saved(folder)
     assert last == int(found[1]) and 7 <= last < 40 and found[2] == f"{folder}/checkpoints"
     assert [r["step"] for r in corpus.records(folder)] == list(range(1, last + 1))
-    *command, options = found[3].split(maxsplit=3)
-    assert command == ["python", "-m", "gpt3jax.main"]
+    *words, options = found[3].split(maxsplit=3)
+    assert words == ["python", "-m", "gpt3jax.main"]
     options = [o for o in shlex.split(options) if "cpu-devices" not in o]  # this process has them
     assert options[0] == "--config=recipe.py"
     assert corpus.call_main(monkeypatch, folder, *options[1:]) == 0
@@ -316,7 +319,7 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
             assert "training goes on" in lines[i]
         assert [r["step"] for r in corpus.records(folder)] == list(range(1, 41))
         assert steps_saved(folder) == ([10, 40] if room_again else [10])
-        assert status == (0 if room_again else 2)
+        assert status == (0 if room_again else command.RETRY)
         if not room_again:
             (error,) = told.err.splitlines()
             assert error.startswith("gpt3jax: error: the last checkpoint failed: step 40 was not")
@@ -331,7 +334,7 @@ def test_a_disk_too_full_for_a_folder_does_not_hang_the_run(tmp_path):
             told, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 2 and told.count("WARNING: step") == 3
+    assert process.returncode == command.RETRY and told.count("WARNING: step") == 3
     (error,) = errors.splitlines()
     assert error.startswith("gpt3jax: error: the last checkpoint failed: step 40 was not saved")
 

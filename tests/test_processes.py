@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from gpt3jax import command
+
 import corpus
 
 pytestmark = pytest.mark.slow
@@ -103,13 +105,14 @@ def test_a_finished_run_is_known_by_all(tmp_path, alone):
     assert told.endswith("nothing left to do: the run ended at step 12\n")
 
 
-def test_sigterm_to_one_stops_all_after_the_same_step(tmp_path, alone):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path, number):
     folder = corpus.write_run(tmp_path)
     processes = start(folder, 2, "--train.n-steps=2000")
     wait_for_steps(folder, processes)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(number)
     statuses, out, err = finish(processes)
-    assert statuses == [0, 0], err
+    assert statuses == [command.REQUEUE] * 2, err
     step = int(re.search(r"stopped at step (\d+), saved", out[0])[1])
     assert str(step) in os.listdir(folder / "checkpoints")
 
