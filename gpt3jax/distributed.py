@@ -26,45 +26,16 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
     if mesh.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", mesh.cpu_devices)
-    launcher, found = _launcher()
-    alone = found == 1 and not distributed.n_processes
-    if alone and (distributed.coordinator_address or distributed.process_id >= 0):
-        raise config.UserError(
-            "distributed.coordinator_address or distributed.process_id is given without "
-            "distributed.n_processes, and this process would train alone: give all three"
-        )
-    expected = distributed.n_processes or found
-    if found == 1 and not distributed.n_processes and _count("WORLD_SIZE") > 1:
-        raise config.UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, as torchrun sets it, but this process would "
-            "train alone: start it with srun or mpirun, or give --distributed.n-processes, "
-            "--distributed.coordinator-address and --distributed.process-id"
-        )
-    explicit = distributed.coordinator_address and distributed.process_id >= 0
-    if found not in (1, expected):
-        raise config.UserError(
-            f"distributed.n_processes={expected}, but {launcher} started {found}: make them equal"
-        )
+    launcher, expected = _expected(distributed)
     if expected == 1:
         return
-    if found == 1 and not explicit:
-        raise config.UserError(
-            f"distributed.n_processes={expected}, but this process sees no other and would train "
-            "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
-            "HOST:PORT and --distributed.process-id to each process"
-        )
-    if explicit and distributed.process_id >= expected:
-        raise config.UserError(
-            f"distributed.process_id={distributed.process_id}, but the {expected} processes of "
-            f"distributed.n_processes are numbered 0 to {expected - 1}: correct one of them"
-        )
     timeouts: dict[str, Any] = {
         "initialization_timeout": distributed.start_timeout,
         "heartbeat_timeout_seconds": distributed.heartbeat_timeout,
         "shutdown_timeout_seconds": distributed.heartbeat_timeout,
     }
     try:
-        if explicit:
+        if _is_explicit(distributed):
             where = (distributed.coordinator_address, expected, distributed.process_id)
             jax.distributed.initialize(*where, **timeouts)
         else:
@@ -94,6 +65,44 @@ def on_any_process(answer: bool) -> bool:
     if jax.process_count() == 1:
         return answer
     return bool(np.any(multihost_utils.process_allgather(np.bool_(answer))))
+
+
+def _expected(distributed: config.Distributed) -> tuple[str, int]:
+    """Return which launcher started this process, and how many processes there must be."""
+    launcher, found = _launcher()
+    alone = found == 1 and not distributed.n_processes
+    if alone and (distributed.coordinator_address or distributed.process_id >= 0):
+        raise config.UserError(
+            "distributed.coordinator_address or distributed.process_id is given without "
+            "distributed.n_processes, and this process would train alone: give all three"
+        )
+    expected = distributed.n_processes or found
+    if found == 1 and not distributed.n_processes and _count("WORLD_SIZE") > 1:
+        raise config.UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, as torchrun sets it, but this process would "
+            "train alone: start it with srun or mpirun, or give --distributed.n-processes, "
+            "--distributed.coordinator-address and --distributed.process-id"
+        )
+    if found not in (1, expected):
+        raise config.UserError(
+            f"distributed.n_processes={expected}, but {launcher} started {found}: make them equal"
+        )
+    if found == 1 and expected > 1 and not _is_explicit(distributed):
+        raise config.UserError(
+            f"distributed.n_processes={expected}, but this process sees no other and would train "
+            "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
+            "HOST:PORT and --distributed.process-id to each process"
+        )
+    if distributed.process_id >= expected > 1:
+        raise config.UserError(
+            f"distributed.process_id={distributed.process_id}, but the {expected} processes of "
+            f"distributed.n_processes are numbered 0 to {expected - 1}: correct one of them"
+        )
+    return launcher, expected
+
+
+def _is_explicit(distributed: config.Distributed) -> bool:
+    return bool(distributed.coordinator_address) and distributed.process_id >= 0
 
 
 def _launcher() -> tuple[str, int]:
