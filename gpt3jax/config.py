@@ -238,6 +238,8 @@ class Train:
     """Steps between evaluations on the validation split (0: none, not even at the end)."""
     eval_batches: int = 10
     """Batches of global_batch_size in one evaluation."""
+    max_fruitless_starts: int = 10
+    """Starts in a row that failed without a new checkpoint before the next is refused (0: any)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,6 +275,18 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Watchdog:
+    """When a process that makes no progress is ended, with its stacks and exit status 1."""
+
+    step_multiple: float = 10.0
+    """A part of a step may take this many times the usual time of a whole step (0: no watchdog)."""
+    min_seconds: float = 120.0
+    """The limit of a part of a step is not shorter (seconds)."""
+    slow_phase_seconds: float = 3600.0
+    """The limit of starting, compiling, restoring, evaluating or saving (seconds)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Distributed:
     """The processes of the run; under srun or mpirun they are found, else say all three."""
 
@@ -301,6 +315,7 @@ class Config:
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    watchdog: Watchdog = Watchdog()
     distributed: Distributed = Distributed()
 
 

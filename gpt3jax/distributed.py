@@ -67,6 +67,20 @@ def on_any_process(answer: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.bool_(answer))))
 
 
+def post(key: str, value: str) -> None:
+    """Leave a value with the first process, in place of an earlier one; no collective is needed."""
+    _service().key_value_set(key, value, allow_overwrite=True)
+
+
+def posted(prefix: str) -> dict[str, str]:
+    """Return the values left under keys that begin with `prefix`, which ends in a slash."""
+    return dict(_service().key_value_dir_get(prefix))
+
+
+def _service() -> Any:
+    return jax._src.distributed.global_state.client  # there is no public name for it (0.10)
+
+
 def _expected(distributed: config.Distributed) -> tuple[str, int]:
     """Return which launcher started this process, and how many processes there must be."""
     launcher, found = _launcher()

@@ -11,6 +11,7 @@ from gpt3jax import (
     checkpoint,
     config,
     flops,
+    phases,
     pipeline,
     sharding,
     step,
@@ -33,7 +34,9 @@ class Run:
     store: checkpoint.Checkpoints | None
 
 
-def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, list[str]]:
+def start_or_resume(
+    cfg: config.Config, clock: phases.Phases
+) -> tuple[Run, Any, step_log.Position, list[str]]:
     """Return the run, the state and position to start from, and lines that say where from."""
     mesh = sharding.make_mesh(cfg.mesh)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
@@ -59,7 +62,8 @@ def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, li
         run = run_from(position(meta))
         return run.program.abstract_state, run.splits.order
 
-    state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
+    with clock.during(phases.RESTORE):
+        state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
     start, run = position(meta), run_from(position(meta))
     told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
     if only_params or meta.only_params:

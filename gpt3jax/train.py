@@ -19,6 +19,8 @@ from gpt3jax import (
     distributed,
     flops,
     metrics,
+    oversight,
+    phases,
     profiling,
     setup,
     step_log,
@@ -32,9 +34,17 @@ def train(cfg: config.Config) -> bool:
 
     Raises:
         UserError: what does not fit or cannot be read, before the first step; a loss that is not
-            finite; a last checkpoint that cannot be written.
+            finite.
+        TransientError: a last checkpoint that cannot be written.
     """
-    run, state, start, news = setup.start_or_resume(cfg)
+    with oversight.Oversight(cfg) as overseer:
+        return _train(cfg, overseer)
+
+
+def _train(cfg: config.Config, overseer: oversight.Oversight) -> bool:
+    clock = overseer.clock
+    run, state, start, news = setup.start_or_resume(cfg, clock)
+    overseer.begin(start.step)
     with (
         metrics.Recorder(
             cfg,
@@ -51,12 +61,19 @@ def train(cfg: config.Config) -> bool:
         for line in (*setup.describe(run), *news):
             recorder.say(line)
         try:
-            state, position = loop(run, state, start, recorder, stop)
-            finish(run, state, start, position, recorder)
+            with clock.during(phases.HOST):
+                state, position = loop(run, state, start, recorder, stop, overseer)
+            with clock.during(phases.SAVE):
+                finish(run, state, start, position, recorder, clock)
         finally:
             if run.store is not None:
-                run.store.close()  # an error must not cut off a save under way
-    return position.samples >= run.end.samples
+                with clock.during(phases.SAVE):
+                    run.store.close()  # an error must not cut off a save under way
+        done = position.samples >= run.end.samples
+        told = overseer.end(done)
+        if position != start:
+            recorder.say(told)
+    return done
 
 
 def loop(
@@ -65,32 +82,37 @@ def loop(
     start: step_log.Position,
     recorder: metrics.Recorder,
     stop: stopping.Stop,
+    overseer: oversight.Oversight,
 ) -> tuple[Any, step_log.Position]:
     """Take steps until the end of the run or a signal; return the last state and position."""
-    cfg, position = run.cfg, start
+    cfg, clock, position = run.cfg, overseer.clock, start
     batches = loader.train_batches(
         run.splits, cfg, run.schedule, run.mesh, start.samples, run.end.samples
     )
-    log = step_log.StepLog(cfg, recorder, first_step=start.step + 1, end=run.end)
+    log = step_log.StepLog(cfg, recorder, clock, first_step=start.step + 1, end=run.end)
     profile = profiling.Profile(cfg.log)
     while position.samples < run.end.samples:
         if position != start:
             if _due(position.step, cfg.train.eval_interval):
-                with log.untimed():
+                log.settle()
+                with clock.during(phases.EVALUATE):
                     evaluate(run, state, position, "validation", recorder)
             if _due(position.step, cfg.checkpoint.save_interval):
-                with log.untimed():
+                log.settle()
+                with clock.during(phases.SAVE):
                     save(run, state, position, recorder)
         _report_save(run.store, recorder)
         if stop.requested(position.step):
             break
-        batch, size = next(batches)
+        with clock.during(phases.DATA):
+            batch, size = next(batches)
         profile.before(position.step + 1)
         with log.compiling(size):
             state, step_metrics = run.program.train(state, batch)
         position = step_log.Position(position.step + 1, position.samples + size)
         profile.after(position.step, step_metrics)
         log.push(position, size, step_metrics)
+        overseer.stepped(position.step, recorder)
     log.settle()
     profile.close()
     return state, position
@@ -102,6 +124,7 @@ def finish(
     start: step_log.Position,
     position: step_log.Position,
     recorder: metrics.Recorder,
+    clock: phases.Phases,
 ) -> None:
     """Save what is not saved yet; at the end of the run evaluate, after a signal say how to go on.
 
@@ -123,8 +146,9 @@ def finish(
     if position == start and distributed.of_first_process(_is_evaluated(run, position, recorder)):
         recorder.say(f"nothing left to do: the run ended at step {position.step}")
         return
-    evaluate(run, state, position, "validation", recorder)
-    evaluate(run, state, position, "test", recorder)
+    with clock.during(phases.EVALUATE):
+        evaluate(run, state, position, "validation", recorder)
+        evaluate(run, state, position, "test", recorder)
     recorder.say(f"the run is complete: step {position.step}, {position.samples} samples")
 
 

@@ -37,7 +37,9 @@ _AT_LEAST: dict[str, float] = {
     "train.n_steps": 0, "train.n_samples": 0, "train.n_tokens": 0, "train.seed": 0,
     "train.eval_interval": 0, "train.eval_batches": 1,
     "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,
-    "log.interval": 1, "log.peak_tflops": 0, "distributed.n_processes": 0,
+    "train.max_fruitless_starts": 0, "watchdog.step_multiple": 0, "watchdog.min_seconds": 1,
+    "watchdog.slow_phase_seconds": 1, "log.interval": 1, "log.peak_tflops": 0,
+    "distributed.n_processes": 0,
     "distributed.start_timeout": 1, "distributed.heartbeat_timeout": 1,
 }  # fmt: skip
 _BELOW_ONE = (

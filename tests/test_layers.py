@@ -24,7 +24,9 @@ LAYERS = [
     ["plan.compiler", "plan.time_model"],
     ["plan.buffers", "plan.timeline"],
     ["train", "convert.megatron"],
-    ["setup", "trained"],
+    ["setup", "trained", "oversight"],
+    ["watchdog", "goodput"],
+    ["peers"],
     ["step_log", "step", "checkpoint"],
     ["array_blocks", "stacking"],
     ["pipeline"],
@@ -50,6 +52,7 @@ LAYERS = [
         "flops",
         "batch_schedule",
         "distributed",
+        "phases",
         "plan.hlo",
         "plan.page",
         "xla_flags",
@@ -89,7 +92,8 @@ def test_imports_go_only_down(repository):
 
 
 def test_config_and_metrics_do_without_jax(repository):
-    for name in ("config", "recipe", "validation", "metrics", "flops", "batch_schedule", "gpus"):
+    names = ("config", "recipe", "validation", "metrics", "flops", "batch_schedule", "gpus")
+    for name in (*names, "phases"):
         assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
 
 
