@@ -94,6 +94,8 @@ def read(folder: pathlib.Path, name: str, n_stacked: int) -> Blocks:
     path = name.replace("/", ".") + "/"
     kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": path}
     array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+    if not array.shape:  # a number: one row of it
+        return Blocks((1,), lambda first, stop: array.read().result()[None])
     per_row = math.prod(array.shape[1:n_stacked])
 
     def rows(first: int, stop: int) -> np.ndarray:
