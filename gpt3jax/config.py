@@ -256,6 +256,14 @@ class Checkpoint:
     """Steps between checkpoints (one more is written at the end)."""
     max_to_keep: int = 3
     """Newest checkpoints kept; older ones are removed."""
+    keep_period: int = 0
+    """Checkpoints of multiples of this many steps are kept for good, besides the newest (0: none).
+    """
+    max_failed_saves: int = 5
+    """Failed saves in a row that end the run, to be started again; the last save of a run is tried
+    this often (0: failed saves end no run before its last, which is tried 5 times)."""
+    retry_pause: float = 10.0
+    """Wait this long before the last save of a run is tried again (seconds)."""
     allow_new_data_order: bool = False
     """Resume although the order of samples changed: some may repeat and some may be missed."""
 

@@ -43,8 +43,7 @@ def start_or_resume(
     n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
     batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
     text.ensure_corpus(cfg.data, cfg.model)
-    folder = cfg.checkpoint.dir
-    store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
+    store = _open_store(cfg.checkpoint)
     source = checkpoint.choose_source(store, cfg.checkpoint.load)
     run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
     if source is None:
@@ -70,6 +69,12 @@ def start_or_resume(
         state = run.program.adopt(state.params)
         told = f"starting with the parameters of {source.folder}, step {meta.step}"
     return run, state, start, [*warnings, told]
+
+
+def _open_store(options: config.Checkpoint) -> checkpoint.Checkpoints | None:
+    if not options.dir:
+        return None
+    return checkpoint.Checkpoints(options.dir, options.max_to_keep, keep_period=options.keep_period)
 
 
 def prepare(

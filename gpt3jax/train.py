@@ -14,7 +14,6 @@ from typing import Any, Literal
 import jax
 
 from gpt3jax import (
-    checkpoint,
     config,
     distributed,
     flops,
@@ -22,6 +21,7 @@ from gpt3jax import (
     oversight,
     phases,
     profiling,
+    saving,
     setup,
     step_log,
     stopping,
@@ -100,8 +100,8 @@ def loop(
             if _due(position.step, cfg.checkpoint.save_interval):
                 log.settle()
                 with clock.during(phases.SAVE):
-                    save(run, state, position, recorder)
-        _report_save(run.store, recorder)
+                    saving.save(run, state, position, recorder)
+        saving.report(run.store, recorder)
         if stop.requested(position.step):
             break
         with clock.during(phases.DATA):
@@ -133,11 +133,7 @@ def finish(
     """
     done = position.samples >= run.end.samples
     if position != start:
-        save(run, state, position, recorder)
-    if run.store is not None:
-        failure = run.store.poll(wait=True)
-        if failure:
-            raise config.TransientError(f"the last checkpoint failed: {failure}")
+        saving.save_last(run, state, position, recorder)
     if not done:
         command = shlex.join(["python", "-m", "gpt3jax.main", *sys.argv[1:]])
         saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"
@@ -175,34 +171,6 @@ def _is_evaluated(run: setup.Run, position: step_log.Position, recorder: metrics
     splits = {"test_loss": run.splits.test, "validation_loss": run.splits.validation}
     wanted = [name for name, source in splits.items() if source is not None]
     return not wanted or recorder.recorded(position.step, wanted[0])
-
-
-def save(
-    run: setup.Run, state: Any, position: step_log.Position, recorder: metrics.Recorder
-) -> None:
-    """Start to save a checkpoint, unless this very step has one."""
-    if run.store is None:
-        return
-    _report_save(run.store, recorder, wait=True)
-    if position.step in run.store.steps():
-        return
-    run.store.save(
-        state,
-        checkpoint.Meta(
-            step=position.step,
-            consumed_samples=position.samples,
-            data_order=run.splits.order,
-            config=config.flatten(run.cfg),
-        ),
-    )
-
-
-def _report_save(
-    store: checkpoint.Checkpoints | None, recorder: metrics.Recorder, wait: bool = False
-) -> None:
-    failure = store.poll(wait) if store is not None else None
-    if failure:
-        recorder.say(f"WARNING: {failure}; training goes on and tries again at the next interval")
 
 
 def _due(step_number: int, interval: int) -> bool:

@@ -10,6 +10,7 @@ LAYERS = [
         "evaluate.__main__",
         "plan.__main__",
         "convert.__main__",
+        "checkpoint.__main__",
         "data.prepare",
         "data.inspect",
         "data.merge",
@@ -24,7 +25,8 @@ LAYERS = [
     ["plan.compiler", "plan.time_model"],
     ["plan.buffers", "plan.timeline"],
     ["train", "convert.megatron"],
-    ["setup", "trained", "oversight"],
+    ["saving"],
+    ["setup", "trained", "oversight", "checkpoint.listing"],
     ["watchdog", "goodput"],
     ["peers"],
     ["step_log", "step", "checkpoint"],
@@ -79,8 +81,10 @@ def imports_of(path):
 def modules(repository):
     package = repository / "gpt3jax"
     for path in sorted(package.rglob("*.py")):
-        if path.name != "__init__.py":
-            yield ".".join(path.relative_to(package).with_suffix("").parts), path
+        parts = path.relative_to(package).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if parts:
+            yield ".".join(parts), path
 
 
 def test_imports_go_only_down(repository):
