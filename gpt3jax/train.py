@@ -25,6 +25,7 @@ from gpt3jax import (
     stopping,
 )
 from gpt3jax.data import loader
+from gpt3jax.preflight import joint
 
 
 def train(cfg: config.Config) -> bool:
@@ -34,7 +35,9 @@ def train(cfg: config.Config) -> bool:
         UserError: what does not fit or cannot be read, before the first step; a loss that is not
             finite; a last checkpoint that cannot be written.
     """
+    preflight = joint.before_devices(cfg)
     run, state, start, news = setup.start_or_resume(cfg)
+    news += joint.before_step(preflight, run, start.samples)
     with (
         metrics.Recorder(
             cfg,
