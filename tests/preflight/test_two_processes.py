@@ -110,6 +110,17 @@ def test_folders_that_are_not_shared_and_another_corpus_are_named(folder, tmp_pa
     assert "folders: log.dir: logs is not the first process's" in out[0]
 
 
+def test_a_clock_that_is_wrong_is_told_and_hinders_nothing(folder):
+    late = "\nimport time\nreal = time.time\ntime.time = lambda: real() - 7.5\n"
+    (folder / "late.py").write_text(corpus.RECIPE + late)
+    statuses, out, err = run_two(
+        folder, "gpt3jax.preflight", "--quick", second=("--config=late.py",)
+    )
+    assert statuses == [0, 0], err
+    found = re.search(r"clocks: process 1 .* is (\S+) s \(\+- (\S+)\) behind process 0", out[0])
+    assert abs(float(found[1]) - 7.5) <= float(found[2]) + 0.001
+
+
 def test_a_process_that_reads_for_ever_is_named(folder, tmp_path):
     """Its index is a pipe that nobody writes, as a network disk that does not answer."""
     other = tmp_path / "other"
