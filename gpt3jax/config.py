@@ -308,6 +308,8 @@ class Distributed:
     """Wait this long for all processes at the start (seconds)."""
     heartbeat_timeout: int = 60
     """When one process is not heard of for this long, end all others (seconds)."""
+    preflight: bool = True
+    """Compare the processes before the first step: devices, code, config, program, files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from gpt3jax import distributed, phases
 
-_KEY = "gpt3jax/peers/"
 _READERS = 2
 _SLOW_SHARE = 0.1  # of a step, beyond the median process, makes a process slow
 
@@ -95,13 +94,13 @@ class Peers:
         return found or ["every process waits for its devices: see the logs of GPUs and network"]
 
     def _run(self) -> None:
-        key, host = f"{_KEY}{self._process}", socket.gethostname()
+        name, host = f"peers/{self._process}", socket.gethostname()
         while not self._closed.wait(self._every):
             try:
                 post = Post(host, self._clock.doing(), self._clock.last_step())
-                distributed.post(key, json.dumps(post))
+                distributed.post(name, json.dumps(post))
                 if self._process < _READERS:
-                    self._take(distributed.posted(_KEY))
+                    self._take(distributed.posted("peers"))
             except Exception:  # the service is gone: JAX ends this process, and says why
                 continue
 
@@ -109,10 +108,10 @@ class Peers:
         now = time.monotonic()
         with self._lock:
             self._answered = now
-            for key, text in found.items():
+            for name, text in found.items():
                 host, doing, end = json.loads(text)
                 post = Post(host, phases.Doing(*doing), phases.StepEnd(*end) if end else None)
-                process = int(key.rpartition("/")[2])
+                process = int(name)
                 if self._posts.get(process) != post:
                     self._posts[process], self._changed[process] = post, now
             ends = {i: post.last_step for i, post in self._posts.items() if post.last_step}

@@ -39,9 +39,7 @@ def start_or_resume(
 ) -> tuple[Run, Any, step_log.Position, list[str]]:
     """Return the run, the state and position to start from, and lines that say where from."""
     mesh = sharding.make_mesh(cfg.mesh)
-    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
-    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
+    schedule = schedule_of(cfg, mesh)
     text.ensure_corpus(cfg.data, cfg.model)
     store = _open_store(cfg.checkpoint)
     source = checkpoint.choose_source(store, cfg.checkpoint.load)
@@ -75,6 +73,18 @@ def _open_store(options: config.Checkpoint) -> checkpoint.Checkpoints | None:
     if not options.dir:
         return None
     return checkpoint.Checkpoints(options.dir, options.max_to_keep, keep_period=options.keep_period)
+
+
+def schedule_of(cfg: config.Config, mesh: jax.sharding.Mesh) -> batch_schedule.BatchSchedule:
+    """Return the batch sizes of a run.
+
+    Raises:
+        UserError: one of them cannot be cut over the mesh.
+    """
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
+    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
+    return schedule
 
 
 def prepare(
@@ -113,7 +123,9 @@ def describe(run: Run) -> list[str]:
         f"{run.splits.told}",
     ]
     lines += pipeline.describe(cfg, run.mesh)
-    lines += memory_warnings(run, device_memory())
+    lines += memory_warnings(
+        step_bytes(cfg, run.mesh, run.program.compute.attention), device_memory()
+    )
     if run.store is None:
         lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
     return lines
@@ -125,16 +137,20 @@ def device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
-def memory_warnings(run: Run, limit: int | None) -> list[str]:
-    """Return a line if the plan's closed forms say that a step needs more than a device has."""
-    rows = run.cfg.batch.microbatch_size * sharding.data_parallel_size(run.mesh)
+def step_bytes(cfg: config.Config, mesh: jax.sharding.Mesh, attention: str) -> float:
+    """Return the bytes that a full step takes of a device, by the plan's closed forms."""
+    rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
     layout = memory_model.Layout(
-        sizes=dict(run.mesh.shape),
-        n_microbatches=max(run.cfg.batch.global_batch_size // rows, 1),
-        attention=run.program.compute.attention,
+        sizes=dict(mesh.shape),
+        n_microbatches=max(cfg.batch.global_batch_size // rows, 1),
+        attention=attention,
         problems=(),
     )
-    needed = sum(memory_model.memory(run.cfg, layout).values())
+    return sum(memory_model.memory(cfg, layout).values())
+
+
+def memory_warnings(needed: float, limit: int | None) -> list[str]:
+    """Return a line if a step needs more bytes than a device has."""
     if limit is None or needed <= limit:
         return []
     return [

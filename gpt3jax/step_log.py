@@ -1,14 +1,12 @@
 """The metrics of steps: read one step behind, summed over a logging interval, and recorded."""
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from gpt3jax import config, metrics, optimizer, phases
+from gpt3jax import config, distributed, metrics, optimizer, phases
 
 
 class Position(NamedTuple):
@@ -37,17 +35,20 @@ class StepLog:
         self._clock, self._since = clock, phases.step_seconds(clock.seconds())
         self._compiled: set[int] = set()
 
-    @contextlib.contextmanager
-    def compiling(self, batch_size: int) -> Iterator[None]:
-        """Say so where a dispatch compiles: each batch size once."""
+    def compile_first(self, batch_size: int, step: Any, *args: Any) -> None:
+        """Compile the step for a batch size that is new, and say so; all processes wait for all.
+
+        Once a program runs, its collectives give up on processes that still compile (gloo after
+        30 s).
+        """
         if batch_size in self._compiled:
-            yield
             return
         self._recorder.say(f"compiling the step for batch size {batch_size} ...")
         self.settle()
         begin = time.perf_counter()
         with self._clock.during(phases.COMPILE):
-            yield
+            step.compile(*args)
+            distributed.meet(f"compiled/{batch_size}", self._cfg.watchdog.slow_phase_seconds)
         self._recorder.say(f"compiled in {time.perf_counter() - begin:.1f} s")
         self._compiled.add(batch_size)
 

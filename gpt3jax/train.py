@@ -27,6 +27,7 @@ from gpt3jax import (
     stopping,
 )
 from gpt3jax.data import loader
+from gpt3jax.preflight import joint
 
 
 def train(cfg: config.Config) -> bool:
@@ -37,14 +38,18 @@ def train(cfg: config.Config) -> bool:
             finite.
         TransientError: a last checkpoint that cannot be written.
     """
+    preflight = joint.before_devices(cfg)
     with oversight.Oversight(cfg) as overseer:
-        return _train(cfg, overseer)
+        return _train(cfg, preflight, overseer)
 
 
-def _train(cfg: config.Config, overseer: oversight.Oversight) -> bool:
+def _train(
+    cfg: config.Config, preflight: joint.Session | None, overseer: oversight.Oversight
+) -> bool:
     clock = overseer.clock
     run, state, start, news = setup.start_or_resume(cfg, clock)
     overseer.begin(start.step)
+    news += joint.before_step(preflight, run, start.samples)
     with (
         metrics.Recorder(
             cfg,
@@ -107,8 +112,8 @@ def loop(
         with clock.during(phases.DATA):
             batch, size = next(batches)
         profile.before(position.step + 1)
-        with log.compiling(size):
-            state, step_metrics = run.program.train(state, batch)
+        log.compile_first(size, run.program.train, state, batch)
+        state, step_metrics = run.program.train(state, batch)
         position = step_log.Position(position.step + 1, position.samples + size)
         profile.after(position.step, step_metrics)
         log.push(position, size, step_metrics)
