@@ -190,6 +190,9 @@ class Data:
     index_cache: str = ""
     """Folder that keeps the sample indices, shared by the processes of a host ("": each its own, in
     memory; 300B tokens take some 3 GB)."""
+    skip_samples: tuple[str, ...] = ()
+    """Stretches A:B of the training samples to leave out, A to B - 1, by their numbers in the run:
+    "--data.skip-samples 8000:8640". A batch that reaches A goes on at B."""
     prefetch: int = 4
     """Batches read ahead (0: none)."""
     read_threads: int = 2

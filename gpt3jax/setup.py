@@ -13,6 +13,7 @@ from gpt3jax import (
     flops,
     pipeline,
     sharding,
+    skipping,
     step,
     step_log,
 )
@@ -28,6 +29,8 @@ class Run:
     mesh: jax.sharding.Mesh
     schedule: batch_schedule.BatchSchedule
     end: step_log.Position
+    n_samples: int
+    """The run's length that decides schedules and the samples' order, skipped ones included."""
     splits: splits.Splits
     program: step.Program
     store: checkpoint.Checkpoints | None
@@ -57,6 +60,9 @@ def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, li
 
     def expect(meta: checkpoint.Meta) -> tuple[Any, dict[str, Any]]:
         run = run_from(position(meta))
+        if not only_params:
+            stream, before = skipping.from_config(cfg.data), meta.config.get("data.skip_samples")
+            skipping.check_resumed(stream, before, meta.consumed_samples)
         return run.program.abstract_state, run.splits.order
 
     state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
@@ -77,16 +83,21 @@ def prepare(
 ) -> Run:
     """Build the program, and map the corpus, of a run that goes on from a position.
 
-    Its end depends on the start, because the batch size may have been another one before.
+    Its end depends on the start, because the batch size may have been another one before. Where
+    samples are left out, it is as if they were not: then from the first step on.
     """
-    end = step_log.Position(*schedule.end(cfg.train, cfg.model.seq_len, *start))
+    stream = skipping.from_config(cfg.data)
+    since = (0, 0) if stream.left_out else start
+    n_steps, n_samples = schedule.end(cfg.train, cfg.model.seq_len, *since)
+    skipping.check(stream, schedule, n_samples)
     return Run(
         cfg=cfg,
         mesh=mesh,
         schedule=schedule,
-        end=end,
-        splits=splits.open_splits(cfg, end.step, end.samples),
-        program=step.build(cfg, mesh, end.samples),
+        end=step_log.Position(*stream.end(schedule, *start, n_samples)),
+        n_samples=n_samples,
+        splits=splits.open_splits(cfg, n_steps, n_samples),
+        program=step.build(cfg, mesh, n_samples),
         store=store,
     )
 

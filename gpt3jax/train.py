@@ -84,11 +84,11 @@ def loop(
         _report_save(run.store, recorder)
         if stop.requested(position.step):
             break
-        batch, size = next(batches)
+        batch, size, samples = next(batches)
         profile.before(position.step + 1)
         with log.compiling(size):
             state, step_metrics = run.program.train(state, batch)
-        position = step_log.Position(position.step + 1, position.samples + size)
+        position = step_log.Position(position.step + 1, samples)
         profile.after(position.step, step_metrics)
         log.push(position, size, step_metrics)
     log.settle()

@@ -1,6 +1,7 @@
 """What makes a config invalid. Devices are checked in `sharding` and `step`: no JAX here."""
 
 import math
+import re
 
 from gpt3jax import config
 
@@ -229,7 +230,24 @@ def _check_run(cfg: config.Config) -> None:
         )
 
 
+def stretch(text: str) -> tuple[int, int]:
+    """Return (A, B) of a stretch "A:B" of data.skip_samples.
+
+    Raises:
+        UserError: it is not one, or is empty.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise config.UserError(
+            f"data.skip_samples={text} must be A:B with A < B, as in 8000:8640 for the samples "
+            "8000 to 8639"
+        )
+    return int(match[1]), int(match[2])
+
+
 def _check_data(data: config.Data) -> None:
+    for text in data.skip_samples:
+        stretch(text)
     given = [n for n in ("paths", "train_paths", "mock") if getattr(data, n)]
     if not given:
         raise config.UserError(

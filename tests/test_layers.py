@@ -41,7 +41,7 @@ LAYERS = [
     ["plan.memory_model"],
     ["attention", "sample.sampling", "data.splits"],
     ["data.text", "data.blend", "evaluate.stream"],
-    ["data.samples", "data.tokenizer", "data.documents", "dropout", "zigzag"],
+    ["data.samples", "data.tokenizer", "data.documents", "dropout", "zigzag", "skipping"],
     [
         "data.indexed",
         "data.index_cache",
