@@ -48,19 +48,28 @@ class Meta:
     config: dict[str, Any]
     only_params: bool = False
     """There is no more state than the parameters: a run starts with them, not from there."""
+    faults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What `faults.Faults` goes on from."""
     version: str = importlib.metadata.version("gpt3jax")
 
 
 class Checkpoints:
     """The checkpoints of one folder, by step."""
 
-    def __init__(self, folder: str, max_to_keep: int | None = None, read_only: bool = False):
+    def __init__(
+        self,
+        folder: str,
+        max_to_keep: int | None = None,
+        read_only: bool = False,
+        before: int | None = None,
+    ):
         """Open a folder, made if need be; `max_to_keep` newest ones are kept at each save.
 
-        `read_only` is for another run's folder: nothing in it is changed.
+        `read_only` is for another run's folder: nothing in it is changed. With `before` only
+        those of earlier steps are seen.
         """
         self.folder = pathlib.Path(folder).absolute()
-        self._read_only = read_only
+        self._read_only, self._before = read_only, before
         self._pending: int | None = None
         self._failure = ""
         _silence_orbax()
@@ -84,7 +93,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps that have a whole checkpoint, newest first."""
         self._manager.reload()
-        return sorted(self._manager.all_steps(), reverse=True)
+        found = sorted(self._manager.all_steps(), reverse=True)
+        return [n for n in found if self._before is None or n < self._before]
 
     def save(self, state: Any, meta: Meta) -> None:
         """Start to save; arrays are copied before this returns, files are written behind it."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -10,8 +11,10 @@ from gpt3jax import (
     batch_schedule,
     checkpoint,
     config,
+    faults,
     flops,
     pipeline,
+    replicas,
     sharding,
     skipping,
     step,
@@ -34,6 +37,9 @@ class Run:
     splits: splits.Splits
     program: step.Program
     store: checkpoint.Checkpoints | None
+    faults: faults.Faults
+    """What was seen of faulty steps; it and `replicas` alone change."""
+    replicas: replicas.Replicas
 
 
 def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, list[str]]:
@@ -43,8 +49,7 @@ def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, li
     n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
     batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
     text.ensure_corpus(cfg.data, cfg.model)
-    folder = cfg.checkpoint.dir
-    store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
+    store = _open_store(cfg)
     source = checkpoint.choose_source(store, cfg.checkpoint.load)
     run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
     if source is None:
@@ -67,11 +72,23 @@ def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, li
 
     state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
     start, run = position(meta), run_from(position(meta))
+    if not only_params:
+        run.faults.restore(meta.faults)
     told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
     if only_params or meta.only_params:
         state = run.program.adopt(state.params)
         told = f"starting with the parameters of {source.folder}, step {meta.step}"
     return run, state, start, [*warnings, told]
+
+
+def _open_store(cfg: config.Config) -> checkpoint.Checkpoints | None:
+    """Open the run's checkpoints, to read and write; to read those before a step to replay."""
+    folder, replayed = cfg.checkpoint.dir, cfg.train.replay_step
+    if not folder or (replayed and not pathlib.Path(folder).is_dir()):
+        return None
+    if replayed:
+        return checkpoint.Checkpoints(folder, read_only=True, before=replayed)
+    return checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep)
 
 
 def prepare(
@@ -90,6 +107,8 @@ def prepare(
     since = (0, 0) if stream.left_out else start
     n_steps, n_samples = schedule.end(cfg.train, cfg.model.seq_len, *since)
     skipping.check(stream, schedule, n_samples)
+    program = step.build(cfg, mesh, n_samples)
+    params = program.abstract_state.params
     return Run(
         cfg=cfg,
         mesh=mesh,
@@ -97,8 +116,10 @@ def prepare(
         end=step_log.Position(*stream.end(schedule, *start, n_samples)),
         n_samples=n_samples,
         splits=splits.open_splits(cfg, n_steps, n_samples),
-        program=step.build(cfg, mesh, n_samples),
+        program=program,
         store=store,
+        faults=faults.Faults(cfg, sharding.array_names(params)),
+        replicas=replicas.Replicas(mesh, params, cfg.train.checksum_interval),
     )
 
 
@@ -115,6 +136,7 @@ def describe(run: Run) -> list[str]:
         f"{run.splits.told}",
     ]
     lines += pipeline.describe(cfg, run.mesh)
+    lines += run.replicas.describe()
     lines += memory_warnings(run, device_memory())
     if run.store is None:
         lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")

@@ -55,6 +55,9 @@ class Stream:
         return step + n_steps, after
 
 
+WHOLE = Stream()
+
+
 def from_config(data: config.Data) -> Stream:
     """Return the stream of a config; stretches that touch or overlap become one.
 

@@ -71,7 +71,9 @@ def loop(
     batches = loader.train_batches(
         run.splits, cfg, run.schedule, run.mesh, start.samples, run.end.samples
     )
-    log = step_log.StepLog(cfg, recorder, first_step=start.step + 1, end=run.end)
+    log = step_log.StepLog(
+        cfg, recorder, start.step + 1, run.end, n_samples=run.n_samples, seen=run.faults
+    )
     profile = profiling.Profile(cfg.log)
     while position.samples < run.end.samples:
         if position != start:
@@ -87,11 +89,14 @@ def loop(
         batch, size, samples = next(batches)
         profile.before(position.step + 1)
         with log.compiling(size):
-            state, step_metrics = run.program.train(state, batch)
+            limit = run.faults.step_args(position.step + 1)
+            state, step_metrics = run.program.train(state, batch, *limit)
         position = step_log.Position(position.step + 1, samples)
         profile.after(position.step, step_metrics)
         log.push(position, size, step_metrics)
+        run.replicas.after_step(position.step, state.params)
     log.settle()
+    run.replicas.finish()
     profile.close()
     return state, position
 
@@ -162,6 +167,7 @@ def save(
     _report_save(run.store, recorder, wait=True)
     if position.step in run.store.steps():
         return
+    run.replicas.check(position.step, state.params)
     run.store.save(
         state,
         checkpoint.Meta(
@@ -169,6 +175,7 @@ def save(
             consumed_samples=position.samples,
             data_order=run.splits.order,
             config=config.flatten(run.cfg),
+            faults=run.faults.as_json(),
         ),
     )
 

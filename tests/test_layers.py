@@ -23,10 +23,10 @@ LAYERS = [
     ["plan.report", "plan.search"],
     ["plan.compiler", "plan.time_model"],
     ["plan.buffers", "plan.timeline"],
-    ["train", "convert.megatron"],
+    ["train", "replay", "convert.megatron"],
     ["setup", "trained"],
-    ["step_log", "step", "checkpoint"],
-    ["array_blocks", "stacking"],
+    ["step_log", "step", "checkpoint", "replicas"],
+    ["array_blocks", "stacking", "faults"],
     ["pipeline"],
     [
         "convert.hf_gpt2",

@@ -151,7 +151,7 @@ def test_the_order_and_the_schedules_are_those_of_the_whole_run(tmp_path):
 
 @pytest.mark.parametrize("skip", ["80:90", "0:73"])
 def test_a_stretch_without_effect_or_remainder_is_refused(tmp_path, skip):
-    with pytest.raises(config.UserError, match="data.skip_samples"):
+    with pytest.raises(config.UserError, match=r"data\.skip_samples"):
         train.train(config_for(tmp_path / "run", {"data": 8}, (skip,)))
 
 

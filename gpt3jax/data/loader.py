@@ -63,7 +63,7 @@ def _batches(
     cfg: config.Config,
     mesh: jax.sharding.Mesh,
     stretches: tuple[batch_schedule.Stretch, ...],
-    stream: skipping.Stream = skipping.Stream(),
+    stream: skipping.Stream = skipping.WHOLE,
 ) -> Iterator[dict[str, jax.Array]]:
     n_rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
     rows = sharding.local_rows(mesh, n_rows)
@@ -83,7 +83,7 @@ class Batches:
     stretches: tuple[batch_schedule.Stretch, ...]
     n_rows: int  # of a microbatch, over all processes
     rows: np.ndarray  # this process's
-    stream: skipping.Stream = skipping.Stream()
+    stream: skipping.Stream = skipping.WHOLE
 
     def __len__(self) -> int:
         return sum(s.n_steps for s in self.stretches)
