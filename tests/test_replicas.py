@@ -1,10 +1,12 @@
 """Checksums of replicas: one altered buffer, on any mesh, is found and its device is named."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from gpt3jax import config, model, replicas, sharding
+from gpt3jax import checkpoint, config, model, replicas, sharding, step, train
 
 import tiny
 
@@ -99,3 +101,46 @@ def test_what_has_no_replicas_is_said(axes, shard_optimizer, told):
     (line,) = replicas.Replicas(mesh, shapes, 2).describe()
     assert told in line
     assert replicas.Replicas(mesh, shapes, 0).describe() == []
+
+
+@pytest.mark.slow
+def test_a_corrupted_replica_ends_a_run_before_it_is_saved(tmp_path, monkeypatch):
+    """At step 5; found before the save after step 6, with no comparison due since step 4."""
+    prefix = tiny.write_corpus(tmp_path / "corpus", 7, 300)
+    cfg = tiny.make_config(
+        data={"paths": (prefix,), "split": "90,5,5"},
+        mesh={"data": 8},
+        model={"n_layers": 2, "d_model": 32},
+        optimizer={"peak_lr": 1e-4, "warmup_samples": 0},
+        batch={"global_batch_size": 8},
+        train={"n_steps": 9, "eval_interval": 0, "checksum_interval": 4},
+        checkpoint={"dir": str(tmp_path / "checkpoints"), "save_interval": 3},
+        log={"dir": str(tmp_path / "logs"), "interval": 1},
+    )
+    build = step.build
+
+    def with_a_broken_device(*args):
+        program = build(*args)
+
+        def broken(state, batch):
+            state, metrics = program.train(state, batch)
+            if int(state.step) == 5:
+                params = altered(state.params, "blocks/mlp/w_in_DF", 3, program.mesh)
+                state = dataclasses.replace(state, params=params)
+            return state, metrics
+
+        return dataclasses.replace(program, train=broken)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "build", with_a_broken_device)
+        with pytest.raises(
+            config.TransientError, match=r"after step 6 .* equal at step 4"
+        ) as error:
+            train.train(cfg)
+    device = jax.devices()[3]
+    assert "blocks/mlp/w_in_DF (8 replicas): differs from the majority: process 0 on host" in str(
+        error.value
+    )
+    assert str(error.value).count(f"device {device}") >= 1
+    assert checkpoint.Checkpoints(cfg.checkpoint.dir).steps() == [3]
+    assert train.train(cfg)  # as a job script would: from step 3 to the end
