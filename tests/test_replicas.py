@@ -64,9 +64,8 @@ def test_one_flipped_bit_names_the_device(axes, name, place, n_replicas):
     check.check(1, params)
     bad = altered(params, name, place, mesh)
     check.after_step(2, bad)  # not due
-    check.after_step(3, bad)
     with pytest.raises(config.TransientError, match=r"after step 3 .* equal at step 1") as error:
-        check.finish()
+        check.after_step(3, bad)
     told = str(error.value)
     assert f"{name} ({n_replicas} replicas)" in told
     devices = list(mesh.devices.flat)
