@@ -236,7 +236,7 @@ def loading(root):
     rates = []
     for _ in range(ROUNDS):
         with timed(rates, 256 * 64 * SEQ_LEN):
-            for batch, _ in loader.train_batches(opened, cfg, schedule, mesh, 0, 256 * 64):
+            for batch, _, _ in loader.train_batches(opened, cfg, schedule, mesh, 0, 256 * 64):
                 batch["tokens"].block_until_ready()
     show("the loader, per process", "tokens/s", rates)
 

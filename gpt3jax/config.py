@@ -190,6 +190,9 @@ class Data:
     index_cache: str = ""
     """Folder that keeps the sample indices, shared by the processes of a host ("": each its own, in
     memory; 300B tokens take some 3 GB)."""
+    skip_samples: tuple[str, ...] = ()
+    """Stretches A:B of the training samples to leave out, A to B - 1, by their numbers in the run:
+    "--data.skip-samples 8000:8640". A batch that reaches A goes on at B."""
     prefetch: int = 4
     """Batches read ahead (0: none)."""
     read_threads: int = 2
@@ -240,6 +243,32 @@ class Train:
     """Batches of global_batch_size in one evaluation."""
     max_fruitless_starts: int = 10
     """Starts in a row that failed without a new checkpoint before the next is refused (0: any)."""
+    checksum_interval: int = 100
+    """Steps between comparisons of the parameters' replicas, bit for bit (0: none); also made
+    before each save then. They take a read of the parameters."""
+    replay_step: int = 0
+    """In place of training: take this step twice from the checkpoint before it, and compare (0:
+    off)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What is done about steps with a loss or gradient that is not finite, and with loss spikes.
+
+    A spike is a loss above the mean plus some standard deviations of the losses of earlier steps.
+    """
+
+    nonfinite: Literal["stop", "skip", "warn"] = "stop"
+    """Not finite; no weight changes then in any case. stop: end the run; skip: tell, go on, and end
+    after max_skipped_steps; warn: tell and go on without end. float16's loss scale comes first."""
+    max_skipped_steps: int = 10
+    """Skipped steps in a row that end the run, where a policy is skip."""
+    spike: Literal["off", "warn", "skip", "stop"] = "off"
+    """A spike. warn: tell; skip: tell and leave the step's update out; stop: end the run."""
+    spike_window: int = 100
+    """Successful steps that the mean and deviation are of; there is no limit before (steps)."""
+    spike_deviations: float = 6.0
+    """Standard deviations above the mean at which a loss is a spike."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,6 +352,7 @@ class Config:
     data: Data = Data()
     mesh: Mesh = Mesh()
     train: Train = Train()
+    faults: Faults = Faults()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     watchdog: Watchdog = Watchdog()

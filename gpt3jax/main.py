@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from gpt3jax import command, distributed, recipe, train, xla_flags
+from gpt3jax import command, distributed, recipe, replay, train, xla_flags
 
 
 def main() -> int:
@@ -20,6 +20,8 @@ def _train() -> int:
     cfg = recipe.parse(sys.argv[1:])
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
     distributed.start(cfg.distributed, cfg.mesh)
+    if cfg.train.replay_step:
+        return replay.replay(cfg)
     return command.DONE if train.train(cfg) else command.REQUEUE
 
 

@@ -25,7 +25,13 @@ from gpt3jax import config, flops
 
 FLUSH_SECONDS = 10.0  # TensorBoard files are synced to disk at most this often
 _VALUES = ("loss", "grad_norm", "loss_scale", "interval_loss", "step_time")
-_COUNTS = ("skipped", "skipped_in_interval", "nan_in_interval", "skipped_samples")
+_COUNTS = (
+    "skipped",
+    "skipped_in_interval",
+    "nan_in_interval",
+    "skipped_samples",
+    "spikes_in_interval",
+)
 # TensorBoard's tags, Megatron's where it has them, and what they show. Over steps and samples:
 _TAGS = {
     "learning-rate": "learning_rate",
@@ -37,6 +43,8 @@ _TAGS = {
 # Over steps only; the memory's are by JAX's names.
 _STEP_TAGS = {
     "skipped-train-samples": "skipped_samples",
+    "skipped-steps": "skipped_in_interval",
+    "loss-spikes": "spikes_in_interval",
     "iteration-time": "step_time",
     "throughput": "tflops_per_device",
     "mfu": "mfu",
@@ -135,9 +143,9 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
 
         `metrics` has, of the step, `loss, grad_norm, loss_scale, skipped` (0 or 1); of the
         interval, `interval_loss` (mean over steps not skipped; NaN if all were),
-        `skipped_in_interval, nan_in_interval, step_time` (seconds per step); of the run,
-        `skipped_samples`. Rates take the interval's batches to be `batch_size` samples each.
-        `memory` is a device's `memory_stats()` (bytes).
+        `skipped_in_interval, nan_in_interval, spikes_in_interval, step_time` (seconds per step); of
+        the run, `skipped_samples`. Rates take the interval's batches to be `batch_size` samples
+        each. `memory` is a device's `memory_stats()` (bytes).
         """
         if not self._active:
             return
@@ -164,6 +172,17 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         """Plot scalars over steps in TensorBoard, and nowhere else."""
         if self._files is not None:
             self._files.plot(step, values)
+
+    def record_fault(self, step: int, entry: Mapping[str, Any]) -> str:
+        """Keep what was seen of a faulty step; return the file's path, "" where there is none."""
+        if not self._cfg.log.dir:
+            return ""
+        path = pathlib.Path(self._cfg.log.dir) / "faults" / f"step-{step}.json"
+        if self._active:
+            with blaming(self._cfg.log.dir):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(path, _to_json(entry, indent=2) + "\n")
+        return str(path)
 
     def log_eval(
         self, step: int, consumed_samples: int, split: Literal["validation", "test"], loss: float
@@ -313,13 +332,15 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minute:02d}m" if hours else f"{minute}m{second:02d}s"
 
 
-def _to_json(entry: Mapping[str, Any]) -> str:
+def _to_json(entry: Mapping[str, Any], indent: int | None = None) -> str:
     def valid(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: valid(one) for name, one in value.items()}
         if not isinstance(value, float) or math.isfinite(value):
             return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
-    return json.dumps({name: valid(value) for name, value in entry.items()}, allow_nan=False)
+    return json.dumps(valid(dict(entry)), allow_nan=False, indent=indent)
 
 
 def _set_aside(path: pathlib.Path, step: int) -> str:

@@ -63,6 +63,12 @@ def weight_decay(optimizer: config.Optimizer, run_samples: int, samples: Any, xp
     return o.start_weight_decay + (o.weight_decay - o.start_weight_decay) * ratio
 
 
+def gradient_norms(grads: Any) -> tuple[jax.Array, jax.Array]:
+    """Return the global L2 norm of a gradient, and the L2 norm of each of its arrays."""
+    sums = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)]
+    return jnp.sqrt(sum(sums[1:], start=sums[0])), jnp.sqrt(jnp.stack(sums))
+
+
 def clip_factor(norm: Any, clip_norm: float) -> Any:
     """Return what to multiply the gradient with so that its global L2 norm is at most clip_norm."""
     return jnp.minimum(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0

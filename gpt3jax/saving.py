@@ -17,7 +17,8 @@ def save(
     All waiting for a save, this one's copies or the end of the one before, happens in here.
 
     Raises:
-        TransientError: as many saves in a row failed as `checkpoint.max_failed_saves` allows.
+        TransientError: as many saves in a row failed as `checkpoint.max_failed_saves` allows, or
+            replicas of parameters differ.
     """
     if run.store is None:
         return
@@ -67,6 +68,7 @@ def _start_save(
     """Start to save, and tell whether there was anything to save."""
     if position.step in store.steps():
         return False
+    run.replicas.check(position.step, state.params)
     store.save(
         state,
         checkpoint.Meta(
@@ -74,6 +76,7 @@ def _start_save(
             consumed_samples=position.samples,
             data_order=run.splits.order,
             config=config.flatten(run.cfg),
+            faults=run.faults.as_json(),
         ),
     )
     return True

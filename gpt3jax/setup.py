@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ from gpt3jax import (
     batch_schedule,
     checkpoint,
     config,
+    faults,
     flops,
     phases,
     pipeline,
+    replicas,
     sharding,
+    skipping,
     step,
     step_log,
 )
@@ -29,9 +33,14 @@ class Run:
     mesh: jax.sharding.Mesh
     schedule: batch_schedule.BatchSchedule
     end: step_log.Position
+    n_samples: int
+    """The run's length that decides schedules and the samples' order, skipped ones included."""
     splits: splits.Splits
     program: step.Program
     store: checkpoint.Checkpoints | None
+    faults: faults.Faults
+    """What was seen of faulty steps; it and `replicas` alone change."""
+    replicas: replicas.Replicas
 
 
 def start_or_resume(
@@ -41,7 +50,7 @@ def start_or_resume(
     mesh = sharding.make_mesh(cfg.mesh)
     schedule = schedule_of(cfg, mesh)
     text.ensure_corpus(cfg.data, cfg.model)
-    store = _open_store(cfg.checkpoint)
+    store = _open_store(cfg)
     source = checkpoint.choose_source(store, cfg.checkpoint.load)
     run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
     if source is None:
@@ -57,22 +66,21 @@ def start_or_resume(
 
     def expect(meta: checkpoint.Meta) -> tuple[Any, dict[str, Any]]:
         run = run_from(position(meta))
+        if not only_params:
+            stream, before = skipping.from_config(cfg.data), meta.config.get("data.skip_samples")
+            skipping.check_resumed(stream, before, meta.consumed_samples)
         return run.program.abstract_state, run.splits.order
 
     with clock.during(phases.RESTORE):
         state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
     start, run = position(meta), run_from(position(meta))
+    if not only_params:
+        run.faults.restore(meta.faults)
     told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
     if only_params or meta.only_params:
         state = run.program.adopt(state.params)
         told = f"starting with the parameters of {source.folder}, step {meta.step}"
     return run, state, start, [*warnings, told]
-
-
-def _open_store(options: config.Checkpoint) -> checkpoint.Checkpoints | None:
-    if not options.dir:
-        return None
-    return checkpoint.Checkpoints(options.dir, options.max_to_keep, keep_period=options.keep_period)
 
 
 def schedule_of(cfg: config.Config, mesh: jax.sharding.Mesh) -> batch_schedule.BatchSchedule:
@@ -87,6 +95,17 @@ def schedule_of(cfg: config.Config, mesh: jax.sharding.Mesh) -> batch_schedule.B
     return schedule
 
 
+def _open_store(cfg: config.Config) -> checkpoint.Checkpoints | None:
+    """Open the run's checkpoints, to read and write; to read those before a step to replay."""
+    folder, replayed = cfg.checkpoint.dir, cfg.train.replay_step
+    if not folder or (replayed and not pathlib.Path(folder).is_dir()):
+        return None
+    if replayed:
+        return checkpoint.Checkpoints(folder, read_only=True, before=replayed)
+    options = cfg.checkpoint
+    return checkpoint.Checkpoints(folder, options.max_to_keep, keep_period=options.keep_period)
+
+
 def prepare(
     cfg: config.Config,
     mesh: jax.sharding.Mesh,
@@ -96,17 +115,26 @@ def prepare(
 ) -> Run:
     """Build the program, and map the corpus, of a run that goes on from a position.
 
-    Its end depends on the start, because the batch size may have been another one before.
+    Its end depends on the start, because the batch size may have been another one before. Where
+    samples are left out, it is as if they were not: then from the first step on.
     """
-    end = step_log.Position(*schedule.end(cfg.train, cfg.model.seq_len, *start))
+    stream = skipping.from_config(cfg.data)
+    since = (0, 0) if stream.left_out else start
+    n_steps, n_samples = schedule.end(cfg.train, cfg.model.seq_len, *since)
+    skipping.check(stream, schedule, n_samples)
+    program = step.build(cfg, mesh, n_samples)
+    params = program.abstract_state.params
     return Run(
         cfg=cfg,
         mesh=mesh,
         schedule=schedule,
-        end=end,
-        splits=splits.open_splits(cfg, end.step, end.samples),
-        program=step.build(cfg, mesh, end.samples),
+        end=step_log.Position(*stream.end(schedule, *start, n_samples)),
+        n_samples=n_samples,
+        splits=splits.open_splits(cfg, n_steps, n_samples),
+        program=program,
         store=store,
+        faults=faults.Faults(cfg, sharding.array_names(params)),
+        replicas=replicas.Replicas(mesh, params, cfg.train.checksum_interval),
     )
 
 
@@ -123,6 +151,7 @@ def describe(run: Run) -> list[str]:
         f"{run.splits.told}",
     ]
     lines += pipeline.describe(cfg, run.mesh)
+    lines += run.replicas.describe()
     lines += memory_warnings(
         step_bytes(cfg, run.mesh, run.program.compute.attention), device_memory()
     )

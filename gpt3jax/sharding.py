@@ -210,6 +210,13 @@ def map_shards(
     )
 
 
+def array_names(tree: Any) -> list[str]:
+    """Return the name of each array of a tree of variables, as `blocks/mlp/w_in_DF`."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return [name.removesuffix("/value") for name in names]
+
+
 def is_variable(node: Any) -> bool:
     """Tell a parameter, moment or gradient with its metadata from a plain array."""
     return isinstance(node, nnx.Variable)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt3jax import (
@@ -52,7 +51,7 @@ class Program:
     abstract_state: TrainState
     init: Any  # () -> state
     adopt: Any  # (params) -> state before the first step, with these parameters
-    train: Any  # (state, batch) -> (state, metrics)
+    train: Any  # (state, batch[, loss limit]) -> (state, metrics)
     eval: Any  # (params, batch) -> (loss sum, token count)
 
 
@@ -119,30 +118,40 @@ def first_state(cfg: config.Config, params: model.GPT) -> TrainState:
 
 
 def train_step(
-    cfg: config.Config, compute: model.Compute, run_samples: int, state: TrainState, batch: Batch
+    cfg: config.Config,
+    compute: model.Compute,
+    run_samples: int,
+    state: TrainState,
+    batch: Batch,
+    loss_limit: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one optimizer step; where the gradient is not finite, leave parameters as they are."""
+    """Take one optimizer step; leave parameters as they are where the gradient is not finite.
+
+    Also where the loss is above the limit, if there is one.
+    """
     n_samples = batch["samples"].size
     loss_value, grads = mean_loss_and_grads(cfg, compute, state, batch)
-    grad_norm = optax.global_norm(grads)
-    finite = jnp.isfinite(grad_norm)
+    grad_norm, grad_norms = optimizer.gradient_norms(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss_value)
+    good = finite if loss_limit is None else finite & (loss_value <= loss_limit)
     lr = optimizer.learning_rate(cfg.optimizer, run_samples, state.schedule_samples, jnp)
     decay = optimizer.weight_decay(cfg.optimizer, run_samples, state.schedule_samples, jnp)
     clip = optimizer.clip_factor(grad_norm, cfg.optimizer.clip_norm)
     grads = jax.tree.map(lambda g: g * clip, grads)
     new = optimizer.adamw_update(cfg.optimizer, grads, state.opt_state, state.params, lr, decay)
     old = (state.params, state.opt_state)
-    params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    params, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     metrics = {
         "loss": loss_value,
         "grad_norm": grad_norm,
+        "grad_norms": grad_norms,  # of each array of the parameters
         "loss_scale": state.loss_scale.scale,
-        "skipped": (~finite).astype(jnp.int32),
+        "skipped": (~good).astype(jnp.int32),
         "schedule_samples": state.schedule_samples,
     }
     new_state = TrainState(
         step=state.step + 1,
-        schedule_samples=state.schedule_samples + jnp.where(finite, n_samples, 0),
+        schedule_samples=state.schedule_samples + jnp.where(good, n_samples, 0),
         params=params,
         opt_state=opt_state,
         loss_scale=optimizer.next_loss_scale(cfg.precision, state.loss_scale, finite),

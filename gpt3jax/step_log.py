@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gpt3jax import config, distributed, metrics, optimizer, phases
+from gpt3jax import config, distributed, faults, metrics, optimizer, phases
 
 
 class Position(NamedTuple):
@@ -26,9 +26,15 @@ class StepLog:
         clock: phases.Phases,
         first_step: int,
         end: Position,
+        n_samples: int,
+        seen: faults.Faults,
     ):
-        """Nothing is pending yet; the first and the last step are logged in any case."""
-        self._cfg, self._recorder, self._end = cfg, recorder, end
+        """Nothing is pending yet; the first and the last step are logged in any case.
+
+        `n_samples` is the length of the run that its schedules follow.
+        """
+        self._cfg, self._recorder, self._n_samples = cfg, recorder, n_samples
+        self._faults = seen
         self._always_logged = (first_step, end.step)
         self._pending: tuple[Position, int, Any] | None = None
         self._interval: list[dict[str, float]] = []
@@ -66,10 +72,12 @@ class StepLog:
 
     def _read(self, position: Position, size: int, step_metrics: Any) -> None:
         with self._clock.during(phases.DEVICE):
-            values = {k: v.item() for k, v in jax.device_get(step_metrics).items()}
+            read = jax.device_get(step_metrics)
         self._clock.stepped(position.step)
-        _check_finite(self._cfg.precision, position.step, values)
-        self._interval.append(values)
+        norms = read.pop("grad_norms")
+        values = {k: v.item() for k, v in read.items()}
+        spike = self._faults.judge(position, size, values, norms, self._recorder)
+        self._interval.append(values | {"spike": spike})
         self._recorder.advance(position.step, values["loss"])
         interval = self._cfg.log.interval
         if position.step % interval == 0 or position.step in self._always_logged:
@@ -79,12 +87,13 @@ class StepLog:
         now = phases.step_seconds(self._clock.seconds())
         good = [v["loss"] for v in self._interval if not v["skipped"]]
         lr = optimizer.learning_rate(
-            self._cfg.optimizer, self._end.samples, values["schedule_samples"]
+            self._cfg.optimizer, self._n_samples, values["schedule_samples"]
         )
         summary = {
             "interval_loss": math.fsum(good) / len(good) if good else math.nan,
             "skipped_in_interval": sum(v["skipped"] for v in self._interval),
             "nan_in_interval": sum(not math.isfinite(v["loss"]) for v in self._interval),
+            "spikes_in_interval": sum(v["spike"] for v in self._interval),
             # Of the whole run: consumed before this step, less those of successful steps.
             "skipped_samples": position.samples
             - size
@@ -101,17 +110,3 @@ class StepLog:
             jax.local_devices()[0].memory_stats(),
         )
         self._interval, self._since = [], now
-
-
-def _check_finite(precision: config.Precision, step_number: int, values: dict[str, float]) -> None:
-    dynamic = precision.compute_dtype == "float16" and not precision.static_loss_scale
-    if not values["skipped"] or (dynamic and values["loss_scale"] > precision.min_loss_scale):
-        return
-    if precision.compute_dtype == "float16" and precision.static_loss_scale:
-        return
-    raise config.UserError(
-        f"step {step_number}: the gradient is not finite (loss {values['loss']}, loss scale "
-        f"{values['loss_scale']}); the weights were left as they were before it. Resume from the "
-        "last checkpoint with a lower optimizer.peak_lr, a longer warm-up or float32, or look for "
-        "damaged tokens in the samples of this step"
-    )

@@ -94,7 +94,9 @@ def loop(
     batches = loader.train_batches(
         run.splits, cfg, run.schedule, run.mesh, start.samples, run.end.samples
     )
-    log = step_log.StepLog(cfg, recorder, clock, first_step=start.step + 1, end=run.end)
+    log = step_log.StepLog(
+        cfg, recorder, clock, start.step + 1, run.end, n_samples=run.n_samples, seen=run.faults
+    )
     profile = profiling.Profile(cfg.log)
     while position.samples < run.end.samples:
         if position != start:
@@ -110,15 +112,19 @@ def loop(
         if stop.requested(position.step):
             break
         with clock.during(phases.DATA):
-            batch, size = next(batches)
+            batch, size, samples = next(batches)
         profile.before(position.step + 1)
-        log.compile_first(size, run.program.train, state, batch)
-        state, step_metrics = run.program.train(state, batch)
-        position = step_log.Position(position.step + 1, position.samples + size)
+        args = (state, batch, *run.faults.step_args(position.step + 1))
+        log.compile_first(size, run.program.train, *args)
+        with clock.during(phases.DEVICE):  # it waits where the device is behind
+            state, step_metrics = run.program.train(*args)
+        position = step_log.Position(position.step + 1, samples)
         profile.after(position.step, step_metrics)
         log.push(position, size, step_metrics)
+        run.replicas.after_step(position.step, state.params)
         overseer.stepped(position.step, recorder)
     log.settle()
+    run.replicas.finish()
     profile.close()
     return state, position
 

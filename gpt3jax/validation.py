@@ -1,6 +1,7 @@
 """What makes a config invalid. Devices are checked in `sharding` and `step`: no JAX here."""
 
 import math
+import re
 
 from gpt3jax import config
 
@@ -35,7 +36,9 @@ _AT_LEAST: dict[str, float] = {
     "data.prefetch": 0, "data.read_threads": 1, "data.eod_id": 0, "mesh.cpu_devices": 0,
     "mesh.virtual_stages": 1,
     "train.n_steps": 0, "train.n_samples": 0, "train.n_tokens": 0, "train.seed": 0,
-    "train.eval_interval": 0, "train.eval_batches": 1,
+    "train.eval_interval": 0, "train.eval_batches": 1, "train.checksum_interval": 0,
+    "train.replay_step": 0, "faults.max_skipped_steps": 1, "faults.spike_window": 2,
+    "faults.spike_deviations": 0,
     "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,
     "train.max_fruitless_starts": 0, "watchdog.step_multiple": 0, "watchdog.min_seconds": 1,
     "watchdog.slow_phase_seconds": 1, "log.interval": 1, "log.peak_tflops": 0,
@@ -239,7 +242,24 @@ def _check_run(cfg: config.Config) -> None:
         )
 
 
+def stretch(text: str) -> tuple[int, int]:
+    """Return (A, B) of a stretch "A:B" of data.skip_samples.
+
+    Raises:
+        UserError: it is not one, or is empty.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise config.UserError(
+            f"data.skip_samples={text} must be A:B with A < B, as in 8000:8640 for the samples "
+            "8000 to 8639"
+        )
+    return int(match[1]), int(match[2])
+
+
 def _check_data(data: config.Data) -> None:
+    for text in data.skip_samples:
+        stretch(text)
     given = [n for n in ("paths", "train_paths", "mock") if getattr(data, n)]
     if not given:
         raise config.UserError(

@@ -25,7 +25,7 @@ LAYERS = [
     ["plan.report", "plan.search"],
     ["plan.compiler", "plan.time_model"],
     ["plan.buffers", "plan.timeline"],
-    ["train", "convert.megatron"],
+    ["train", "replay", "convert.megatron"],
     ["saving"],
     ["preflight.joint", "preflight.report"],
     ["preflight.checks", "oversight"],
@@ -33,8 +33,8 @@ LAYERS = [
     ["peers"],
     ["preflight.facts"],
     ["setup", "trained", "preflight.program", "preflight.speed", "checkpoint.listing"],
-    ["step_log", "step", "checkpoint"],
-    ["array_blocks", "stacking"],
+    ["step_log", "step", "checkpoint", "replicas"],
+    ["array_blocks", "stacking", "faults"],
     ["pipeline"],
     [
         "convert.hf_gpt2",
@@ -49,7 +49,7 @@ LAYERS = [
     ["plan.memory_model"],
     ["attention", "sample.sampling", "data.splits"],
     ["data.text", "data.blend", "evaluate.stream"],
-    ["data.samples", "data.tokenizer", "data.documents", "dropout", "zigzag"],
+    ["data.samples", "data.tokenizer", "data.documents", "dropout", "zigzag", "skipping"],
     [
         "data.indexed",
         "data.index_cache",

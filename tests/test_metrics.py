@@ -42,6 +42,7 @@ MEGATRON_LINE = re.compile(
 )
 VALUES = {"loss": 0.1 + 0.2, "grad_norm": 1 / 3, "loss_scale": 1.0, "interval_loss": 2 / 3}
 VALUES |= {"skipped": 0, "skipped_in_interval": 0, "nan_in_interval": 0, "skipped_samples": 0}
+VALUES |= {"spikes_in_interval": 0}
 VALUES |= {"step_time": 0.25}
 
 
@@ -221,7 +222,7 @@ def test_tensorboard_has_megatrons_names(tmp_path):
     both |= {"lm loss test": 0, "lm loss test ppl": 1}
     assert over_samples == {f"{tag} vs samples": {40: value} for tag, value in both.items()}
     alone = {"skipped-train-samples": 16, "iteration-time": 0.25, "tokens-per-second": 1024}
-    alone |= {"tokens-per-second-per-device": 512}
+    alone |= {"tokens-per-second-per-device": 512, "skipped-steps": 0, "loss-spikes": 0}
     alone |= {"mem-allocated-bytes": 2**30, "mem-max-allocated-bytes": 2**31}
     flops_per_second = 512 * flops.flops_per_token(make_config().model)
     alone |= {"throughput": pytest.approx(flops_per_second / 1e12)}

@@ -78,6 +78,21 @@ def alone(tmp_path_factory):
     return folder
 
 
+def test_processes_skip_the_same_spikes_and_compare_replicas(tmp_path):
+    """With no deviation allowed, every step whose loss grew is a spike."""
+    options = ["--train.n-steps=12", "--faults.spike=skip", "--faults.spike-window=2"]
+    options += ["--faults.spike-deviations=0", "--train.checksum-interval=2"]
+    found = []
+    for n in (1, 2):
+        folder = corpus.write_run(tmp_path / str(n))
+        told = run(folder, n, *options)
+        assert "(100.0% of the parameters) are compared every 2 steps" in told
+        found.append(corpus.records(folder))
+        spikes = sum(r.get("spikes_in_interval", 0) for r in found[-1])
+        assert 0 < spikes == len(list((folder / "logs" / "faults").iterdir())) < 10
+    assert_same(found[1], found[0])
+
+
 @pytest.mark.parametrize("mesh", [(), ("--mesh.fsdp=2", "--mesh.tensor=2")], ids=["data", "mixed"])
 @pytest.mark.parametrize("n", [2, 4])
 def test_processes_together_have_the_losses_of_one(tmp_path, alone, n, mesh):

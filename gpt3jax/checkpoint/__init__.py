@@ -60,6 +60,8 @@ class Meta:
     config: dict[str, Any]
     only_params: bool = False
     """There is no more state than the parameters: a run starts with them, not from there."""
+    faults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What `faults.Faults` goes on from."""
     version: str = importlib.metadata.version("gpt3jax")
 
 
@@ -72,15 +74,17 @@ class Checkpoints:
         max_to_keep: int | None = None,
         read_only: bool = False,
         keep_period: int = 0,
+        before: int | None = None,
     ):
         """Open a folder, made if need be; `max_to_keep` newest ones are kept at each save.
 
-        So are all whose steps are multiples of `keep_period` (0: no others).
-        `read_only` is for another run's folder: nothing in it is changed.
+        So are all whose steps are multiples of `keep_period` (0: no others). `read_only` is for
+        another run's folder: nothing in it is changed. With `before` only those of earlier steps
+        are seen.
         """
         self.folder = pathlib.Path(folder).absolute()
         self.n_failed = 0  # saves in a row, as far as `wait` has told
-        self._read_only = read_only
+        self._read_only, self._before = read_only, before
         self._pending: int | None = None
         self._failure = ""
         self._outcome = ""  # of the last save, once it is known
@@ -107,7 +111,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps that have a whole checkpoint, newest first."""
         self._manager.reload()
-        return sorted(self._manager.all_steps(), reverse=True)
+        found = sorted(self._manager.all_steps(), reverse=True)
+        return [n for n in found if self._before is None or n < self._before]
 
     def save(self, state: Any, meta: Meta) -> float:
         """Start to save; arrays are copied before this returns, files are written behind it.

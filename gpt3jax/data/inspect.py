@@ -7,6 +7,7 @@ inspect --config configs/345m.py --step 1200
 """
 
 import dataclasses
+import json
 import pathlib
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from gpt3jax import batch_schedule, command, config, recipe
+from gpt3jax import batch_schedule, command, config, recipe, skipping, validation
 from gpt3jax.data import blend, indexed, samples, splits, tokenizer
 
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
@@ -28,7 +29,8 @@ class Options:
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """PREFIX of PREFIX.bin and .idx, or WEIGHT PREFIX WEIGHT PREFIX ..."""
     config: str = ""
-    """In place of paths and of the options down to --reset-attention-mask: a recipe."""
+    """In place of paths and of the options down to --reset-attention-mask: a recipe, or the
+    config.json of a run's log.dir."""
     split: str = "949,50,1"
     """Shares of documents for training, validation and test."""
     which: Literal["train", "valid", "test"] = "train"
@@ -66,7 +68,7 @@ def inspect(options: Options) -> list[str]:
     Raises:
         UserError: corpora, recipe or options that cannot be used.
     """
-    cfg = recipe.load(options.config) if options.config else None
+    cfg = _load(options.config) if options.config else None
     if bool(options.paths) == bool(cfg):
         raise config.UserError("give the prefix of a corpus, prefixes with weights, or --config")
     if options.step is not None and cfg is None:
@@ -172,8 +174,21 @@ def _run_samples(
         return found, _numbers(options.samples)
     if options.step < 1 or options.which != "train" or options.samples:
         raise config.UserError("--step is of training and from 1 on, and goes without --samples")
-    first = schedule.consumed_after(options.step - 1)
-    return found, np.arange(first, first + schedule.size(first))
+    stream = skipping.from_config(cfg.data)
+    batches = stream.schedule(schedule)
+    first = batches.consumed_after(options.step - 1)
+    return found, stream.numbers(np.arange(first, first + batches.size(first)))
+
+
+def _load(path: str) -> config.Config:
+    if not path.endswith(".json"):
+        return recipe.load(path)
+    try:
+        cfg = config.unflatten(config.Config, json.loads(pathlib.Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise config.UserError(f"--config {path}: {error}: give a run's config.json") from error
+    validation.validate(cfg)
+    return cfg
 
 
 def _numbers(text: str) -> np.ndarray:

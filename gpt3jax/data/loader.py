@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 
-from gpt3jax import batch_schedule, config, sharding
+from gpt3jax import batch_schedule, config, sharding, skipping
 from gpt3jax.data import blend, samples, splits
 
 
@@ -24,11 +24,19 @@ def train_batches(
     mesh: jax.sharding.Mesh,
     start: int,
     end: int,
-) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Yield each batch of samples start...end - 1, on the devices, and its size."""
-    stretches = schedule.runs(start, end)
-    sizes = (s.size for s in stretches for _ in range(s.n_steps))
-    return zip(_batches(parts.train, cfg, mesh, stretches), sizes, strict=True)
+) -> Iterator[tuple[dict[str, jax.Array], int, int]]:
+    """Yield each batch of samples start...end - 1, on the devices, its size and its end.
+
+    The end is the position after it, in samples consumed or left out.
+    """
+    stream = skipping.from_config(cfg.data)
+    stretches = stream.schedule(schedule).runs(stream.taken(start), stream.taken(end))
+    batches = _batches(parts.train, cfg, mesh, stretches, stream)
+    ends = (
+        (s.size, s.first_sample + (i + 1) * s.size) for s in stretches for i in range(s.n_steps)
+    )
+    for batch, (size, taken) in zip(batches, ends, strict=True):
+        yield batch, size, stream.position(taken)
 
 
 def eval_batches(
@@ -55,10 +63,11 @@ def _batches(
     cfg: config.Config,
     mesh: jax.sharding.Mesh,
     stretches: tuple[batch_schedule.Stretch, ...],
+    stream: skipping.Stream = skipping.WHOLE,
 ) -> Iterator[dict[str, jax.Array]]:
     n_rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
     rows = sharding.local_rows(mesh, n_rows)
-    batches = Batches(source, cfg, stretches, n_rows, rows)
+    batches = Batches(source, cfg, stretches, n_rows, rows, stream)
     threads = cfg.data.read_threads if cfg.data.prefetch else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.data.prefetch)
     for local in grain.MapDataset.source(batches).to_iter_dataset(options):
@@ -74,6 +83,7 @@ class Batches:
     stretches: tuple[batch_schedule.Stretch, ...]
     n_rows: int  # of a microbatch, over all processes
     rows: np.ndarray  # this process's
+    stream: skipping.Stream = skipping.WHOLE
 
     def __len__(self) -> int:
         return sum(s.n_steps for s in self.stretches)
@@ -82,9 +92,10 @@ class Batches:
         first_steps = [s.first_step for s in self.stretches]
         s = self.stretches[bisect.bisect_right(first_steps, k) - 1]
         first = s.first_sample + (k - s.first_step) * s.size
-        numbers = first + np.arange(0, s.size, self.n_rows)[:, None] + self.rows
+        taken = first + np.arange(0, s.size, self.n_rows)[:, None] + self.rows
+        numbers = self.stream.numbers(taken)
         batch = samples.read(self.source, self.cfg.data, numbers.ravel())
-        self._check_tokens(batch, first)
+        self._check_tokens(batch, int(self.stream.numbers(first)))
         cut = {k: v.reshape(*numbers.shape, *v.shape[1:]) for k, v in batch.items()}
         return cut | {"samples": numbers.astype(np.int32)}
 

@@ -144,7 +144,9 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     _, run_samples = schedule.end(cfg.train, cfg.model.seq_len)
     program = step.build(cfg, mesh, run_samples)
     with jax.set_mesh(mesh):
-        traced = program.train.jitted.trace(program.abstract_state, abstract_batch(cfg, mesh))
+        limit = [jax.ShapeDtypeStruct((), jnp.float32)] * (cfg.faults.spike == "skip")
+        batch = abstract_batch(cfg, mesh)
+        traced = program.train.jitted.trace(program.abstract_state, batch, *limit)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     [assignment] = pathlib.Path(request["dump"]).glob("*optimizations-buffer-assignment.txt")

@@ -23,7 +23,7 @@ def make_config(corpus, **data):
 def numbers(cfg, schedule, mesh, start, end=96):
     parts = splits.open_splits(cfg, 6, end)
     batches = loader.train_batches(parts, cfg, schedule, mesh, start, end)
-    return [(np.asarray(b["samples"]).ravel().tolist(), size) for b, size in batches]
+    return [(np.asarray(b["samples"]).ravel().tolist(), size) for b, size, _ in batches]
 
 
 def test_samples_come_in_order_from_any_position(corpus):
@@ -44,7 +44,7 @@ def test_batches_hold_the_maps_samples_on_every_mesh(corpus, axes, prefetch):
     cfg, mesh = make_config(corpus, prefetch=prefetch), tiny.make_mesh(**axes)
     schedule = batch_schedule.BatchSchedule(((0, 16),))
     parts = splits.open_splits(cfg, 6, 96)
-    for batch, _ in loader.train_batches(parts, cfg, schedule, mesh, 32, 96):
+    for batch, _, _ in loader.train_batches(parts, cfg, schedule, mesh, 32, 96):
         n = np.asarray(batch["samples"])
         tokens, _ = parts.train.tokens(n.ravel())
         np.testing.assert_array_equal(batch["tokens"], tokens[:, :-1].reshape(*n.shape, 32))
@@ -81,7 +81,7 @@ def test_end_of_document_switches_reach_the_batch(corpus):
     )
     parts = splits.open_splits(cfg, 6, 96)
     schedule = batch_schedule.BatchSchedule(((0, 16),))
-    batch, _ = next(loader.train_batches(parts, cfg, schedule, tiny.make_mesh(), 0, 96))
+    batch, _, _ = next(loader.train_batches(parts, cfg, schedule, tiny.make_mesh(), 0, 96))
     tokens = np.asarray(batch["tokens"])
     assert (tokens == 0).any()
     np.testing.assert_array_equal(np.asarray(batch["loss_mask"]) == 0, tokens == 0)
@@ -162,7 +162,7 @@ def test_a_blend_takes_its_shares_and_an_unweighted_one_ends(corpus, tmp_path):
     parts = splits.open_splits(cfg, 6, 96)
     schedule = batch_schedule.BatchSchedule(((0, 16),))
     batches = loader.train_batches(parts, cfg, schedule, tiny.make_mesh(), 0, 96)
-    from_other = [(np.asarray(b["tokens"])[..., 0] >= 250).sum() for b, _ in batches]
+    from_other = [(np.asarray(b["tokens"])[..., 0] >= 250).sum() for b, _, _ in batches]
     assert from_other == [4] * 6
     with pytest.raises(config.UserError, match="give each prefix a weight"):
         unweighted = tiny.make_config(data={**data, "paths": (corpus, other)})
