@@ -117,7 +117,7 @@ def device_memory() -> int | None:
 
 
 def memory_warnings(run: Run, limit: int | None) -> list[str]:
-    """Return a line if the plan's closed forms say that a step needs more than a device has."""
+    """Return a line if the plan's closed forms, with its headroom, exceed what a device has."""
     rows = run.cfg.batch.microbatch_size * sharding.data_parallel_size(run.mesh)
     layout = memory_model.Layout(
         sizes=dict(run.mesh.shape),
@@ -125,8 +125,11 @@ def memory_warnings(run: Run, limit: int | None) -> list[str]:
         attention=run.program.compute.attention,
         problems=(),
     )
+    if limit is None:
+        return []
     needed = sum(memory_model.memory(run.cfg, layout).values())
-    if limit is None or needed <= limit:
+    needed += memory_model.headroom(run.cfg, layout, limit)
+    if needed <= limit:
         return []
     return [
         f"WARNING: a step needs about {needed / 2**30:.1f} GiB a device (closed forms), which has "
