@@ -91,9 +91,9 @@ def read(folder: pathlib.Path, name: str, n_stacked: int) -> Blocks:
     Raises:
         ValueError: it is not there or, later, when rows are read, it is damaged.
     """
-    path = name.replace("/", ".") + "/"
-    kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": path}
-    array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+    array = _open(folder, name)
+    if not array.shape:  # a number: one row of it
+        return Blocks((1,), lambda first, stop: array.read().result()[None])
     per_row = math.prod(array.shape[1:n_stacked])
 
     def rows(first: int, stop: int) -> np.ndarray:
@@ -105,6 +105,23 @@ def read(folder: pathlib.Path, name: str, n_stacked: int) -> Blocks:
 
     shape = (array.shape[0] * per_row, *array.shape[max(n_stacked, 1) :])
     return Blocks(shape, rows)
+
+
+def describe(folder: pathlib.Path, name: str) -> tuple[tuple[int, ...], str, int]:
+    """Return shape, type and bytes of an array of a folder that Orbax wrote.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    array = _open(folder, name)
+    dtype = array.dtype.numpy_dtype
+    return tuple(array.shape), dtype.name, array.size * dtype.itemsize
+
+
+def _open(folder: pathlib.Path, name: str) -> Any:
+    path = name.replace("/", ".") + "/"
+    kvstore = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": path}
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
 
 
 def digest(x: Any, first: Any = 0) -> jax.Array:

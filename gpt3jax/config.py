@@ -238,6 +238,8 @@ class Train:
     """Steps between evaluations on the validation split (0: none, not even at the end)."""
     eval_batches: int = 10
     """Batches of global_batch_size in one evaluation."""
+    max_fruitless_starts: int = 10
+    """Starts in a row that failed without a new checkpoint before the next is refused (0: any)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,6 +256,14 @@ class Checkpoint:
     """Steps between checkpoints (one more is written at the end)."""
     max_to_keep: int = 3
     """Newest checkpoints kept; older ones are removed."""
+    keep_period: int = 0
+    """Checkpoints of multiples of this many steps are kept for good, besides the newest (0: none).
+    """
+    max_failed_saves: int = 5
+    """Failed saves in a row that end the run, to be started again; the last save of a run is tried
+    this often (0: failed saves end no run before its last, which is tried 5 times)."""
+    retry_pause: float = 10.0
+    """Wait this long before the last save of a run is tried again (seconds)."""
     allow_new_data_order: bool = False
     """Resume although the order of samples changed: some may repeat and some may be missed."""
 
@@ -273,6 +283,18 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Watchdog:
+    """When a process that makes no progress is ended, with its stacks and exit status 1."""
+
+    step_multiple: float = 10.0
+    """A part of a step may take this many times the usual time of a whole step (0: no watchdog)."""
+    min_seconds: float = 120.0
+    """The limit of a part of a step is not shorter (seconds)."""
+    slow_phase_seconds: float = 3600.0
+    """The limit of starting, compiling, restoring, evaluating or saving (seconds)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Distributed:
     """The processes of the run; under srun or mpirun they are found, else say all three."""
 
@@ -286,6 +308,8 @@ class Distributed:
     """Wait this long for all processes at the start (seconds)."""
     heartbeat_timeout: int = 60
     """When one process is not heard of for this long, end all others (seconds)."""
+    preflight: bool = True
+    """Compare the processes before the first step: devices, code, config, program, files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,6 +325,7 @@ class Config:
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    watchdog: Watchdog = Watchdog()
     distributed: Distributed = Distributed()
 
 

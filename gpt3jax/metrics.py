@@ -160,6 +160,11 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         if self._files is not None:
             self._files.record(entry, both, alone)
 
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Plot scalars over steps in TensorBoard, and nowhere else."""
+        if self._files is not None:
+            self._files.plot(step, values)
+
     def log_eval(
         self, step: int, consumed_samples: int, split: Literal["validation", "test"], loss: float
     ) -> None:
@@ -196,10 +201,10 @@ class _Files:
     def __init__(self, cfg: config.Config, start_step: int, start_samples: int) -> None:
         self._log_dir = cfg.log.dir
         folder, flat = pathlib.Path(cfg.log.dir), config.flatten(cfg)
-        with _blaming(self._log_dir), contextlib.ExitStack() as stack:
+        with blaming(self._log_dir), contextlib.ExitStack() as stack:
             folder.mkdir(parents=True, exist_ok=True)
             self.set_aside = _set_aside(folder / "metrics.jsonl", start_step)
-            _replace(folder / "config.json", json.dumps(flat, indent=2) + "\n")
+            replace_file(folder / "config.json", json.dumps(flat, indent=2) + "\n")
             self._jsonl = stack.enter_context(open(folder / "metrics.jsonl", "a"))
             # Purging drops a run's points from one count on. Those over samples are therefore a
             # run of their own: purged by steps, most of them would go.
@@ -214,15 +219,19 @@ class _Files:
         self, entry: Mapping[str, Any], both: Mapping[str, float], alone: Mapping[str, float]
     ) -> None:
         """Keep an entry; plot scalars over its step, those of `both` over its samples too."""
-        with _blaming(self._log_dir):
+        with blaming(self._log_dir):
             self._jsonl.write(_to_json(entry) + "\n")
             self._jsonl.flush()
             self._by_step.plot({**both, **alone}, entry["step"])
             over_samples = {f"{tag} vs samples": value for tag, value in both.items()}
             self._by_sample.plot(over_samples, entry["consumed_samples"])
 
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        with blaming(self._log_dir):
+            self._by_step.plot(values, step)
+
     def close(self) -> None:
-        with _blaming(self._log_dir):
+        with blaming(self._log_dir):
             self._stack.close()
 
 
@@ -280,7 +289,7 @@ def _step_line(e: Mapping[str, Any], end_step: int, end_samples: int, seq_len: i
         f"tokens/s: {e['tokens_per_second']:.1f}",
         f"MFU: {e['mfu'] * 100:.1f}%" if "mfu" in e else "",
         f"tokens: {_short(e['consumed_tokens'])}/{_short(end_samples * seq_len)}",
-        f"ETA: {_duration(seconds_left)}",
+        f"ETA: {duration(seconds_left)}",
     ]
     return " | ".join(field for field in fields if field) + " |"
 
@@ -293,8 +302,8 @@ def _short(n: float) -> str:
     return f"{n:.0f}"
 
 
-def _duration(seconds: float) -> str:
-    """Return a duration without colons, which log parsers split at: 2d03h, 3h05m, 4m10s."""
+def duration(seconds: float) -> str:
+    """Return seconds without colons, which log parsers split at: 2d03h, 3h05m, 4m10s."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(max(0, round(seconds)), 60)
@@ -325,7 +334,7 @@ def _set_aside(path: pathlib.Path, step: int) -> str:
     beside = path.with_suffix(".dropped.jsonl")
     with open(beside, "ab") as file:  # first: cut short, entries are there twice, not nowhere
         file.writelines(later)
-    _replace(path, b"".join(entry for entry in entries if _step_of(entry) <= step).decode())
+    replace_file(path, b"".join(entry for entry in entries if _step_of(entry) <= step).decode())
     return f"{path}: moved {len(later)} entries past step {step} or unfinished to {beside.name}"
 
 
@@ -337,7 +346,7 @@ def _step_of(entry: bytes) -> float:
         return math.inf
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def replace_file(path: pathlib.Path, text: str) -> None:
     """Write a file so that a reader or a crash finds the old text or the new one."""
     draft = path.with_name(f"{path.name}.draft")
     with open(draft, "w", encoding="utf-8") as file:
@@ -348,7 +357,8 @@ def _replace(path: pathlib.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _blaming(log_dir: str) -> Iterator[None]:
+def blaming(log_dir: str) -> Iterator[None]:
+    """Turn an OSError inside of this context into a UserError that names log.dir."""
     try:
         yield
     except OSError as error:

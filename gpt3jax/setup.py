@@ -11,6 +11,7 @@ from gpt3jax import (
     checkpoint,
     config,
     flops,
+    phases,
     pipeline,
     sharding,
     step,
@@ -33,15 +34,14 @@ class Run:
     store: checkpoint.Checkpoints | None
 
 
-def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, list[str]]:
+def start_or_resume(
+    cfg: config.Config, clock: phases.Phases
+) -> tuple[Run, Any, step_log.Position, list[str]]:
     """Return the run, the state and position to start from, and lines that say where from."""
     mesh = sharding.make_mesh(cfg.mesh)
-    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
-    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
+    schedule = schedule_of(cfg, mesh)
     text.ensure_corpus(cfg.data, cfg.model)
-    folder = cfg.checkpoint.dir
-    store = checkpoint.Checkpoints(folder, cfg.checkpoint.max_to_keep) if folder else None
+    store = _open_store(cfg.checkpoint)
     source = checkpoint.choose_source(store, cfg.checkpoint.load)
     run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
     if source is None:
@@ -59,13 +59,32 @@ def start_or_resume(cfg: config.Config) -> tuple[Run, Any, step_log.Position, li
         run = run_from(position(meta))
         return run.program.abstract_state, run.splits.order
 
-    state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
+    with clock.during(phases.RESTORE):
+        state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
     start, run = position(meta), run_from(position(meta))
     told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
     if only_params or meta.only_params:
         state = run.program.adopt(state.params)
         told = f"starting with the parameters of {source.folder}, step {meta.step}"
     return run, state, start, [*warnings, told]
+
+
+def _open_store(options: config.Checkpoint) -> checkpoint.Checkpoints | None:
+    if not options.dir:
+        return None
+    return checkpoint.Checkpoints(options.dir, options.max_to_keep, keep_period=options.keep_period)
+
+
+def schedule_of(cfg: config.Config, mesh: jax.sharding.Mesh) -> batch_schedule.BatchSchedule:
+    """Return the batch sizes of a run.
+
+    Raises:
+        UserError: one of them cannot be cut over the mesh.
+    """
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    n_ranks, n_stages = sharding.data_parallel_size(mesh), mesh.shape["stage"]
+    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
+    return schedule
 
 
 def prepare(
@@ -104,7 +123,9 @@ def describe(run: Run) -> list[str]:
         f"{run.splits.told}",
     ]
     lines += pipeline.describe(cfg, run.mesh)
-    lines += memory_warnings(run, device_memory())
+    limit = device_memory()
+    needed = step_bytes(cfg, run.mesh, run.program.compute.attention, limit)
+    lines += memory_warnings(needed, limit)
     if run.store is None:
         lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
     return lines
@@ -116,20 +137,28 @@ def device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
-def memory_warnings(run: Run, limit: int | None) -> list[str]:
-    """Return a line if the plan's closed forms, with its headroom, exceed what a device has."""
-    rows = run.cfg.batch.microbatch_size * sharding.data_parallel_size(run.mesh)
+def step_bytes(
+    cfg: config.Config, mesh: jax.sharding.Mesh, attention: str, limit: int | None
+) -> float:
+    """Return the bytes that a full step takes of a device, by the plan's closed forms.
+
+    With the plan's headroom in the bytes that a device offers, `limit`, where it tells.
+    """
+    rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
     layout = memory_model.Layout(
-        sizes=dict(run.mesh.shape),
-        n_microbatches=max(run.cfg.batch.global_batch_size // rows, 1),
-        attention=run.program.compute.attention,
+        sizes=dict(mesh.shape),
+        n_microbatches=max(cfg.batch.global_batch_size // rows, 1),
+        attention=attention,
         problems=(),
     )
-    if limit is None:
-        return []
-    needed = sum(memory_model.memory(run.cfg, layout).values())
-    needed += memory_model.headroom(run.cfg, layout, limit)
-    if needed <= limit:
+    return sum(memory_model.memory(cfg, layout).values()) + memory_model.headroom(
+        cfg, layout, limit or 0
+    )
+
+
+def memory_warnings(needed: float, limit: int | None) -> list[str]:
+    """Return a line if a step needs more bytes than a device has."""
+    if limit is None or needed <= limit:
         return []
     return [
         f"WARNING: a step needs about {needed / 2**30:.1f} GiB a device (closed forms), which has "

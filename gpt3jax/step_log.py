@@ -1,14 +1,12 @@
 """The metrics of steps: read one step behind, summed over a logging interval, and recorded."""
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from gpt3jax import config, metrics, optimizer
+from gpt3jax import config, distributed, metrics, optimizer, phases
 
 
 class Position(NamedTuple):
@@ -22,35 +20,36 @@ class StepLog:
     """Reads each step's metrics after the next step is dispatched, and logs each interval."""
 
     def __init__(
-        self, cfg: config.Config, recorder: metrics.Recorder, first_step: int, end: Position
+        self,
+        cfg: config.Config,
+        recorder: metrics.Recorder,
+        clock: phases.Phases,
+        first_step: int,
+        end: Position,
     ):
         """Nothing is pending yet; the first and the last step are logged in any case."""
         self._cfg, self._recorder, self._end = cfg, recorder, end
         self._always_logged = (first_step, end.step)
         self._pending: tuple[Position, int, Any] | None = None
         self._interval: list[dict[str, float]] = []
-        self._since, self._untimed = time.perf_counter(), 0.0
+        self._clock, self._since = clock, phases.step_seconds(clock.seconds())
         self._compiled: set[int] = set()
 
-    @contextlib.contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Leave what happens inside out of the time per step."""
-        self.settle()
-        begin = time.perf_counter()
-        yield
-        self._untimed += time.perf_counter() - begin
+    def compile_first(self, batch_size: int, step: Any, *args: Any) -> None:
+        """Compile the step for a batch size that is new, and say so; all processes wait for all.
 
-    @contextlib.contextmanager
-    def compiling(self, batch_size: int) -> Iterator[None]:
-        """Say so where a dispatch compiles: each batch size once."""
+        Once a program runs, its collectives give up on processes that still compile (gloo after
+        30 s).
+        """
         if batch_size in self._compiled:
-            yield
             return
         self._recorder.say(f"compiling the step for batch size {batch_size} ...")
-        with self.untimed():
-            begin = time.perf_counter()
-            yield
-            self._recorder.say(f"compiled in {time.perf_counter() - begin:.1f} s")
+        self.settle()
+        begin = time.perf_counter()
+        with self._clock.during(phases.COMPILE):
+            step.compile(*args)
+            distributed.meet(f"compiled/{batch_size}", self._cfg.watchdog.slow_phase_seconds)
+        self._recorder.say(f"compiled in {time.perf_counter() - begin:.1f} s")
         self._compiled.add(batch_size)
 
     def push(self, position: Position, size: int, step_metrics: Any) -> None:
@@ -66,7 +65,9 @@ class StepLog:
             self._read(*previous)
 
     def _read(self, position: Position, size: int, step_metrics: Any) -> None:
-        values = {k: v.item() for k, v in jax.device_get(step_metrics).items()}
+        with self._clock.during(phases.DEVICE):
+            values = {k: v.item() for k, v in jax.device_get(step_metrics).items()}
+        self._clock.stepped(position.step)
         _check_finite(self._cfg.precision, position.step, values)
         self._interval.append(values)
         self._recorder.advance(position.step, values["loss"])
@@ -75,7 +76,7 @@ class StepLog:
             self._log(position, size, values)
 
     def _log(self, position: Position, size: int, values: dict[str, float]) -> None:
-        now = time.perf_counter()
+        now = phases.step_seconds(self._clock.seconds())
         good = [v["loss"] for v in self._interval if not v["skipped"]]
         lr = optimizer.learning_rate(
             self._cfg.optimizer, self._end.samples, values["schedule_samples"]
@@ -89,7 +90,7 @@ class StepLog:
             - size
             - values["schedule_samples"]
             + size * values["skipped"],
-            "step_time": (now - self._since - self._untimed) / len(self._interval),
+            "step_time": (now - self._since) / len(self._interval),
         }
         self._recorder.log_step(
             position.step,
@@ -99,7 +100,7 @@ class StepLog:
             values | summary,
             jax.local_devices()[0].memory_stats(),
         )
-        self._interval, self._since, self._untimed = [], now, 0.0
+        self._interval, self._since = [], now
 
 
 def _check_finite(precision: config.Precision, step_number: int, values: dict[str, float]) -> None:

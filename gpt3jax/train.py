@@ -14,17 +14,20 @@ from typing import Any, Literal
 import jax
 
 from gpt3jax import (
-    checkpoint,
     config,
     distributed,
     flops,
     metrics,
+    oversight,
+    phases,
     profiling,
+    saving,
     setup,
     step_log,
     stopping,
 )
 from gpt3jax.data import loader
+from gpt3jax.preflight import joint
 
 
 def train(cfg: config.Config) -> bool:
@@ -32,9 +35,21 @@ def train(cfg: config.Config) -> bool:
 
     Raises:
         UserError: what does not fit or cannot be read, before the first step; a loss that is not
-            finite; a last checkpoint that cannot be written.
+            finite.
+        TransientError: a last checkpoint that cannot be written.
     """
-    run, state, start, news = setup.start_or_resume(cfg)
+    preflight = joint.before_devices(cfg)
+    with oversight.Oversight(cfg) as overseer:
+        return _train(cfg, preflight, overseer)
+
+
+def _train(
+    cfg: config.Config, preflight: joint.Session | None, overseer: oversight.Oversight
+) -> bool:
+    clock = overseer.clock
+    run, state, start, news = setup.start_or_resume(cfg, clock)
+    overseer.begin(start.step)
+    news += joint.before_step(preflight, run, start.samples)
     with (
         metrics.Recorder(
             cfg,
@@ -51,12 +66,19 @@ def train(cfg: config.Config) -> bool:
         for line in (*setup.describe(run), *news):
             recorder.say(line)
         try:
-            state, position = loop(run, state, start, recorder, stop)
-            finish(run, state, start, position, recorder)
+            with clock.during(phases.HOST):
+                state, position = loop(run, state, start, recorder, stop, overseer)
+            with clock.during(phases.SAVE):
+                finish(run, state, start, position, recorder, clock)
         finally:
             if run.store is not None:
-                run.store.close()  # an error must not cut off a save under way
-    return position.samples >= run.end.samples
+                with clock.during(phases.SAVE):
+                    run.store.close()  # an error must not cut off a save under way
+        done = position.samples >= run.end.samples
+        told = overseer.end(done)
+        if position != start:
+            recorder.say(told)
+    return done
 
 
 def loop(
@@ -65,32 +87,37 @@ def loop(
     start: step_log.Position,
     recorder: metrics.Recorder,
     stop: stopping.Stop,
+    overseer: oversight.Oversight,
 ) -> tuple[Any, step_log.Position]:
     """Take steps until the end of the run or a signal; return the last state and position."""
-    cfg, position = run.cfg, start
+    cfg, clock, position = run.cfg, overseer.clock, start
     batches = loader.train_batches(
         run.splits, cfg, run.schedule, run.mesh, start.samples, run.end.samples
     )
-    log = step_log.StepLog(cfg, recorder, first_step=start.step + 1, end=run.end)
+    log = step_log.StepLog(cfg, recorder, clock, first_step=start.step + 1, end=run.end)
     profile = profiling.Profile(cfg.log)
     while position.samples < run.end.samples:
         if position != start:
             if _due(position.step, cfg.train.eval_interval):
-                with log.untimed():
+                log.settle()
+                with clock.during(phases.EVALUATE):
                     evaluate(run, state, position, "validation", recorder)
             if _due(position.step, cfg.checkpoint.save_interval):
-                with log.untimed():
-                    save(run, state, position, recorder)
-        _report_save(run.store, recorder)
+                log.settle()
+                with clock.during(phases.SAVE):
+                    saving.save(run, state, position, recorder)
+        saving.report(run.store, recorder)
         if stop.requested(position.step):
             break
-        batch, size = next(batches)
+        with clock.during(phases.DATA):
+            batch, size = next(batches)
         profile.before(position.step + 1)
-        with log.compiling(size):
-            state, step_metrics = run.program.train(state, batch)
+        log.compile_first(size, run.program.train, state, batch)
+        state, step_metrics = run.program.train(state, batch)
         position = step_log.Position(position.step + 1, position.samples + size)
         profile.after(position.step, step_metrics)
         log.push(position, size, step_metrics)
+        overseer.stepped(position.step, recorder)
     log.settle()
     profile.close()
     return state, position
@@ -102,6 +129,7 @@ def finish(
     start: step_log.Position,
     position: step_log.Position,
     recorder: metrics.Recorder,
+    clock: phases.Phases,
 ) -> None:
     """Save what is not saved yet; at the end of the run evaluate, after a signal say how to go on.
 
@@ -110,11 +138,7 @@ def finish(
     """
     done = position.samples >= run.end.samples
     if position != start:
-        save(run, state, position, recorder)
-    if run.store is not None:
-        failure = run.store.poll(wait=True)
-        if failure:
-            raise config.TransientError(f"the last checkpoint failed: {failure}")
+        saving.save_last(run, state, position, recorder)
     if not done:
         command = shlex.join(["python", "-m", "gpt3jax.main", *sys.argv[1:]])
         saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"
@@ -123,8 +147,9 @@ def finish(
     if position == start and distributed.of_first_process(_is_evaluated(run, position, recorder)):
         recorder.say(f"nothing left to do: the run ended at step {position.step}")
         return
-    evaluate(run, state, position, "validation", recorder)
-    evaluate(run, state, position, "test", recorder)
+    with clock.during(phases.EVALUATE):
+        evaluate(run, state, position, "validation", recorder)
+        evaluate(run, state, position, "test", recorder)
     recorder.say(f"the run is complete: step {position.step}, {position.samples} samples")
 
 
@@ -151,34 +176,6 @@ def _is_evaluated(run: setup.Run, position: step_log.Position, recorder: metrics
     splits = {"test_loss": run.splits.test, "validation_loss": run.splits.validation}
     wanted = [name for name, source in splits.items() if source is not None]
     return not wanted or recorder.recorded(position.step, wanted[0])
-
-
-def save(
-    run: setup.Run, state: Any, position: step_log.Position, recorder: metrics.Recorder
-) -> None:
-    """Start to save a checkpoint, unless this very step has one."""
-    if run.store is None:
-        return
-    _report_save(run.store, recorder, wait=True)
-    if position.step in run.store.steps():
-        return
-    run.store.save(
-        state,
-        checkpoint.Meta(
-            step=position.step,
-            consumed_samples=position.samples,
-            data_order=run.splits.order,
-            config=config.flatten(run.cfg),
-        ),
-    )
-
-
-def _report_save(
-    store: checkpoint.Checkpoints | None, recorder: metrics.Recorder, wait: bool = False
-) -> None:
-    failure = store.poll(wait) if store is not None else None
-    if failure:
-        recorder.say(f"WARNING: {failure}; training goes on and tries again at the next interval")
 
 
 def _due(step_number: int, interval: int) -> bool:

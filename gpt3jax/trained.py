@@ -94,7 +94,19 @@ def open_newest(folder: str, mesh: jax.sharding.Mesh, compute_dtype: Any = "floa
         UserError: as `find`, or the model does not fit the mesh.
     """
     store, newest, cfg = find(folder)
-    cfg = dataclasses.replace(
+    cfg = _without_training(cfg, compute_dtype)
+    program = step.build(cfg, mesh, run_samples=1)
+    return Trained(store=store, step=newest, cfg=cfg, program=program)
+
+
+def abstract_state(cfg: config.Config) -> Any:
+    """Return the layout of a config's state on the first device, whatever its own mesh."""
+    mesh = sharding.make_mesh(config.Mesh())
+    return step.build(_without_training(cfg, "float32"), mesh, run_samples=1).abstract_state
+
+
+def _without_training(cfg: config.Config, compute_dtype: Any) -> config.Config:
+    return dataclasses.replace(
         cfg,
         model=dataclasses.replace(
             cfg.model,
@@ -106,8 +118,6 @@ def open_newest(folder: str, mesh: jax.sharding.Mesh, compute_dtype: Any = "floa
         mesh=config.Mesh(sequence_parallel=False),
         precision=dataclasses.replace(cfg.precision, compute_dtype=compute_dtype),
     )
-    program = step.build(cfg, mesh, run_samples=1)
-    return Trained(store=store, step=newest, cfg=cfg, program=program)
 
 
 def open_for_use(folder: str, axes: config.Mesh, compute_dtype: str) -> Trained:

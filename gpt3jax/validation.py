@@ -37,7 +37,10 @@ _AT_LEAST: dict[str, float] = {
     "train.n_steps": 0, "train.n_samples": 0, "train.n_tokens": 0, "train.seed": 0,
     "train.eval_interval": 0, "train.eval_batches": 1,
     "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,
-    "log.interval": 1, "log.peak_tflops": 0, "distributed.n_processes": 0,
+    "train.max_fruitless_starts": 0, "watchdog.step_multiple": 0, "watchdog.min_seconds": 1,
+    "watchdog.slow_phase_seconds": 1, "log.interval": 1, "log.peak_tflops": 0,
+    "checkpoint.keep_period": 0, "checkpoint.max_failed_saves": 0, "checkpoint.retry_pause": 0,
+    "distributed.n_processes": 0,
     "distributed.start_timeout": 1, "distributed.heartbeat_timeout": 1,
 }  # fmt: skip
 _BELOW_ONE = (
@@ -221,6 +224,13 @@ def _check_run(cfg: config.Config) -> None:
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise config.UserError(
             "checkpoint.allow_new_data_order has no effect without a checkpoint.dir"
+        )
+    period, interval = checkpoint.keep_period, checkpoint.save_interval
+    if period % interval:
+        raise config.UserError(
+            f"checkpoint.keep_period={period} must be a multiple of checkpoint.save_interval="
+            f"{interval}, or some of its multiples are never saved: use "
+            f"{-(-period // interval) * interval}"
         )
     if checkpoint.only_params and not checkpoint.load:
         raise config.UserError(

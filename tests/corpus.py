@@ -64,18 +64,21 @@ def config_of(folder, *args):
     return recipe.parse([f"--config={folder}/recipe.py", *args])
 
 
-def start_main(folder, *args):
+def start_main(folder, *args, module="gpt3jax.main", patch="", **variables):
     """Start `python -m gpt3jax.main` from the folder of a run, as a process of its own.
 
     It emulates as many devices as conftest.py does here, so that both compute the same bits.
+    `patch` is code that it runs first.
     """
-    variables = {
+    variables |= {
         "PYTHONPATH": str(REPOSITORY),
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
+    code = f"{patch}\nimport runpy; runpy.run_module('{module}', run_name='__main__')"
+    command = [sys.executable, *(("-c", code) if patch else ("-m", module))]
     return subprocess.Popen(
-        [sys.executable, "-m", "gpt3jax.main", "--config=recipe.py", "--mesh.cpu-devices=8", *args],
+        [*command, "--config=recipe.py", "--mesh.cpu-devices=8", *args],
         cwd=folder,
         env=os.environ | variables,
         stdout=subprocess.PIPE,

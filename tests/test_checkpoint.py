@@ -133,8 +133,21 @@ def test_a_flipped_bit_or_two_swapped_values_change_a_digest(bit):
         assert same == np.array_equal(x, other)
 
 
+def ocp_args(state):
+    return checkpoint.ocp.args.StandardSave(state)
+
+
 def test_only_the_newest_are_kept(tmp_path):
     assert saved(tmp_path, steps=(1, 2, 3, 4), max_to_keep=2).steps() == [4, 3]
+
+
+def test_some_are_kept_for_good(tmp_path):
+    store = checkpoint.Checkpoints(str(tmp_path), max_to_keep=2, keep_period=3)
+    state = {"x": jnp.arange(5.0)}
+    for n in range(1, 8):
+        store._save(ocp_args(state), array_blocks.digests(state), meta(n))
+        assert store.wait() == ""
+    assert store.steps() == [7, 6, 3]
 
 
 def test_saving_overlaps_the_next_steps(tmp_path):

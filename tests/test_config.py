@@ -240,6 +240,10 @@ REFUSED = [
         "--checkpoint.allow-new-data-order",
         "checkpoint.allow_new_data_order has no effect", "without a checkpoint.dir",
     ),
+    (
+        "--checkpoint.keep-period=15 --checkpoint.save-interval=10",
+        "checkpoint.keep_period=15", "checkpoint.save_interval=10", "use 20",
+    ),
     ("--checkpoint.only-params", "checkpoint.only_params has no effect", "checkpoint.load"),
 ]  # fmt: skip
 

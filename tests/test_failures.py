@@ -308,9 +308,13 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
 
         monkeypatch.setattr(train, "_due", due_on_a_full_disk)
         monkeypatch.setattr(checkpoint.Checkpoints, "poll", patient_poll)
-        status = corpus.call_main(monkeypatch, folder)
+        tries = ["--checkpoint.max-failed-saves=3", "--checkpoint.retry-pause=0.1"]
+        status = corpus.call_main(monkeypatch, folder, *tries)
         told = capfd.readouterr()
-        lines = [line for line in told.out.splitlines() if "iteration" in line or "WARN" in line]
+        retries = [line for line in told.out.splitlines() if "of 3, again in 0.1 s" in line]
+        assert len(retries) == (0 if room_again else 2)
+        told_lines = [line for line in told.out.splitlines() if line not in retries]
+        lines = [line for line in told_lines if "iteration" in line or "WARN" in line]
         warnings = [i for i, line in enumerate(lines) if "WARNING" in line]
         starts = [lines[i].partition(" in ")[0] for i in warnings]
         assert starts == [f"WARNING: step {n} was not saved" for n in (20, 30)]
@@ -322,21 +326,24 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
         assert status == (0 if room_again else command.RETRY)
         if not room_again:
             (error,) = told.err.splitlines()
-            assert error.startswith("gpt3jax: error: the last checkpoint failed: step 40 was not")
+            assert error.startswith(
+                "gpt3jax: error: the last checkpoint failed 3 times: step 40 was"
+            )
 
 
 def test_a_disk_too_full_for_a_folder_does_not_hang_the_run(tmp_path):
     """Orbax's threads wait for folders that cannot be made, and its next save raises it again."""
     folder = corpus.write_run(tmp_path / "run")
     with small_disk(folder / "checkpoints", "size=3m,nr_inodes=2"):
-        process = corpus.start_main(folder)
+        process = corpus.start_main(folder, "--checkpoint.max-failed-saves=2")
         try:
             told, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == command.RETRY and told.count("WARNING: step") == 3
+    assert process.returncode == command.RETRY and told.count("WARNING: step") == 1
     (error,) = errors.splitlines()
-    assert error.startswith("gpt3jax: error: the last checkpoint failed: step 40 was not saved")
+    assert error.startswith("gpt3jax: error: 2 saves in a row failed (checkpoint.max_failed_saves)")
+    assert "step 20 was not saved" in error
 
 
 @pytest.mark.parametrize("prefetch", [0, 4])

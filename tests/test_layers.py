@@ -9,7 +9,9 @@ LAYERS = [
         "sample.__main__",
         "evaluate.__main__",
         "plan.__main__",
+        "preflight.__main__",
         "convert.__main__",
+        "checkpoint.__main__",
         "data.prepare",
         "data.inspect",
         "data.merge",
@@ -25,7 +27,13 @@ LAYERS = [
     ["plan.compiler", "plan.time_model"],
     ["plan.buffers", "plan.timeline"],
     ["train", "convert.megatron"],
-    ["setup", "trained"],
+    ["saving"],
+    ["preflight.joint", "preflight.report"],
+    ["preflight.checks", "oversight"],
+    ["watchdog", "goodput"],
+    ["peers"],
+    ["preflight.facts"],
+    ["setup", "trained", "preflight.program", "preflight.speed", "checkpoint.listing"],
     ["step_log", "step", "checkpoint"],
     ["array_blocks", "stacking"],
     ["pipeline"],
@@ -51,6 +59,7 @@ LAYERS = [
         "flops",
         "batch_schedule",
         "distributed",
+        "phases",
         "plan.hlo",
         "xla_flags",
         "convert.mcore",
@@ -76,8 +85,10 @@ def imports_of(path):
 def modules(repository):
     package = repository / "gpt3jax"
     for path in sorted(package.rglob("*.py")):
-        if path.name != "__init__.py":
-            yield ".".join(path.relative_to(package).with_suffix("").parts), path
+        parts = path.relative_to(package).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if parts:
+            yield ".".join(parts), path
 
 
 def test_imports_go_only_down(repository):
@@ -89,7 +100,8 @@ def test_imports_go_only_down(repository):
 
 
 def test_config_and_metrics_do_without_jax(repository):
-    for name in ("config", "recipe", "validation", "metrics", "flops", "batch_schedule", "gpus"):
+    names = ("config", "recipe", "validation", "metrics", "flops", "batch_schedule", "gpus")
+    for name in (*names, "phases"):
         assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
 
 

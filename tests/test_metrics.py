@@ -150,7 +150,7 @@ def test_clock_that_stands_still_ends_no_run(tmp_path):
     [(0, "0m00s"), (250, "4m10s"), (11_100, "3h05m"), (183_600, "2d03h"), (math.nan, "?")],
 )
 def test_eta_has_no_colon(seconds, text):
-    assert metrics._duration(seconds) == text
+    assert metrics.duration(seconds) == text
 
 
 @pytest.mark.parametrize(("split", "step", "perplexity"), MEGATRON_EVALS)

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 HEARTBEAT = 10  # seconds
 
 
-def start(folder, n, *args):
-    """Start n processes of a run that emulate 4 devices together."""
+def start(folder, n, *args, patch=""):
+    """Start n processes of a run that emulate 4 devices together; the last runs `patch` first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -36,6 +36,7 @@ def start(folder, n, *args):
             "--train.eval-batches=2",
             "--checkpoint.save-interval=4",
             *args,
+            patch=patch if i == n - 1 else "",
         )
         for i in range(n)
     ]
@@ -157,3 +158,53 @@ def test_a_process_that_does_not_come_is_an_error(tmp_path):
     statuses, _, err = finish(processes)
     assert statuses[0] != 0 and time.monotonic() - begin < 60
     assert "DEADLINE_EXCEEDED" in err[0] or "could not be joined" in err[0]
+
+
+DATA_TAKES = """
+import itertools, time
+from gpt3jax.data import loader
+batches = loader.train_batches
+def slow(*args):
+    for i, batch in enumerate(batches(*args)):
+        time.sleep({seconds} if i > 5 else 0)
+        yield batch
+loader.train_batches = slow
+"""
+
+
+def test_a_slow_process_is_named(tmp_path):
+    folder = corpus.write_run(tmp_path)
+    patch = DATA_TAKES.format(seconds=0.3)
+    options = ("--train.n-steps=40", "--watchdog.min-seconds=4", "--train.eval-interval=0")
+    statuses, out, err = finish(start(folder, 2, *options, patch=patch))
+    assert statuses == [0, 0], err
+    (warning,) = re.findall(r"WARNING: process (\d) \(\S+\) spends (\S+) s a step outside", out[0])
+    assert warning[0] == "1" and 0.25 < float(warning[1]) < 0.6
+
+
+def test_a_hang_is_told_by_all_and_the_process_at_fault_named(tmp_path):
+    folder = corpus.write_run(tmp_path)
+    options = ("--train.n-steps=2000", "--watchdog.min-seconds=6")
+    processes = start(folder, 2, *options, patch=DATA_TAKES.format(seconds=1000))
+    wait_for_steps(folder, processes)
+    begin = time.monotonic()
+    statuses, _, err = finish(processes)
+    assert statuses == [command.RETRY] * 2 and time.monotonic() - begin < 60
+    assert re.search(r"process 1 \(\S+\) has been in 'wait for data' after step 5", err[0]), err[0]
+    assert "process 0 has been in 'wait for devices'" in err[0] and "_read" in err[0]
+    assert "process 1 has been in 'wait for data'" in err[1] and "in slow" in err[1]
+
+
+def test_a_stopped_process_is_named_and_ends_when_it_goes_on(tmp_path):
+    folder = corpus.write_run(tmp_path)
+    options = ("--train.n-steps=2000", "--watchdog.min-seconds=6")
+    processes = start(folder, 2, *options, "--distributed.heartbeat-timeout=60")
+    wait_for_steps(folder, processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    _, err = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == command.RETRY and time.monotonic() - begin < 40
+    assert re.search(r"process 1 \(\S+\) has not been heard of for \d+ s", err), err
+    processes[1].send_signal(signal.SIGCONT)
+    processes[1].communicate(timeout=60)
+    assert processes[1].returncode not in (command.DONE, command.REFUSED, command.REQUEUE)

@@ -1,7 +1,6 @@
 """Closed forms of memory and time against the real state and the data sheets."""
 
 import subprocess
-import types
 
 import jax
 import pytest
@@ -93,17 +92,15 @@ def test_closed_forms_see_the_network_that_a_compiled_collective_has(gpus_per_no
 def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
     """Both count what the compiler cannot see."""
     cfg = tiny.make_config(mesh={"data": 8})
-    compute = types.SimpleNamespace(attention="xla")
-    run = types.SimpleNamespace(
-        cfg=cfg,
-        mesh=sharding.make_mesh(cfg.mesh),
-        program=types.SimpleNamespace(compute=compute),
-    )
-    layout = layout_of(cfg)
-    peak = sum(memory_model.memory(cfg, layout).values())
-    assert setup.memory_warnings(run, None) == []
-    assert setup.memory_warnings(run, round(peak / 0.96)) == []
-    assert "may run out of memory" in setup.memory_warnings(run, round(peak / 0.98))[0]
+    mesh = sharding.make_mesh(cfg.mesh)
+    peak = sum(memory_model.memory(cfg, layout_of(cfg)).values())
+
+    def warnings(limit):
+        return setup.memory_warnings(setup.step_bytes(cfg, mesh, "xla", limit), limit)
+
+    assert warnings(None) == []
+    assert warnings(round(peak / 0.96)) == []
+    assert "may run out of memory" in warnings(round(peak / 0.98))[0]
 
 
 @pytest.mark.parametrize("n_stages", [1, 4])

@@ -15,9 +15,11 @@ import logging
 import pathlib
 import shutil
 import sys
+import time
+import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,16 @@ class DamagedError(config.UserError):
     """A checkpoint that is there but cannot be read, or reads as something else."""
 
 
+class _ChangedError(DamagedError):
+    """Arrays of a checkpoint that are not what their digests say."""
+
+    def __init__(self, path: pathlib.Path, arrays: list[str]):
+        super().__init__(
+            f"checkpoint {path} was changed since it was written: {', '.join(arrays)} "
+            "do not match their digests"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Meta:
     """What a checkpoint says besides the state."""
@@ -54,15 +66,25 @@ class Meta:
 class Checkpoints:
     """The checkpoints of one folder, by step."""
 
-    def __init__(self, folder: str, max_to_keep: int | None = None, read_only: bool = False):
+    def __init__(
+        self,
+        folder: str,
+        max_to_keep: int | None = None,
+        read_only: bool = False,
+        keep_period: int = 0,
+    ):
         """Open a folder, made if need be; `max_to_keep` newest ones are kept at each save.
 
+        So are all whose steps are multiples of `keep_period` (0: no others).
         `read_only` is for another run's folder: nothing in it is changed.
         """
         self.folder = pathlib.Path(folder).absolute()
+        self.n_failed = 0  # saves in a row, as far as `wait` has told
         self._read_only = read_only
         self._pending: int | None = None
         self._failure = ""
+        self._outcome = ""  # of the last save, once it is known
+        self._counted = True
         _silence_orbax()
         try:
             if not read_only:
@@ -71,6 +93,7 @@ class Checkpoints:
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=max_to_keep,
+                    keep_period=keep_period or None,
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
                     # Else a folder that cannot be made leaves threads that wait for it 5 minutes.
@@ -86,11 +109,18 @@ class Checkpoints:
         self._manager.reload()
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, state: Any, meta: Meta) -> None:
-        """Start to save; arrays are copied before this returns, files are written behind it."""
+    def save(self, state: Any, meta: Meta) -> float:
+        """Start to save; arrays are copied before this returns, files are written behind it.
+
+        Returns the seconds that it took, in which no step can be dispatched. All processes must
+        call it. A failure is told by `poll` and `wait`.
+        """
+        begin = time.monotonic()
+        self.wait()
         self._save(
             ocp.args.StandardSave(state, _save_args(state)), array_blocks.digests(state), meta
         )
+        return time.monotonic() - begin
 
     def save_params(self, params: Any, meta: Meta) -> None:
         """Save parameters alone, a tree of `array_blocks.Blocks`; each block is asked for twice.
@@ -107,19 +137,42 @@ class Checkpoints:
         )
 
     def _save(self, state: Any, sums: Any, meta: Meta) -> None:
-        self._pending = meta.step
+        self._pending, self._counted = meta.step, False
+        self._failure = self._unwritable()
+        if self._failure:
+            return
         items = ocp.args.Composite(
             state=state,
             digests=ocp.args.StandardSave({"leaves": sums}),
             meta=ocp.args.JsonSave(_with_digest(dataclasses.asdict(meta))),
         )
-        for _ in range(3):  # Orbax raises here what an earlier save left behind, each once
+        # Orbax raises here what an earlier save left behind, each once. Beside other processes,
+        # which may not have failed, a second call would meet the barriers of their first.
+        for _ in range(3 if jax.process_count() == 1 else 1):
             try:
                 self._manager.save(meta.step, args=items)
                 self._failure = ""
                 return
             except Exception as error:  # as in poll
                 self._failure = _first_line(error)
+
+    def _unwritable(self) -> str:
+        """Return why a process cannot write in the folder, "" if all can.
+
+        Orbax has barriers without a time limit in a save: a process that fails before them leaves
+        the others waiting. So all of them try first, and none begins where one would fail.
+        """
+        if jax.process_count() == 1:
+            return ""
+        failure, trial = "", self.folder / f"write-test-{jax.process_index()}"
+        try:
+            trial.mkdir(exist_ok=True)
+            (trial / "file").write_bytes(bytes(4096))
+        except OSError as error:
+            failure = _first_line(error)
+        shutil.rmtree(trial, ignore_errors=True)
+        anywhere = distributed.on_any_process(bool(failure))
+        return failure or ("another process cannot write there" if anywhere else "")
 
     def poll(self, wait: bool = False) -> str | None:
         """Return what became of the last save, once it is known: "" for success, or the failure.
@@ -135,12 +188,35 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever the storage raises; reported, training goes on
             failure = failure or _first_line(error)
-        if (self.folder / str(step)).is_dir():
-            return ""
-        for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(rest, ignore_errors=True)
+        self._outcome = ""
+        if not (self.folder / str(step)).is_dir():
+            for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(rest, ignore_errors=True)
+            self._drain()
+            told = failure or "it is not there"
+            self._outcome = f"step {step} was not saved in {self.folder}: {told}"
+        return self._outcome
+
+    def wait(self) -> str:
+        """Wait for the last save; return "" or why it failed, and count those in `n_failed`.
+
+        All processes must ask, at the same place: a save that failed for one failed for all.
+        """
+        self.poll(wait=True)
+        if not self._counted:
+            self._counted = True
+            failed = distributed.on_any_process(bool(self._outcome))
+            self.n_failed = self.n_failed + 1 if failed else 0
+            if failed:
+                self._outcome = self._outcome or "another process could not save"
+        return self._outcome
+
+    def _drain(self) -> None:
+        """Take from Orbax what it would raise in the next save, where only this process has it."""
+        for check in (self._manager.wait_until_finished, self._manager.check_for_errors) * 2:
+            with contextlib.suppress(Exception):
+                check()
         self._manager.reload()  # else it counts the step as there, and drops an older one for it
-        return f"step {step} was not saved in {self.folder}: {failure or 'it is not there'}"
 
     def read_meta(self, step: int) -> Meta:
         """Return what the checkpoint of a step says besides the state.
@@ -152,11 +228,7 @@ class Checkpoints:
             saved = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
-            found = dict(saved["meta"])
-            if _with_digest(found)["crc32"] != saved["meta"]["crc32"]:
-                raise ValueError("its meta file was changed since it was written")
-            known = {field.name for field in dataclasses.fields(Meta)}
-            return Meta(**{name: value for name, value in found.items() if name in known})
+            return checked_meta(dict(saved["meta"]))
 
     def restore(
         self, step: int, abstract_state: Any, wanted: Callable[[str], bool] = lambda name: True
@@ -196,30 +268,47 @@ class Checkpoints:
             DamagedError: as `restore`; that a value was changed is known only after the last rows.
         """
         meta, path = self.read_meta(step), self.folder / str(step)
-        stacked_twice = meta.config.get("mesh.virtual_stages", 1) > 1
-        n_stacked = (1 + stacked_twice) if "/blocks/" in name else 0
-        found = np.zeros(2, np.uint32)
         with _reading(path):
             expected = self._read_digests(step, meta, abstract_state)[name]
-            blocks = array_blocks.read(path / "state", name, n_stacked)
-            for first, rows in blocks:
-                found += array_blocks.block_digest(blocks.shape, first, rows)
-                yield rows
-        if (found != expected).any():
-            raise _changed(path, [name])
+        yield from _checked_blocks(path, name, meta, expected)
+
+    def verify(self, step: int, abstract_state: Any, wanted: Iterable[str]) -> int:
+        """Read arrays by their names, block by block, and compare them; return how many.
+
+        Raises:
+            DamagedError: what cannot be read, or the names of all arrays that were changed.
+        """
+        meta, path = self.read_meta(step), self.folder / str(step)
+        with _reading(path):
+            expected = self._read_digests(step, meta, abstract_state)
+            missing = sorted(expected.keys() - {array.name for array in arrays(path)})
+            if missing:
+                raise ValueError(f"it does not have {', '.join(missing)}")
+            # Through Orbax, which reads files of its own as well.
+            self._read_part(step, _smallest_alone(abstract_state, meta), meta)
+        changed = []
+        for name in wanted:
+            try:
+                for _ in _checked_blocks(path, name, meta, expected[name]):
+                    pass
+            except _ChangedError:
+                changed.append(name)
+        if changed:
+            raise _ChangedError(path, changed)
+        return len(expected)
 
     def _read_digests(self, step: int, meta: Meta, abstract_state: Any) -> dict[str, np.ndarray]:
         """Return the digests of a checkpoint by the names of its arrays."""
-        names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state)]
-        if meta.only_params:
-            names = [name for name in names if is_param(name)]
+        found = self._read_digest_rows(step, len(names(abstract_state, meta)), abstract_state)
+        return dict(zip(names(abstract_state, meta), found, strict=True))
+
+    def _read_digest_rows(self, step: int, n_arrays: int, abstract_state: Any) -> np.ndarray:
         # Without a layout of ours Orbax asks for the devices that the checkpoint was written on.
         mesh = jax.tree.leaves(abstract_state)[0].sharding.mesh
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        leaves = jax.ShapeDtypeStruct((len(names), 2), jnp.uint32, sharding=whole)
+        leaves = jax.ShapeDtypeStruct((n_arrays, 2), jnp.uint32, sharding=whole)
         items = ocp.args.Composite(digests=ocp.args.StandardRestore({"leaves": leaves}))
-        found = np.asarray(self._manager.restore(step, args=items)["digests"]["leaves"])
-        return dict(zip(names, found, strict=True))
+        return np.asarray(self._manager.restore(step, args=items)["digests"]["leaves"])
 
     def _read_part(self, step: int, written: Any, meta: Meta) -> Any:
         # A standard item is read whole, and the manager keeps one reader for an item.
@@ -262,6 +351,61 @@ def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:
             "out to start from random weights"
         )
     return loaded
+
+
+class Array(NamedTuple):
+    """An array of a checkpoint, as its files describe it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    n_bytes: int
+
+
+def arrays(path: pathlib.Path) -> list[Array]:
+    """Return the arrays of a checkpoint's folder; none is read.
+
+    Raises:
+        DamagedError: the files that describe them cannot be read.
+    """
+    with _reading(path):
+        tree = json.loads((path / "state" / "_METADATA").read_text())["tree_metadata"]
+        found = [
+            ("/".join(key["key"] for key in leaf["key_metadata"]), leaf["value_metadata"])
+            for leaf in tree.values()
+        ]
+        saved = sorted(name for name, value in found if value["value_type"] != "None")
+        return [Array(name, *array_blocks.describe(path / "state", name)) for name in saved]
+
+
+def _smallest_alone(abstract_state: Any, meta: Meta) -> Any:
+    """Return the layout as written with only the smallest array in it."""
+    written = stacking.as_written(abstract_state, meta.config.get("mesh.virtual_stages", 1))
+    leaves = jax.tree_util.tree_leaves_with_path(written)
+    saved = names(abstract_state, meta)
+    sizes = {_name(p): leaf.size for p, leaf in leaves if _name(p) in saved}
+    smallest = min(sizes, key=lambda name: sizes[name])
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf if _name(path) == smallest else ocp.PLACEHOLDER, written
+    )
+
+
+def names(abstract_state: Any, meta: Meta) -> list[str]:
+    """Return the names of a checkpoint's arrays, in the order of their digests."""
+    found = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state)]
+    return [name for name in found if is_param(name)] if meta.only_params else found
+
+
+def checked_meta(found: dict[str, Any]) -> Meta:
+    """Return what the JSON of a checkpoint's meta file says.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    if _with_digest(found)["crc32"] != found["crc32"]:
+        raise ValueError("its meta file was changed since it was written")
+    known = {field.name for field in dataclasses.fields(Meta)}
+    return Meta(**{name: value for name, value in found.items() if name in known})
 
 
 def is_param(name: str) -> bool:
@@ -357,14 +501,23 @@ def _check_digests(path: pathlib.Path, state: Any, expected: dict[str, np.ndarra
     found = np.asarray(array_blocks.digests([leaf for _, leaf in read]))
     names = [n for (n, _), got in zip(read, found, strict=True) if (got != expected[n]).any()]
     if names:
-        raise _changed(path, names)
+        raise _ChangedError(path, names)
 
 
-def _changed(path: pathlib.Path, names: list[str]) -> DamagedError:
-    return DamagedError(
-        f"checkpoint {path} was changed since it was written: {', '.join(names)} "
-        "do not match their digests"
-    )
+def _checked_blocks(
+    path: pathlib.Path, name: str, meta: Meta, expected: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield an array in blocks, and compare it with its digest after the last."""
+    stacked_twice = meta.config.get("mesh.virtual_stages", 1) > 1
+    n_stacked = (1 + stacked_twice) if "/blocks/" in name else 0
+    found = np.zeros(2, np.uint32)
+    with _reading(path):
+        blocks = array_blocks.read(path / "state", name, n_stacked)
+        for first, rows in blocks:
+            found += array_blocks.block_digest(blocks.shape, first, rows)
+            yield rows
+    if (found != expected).any():
+        raise _ChangedError(path, [name])
 
 
 def _name(path: Any) -> str:
@@ -393,10 +546,11 @@ def _silence_orbax() -> None:
     """Keep Orbax's threads from printing hundreds of lines on a failure that we report in one."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    shown = sys.unraisablehook
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    shown, known = sys.unraisablehook, ("Event loop is closed", "error while reading array index")
 
     def hook(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        if not any(words in str(unraisable.exc_value) for words in known):
             shown(unraisable)
 
     sys.unraisablehook = hook

@@ -1,0 +1,230 @@
+"""Kill runs at random moments, start them again, and compare with a run that nothing disturbed.
+
+    python benchmarks/faults.py --kills 200
+
+A tiny model trains in 1, 2 and 4 processes. Each time `kill -9` strikes one process, at any moment
+of its life or inside a save, and the others a moment later, as a scheduler would. The same command
+starts them again, until the run is at its end. Losses, evaluations, the final state and the sample
+numbers of every step must then equal, bit for bit, those of the undisturbed run. Exits with 1 if
+one differs. On 2 cores 200 kills take about half an hour.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from gpt3jax import batch_schedule, checkpoint, recipe, setup, sharding
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+N_DEVICES = 4
+SHARES = {1: 0.6, 2: 0.25, 4: 0.15}  # of the kills, by processes of a run
+MOST_OF_A_RUN = 25  # kills
+RECIPE = """
+from gpt3jax import config
+
+
+def get_config():
+    return config.Config(
+        model=config.Model(n_layers=2, d_model=32, n_heads=4, seq_len=16, vocab_size=64),
+        optimizer=config.Optimizer(peak_lr=1e-2, warmup_samples=16, decay_samples=3200),
+        batch=config.Batch(global_batch_size=8),
+        data=config.Data(mock=True, eod_id=0),
+        train=config.Train(n_steps=400, eval_interval=50, eval_batches=2, max_fruitless_starts=0),
+        checkpoint=config.Checkpoint(dir="checkpoints", save_interval=10),
+        log=config.Log(dir="logs", interval=1),
+    )
+"""
+# Beside what a run writes itself: the numbers of the samples in each batch, as the loader gave it.
+MAIN = """
+import json, runpy
+from gpt3jax.data import loader
+batches = loader.train_batches
+def noted(*args):
+    for batch, size in batches(*args):
+        with open("samples.{process}.jsonl", "a") as file:
+            rows = [s.data.ravel().tolist() for s in batch["samples"].addressable_shards]
+            file.write(json.dumps(rows) + "\\n")
+        yield batch, size
+loader.train_batches = noted
+runpy.run_module("gpt3jax.main", run_name="__main__")
+"""
+CLOCKED = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--processes", type=int, nargs="+", default=list(SHARES))
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", N_DEVICES)
+    print(f"seed {args.seed}, {os.cpu_count()} cores, jax {jax.__version__}")
+    sys.exit(0 if torment(args.kills, args.processes, args.seed) else 1)
+
+
+def torment(n_kills, processes, seed):
+    """Kill runs of each number of processes; return whether all came out equal."""
+    rng, begin = random.Random(seed), time.monotonic()
+    told = collections.Counter()
+    equal = True
+    with tempfile.TemporaryDirectory() as folder:
+        for n in processes:
+            share = SHARES[n] / sum(SHARES[p] for p in processes)
+            reference = new_run(pathlib.Path(folder) / f"{n}-undisturbed")
+            life = time.monotonic()
+            assert wait(start(reference, n)) == [0] * n, "the undisturbed run failed"
+            life = time.monotonic() - life
+            left, number = max(1, round(share * n_kills)), 0
+            while left > 0:
+                run = new_run(pathlib.Path(folder) / f"{n}-{number}")
+                struck = finish_with_kills(run, n, min(left, MOST_OF_A_RUN), life, rng)
+                differing = differences(run, reference, n)
+                left, number = left - sum(struck.values()), number + 1
+                told += struck
+                equal = equal and not differing
+                n_struck = sum(struck.values())
+                print(
+                    f"{n} process(es), run {number}: {n_struck} kills, "
+                    f"{'DIFFERS in ' + ', '.join(differing) if differing else 'equal'} "
+                    f"({time.monotonic() - begin:.0f} s)", flush=True,
+                )  # fmt: skip
+    parts = ", ".join(f"{count} {moment}" for moment, count in told.most_common())
+    print(f"{sum(told.values())} kills: {parts}; {'all equal' if equal else 'NOT EQUAL'}")
+    return equal
+
+
+def new_run(folder):
+    folder.mkdir()
+    (folder / "recipe.py").write_text(RECIPE)
+    return folder
+
+
+def start(folder, n):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    several = [f"--distributed.n-processes={n}", f"--distributed.coordinator-address={address}"]
+    variables = {
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return [
+        subprocess.Popen(
+            [
+                sys.executable, "-c", MAIN.format(process=i), "--config=recipe.py",
+                f"--mesh.cpu-devices={N_DEVICES // n}",
+                *([*several, f"--distributed.process-id={i}"] if n > 1 else []),
+            ],
+            cwd=folder, env=os.environ | variables,
+            stdout=open(folder / f"out.{i}.txt", "a"), stderr=subprocess.STDOUT,
+        )
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def wait(processes):
+    return [process.wait(timeout=600) for process in processes]
+
+
+def finish_with_kills(folder, n, most, life, rng):
+    """Start a run until it is at its end, with at most so many kills; return when they struck."""
+    struck = collections.Counter()
+    while True:
+        processes = start(folder, n)
+        if sum(struck.values()) < most:
+            await_moment(folder, processes, rng.random() < 0.4, rng.uniform(0, life), rng)
+            if all(process.poll() is None for process in processes):
+                struck[moment_of(folder)] += 1
+                victim = rng.randrange(n)
+                processes[victim].send_signal(signal.SIGKILL)
+                time.sleep(rng.uniform(0, 0.2))
+                for process in processes:
+                    process.kill()
+        statuses = wait(processes)
+        if statuses == [0] * n:
+            return struck
+        if any(status not in (0, -signal.SIGKILL) for status in statuses):
+            print(f"{folder.name}: exit statuses {statuses}, started again", flush=True)
+
+
+def await_moment(folder, processes, in_a_save, seconds, rng):
+    """Wait so many seconds, or up to the next save that begins."""
+    deadline = time.monotonic() + seconds
+    known = set(unfinished(folder))
+    while all(process.poll() is None for process in processes):
+        if in_a_save and set(unfinished(folder)) - known:
+            time.sleep(rng.uniform(0, 0.05))
+            return
+        if not in_a_save and time.monotonic() > deadline:
+            return
+        time.sleep(0.002)
+
+
+def unfinished(folder):
+    return [path.name for path in (folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
+
+
+def moment_of(folder):
+    if unfinished(folder):
+        return "in a save"
+    last = (folder / "out.0.txt").read_text().rpartition("process(es)")[2]
+    return "in steps" if "iteration" in last.rpartition("compiling")[2] else "at the start"
+
+
+def differences(run, reference, n):
+    """Return in what a run that was killed differs from the undisturbed one."""
+    found = []
+    if records(run) != records(reference):
+        found.append("losses")
+    if any(samples(run, i) != samples(reference, i) for i in range(n)):
+        found.append("samples")
+    pairs = zip(state_of(run, n), state_of(reference, n), strict=True)
+    if not all(a.tobytes() == b.tobytes() for a, b in pairs):
+        found.append("state")
+    return found
+
+
+def records(folder):
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCKED} for line in lines]
+
+
+def samples(folder, process):
+    """Return the samples of each batch of a process: one kind, however often it was taken."""
+    lines = (folder / f"samples.{process}.jsonl").read_text().splitlines(keepends=True)
+    batches = collections.defaultdict(set)
+    for line in lines:
+        if line.endswith("\n"):  # else the process was killed as it wrote it
+            rows = json.loads(line)
+            batches[min(map(min, rows)) // 8].add(str(rows))
+    return dict(batches)
+
+
+def state_of(folder, n):
+    """Return the arrays of a run's last checkpoint, whose digests are checked on the way."""
+    cfg = recipe.parse([f"--config={folder}/recipe.py"])
+    mesh = sharding.make_mesh(cfg.mesh)
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    run = setup.prepare(cfg, mesh, schedule, None, (0, 0))
+    store = checkpoint.Checkpoints(str(folder / "checkpoints"), read_only=True)
+    state = store.restore(store.steps()[0], run.program.abstract_state)
+    store.close()
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What is in a folder of checkpoints, read as plain files: no Orbax, no device, nothing changed.
+
+A run may write to the folder meanwhile: what goes away while it is read is left out.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any, Literal
+
+from gpt3jax import checkpoint, config
+
+_KINDS = {
+    "whole": re.compile(r"(\d+)"),  # Orbax gives this name when all is written
+    "damaged": re.compile(r"damaged-(\d+)(-\d+)?"),
+    "unfinished": re.compile(r"(\d+)\.orbax-checkpoint-tmp.*"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A checkpoint of a folder, or what is left of one.
+
+    Attributes:
+        state: "whole" says that it was written to its end, not that its arrays were read;
+            "damaged" that a run has set it aside or that its meta file cannot be read.
+        written: seconds since the epoch.
+        n_bytes: of all files.
+        meta: None where it cannot be read.
+    """
+
+    name: str
+    step: int
+    state: Literal["whole", "damaged", "unfinished"]
+    written: float
+    n_bytes: int
+    meta: checkpoint.Meta | None
+
+
+def entries(folder: str) -> list[Entry]:
+    """Return the checkpoints of a folder by step, newest last.
+
+    Raises:
+        UserError: the folder is not there or cannot be read.
+    """
+    found: list[Entry] = []
+    try:
+        for path in pathlib.Path(folder).iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found += _entry(path)
+    except OSError as error:
+        raise config.UserError(
+            f"{folder} cannot be read ({error.strerror}): give a checkpoint.dir"
+        ) from error
+    return sorted(found, key=lambda entry: (entry.step, entry.name))
+
+
+def _entry(path: pathlib.Path) -> list[Entry]:
+    for state, pattern in _KINDS.items():
+        match = pattern.fullmatch(path.name)
+        if match and path.is_dir():
+            meta = read_meta(path)
+            kind: Any = "damaged" if state == "whole" and meta is None else state
+            return [
+                Entry(
+                    name=path.name, step=int(match[1]), state=kind, meta=meta,
+                    written=_written(path), n_bytes=n_bytes(path),
+                )
+            ]  # fmt: skip
+    return []
+
+
+def read_meta(path: pathlib.Path) -> checkpoint.Meta | None:
+    """Return what a checkpoint's meta file says, or None if it is not there, cut or changed."""
+    try:
+        return checkpoint.checked_meta(json.loads((path / "meta" / "metadata").read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def n_bytes(path: pathlib.Path) -> int:
+    """Return the bytes of all files of a folder; those that go away meanwhile are not counted."""
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def _written(path: pathlib.Path) -> float:
+    """Return when it was committed, as Orbax noted, else when its folder last changed."""
+    try:
+        noted = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+        return float(noted["commit_timestamp_nsecs"] / 1e9)
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.stat().st_mtime

@@ -1,0 +1,76 @@
+"""The clock of a run, and those who read it: watchdog, account of the time, slow processes."""
+
+import contextlib
+
+import jax
+
+from gpt3jax import config, distributed, goodput, metrics, peers, phases, watchdog
+
+
+class Oversight(contextlib.AbstractContextManager["Oversight"]):
+    """Measures a start of a run from the beginning of its process; a context manager."""
+
+    def __init__(self, cfg: config.Config) -> None:
+        """Start the watchdog; the processes have joined."""
+        self.clock = phases.Phases(phases.process_start())
+        self._cfg, self._named = cfg, ""
+        process, n = jax.process_index(), jax.process_count()
+        tick = min(10.0, cfg.watchdog.min_seconds / 4)
+        self._peers = peers.Peers(self.clock, process, n, tick)
+        self._watchdog = watchdog.Watchdog(cfg.watchdog, self.clock, self._peers, process, tick)
+        self._account: goodput.Account | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._watchdog.close()
+        self._peers.close()
+        # Whoever starts a run again after any other error hopes that it goes away.
+        final = kind is not None and issubclass(kind, config.UserError)
+        if final and kind is not config.TransientError and self._account is not None:
+            with contextlib.suppress(config.UserError):
+                self._account.close("refused")
+
+    def begin(self, step: int) -> None:
+        """Open the account of the time, once it is known after which step the run goes on.
+
+        Raises:
+            UserError: too many starts in a row led nowhere, or log.dir cannot be written.
+        """
+        folder = self._cfg.log.dir if jax.process_index() == 0 else ""
+        self._account = goodput.Account(folder, self.clock, step)
+        most = self._cfg.train.max_fruitless_starts
+        if most and distributed.of_first_process(self._account.n_fruitless >= most):
+            raise config.UserError(
+                f"{most} starts in a row failed after step {step} and saved nothing: find out why "
+                "in their logs, then start again (train.max_fruitless_starts=0 takes any number)"
+            )
+
+    def stepped(self, step: int, recorder: metrics.Recorder) -> None:
+        """Take note of a step; with each logging interval plot the account and the slowest."""
+        assert self._account is not None
+        self._account.update(step)
+        if step % self._cfg.log.interval == 0:
+            recorder.plot(step, self._account.scalars() | self._slowest(recorder))
+
+    def end(self, complete: bool) -> str:
+        """Close the account; return the line that sums it up."""
+        assert self._account is not None
+        self._account.close("complete" if complete else "stopped")
+        return self._account.summary()
+
+    def _slowest(self, recorder: metrics.Recorder) -> dict[str, float]:
+        """Return what to plot of the slowest process, and name a new one that is too slow."""
+        slow = self._peers.slowest()
+        if slow is None:
+            return {}
+        named = f"process {slow.process} ({slow.host})" if slow.holds_up else ""
+        if named and named != self._named:
+            recorder.say(
+                f"WARNING: {named} spends {slow.own:.3f} s a step outside of its devices, where "
+                f"the median is {slow.median:.3f} s: every step waits for it ({slow.step:.3f} s)"
+            )
+        self._named = named
+        return {
+            "slowest-process": slow.process,
+            "slowest-process-seconds": slow.own,
+            "median-process-seconds": slow.median,
+        }

@@ -1,0 +1,119 @@
+"""What devices and networks reach: matrix products of each, collectives along each mesh axis.
+
+Short and rough: it tells a broken machine from a sound one, and is no benchmark. All processes must
+call the same functions in the same order; `within` gives a hang an end and a name.
+"""
+
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gpt3jax import config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is computed and sent, for a kind of device."""
+
+    matrix: int
+    """Rows and columns of a product's matrices."""
+    products: int
+    """Products in a row that are timed together."""
+    n_bytes: int
+    """Bytes of a device in a collective."""
+    rounds: int
+    """Times that each is repeated; the best counts: what a machine can do."""
+
+
+_GPU = Sizes(matrix=8192, products=16, n_bytes=256 << 20, rounds=5)  # 18 TFLOP: 25 ms on an H100
+_CPU = Sizes(matrix=256, products=4, n_bytes=1 << 20, rounds=20)
+
+
+def sizes(platform: str) -> Sizes:
+    """Return the sizes for a platform of JAX."""
+    return _CPU if platform == "cpu" else _GPU
+
+
+def matmul_tflops(device: Any, of: Sizes) -> float:
+    """Return the TFLOP/s of bfloat16 products on a device of this process."""
+    n = of.matrix
+
+    def chain(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, of.products, lambda _, y: y @ w, x)
+
+    place = jax.sharding.SingleDeviceSharding(device)
+    # Random bits make a chip draw its true power; the scale keeps the products finite.
+    x, w = (
+        jax.device_put(jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16), place)
+        for i in range(2)
+    )
+    seconds = best_seconds(of.rounds, jax.jit(chain), x, w / math.sqrt(n))
+    return 2 * n**3 * of.products / seconds / 1e12
+
+
+def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, of: Sizes) -> float:
+    """Return the GB/s of a collective along a mesh axis, in all its groups at once.
+
+    It is what each device sends and receives at least in a ring: of N devices (N - 1) / N of the
+    gathered bytes, and twice that share of the reduced ones ("bus bandwidth" of nccl-tests).
+    """
+    n = mesh.shape[axis]
+    length = of.n_bytes // 4
+    spec = PartitionSpec(mesh.axis_names)
+    x = jax.jit(
+        lambda: jnp.ones((length * mesh.size,), jnp.float32),
+        out_shardings=NamedSharding(mesh, spec),
+    )()
+
+    def local(part: jax.Array) -> jax.Array:
+        if kind == "all-reduce":
+            return jax.lax.psum(part, axis)
+        return jax.lax.all_gather(part, axis, tiled=True)[: length // n]
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    seconds = best_seconds(of.rounds, run, x)
+    moved = 2 * (n - 1) / n * of.n_bytes if kind == "all-reduce" else (n - 1) * of.n_bytes
+    return moved / seconds / 1e9
+
+
+def best_seconds(rounds: int, function: Callable[..., Any], *args: Any) -> float:
+    """Return the shortest time of several calls, after one that compiles."""
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def within(seconds: float, doing: str, action: Callable[[], Any]) -> Any:
+    """Return what an action gives, or end the wait for it.
+
+    Raises:
+        TransientError: it took longer; its thread is left behind, so the process should end.
+    """
+    result: list[Any] = []
+    failure: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            result.append(action())
+        except BaseException as error:  # for the caller, whatever it is
+            failure.append(error)
+
+    thread = threading.Thread(target=call, daemon=True, name=doing)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise config.TransientError(f"preflight: {doing} did not end in {seconds:.0f} s: it hangs")
+    if failure:
+        raise failure[0]
+    return result[0]

@@ -1,0 +1,168 @@
+"""What a process tells of itself: enough to see a difference, and nothing that is its own."""
+
+import dataclasses
+import os
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gpt3jax import config, step
+from gpt3jax.plan import compiler
+from gpt3jax.preflight import checks, facts, joint, program, speed
+
+import tiny
+
+
+def random_file(path, n):
+    path.write_bytes(np.random.default_rng().bytes(n))
+    return path
+
+
+@pytest.mark.parametrize("n", [0, 1, 4096, 65_536, 3_000_000])
+def test_a_file_is_known_by_its_size_its_head_and_its_end(tmp_path, n):
+    file = random_file(tmp_path / "f", n)
+    first = facts.fingerprint(str(file))
+    os.utime(file, (1, 1))  # times differ between copies
+    assert facts.fingerprint(str(file)) == first and first.startswith(f"{n:,} bytes")
+    data = bytearray(file.read_bytes())
+    for place in {0, n - 1} if n else ():
+        changed = data[:]
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        assert facts.fingerprint(str(file)) != first
+    file.write_bytes(data + b"x")
+    assert facts.fingerprint(str(file)) != first
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    told = facts.fingerprint(str(tmp_path / "no"))
+    assert told == "cannot be read: no such file or directory"
+
+
+def test_all_files_of_the_data_are_looked_at(tmp_path):
+    prefix = tiny.write_corpus(tmp_path / "a", 1, 5)
+    data = config.Data(
+        train_paths=("0.5", prefix, "0.5", "b"),
+        test_paths=(prefix,),
+        vocab_file="v",
+        merge_file="m",
+    )
+    found = facts.corpus(data)
+    assert list(found) == ["v", "m", f"{prefix}.idx", f"{prefix}.bin", "b.idx", "b.bin"]
+    assert facts.corpus(config.Data(mock=True)) == {}
+
+
+def test_variables_of_one_process_are_left_out():
+    shared = {"XLA_FLAGS": "--a", "NCCL_ALGO": "Ring", "JAX_ENABLE_X64": "1"}
+    own = {"JAX_PROCESS_ID": "3", "JAX_COMPILATION_CACHE_DIR": "x", "PATH": "/bin", "SECRET": "s"}
+    assert facts.environment(shared | own) == shared
+
+
+def run_config(tmp_path):
+    folders = {"checkpoint": {"dir": str(tmp_path / "a" / "b")}, "log": {"dir": str(tmp_path)}}
+    return tiny.make_config(**folders)
+
+
+def test_shared_folders_are_found_and_left_as_they_were(tmp_path):
+    cfg = run_config(tmp_path)
+    planted, wrong = facts.plant(cfg, "t0")
+    assert not wrong and facts.folders(cfg, "t0") == {}
+    facts.uproot(planted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_another_machine_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts.time, "sleep", lambda seconds: None)
+    cfg = run_config(tmp_path)
+    planted, _ = facts.plant(cfg, "t0")
+    other = run_config(tmp_path / "elsewhere")
+    assert set(facts.folders(other, "t0")) == {"checkpoint.dir", "log.dir"}
+    facts.uproot(planted)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "a").write_text("a file in the way")
+    planted, wrong = facts.plant(run_config(tmp_path), "t0")
+    assert "cannot be written" in wrong["checkpoint.dir"] and "log.dir" not in wrong
+    facts.uproot(planted)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_is_used_on_gpus_is_read():
+    told = "GPU-1, 1024\nGPU-2, [N/A]\nnonsense\n"
+    assert facts.parse_used_gpus(told) == {"GPU-1": 1 << 30}
+
+
+def test_the_number_of_the_process_is_not_part_of_its_config(tmp_path):
+    cfg = run_config(tmp_path)
+    mine, theirs = (
+        facts.of_host(
+            dataclasses.replace(cfg, distributed=config.Distributed(process_id=i)), "t", True
+        )
+        for i in range(2)
+    )
+    assert mine == theirs
+    assert mine["config"]["optimizer.peak_lr"] == "0.001"
+    assert len(mine["code"]["gpt3jax/model.py"]) == 12 and "jaxlib" in mine["versions"]
+
+
+def test_shapes_are_those_that_the_plan_compiles():
+    mesh = tiny.make_mesh(data=2, fsdp=4)
+    for segments in (False, True):
+        cfg = tiny.make_config(data={"reset_attention_mask": segments})
+        assert program.abstract_batch(cfg, mesh, 16) == compiler.abstract_batch(cfg, mesh)
+
+
+def test_the_program_is_that_of_the_first_step_which_is_not_traced_again(monkeypatch):
+    cfg = tiny.make_config(model={"n_layers": 1})
+    mesh = tiny.make_mesh(data=2, fsdp=4)
+    built = step.build(cfg, mesh, 320)
+    program.fingerprint(built, cfg, cfg.batch.global_batch_size)
+
+    def fail(*args):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(step.loss, "token_weights", fail)
+    with jax.set_mesh(mesh):  # as a call does before it compiles
+        built.train.jitted.lower(built.init(), tiny.make_batch(0, cfg, mesh, 2))
+    with pytest.raises(AssertionError, match="traced again"):
+        program.fingerprint(built, cfg, 8)
+
+
+def test_programs_of_other_constants_differ():
+    mesh = tiny.make_mesh(data=2, fsdp=4)
+    prints = set()
+    for beta in (0.9, 0.95):
+        cfg = tiny.make_config(optimizer={"beta2": beta}, model={"n_layers": 1})
+        built, size = joint.abstract_program(cfg, mesh)
+        prints.add(program.fingerprint(built, cfg, size))
+    assert len(prints) == 2
+
+
+SMALL = speed.Sizes(matrix=32, products=2, n_bytes=1 << 12, rounds=2)
+
+
+def test_rates_are_positive_on_every_axis():
+    mesh = tiny.make_mesh(data=2, fsdp=4)
+    assert speed.matmul_tflops(mesh.devices.flat[3], SMALL) > 0
+    for axis, kind in (("data", "all-reduce"), ("fsdp", "all-gather")):
+        assert speed.collective_gbytes(mesh, axis, kind, SMALL) > 0
+
+
+def test_a_measurement_that_hangs_is_ended_and_named():
+    with pytest.raises(config.TransientError, match=r"all-reduce along data did not end in 0 s"):
+        speed.within(0.05, "all-reduce along data", lambda: time.sleep(1))
+    with pytest.raises(ZeroDivisionError):
+        speed.within(5, "this", lambda: 1 / 0)
+    assert speed.within(5, "this", lambda: 7) == 7
+
+
+def test_one_process_goes_through_every_round(tmp_path):
+    session = joint.Session(run_config(tmp_path))
+    with pytest.raises(config.UserError, match=r"corpus: corpus\.idx: no such file"):
+        session.on_hosts()
+    assert session.on_devices()[0].status == "ok"
+    assert [c.name for c in session.checks if c.status != "ok"] == ["corpus"]
+    assert isinstance(session.checks[0], checks.Check)
