@@ -1,10 +1,11 @@
 """The tables of docs/plan.md: layouts, memory and MFU of recipes by number of GPUs; residuals.
 
-    python benchmarks/plan.py layouts [--gpus 8 64] [--recipes 345m gpt3/13b]
+    python benchmarks/plan.py layouts [--gpus 8 64] [--recipes 345m gpt3/13b] [--rows FILE]
     python benchmarks/plan.py memory
     python benchmarks/plan.py runs
 
-Needs the extra `plan`; runs on a CPU, an hour for all of `layouts`. Prints Markdown.
+Needs the extra `plan`; runs on a CPU, an hour for all of `layouts`, which keeps its rows in a file
+and goes on from there. Prints Markdown.
 """
 
 import argparse
@@ -50,30 +51,55 @@ def report(recipe, n_gpus, args, gpu="h100", **options):
         return plan.plan(given, args, "")
 
 
-def layouts(gpus, recipes):
-    """Print the fastest layout that a search finds, for each recipe and number of GPUs."""
+def layouts(gpus, recipes, file):
+    """Print the fastest layout that a search finds, for each recipe and number of GPUs.
+
+    Each row is added to `file` as it comes, and those that it has are printed from there: remove
+    what is to be planned again.
+    """
+    had = {tuple(cells(row)[:2]): row for row in lines_of(file)}
     print("| recipe | GPUs | layout | GiB | step s | MFU |\n|---|---|---|---|---|---|")
     for recipe in recipes:
         for n in gpus:
-            try:
-                found = report(recipe, n, ["--batch.schedule="], search=True, n_compiled=1)
-            except config.UserError as error:
-                print(f"| {recipe} | {n:,} | {str(error).partition(':')[0]} | | | |", flush=True)
-                continue
-            best = found["search"][0]
-            if not best["fits"]:
-                print(f"| {recipe} | {n:,} | none that was compiled fits | | | |", flush=True)
-                continue
-            told = " ".join(
-                arg.removeprefix("--").removeprefix("mesh.").removeprefix("batch.")
-                for arg in best["overrides"]
-                if not arg.endswith(("=1", "schedule=")) and "no-" not in arg
-            )
-            print(
-                f"| {recipe} | {n:,} | {told} | {best['peak_bytes_per_gpu'] / 2**30:.1f} | "
-                f"{best['step_seconds']:.3g} | {best['mfu']:.1%} |",
-                flush=True,
-            )
+            row = had.get((recipe, f"{n:,}"))
+            if row is None:
+                row = layout_row(recipe, n)
+                with file.open("a") as rows:
+                    rows.write(f"{row}\n")
+            print(row, flush=True)
+
+
+def lines_of(file):
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def layout_row(recipe, n):
+    """Return the row of the fastest layout that fits once compiled, or why there is none."""
+    start = f"| {recipe} | {n:,} |"
+    try:
+        found = report(recipe, n, ["--batch.schedule="], search=True, n_compiled=1)
+    except config.UserError as error:
+        told = str(error).partition(": use more GPUs")[0].replace("|", "/")
+        return f"{start} {told} | | | |"
+    best, tried = found["search"][0], len(found["search"])
+    if not best["fits"]:
+        failed = sum(bool(row["failed"]) for row in found["search"])
+        told = f"none of the {tried} tried fits once compiled"
+        return f"{start} {told}{f', {failed} did not compile' if failed else ''} | | | |"
+    told = " ".join(
+        arg.removeprefix("--").removeprefix("mesh.").removeprefix("batch.")
+        for arg in best["overrides"]
+        if not arg.endswith(("=1", "schedule=", "ramp")) and "no-" not in arg
+    )
+    passed = f" ({tried - 1} ranked before it did not fit)" if tried > 1 else ""
+    return (
+        f"{start} {told}{passed} | {best['peak_bytes_per_gpu'] / 2**30:.1f} | "
+        f"{best['step_seconds']:.3g} | {best['mfu']:.1%} |"
+    )
 
 
 def memory():
@@ -110,9 +136,10 @@ def main():
     parser.add_argument("table", choices=["layouts", "memory", "runs"])
     parser.add_argument("--gpus", type=int, nargs="*", default=GPUS)
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--rows", type=pathlib.Path, default=pathlib.Path("layouts.md"))
     options = parser.parse_args()
     if options.table == "layouts":
-        layouts(options.gpus, options.recipes)
+        layouts(options.gpus, options.recipes, options.rows)
     else:
         {"memory": memory, "runs": runs}[options.table]()
 

@@ -383,7 +383,12 @@ def unflatten(kind: type[Tree], flat: dict[str, Any], prefix: str = "") -> Tree:
     return kind(**given)
 
 
+def divisors_of(n: int) -> list[int]:
+    """Return the divisors of n, smallest first."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
 def divisors(n: int) -> str:
     """Return the divisors of n as text for messages, at most 16 of them."""
-    found = [str(d) for d in range(1, n + 1) if n % d == 0]
+    found = [str(d) for d in divisors_of(n)]
     return ", ".join(found[:16]) + (", ..." if len(found) > 16 else "")

@@ -169,23 +169,22 @@ class Network:
     nic_bandwidth: float
     """Achieved bytes a second and GPU between nodes."""
     latency: float
-    """Seconds to start a collective, and per doubling of its group."""
+    """Seconds to start a collective, and as much again per doubling of its group."""
 
-    def bandwidth(self, group_size: int, stride: int) -> tuple[str, float]:
+    def bandwidth(self, group_size: int, in_node: int) -> tuple[str, float]:
         """Return ("NVLink" or "NIC", bytes a second and GPU) of a collective.
 
-        Its groups have members that are `stride` GPUs apart. Between nodes, the members that a node
-        holds share the cards of all of them, and what crosses the node is the same for each.
+        Of a group's members `in_node` share a node. Between nodes, the members that a node holds
+        use the cards of all of them, and what crosses the node is the same for each.
         """
-        if group_size * stride <= self.gpus_per_node:
+        if in_node >= group_size:
             return "NVLink", self.nvlink_bandwidth
-        in_node = max(1, self.gpus_per_node // stride)
         return "NIC", min(self.nvlink_bandwidth, in_node * self.nic_bandwidth)
 
-    def seconds(self, crossing_bytes: float, group_size: int, stride: int) -> float:
+    def seconds(self, crossing_bytes: float, group_size: int, in_node: int) -> float:
         """Return the time of one collective in which this many bytes leave each GPU."""
         start = self.latency * (1 + math.log2(max(group_size, 1)))
-        return start + crossing_bytes / self.bandwidth(group_size, stride)[1]
+        return start + crossing_bytes / self.bandwidth(group_size, in_node)[1]
 
 
 # Assumed, not measured here: NCCL's bus bandwidth over the link's.

@@ -152,9 +152,9 @@ def describe(run: Run) -> list[str]:
     ]
     lines += pipeline.describe(cfg, run.mesh)
     lines += run.replicas.describe()
-    lines += memory_warnings(
-        step_bytes(cfg, run.mesh, run.program.compute.attention), device_memory()
-    )
+    limit = device_memory()
+    needed = step_bytes(cfg, run.mesh, run.program.compute.attention, limit)
+    lines += memory_warnings(needed, limit)
     if run.store is None:
         lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
     return lines
@@ -166,8 +166,13 @@ def device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
-def step_bytes(cfg: config.Config, mesh: jax.sharding.Mesh, attention: str) -> float:
-    """Return the bytes that a full step takes of a device, by the plan's closed forms."""
+def step_bytes(
+    cfg: config.Config, mesh: jax.sharding.Mesh, attention: str, limit: int | None
+) -> float:
+    """Return the bytes that a full step takes of a device, by the plan's closed forms.
+
+    With the plan's headroom in the bytes that a device offers, `limit`, where it tells.
+    """
     rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
     layout = memory_model.Layout(
         sizes=dict(mesh.shape),
@@ -175,7 +180,9 @@ def step_bytes(cfg: config.Config, mesh: jax.sharding.Mesh, attention: str) -> f
         attention=attention,
         problems=(),
     )
-    return sum(memory_model.memory(cfg, layout).values())
+    return sum(memory_model.memory(cfg, layout).values()) + memory_model.headroom(
+        cfg, layout, limit or 0
+    )
 
 
 def memory_warnings(needed: float, limit: int | None) -> list[str]:

@@ -47,17 +47,25 @@ def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
     Raises:
         UserError: the axes' product is not the number of devices.
     """
-    sizes = [getattr(mesh, axis) for axis in AXES]
-    n_devices, fixed = jax.device_count(), math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and n_devices % fixed == 0:
-        sizes[sizes.index(-1)] = n_devices // fixed
-    if math.prod(sizes) != n_devices:
+    n_devices = jax.device_count()
+    sizes = axis_sizes(mesh, n_devices)
+    if sizes is None:
         told = " x ".join(f"{a} {getattr(mesh, a)}" for a in AXES)
         raise config.UserError(
             f"mesh: {told} does not fit {n_devices} {jax.default_backend()} device(s): the axes' "
             f"product must be {n_devices}; change one, give -1 to one, or start more devices"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(list(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(mesh: config.Mesh, n_devices: int) -> dict[str, int] | None:
+    """Return the axes' sizes on so many devices, -1 resolved; None if their product is another."""
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for axis, size in sizes.items():
+        if size == -1 and n_devices % fixed == 0:
+            sizes[axis] = n_devices // fixed
+    return sizes if math.prod(sizes.values()) == n_devices else None
 
 
 def data_parallel_size(mesh: jax.sharding.Mesh) -> int:

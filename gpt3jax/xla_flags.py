@@ -4,6 +4,7 @@
 be in the environment before JAX starts. Imports no JAX.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -143,10 +144,20 @@ def _gpu_here() -> gpus.Gpu:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Print the settings of a run here for a shell; what is set already stays and wins."""
+    """Print the settings of a run here for a shell; what is set already stays and wins.
+
+    The shell runs what it reads, so nothing else goes to standard output: neither `--help` nor what
+    a recipe prints.
+    """
 
     def tell() -> None:
-        cfg = recipe.parse(sys.argv[1:] if args is None else args)
+        with contextlib.redirect_stdout(sys.stderr):
+            cfg = recipe.parse(sys.argv[1:] if args is None else args)
+        if cfg.mesh.stage == -1:
+            raise config.UserError(
+                "mesh.stage=-1: XLA's settings depend on the stages, whose number is not known "
+                "yet; give it"
+            )
         gpu, n_stages = _gpu_here(), cfg.mesh.stage
         flags = text(of_run(gpu, gpus.network_of(gpu), n_stages))
         lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']

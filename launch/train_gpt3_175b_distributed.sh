@@ -31,6 +31,7 @@ if [ "${NUM_NODES:-1}" -gt 1 ]; then
 fi
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 arguments=(
   --config="${CONFIG:-$repository/configs/175b.py}"
   --checkpoint.dir "$checkpoint_path"
@@ -38,11 +39,10 @@ arguments=(
   --data.vocab-file "$vocab_file"
   --data.merge-file "$merge_file"
   --data.paths "$data_path"
-  "${processes[@]}"
+  ${processes[@]+"${processes[@]}"} # bash before 4.4 takes an empty array for an unset one
   "$@"
 )
 # What gpt3jax.plan compiles with; what the environment already has wins.
-settings=$(PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}" \
-  "${PYTHON:-python3}" -m gpt3jax.xla_flags "${arguments[@]}")
+settings=$("${PYTHON:-python3}" -m gpt3jax.xla_flags "${arguments[@]}")
 eval "$settings"
 exec "${PYTHON:-python3}" -m gpt3jax.main "${arguments[@]}"

@@ -35,7 +35,7 @@ class Options:
     search: bool = False
     """Look for the fastest layout that fits: mesh, microbatch, remat, sharded optimizer."""
     n_compiled: int = 4
-    """How many of the layouts that --search finds are compiled; more while none of them fits."""
+    """How many of the layouts that --search finds are compiled; if none fits, up to 4 more."""
     compile: bool = True
     """Compile the step; --no-compile gives closed forms only."""
     json: str = ""
@@ -49,13 +49,13 @@ class Options:
     price: float = 0.0
     """Of a GPU-hour, in any currency."""
     gpus_per_node: int = 8
-    """GPUs that NVLink joins."""
+    """GPUs that NVLink joins. This and the next three change the plan, not a run's settings."""
     nvlink_gbytes: float | None = None
     """GB/s that a GPU reaches in one direction inside a node; left out: 80% of the data sheet's."""
     nic_gbytes: float | None = None
     """GB/s that a GPU reaches in one direction between nodes; left out: 90% of its card's."""
     latency_us: float = 10.0
-    """Microseconds to start a collective."""
+    """Microseconds to start a collective, and as many per doubling of its group."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -93,7 +93,8 @@ def plan(options: Options, recipe_args: list[str], told: str) -> dict[str, Any]:
         *recipe_args,
         *_corpus(options.config, recipe_args),
     ]
-    out = console.Console(width=None if sys.stdout.isatty() else 120)
+    width = None if sys.stdout.isatty() else 120
+    out = console.Console(width=width, markup=False, emoji=False)  # it prints users' text
     missing = compiler.missing_extra() if options.compile else "as --no-compile says"
     if options.dump_hlo and missing:
         raise config.UserError(f"--dump-hlo needs the compiled step: {missing}")
@@ -131,7 +132,11 @@ def _search(
     closed_forms_only: bool,
     out: console.Console,
 ) -> list[dict[str, Any]]:
-    """Print and return the best layouts, fastest first."""
+    """Print and return the best layouts, those that fit first, then by time.
+
+    Raises:
+        UserError: none fits by closed forms, or none compiled.
+    """
     cfg = recipe.parse(recipe_args)
     found = search.candidates(cfg, options.gpus, target.gpu, target.network)
     chosen = search.to_compile(found, max(options.n_compiled, 1) + MORE_COMPILED)
@@ -140,27 +145,42 @@ def _search(
     for i, one in enumerate(chosen):
         if i >= options.n_compiled and any(row["fits"] for row in rows):
             break
-        compiled = None
         if not closed_forms_only:
             out.print(f"Compiling layout {i + 1}: {' '.join(one.overrides)}", soft_wrap=True)
-            compiled = compiler.compile_step(
-                recipe.parse([*recipe_args, *one.overrides]), [*recipe_args, *one.overrides],
-                one.layout.sizes, target.gpu, target.network,
-            )  # fmt: skip
-        built = report.build(one.cfg, one.layout, target, compiled)
-        rows.append(
-            {
-                "overrides": list(one.overrides),
-                "fits": built["fits"],
-                "peak_bytes_per_gpu": built["peak_bytes_per_gpu"],
-                "step_seconds": built["step_seconds"]["expected"],
-                "step_seconds_closed_form": one.seconds,
-                "mfu": built["mfu"],
-            }
-        )
-    rows.sort(key=lambda row: (not row["fits"], row["step_seconds"]))
+        rows.append(_searched(one, recipe_args, target, closed_forms_only))
+    rows.sort(key=lambda row: (bool(row["failed"]), not row["fits"], row["step_seconds"] or 0))
+    if all(row["failed"] for row in rows):
+        raise config.UserError(f"none of {len(rows)} layouts compiled: {rows[0]['failed']}")
     report.show_search(rows, out)
     return rows
+
+
+def _searched(
+    one: search.Candidate, recipe_args: list[str], target: report.Target, closed_forms_only: bool
+) -> dict[str, Any]:
+    """Return what is reported of a layout; one that does not compile is no reason to stop."""
+    row = {
+        "overrides": list(one.overrides),
+        "drops_schedule": one.drops_schedule,
+        "failed": "",
+        "fits": False,
+        "peak_bytes_per_gpu": None,
+        "step_seconds": None,
+        "step_seconds_closed_form": one.seconds,
+        "mfu": None,
+    }
+    compiled = None
+    if not closed_forms_only:
+        args = [*recipe_args, *one.overrides]
+        try:
+            compiled = compiler.compile_step(
+                one.cfg, args, one.layout.sizes, target.gpu, target.network
+            )
+        except config.UserError as error:
+            return row | {"failed": str(error)}
+    built = report.build(one.cfg, one.layout, target, compiled)
+    row |= {name: built[name] for name in ("fits", "peak_bytes_per_gpu", "mfu")}
+    return row | {"step_seconds": built["step_seconds"]["expected"]}
 
 
 def _network(gpu: gpus.Gpu, options: Options) -> gpus.Network:

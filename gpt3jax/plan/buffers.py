@@ -51,6 +51,18 @@ def largest(assignment: str, text: str, n: int = 10) -> list[Buffer]:
     return found
 
 
+def _of_package(path: str) -> str:
+    """Return a file of this package as "gpt3jax/...", "" of another one's.
+
+    A folder named gpt3jax may hold an environment with all other packages.
+    """
+    _, environment, installed = path.rpartition("-packages/")
+    if environment:
+        return installed if installed.startswith("gpt3jax/") else ""
+    _, here, file = path.rpartition("/gpt3jax/")
+    return f"gpt3jax/{file}" if here else ""
+
+
 class _Frames:
     """The tables FileNames, FileLocations and StackFrames of an HLO text."""
 
@@ -73,8 +85,8 @@ class _Frames:
         while number in self._frames:
             location, parent = self._frames[number]
             file, line = self._locations[location]
-            path = self._files[file][0]
-            if "/gpt3jax/" in path and not path.endswith("/sharding.py"):  # which others call
-                return f"{path[path.rindex('/gpt3jax/') + 1 :]}:{line}"
+            path = _of_package(self._files[file][0])
+            if path and not path.endswith("/sharding.py"):  # which others call
+                return f"{path}:{line}"
             number = str(int(parent) - 1)  # 1: it has none
         return ""

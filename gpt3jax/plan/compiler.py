@@ -12,11 +12,14 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -29,6 +32,8 @@ from gpt3jax import batch_schedule, config, gpus, recipe, sharding, step, xla_fl
 from gpt3jax.plan import buffers, hlo
 
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
+# Groups of a config that do not change the program.
+_ELSEWHERE = ("checkpoint.", "log.", "distributed.")
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
 
 
@@ -80,7 +85,8 @@ def compile_step(
     `cfg` is what `recipe.parse` makes of `args`; `axis_sizes` are its mesh's, none of them -1.
 
     Raises:
-        UserError: the model does not fit the mesh, or the compiler failed.
+        UserError: the model does not fit the mesh, the compiler failed, or no folder can be
+            written to.
     """
     n_stages = axis_sizes["stage"]
     flags = xla_flags.text(xla_flags.of_plan(gpu, network, n_stages))
@@ -92,16 +98,32 @@ def compile_step(
         "capability": gpu.capability,
         "gpus_per_node": network.gpus_per_node,
     }
-    described = [config.flatten(cfg), axis_sizes, request["target"], flags, variables, versions()]
-    key = hashlib.sha256(json.dumps([*described, _sources()]).encode()).hexdigest()[:32]
-    file = _cache_folder() / f"{key}.json.gz"
-    cached = file.exists()
-    if not cached:
+    file = _cache_folder() / f"{_key(cfg, request, flags, variables)}.json.gz"
+    found = _read(file)
+    cached = found is not None
+    if found is None:
         _run(request, {**variables, "XLA_FLAGS": flags}, file)
-    found = json.loads(gzip.decompress(file.read_bytes()))
+        found = _read(file)
+        assert found is not None, f"{file} was just written"
     text = found.pop("hlo")
     cudnn = hlo.cudnn_attention(text)
     return Compiled(text=text, program=hlo.parse(text), cudnn=cudnn, cached=cached, **found)
+
+
+def _key(cfg: config.Config, request: dict[str, Any], flags: str, variables: dict[str, str]) -> str:
+    """Return a digest of all that decides the program."""
+    fields = {k: v for k, v in config.flatten(cfg).items() if not k.startswith(_ELSEWHERE)}
+    target = [request[name] for name in ("axis_sizes", "target", "gpus_per_node")]
+    described = [fields, target, flags, variables, versions(), _sources()]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+
+
+def _read(file: pathlib.Path) -> dict[str, Any] | None:
+    """Return what a file of the cache holds; None where it is missing or damaged."""
+    try:
+        return json.loads(gzip.decompress(file.read_bytes()))
+    except (OSError, EOFError, ValueError, zlib.error):
+        return None
 
 
 def abstract_batch(cfg: config.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -149,8 +171,10 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         traced = program.train.jitted.trace(program.abstract_state, batch, *limit)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    [assignment] = pathlib.Path(request["dump"]).glob("*optimizations-buffer-assignment.txt")
-    found = buffers.largest(assignment.read_text(), text)
+    # The step's is the largest: what else was compiled on the way has its own.
+    dumped = pathlib.Path(request["dump"]).glob("*optimizations-buffer-assignment.txt")
+    reports = sorted(dumped, key=lambda file: file.stat().st_size)
+    found = buffers.largest(reports[-1].read_text(), text) if reports else []
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
@@ -190,26 +214,45 @@ def _target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) ->
 
 def _run(request: dict[str, Any], settings: dict[str, str], file: pathlib.Path) -> None:
     """Run the compiling process; its answer appears under the file's name only when whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
         **settings,
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver, and none is needed
         "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_TRACEBACK_FILTERING": "off",  # else an error ends with advice on its traceback
     }
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         request = {**request, "out": f"{folder}/answer", "dump": f"{folder}/dump"}
-        environment["XLA_FLAGS"] += f" --xla_dump_to={request['dump']}"
+        environment["XLA_FLAGS"] += f" --xla_dump_to={_quoted(request['dump'])}"
         done = subprocess.run(
             [sys.executable, "-m", "gpt3jax.plan.compiler"],
-            input=json.dumps(request), text=True, capture_output=True, env=environment,
+            input=json.dumps(request), text=True, errors="replace", capture_output=True,
+            env=environment,
         )  # fmt: skip
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            said = lines[-1] if done.returncode == 2 else f"the compiler failed: {lines[-1]}"
-            raise config.UserError(said)
+            raise config.UserError(_failure(done.returncode, done.stderr))
         os.replace(request["out"], file)
+
+
+def _quoted(text: str) -> str:
+    """Return a value as XLA_FLAGS must have it: in quotes that it does not hold (none escape)."""
+    quote = '"' if "'" in text else "'"
+    return f"{quote}{text}{quote}"
+
+
+def _failure(status: int, stderr: str) -> str:
+    """Return in one line why the compiling process ended: its signal, the error it printed last."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no message"]
+    if status == 2:  # `main`
+        return lines[-1]
+    fatal = re.compile(r"F\d{4} |[A-Za-z_][\w.]*(Error|Exception)\b.*:")  # XLA's, Python's
+    said = next((line for line in reversed(lines) if fatal.match(line)), lines[-1])
+    if status > 0:
+        return f"the compiler failed: {said}"
+    name = signal.Signals(-status).name
+    hint = " (is there too little memory?)" if name == "SIGKILL" else ""
+    return f"the compiler was ended by {name}{hint}: {said}"
 
 
 def versions() -> dict[str, str]:
@@ -227,15 +270,31 @@ def _sources() -> str:
     """Return a digest of the package's own code, which may change under one version."""
     package = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for file in sorted(package.glob("*.py")):
+    of_plan = (package / "plan" / f"{name}.py" for name in ("buffers", "compiler", "hlo"))
+    for file in (*sorted(package.glob("*.py")), *of_plan):
         digest.update(file.read_bytes())
-    digest.update(pathlib.Path(__file__).read_bytes())
     return digest.hexdigest()
 
 
 def _cache_folder() -> pathlib.Path:
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "gpt3jax" / "plan"
+    """Return the folder of compiled steps, made: the user's, or where that cannot be, a temporary.
+
+    Raises:
+        UserError: neither can be written.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    temporary = f"{tempfile.gettempdir()}/gpt3jax-{os.getuid()}"
+    for folder in (pathlib.Path(home, "gpt3jax", "plan"), pathlib.Path(temporary, "plan")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise config.UserError(
+        f"{home} cannot be written, nor can {temporary}: set XDG_CACHE_HOME to a folder for "
+        "compiled steps"
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import re
 
 import numpy as np
 
+from gpt3jax import config
+
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -17,10 +19,12 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CALLERS = ("call", "call-start", "async-start", "conditional")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CUDNN_ATTENTION = {
-    "forward": '"__cudnn$fmhaSoftmax"',
-    "backward": '"__cudnn$fmhaSoftmaxBackward"',
+    "forward": "__cudnn$fmhaSoftmax",
+    "backward": "__cudnn$fmhaSoftmaxBackward",
 }
 
 
@@ -45,13 +49,19 @@ class Instruction:
 
     @property
     def callees(self) -> list[str]:
-        """Computations that it runs; a fusion's count as one kernel, not as a call."""
-        if self.op in ("fusion", "reduce", "scatter", "sort", "all-reduce", "reduce-scatter"):
+        """Computations that it runs; those of a fusion or a sort are parts of one kernel."""
+        if self.op not in _CALLERS:
             return []
         found = _CALLED.findall(self.attributes)
         if branches := _BRANCHES.search(self.attributes):
             found += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
         return found
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls."""
+        match = _TARGET.search(self.attributes) if self.op == "custom-call" else None
+        return match[1] if match else ""
 
     @property
     def body(self) -> str:
@@ -98,6 +108,9 @@ def trips(program: Program, loop: Instruction) -> int:
     """Return how often a loop runs its body.
 
     Where XLA does not say, what its condition compares with: JAX's scans count from 0, by 1.
+
+    Raises:
+        UserError: neither tells.
     """
     if match := _TRIPS.search(loop.attributes):
         return int(match[1])
@@ -108,7 +121,10 @@ def trips(program: Program, loop: Instruction) -> int:
             names += re.findall(r"calls=%?([\w.\-]+)", one.attributes)
             if one.op == "constant" and one.shape == "s32[]":
                 return int(one.attributes[1 : one.attributes.index(")")])
-    raise AssertionError(f"{loop.name}: how often it runs is not known")
+    raise config.UserError(
+        f"the compiled step has a loop, {loop.name}, of which XLA does not tell how often it runs: "
+        "its time cannot be estimated; use --no-compile"
+    )
 
 
 def _closing(text: str) -> int:
@@ -128,8 +144,9 @@ class Collective:
     kind: str
     axes: tuple[str, ...]
     group_size: int
-    stride: int
-    """Devices between neighbours of a group."""
+    """Members of a group; 2 of a permutation, which goes from one to one."""
+    in_node: int
+    """Members of a group in one node, the fewest where nodes differ."""
     n_bytes: int
     """The whole buffer of one execution: what is gathered, reduced, scattered or sent."""
     is_async: bool
@@ -144,36 +161,38 @@ class Collective:
         return ways * self.n_bytes * (self.group_size - 1) / self.group_size
 
 
-def collective(one: Instruction, axis_sizes: tuple[tuple[str, int], ...]) -> Collective:
+def collective(
+    one: Instruction, axis_sizes: tuple[tuple[str, int], ...], gpus_per_node: int
+) -> Collective:
     """Return what an instruction communicates over which axes.
 
-    `axis_sizes` are the mesh's, slowest first; devices are numbered in its order.
+    `axis_sizes` are the mesh's, slowest first; devices are numbered in its order, and each
+    `gpus_per_node` of them are a node.
     """
-    return _collective(one.shape, one.op, one.attributes, axis_sizes)
+    return _collective(one.shape, one.op, one.attributes, axis_sizes, gpus_per_node)
 
 
 def cudnn_attention(text: str) -> dict[str, bool]:
     """Tell whether cuDNN's attention is in the program, forward and backward."""
-    return {name: target in text for name, target in CUDNN_ATTENTION.items()}
+    return {name: f'"{target}"' in text for name, target in CUDNN_ATTENTION.items()}
 
 
 @functools.cache
 def _collective(
-    shape: str, name: str, rest: str, axis_sizes: tuple[tuple[str, int], ...]
+    shape: str, name: str, rest: str, axis_sizes: tuple[tuple[str, int], ...], gpus_per_node: int
 ) -> Collective:
     names, sizes = zip(*axis_sizes, strict=True)
     kind = name.removesuffix("-start")
-    n_devices = math.prod(sizes)
-    group = _first_group(rest, n_devices)
-    places = np.stack(np.unravel_index(group, sizes))
-    varies = (places != places[:, :1]).any(axis=1)
-    n = len(group)
+    groups = _groups(rest, math.prod(sizes))
+    places = np.stack(np.unravel_index(groups, sizes))
+    varies = (places != places[..., :1]).any(axis=(1, 2))
+    n = groups.shape[1]
+    nodes = groups // gpus_per_node
     return Collective(
         kind=kind,
         axes=tuple(axis for axis, moves in zip(names, varies, strict=True) if moves),
-        # A permutation's pair has two members; its axis has more, all of which take part.
         group_size=n,
-        stride=abs(int(group[1]) - int(group[0])) if n > 1 else 1,
+        in_node=int((nodes[:, :, None] == nodes[:, None]).sum(axis=2).min()),
         n_bytes=_buffer_bytes(kind, name != kind, shape, n),
         is_async=name != kind and '"is_sync":true' not in rest,
     )
@@ -213,17 +232,16 @@ def _size(dtype: str, dims: str) -> int:
     return width * math.prod(int(d) for d in dims.split(",") if d)
 
 
-def _first_group(rest: str, n_devices: int) -> np.ndarray:
-    """Return the devices of the first group, in any of XLA's spellings."""
-    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-        return np.array([int(match[1]), int(match[2])])
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return np.array([int(d) for d in match[1].split(",")])
+def _groups(rest: str, n_devices: int) -> np.ndarray:
+    """Return the devices of each group, `[groups, members]`, in any of XLA's spellings."""
+    if match := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{[\d,{}]*\})\}", rest):
+        listed = re.findall(r"\{([\d,]+)\}", match[1])
+        return np.array([[int(d) for d in group.split(",")] for group in listed])
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
-        return _iota(match[3]).reshape(int(match[1]), int(match[2]))[0]
+        return _iota(match[3]).reshape(int(match[1]), int(match[2]))
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
-        return _mesh_group(match[1], match[2], match[3])
-    return np.arange(n_devices)  # {}: all
+        return _mesh_groups(match[1], match[2], match[3])
+    return np.arange(n_devices)[None]  # {}: all
 
 
 def _iota(text: str) -> np.ndarray:
@@ -236,8 +254,8 @@ def _iota(text: str) -> np.ndarray:
     return numbers.ravel()
 
 
-def _mesh_group(sizes: str, devices: str, named: str) -> np.ndarray:
-    """Return the first group of "mesh['a'=128,'b'=8], device_ids=([128,8]T(1,0)) {'b'}".
+def _mesh_groups(sizes: str, devices: str, named: str) -> np.ndarray:
+    """Return the groups of "mesh['a'=128,'b'=8], device_ids=([128,8]T(1,0)) {'b'}".
 
     A named axis may be a part of a mesh axis, "'a':(pre)size": the part of that size which comes
     after `pre` parts.
@@ -246,7 +264,7 @@ def _mesh_group(sizes: str, devices: str, named: str) -> np.ndarray:
     order = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)", devices)
     flat = _iota(order[1]) if order else np.arange(math.prod(axes.values()))
     parts: list[int] = []
-    spans: list[int | slice] = []
+    members: list[int] = []
     wanted = {
         name: (int(before or 1), int(size or 0))
         for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
@@ -254,7 +272,7 @@ def _mesh_group(sizes: str, devices: str, named: str) -> np.ndarray:
     for name, size in axes.items():
         before, part = wanted.get(name, (1, 1))
         part = part or size
+        members += [len(parts) + 1] if name in wanted else []
         parts += [before, part, size // (before * part)]
-        spans += [0, slice(None), 0] if name in wanted else [0, 0, 0]
-    numbers = flat.reshape(parts)
-    return numbers[tuple(spans)].ravel()
+    n = math.prod(parts[dim] for dim in members)
+    return np.moveaxis(flat.reshape(parts), members, range(-len(members), 0)).reshape(-1, n)

@@ -7,10 +7,7 @@ fitted to steps compiled for H100s (docs/plan.md says how far they are off). Tou
 import dataclasses
 import math
 
-from gpt3jax import attention, batch_schedule, config, gpus, validation, xla_flags
-
-AXES = ("data", "stage", "fsdp", "context", "tensor")  # as sharding.AXES
-_WAYS = {"layers": "stage", "embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+from gpt3jax import attention, batch_schedule, config, gpus, sharding, validation, xla_flags
 
 # Bytes that the backward pass finds saved of a layer, per token and unit of d_model, by
 # `model.remat`: the layer's input, and what the policy names. "none" and "attention" keep all that
@@ -38,21 +35,24 @@ class Layout:
 
     def stride(self, axis: str) -> int:
         """Return how many GPUs lie between neighbours on an axis."""
-        return math.prod(self.sizes[a] for a in AXES[AXES.index(axis) + 1 :])
+        after = sharding.AXES[sharding.AXES.index(axis) + 1 :]
+        return math.prod(self.sizes[a] for a in after)
+
+    def in_node(self, axis: str, gpus_per_node: int) -> int:
+        """Return how many of an axis's GPUs share a node."""
+        size, stride = self.sizes[axis], self.stride(axis)
+        return size if size * stride <= gpus_per_node else max(1, gpus_per_node // stride)
 
 
 def lay_out(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     """Return the layout of a config on this many GPUs, -1 resolved.
 
     Raises:
-        UserError: mesh, model, batch and number of GPUs do not go together.
+        UserError: mesh, model, batch and number of GPUs do not go together, or the batch's
+            schedule cannot be read.
     """
-    if n_gpus < 1:
-        raise config.UserError(f"--gpus={n_gpus} must be at least 1")
-    if n_gpus > gpus_per_node and n_gpus % gpus_per_node:
-        raise config.UserError(
-            f"--gpus={n_gpus} is not a multiple of --gpus-per-node={gpus_per_node}: use whole nodes"
-        )
+    check_nodes(n_gpus, gpus_per_node)
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     sizes = _resolve(cfg.mesh, n_gpus)
     _check(cfg, sizes)
     rows = cfg.batch.microbatch_size * sizes["data"] * sizes["fsdp"]
@@ -61,7 +61,6 @@ def lay_out(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     batch_schedule.check(full, *ranks)
     problems = []
     try:
-        schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
         batch_schedule.check(schedule, *ranks)
     except config.UserError as error:
         problems.append(str(error))
@@ -73,14 +72,25 @@ def lay_out(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     )
 
 
+def check_nodes(n_gpus: int, gpus_per_node: int) -> None:
+    """Check that so many GPUs are whole nodes, or a part of one.
+
+    Raises:
+        UserError: they are not.
+    """
+    if n_gpus < 1:
+        raise config.UserError(f"--gpus={n_gpus} must be at least 1")
+    if n_gpus > gpus_per_node and n_gpus % gpus_per_node:
+        raise config.UserError(
+            f"--gpus={n_gpus} is not a multiple of --gpus-per-node={gpus_per_node}: use whole nodes"
+        )
+
+
 def _resolve(mesh: config.Mesh, n_gpus: int) -> dict[str, int]:
-    sizes = {axis: getattr(mesh, axis) for axis in AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    for axis, size in sizes.items():
-        if size == -1 and n_gpus % fixed == 0:
-            sizes[axis] = n_gpus // fixed
-    if -1 in sizes.values() or math.prod(sizes.values()) != n_gpus:
-        told = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
+    sizes = sharding.axis_sizes(mesh, n_gpus)
+    if sizes is None:
+        told = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in sharding.AXES)
+        fixed = math.prod(n for axis in sharding.AXES if (n := getattr(mesh, axis)) != -1)
         free = "" if n_gpus % fixed else f", for instance --mesh.data={n_gpus // fixed * mesh.data}"
         raise config.UserError(
             f"mesh: {told} does not fit --gpus={n_gpus}: the axes' product must be {n_gpus}; "
@@ -112,7 +122,7 @@ def parameters(cfg: config.Config, sizes: dict[str, int], over_data: bool) -> in
     cuts and that divides (`sharding.data_dim`).
     """
     layers = cfg.model.n_layers // cfg.mesh.virtual_stages
-    stack = [(cfg.mesh.virtual_stages, "")] if cfg.mesh.virtual_stages > 1 else []
+    stack: Dims = [(cfg.mesh.virtual_stages, None)] if cfg.mesh.virtual_stages > 1 else []
     stack.append((layers, "layers"))
     total = 0
     for tensor in _tensors(cfg.model):
@@ -122,14 +132,17 @@ def parameters(cfg: config.Config, sizes: dict[str, int], over_data: bool) -> in
     return total
 
 
-Dims = list[tuple[int, str]]
+Dims = list[tuple[int, str | None]]
+"""Size and logical axis (`sharding.RULES`) of each dimension."""
 
 
 def _tensors(model: config.Model) -> list[Dims]:
     """Return the parameters of a layer as dimensions and their logical axes."""
-    d, f, k = (model.d_model, ""), (model.d_ff, "mlp"), (model.d_head, "")
-    h, embed, three = (model.n_heads, "heads"), (model.d_model, "embed"), (3, "")
-    norms_and_biases = [[d]] * 6  # two LayerNorms, and the biases of both branches' outputs
+    d, f, k = (model.d_model, None), (model.d_ff, "mlp"), (model.d_head, None)
+    h, embed, three = (model.n_heads, "heads"), (model.d_model, "embed"), (3, None)
+    norms_and_biases: list[Dims] = [
+        [d]
+    ] * 6  # two LayerNorms, and the biases of both branches' outputs
     return [
         *norms_and_biases, [embed, three, h, k], [three, h, k], [h, k, embed], [embed, f], [f],
         [f, embed],
@@ -139,12 +152,12 @@ def _tensors(model: config.Model) -> list[Dims]:
 def _ends(model: config.Model) -> list[Dims]:
     """Return the parameters outside of layers: table, positions, the last LayerNorm."""
     embed = (model.d_model, "embed")
-    table, positions = [(model.padded_vocab_size, "vocab"), embed], [(model.seq_len, ""), embed]
-    return [table, positions, [(model.d_model, "")], [(model.d_model, "")]]
+    table: Dims = [(model.padded_vocab_size, "vocab"), embed]
+    return [table, [(model.seq_len, None), embed], [(model.d_model, None)], [(model.d_model, None)]]
 
 
 def _local_size(dims: Dims, sizes: dict[str, int], over_data: bool) -> int:
-    ways = [sizes[_WAYS[axis]] if axis in _WAYS else 1 for _, axis in dims]
+    ways = [math.prod(sizes[a] for a in sharding.RULES[axis]) for _, axis in dims]
     local = math.prod(size // w for (size, _), w in zip(dims, ways, strict=True))
     n_data = sizes["data"]
     free = any(w == 1 and size % n_data == 0 for (size, _), w in zip(dims, ways, strict=True))
@@ -155,7 +168,7 @@ def activation_bytes(cfg: config.Config, layout: Layout) -> float:
     """Return a GPU's part of one microbatch's residual stream in the compute format: `a`."""
     tokens = cfg.batch.microbatch_size * cfg.model.seq_len / layout.sizes["context"]
     ways = layout.sizes["tensor"] if cfg.mesh.sequence_parallel else 1
-    return tokens * cfg.model.d_model * _width(cfg) / ways
+    return tokens * cfg.model.d_model * width(cfg) / ways
 
 
 def memory(cfg: config.Config, layout: Layout) -> dict[str, float]:
@@ -172,7 +185,7 @@ def memory(cfg: config.Config, layout: Layout) -> dict[str, float]:
     working = max(_layer_bytes(cfg, layout), _head_bytes(cfg, layout) + logits)
     cast = 0.0
     if zero:  # weights are gathered once a step, see step.params_to_use
-        cast = n_whole * (4 if sizes["stage"] > 1 else _width(cfg))
+        cast = n_whole * (4 if sizes["stage"] > 1 else width(cfg))
     return {
         "parameters": 4.0 * n_state,
         "optimizer": 8.0 * n_state,
@@ -184,7 +197,8 @@ def memory(cfg: config.Config, layout: Layout) -> dict[str, float]:
     }
 
 
-def _width(cfg: config.Config) -> int:
+def width(cfg: config.Config) -> int:
+    """Return the bytes of a number in the compute format."""
     return 4 if cfg.precision.compute_dtype == "float32" else 2
 
 
@@ -208,7 +222,7 @@ def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
     """Layers' saved values; with stages those of every tick (docs/parallelism.md has the forms)."""
     model, stages, rounds = cfg.model, layout.sizes["stage"], cfg.mesh.virtual_stages
     a, m = activation_bytes(cfg, layout), layout.n_microbatches
-    of_layer = a / _width(cfg) * _SAVED[model.remat]
+    of_layer = a / width(cfg) * _SAVED[model.remat]
     if model.remat == "none" and layout.attention == "xla":
         shards = layout.sizes["tensor"] * layout.sizes["context"]
         scores = cfg.batch.microbatch_size * model.n_heads * model.seq_len**2 / shards
@@ -227,7 +241,7 @@ def _layer_bytes(cfg: config.Config, layout: Layout) -> float:
     Values: some 10 that are whole along the sequence, and 6.5 of a GPU's part of it.
     """
     model, tensor = cfg.model, layout.sizes["tensor"]
-    weights = 12 * model.d_model**2 / tensor * _width(cfg)
+    weights = 12 * model.d_model**2 / tensor * width(cfg)
     a = activation_bytes(cfg, layout)
     gathered = tensor if cfg.mesh.sequence_parallel else 1
     scores = 0.0
@@ -246,25 +260,33 @@ def _logits_bytes(cfg: config.Config, layout: Layout) -> float:
     if layout.sizes["stage"] > 1:  # a stage joins its microbatches, see pipeline._joined
         tokens *= layout.n_microbatches / layout.sizes["stage"]
     tokens /= model.n_loss_chunks
-    return tokens * model.padded_vocab_size / layout.sizes["tensor"] * (4 + _width(cfg))
+    return tokens * model.padded_vocab_size / layout.sizes["tensor"] * (4 + width(cfg))
 
 
 def _head_bytes(cfg: config.Config, layout: Layout) -> float:
     """The vocabulary's table: fp32 for the lookup, a copy for the head, and its gradient."""
     table = cfg.model.padded_vocab_size * cfg.model.d_model / layout.sizes["tensor"]
-    return table * (4 + _width(cfg) + 4)
+    return table * (4 + width(cfg) + 4)
 
 
 def budget(cfg: config.Config, layout: Layout, gpu: gpus.Gpu) -> tuple[float, float]:
     """Return (bytes that a step may take, headroom in them that the compiler cannot see).
 
-    The budget is what JAX's allocator is given (`xla_flags.MEMORY_FRACTION`). Headroom: cuDNN's
-    workspace, batch x heads x positions x d_head x 4 bytes, and 3% for fragmentation (assumed).
+    The budget is what JAX's allocator is given (`xla_flags.MEMORY_FRACTION`).
     """
     pool = xla_flags.MEMORY_FRACTION * gpu.memory_bytes
+    return pool, headroom(cfg, layout, pool)
+
+
+def headroom(cfg: config.Config, layout: Layout, pool: float) -> float:
+    """Return what neither the compiler nor `memory` sees of a pool of so many bytes.
+
+    cuDNN's workspace, batch x heads x positions x d_head x 4 bytes, and 3% for fragmentation
+    (assumed).
+    """
     workspace = 0.0
     if layout.attention == "cudnn":
         shards = layout.sizes["tensor"] * layout.sizes["context"]
         tokens = cfg.batch.microbatch_size * cfg.model.seq_len
         workspace = 4.0 * tokens * cfg.model.d_model / shards
-    return pool, 0.03 * pool + workspace
+    return 0.03 * pool + workspace

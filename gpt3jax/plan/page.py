@@ -4,7 +4,9 @@ import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-GIB = 2**30
+from gpt3jax.plan import report
+
+GIB = report.GIB
 _COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -24,15 +26,10 @@ small { color: #606770 }
 
 def render(found: Mapping[str, Any], command: str) -> str:
     """Return the page of a report (`report.build`) that a command line gave."""
-    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "one device"
     fits = '<span class="yes">fits</span>' if found["fits"] else '<span class="no">no fit</span>'
-    head = (
-        f"{found['parameters']:,} parameters on {found['gpus']:,} x {found['gpu']['name']}, mesh "
-        f"{mesh}, {found['n_microbatches']} microbatches, attention {found['attention']}"
-    )
     low, expected, high = found["step_seconds"].values()
     parts = [
-        f"<h1>{html.escape(head)}</h1>",
+        f"<h1>{html.escape(report.head(found))}</h1>",
         f"<p><code>{html.escape(command)}</code></p>",
         *(f'<p class="no">{html.escape(problem)}</p>' for problem in found["problems"]),
         f"<h2>Memory of a GPU: {found['peak_bytes_per_gpu'] / GIB:.1f} GiB, {fits}</h2>",
@@ -40,10 +37,11 @@ def render(found: Mapping[str, Any], command: str) -> str:
         f"<h2>Step: {expected:.3g} s (estimate; {low:.3g} to {high:.3g} s)</h2>",
         _time(found),
         f"<h2>Collectives of a step ({found['collectives_are']})</h2>",
-        _collectives(found),
+        _table(report.COLLECTIVES, report.collective_rows(found)),
     ]
     if found["compiled"]:
-        parts += ["<h2>Largest temporary arrays (compiled)</h2>", _buffers(found)]
+        arrays = _table(report.BUFFERS, report.buffer_rows(found))
+        parts += ["<h2>Largest temporary arrays (compiled)</h2>", arrays]
     parts += ["<h2>Assumptions</h2>", _assumptions(found)]
     body = "\n".join(parts)
     return (
@@ -71,57 +69,15 @@ def _time(found: Mapping[str, Any]) -> str:
     waits = {f"waiting for {one['axis']}": 0.0 for one in found["collectives"]}
     for one in found["collectives"]:
         waits[f"waiting for {one['axis']}"] += one["exposed"]
-    facts = [
-        ("MFU", f"{found['mfu']:.1%}"),
-        ("recomputed FLOPs", f"{found['recomputed_share']:.1%} of the model's"),
-        ("pipeline bubble", f"{found['bubble']:.1%}, in the parts above"),
-        ("tokens/s a GPU", f"{found['tokens_per_second_per_gpu']:,.0f}"),
-        ("run", f"{found['run_tokens'] / 1e9:,.1f}B tokens, {found['run_steps']:,} steps"),
-        ("", f"{found['run_days']:,.1f} days, {found['gpu_hours']:,.0f} GPU-hours"),
-    ]
-    if found["cost"] is not None:
-        facts.append(("cost", f"{found['cost']:,.0f}"))
-    return _bar(shares | {k: v for k, v in waits.items() if v > 1e-3}, "s") + _table((), facts)
-
-
-def _collectives(found: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            one["kind"], one["axis"], one["network"], f"{one['count']:,}",
-            f"{one['bytes_per_step'] / 1e9:.2f}", f"{one['seconds']:.3f}", f"{one['exposed']:.3f}",
-        )
-        for one in found["collectives"]
-    ]  # fmt: skip
-    return _table(("kind", "axis", "network", "count", "GB out of a GPU", "s", "exposed s"), rows)
-
-
-def _buffers(found: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            f"{one['n_bytes'] / GIB:.2f}",
-            one["shape"],
-            "/".join(one["operation"].split("/")[-2:]),
-            one["source"],
-        )
-        for one in found["compiled"]["largest_buffers"]
-    ]
-    return _table(("GiB", "shape", "made by", "source"), rows)
+    waits = {name: seconds for name, seconds in waits.items() if seconds > 1e-3}
+    return _bar(shares | waits, "s") + _table((), report.facts(found))
 
 
 def _assumptions(found: Mapping[str, Any]) -> str:
-    rows = [
-        (name, f"{of['best']:g} / {of['expected']:g} / {of['worst']:g}", of["source"])
-        for name, of in found["assumed"].items()
-    ]
-    network = found["network"]
-    told = (
-        f"NVLink {network['nvlink_bandwidth'] / 1e9:g} GB/s and NIC "
-        f"{network['nic_bandwidth'] / 1e9:g} GB/s a GPU each way, {network['latency'] * 1e6:g} us "
-        f"to start a collective. GPU: {found['gpu']['source']}. Versions: "
-        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    told = html.escape(f"{report.network_text(found)}. Versions: {versions}")
     head = ("", "best / expected / worst", "")
-    return _table(head, rows) + f"<p><small>{html.escape(told)}</small></p>"
+    return _table(head, report.assumption_rows(found)) + f"<p><small>{told}</small></p>"
 
 
 def _bar(shares: Mapping[str, float], unit: str, free: float = 0.0) -> str:

@@ -16,6 +16,8 @@ from gpt3jax import (
 from gpt3jax.plan import compiler, memory_model, time_model
 
 GIB = 2**30
+COLLECTIVES = ("kind", "axis", "network", "count", "GB out of a GPU", "s", "exposed s")
+BUFFERS = ("GiB", "shape", "made by", "source")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def build(
         "exposed_communication_seconds": times["expected"].exposed,
         "mfu": _mfu(cfg, layout, target, times["expected"].seconds),
         "tokens_per_second_per_gpu": tokens_a_second / layout.n_gpus,
-        "bubble": time_model.bubble(cfg, layout),
+        "bubble": time_model.schedule(cfg, layout).bubble,
         "collectives": parts.pop("traffic"),
         "collectives_are": "compiled" if compiled else "estimated",
         **_work(cfg, layout),
@@ -74,7 +76,10 @@ def build(
         "mesh": layout.sizes,
         "n_microbatches": layout.n_microbatches,
         "attention": layout.attention,
-        "assumed": {name: dataclasses.asdict(r) for name, r in time_model.ASSUMED.items()},
+        "assumed": {
+            name: dataclasses.asdict(of)
+            for name, of in time_model.in_effect(layout, compiled is not None).items()
+        },
         "versions": compiler.versions(),
     }
 
@@ -141,29 +146,19 @@ def _compiled_part(compiled: compiler.Compiled | None) -> dict[str, Any]:
 
 
 def show(found: Mapping[str, Any], out: console.Console) -> None:
-    """Print a report as tables."""
-    out.print(_head(found))
+    """Print a report as tables, on a console that takes no markup."""
+    out.print(head(found))
     out.print(_memory_table(found))
     out.print(_collectives_table(found))
     if found["compiled"]:
-        out.print(_buffers_table(found["compiled"]["largest_buffers"]))
+        out.print(_buffers_table(found))
     out.print(_time_table(found))
     out.print(
         "Times are estimates: nothing ran on a GPU. Assumed, as best / expected / worst (shares):"
     )
-    for name, of in found["assumed"].items():
-        if name in ("cudnn", "xla") and name != found["attention"]:
-            continue
-        values = f"{of['best']:g} / {of['expected']:g} / {of['worst']:g}"
-        out.print(f"  {name}: {values}: {of['source']}", highlight=False, soft_wrap=True)
-    network = found["network"]
-    out.print(
-        f"  network: NVLink {network['nvlink_bandwidth'] / 1e9:g} GB/s and NIC "
-        f"{network['nic_bandwidth'] / 1e9:g} GB/s a GPU each way, assumed to be reached; "
-        f"{network['latency'] * 1e6:g} us to start and per doubling of a group; "
-        f"GPU: {found['gpu']['source']}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    for row in assumption_rows(found):
+        out.print(f"  {': '.join(row)}", highlight=False, soft_wrap=True)
+    out.print(f"  {network_text(found)}", highlight=False, soft_wrap=True)
     for problem in found["problems"]:
         out.print(f"WARNING: gpt3jax.main would refuse this run: {problem}", soft_wrap=True)
 
@@ -172,16 +167,30 @@ def show_search(rows: list[dict[str, Any]], out: console.Console) -> None:
     """Print the layouts that a search compiled, fastest first, with the options of each."""
     found = _table("Layouts, fastest first (estimates)", "", "step s", "MFU", "GiB", "fits")
     for i, row in enumerate(rows):
+        if row["failed"]:
+            found.add_row(str(i + 1), "", "", "", "not compiled")
+            continue
         found.add_row(
             str(i + 1), f"{row['step_seconds']:.3g}", f"{row['mfu']:.1%}",
             f"{row['peak_bytes_per_gpu'] / GIB:.1f}", "yes" if row["fits"] else "NO",
         )  # fmt: skip
     out.print(found)
     for i, row in enumerate(rows):
-        out.print(f"{i + 1}: {' '.join(row['overrides'])}", highlight=False, soft_wrap=True)
+        failed = f" ({row['failed']})" if row["failed"] else ""
+        told = f"{i + 1}: {' '.join(row['overrides'])}{failed}"
+        out.print(told, highlight=False, soft_wrap=True)
+    if any(row["drops_schedule"] for row in rows):
+        out.print(
+            "Layouts with --batch.schedule= or --batch.ramp leave out the recipe's growing batch, "
+            "whose small ones do not divide over so many ranks.",
+            soft_wrap=True,
+        )
+    if not any(row["fits"] for row in rows):
+        out.print("WARNING: none of these layouts fits.")
 
 
-def _head(found: Mapping[str, Any]) -> str:
+def head(found: Mapping[str, Any]) -> str:
+    """Return what is planned, in one line."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "one device"
     return (
         f"{found['parameters']:,} parameters on {found['gpus']:,} x {found['gpu']['name']}, mesh "
@@ -212,22 +221,75 @@ def _memory_table(found: Mapping[str, Any]) -> table.Table:
 
 def _collectives_table(found: Mapping[str, Any]) -> table.Table:
     title = f"Collectives of a step ({found['collectives_are']}; seconds estimated, each alone)"
-    rows = _table(title, "kind", "axis", "network", "count", "GB out of a GPU", "s", "exposed s")
-    for one in found["collectives"]:
+    rows = _table(title, *COLLECTIVES)
+    for one, row in zip(found["collectives"], collective_rows(found), strict=True):
         if one["seconds"] >= 5e-4 or len(found["collectives"]) <= 8:
-            rows.add_row(
-                one["kind"], one["axis"], one["network"], f"{one['count']:,}",
-                f"{one['bytes_per_step'] / 1e9:.2f}", f"{one['seconds']:.3f}",
-                f"{one['exposed']:.3f}",
-            )  # fmt: skip
+            rows.add_row(*row)
     return rows
 
 
-def _buffers_table(buffers: list[dict[str, Any]]) -> table.Table:
-    rows = _table("Largest temporary arrays (compiled)", "GiB", "shape", "made by", "source")
-    for one in buffers:
-        made_by = "/".join(one["operation"].split("/")[-2:])
-        rows.add_row(f"{one['n_bytes'] / GIB:.2f}", one["shape"], made_by, one["source"])
+def collective_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a report's collectives as cells, with `COLLECTIVES` above them."""
+    return [
+        (
+            one["kind"], one["axis"], one["network"], f"{one['count']:,}",
+            f"{one['bytes_per_step'] / 1e9:.2f}", f"{one['seconds']:.3f}", f"{one['exposed']:.3f}",
+        )
+        for one in found["collectives"]
+    ]  # fmt: skip
+
+
+def _buffers_table(found: Mapping[str, Any]) -> table.Table:
+    rows = _table("Largest temporary arrays (compiled)", *BUFFERS)
+    for row in buffer_rows(found):
+        rows.add_row(*row)
+    return rows
+
+
+def buffer_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the largest arrays of a compiled step as cells, with `BUFFERS` above them."""
+    return [
+        (
+            f"{one['n_bytes'] / GIB:.2f}",
+            one["shape"],
+            "/".join(one["operation"].split("/")[-2:]),
+            one["source"],
+        )
+        for one in found["compiled"]["largest_buffers"]
+    ]
+
+
+def assumption_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return what a report's times rest on: name, best / expected / worst, source."""
+    return [
+        (name, f"{of['best']:g} / {of['expected']:g} / {of['worst']:g}", of["source"])
+        for name, of in found["assumed"].items()
+    ]
+
+
+def network_text(found: Mapping[str, Any]) -> str:
+    """Return the network's assumed rates, and where the GPU's figures are from."""
+    network = found["network"]
+    return (
+        f"NVLink {network['nvlink_bandwidth'] / 1e9:g} GB/s and NIC "
+        f"{network['nic_bandwidth'] / 1e9:g} GB/s a GPU each way, assumed to be reached; "
+        f"{network['latency'] * 1e6:g} us to start a collective, and as much per doubling of its "
+        f"group. GPU: {found['gpu']['source']}"
+    )
+
+
+def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what follows from a step's time, as (name, value)."""
+    rows = [
+        ("MFU", f"{found['mfu']:.1%}"),
+        ("recomputed FLOPs", f"{found['recomputed_share']:.1%} of the model's"),
+        ("pipeline bubble", f"{found['bubble']:.1%}, in the parts above"),
+        ("tokens/s a GPU", f"{found['tokens_per_second_per_gpu']:,.0f}"),
+        ("run", f"{found['run_tokens'] / 1e9:,.1f}B tokens, {found['run_steps']:,} steps"),
+        ("", f"{found['run_days']:,.1f} days, {found['gpu_hours']:,.0f} GPU-hours"),
+    ]
+    if found["cost"] is not None:
+        rows.append(("cost", f"{found['cost']:,.0f}"))
     return rows
 
 
@@ -236,17 +298,11 @@ def _time_table(found: Mapping[str, Any]) -> table.Table:
     low, expected, high = (found["step_seconds"][case] for case in time_model.CASES)
     rows.add_row("step", f"{expected:.3g} s ({low:.3g} to {high:.3g})")
     parts = found["step_parts_expected"]
-    for name in ("matmul", "attention", "elementwise", "exposed", "bubble"):
+    for name in ("matmul", "attention", "elementwise", "exposed"):
         label = {"exposed": "exposed communication"}.get(name, name)
         rows.add_row(f"  {label}", f"{parts[name]:.3g} s")
-    rows.add_row("MFU", f"{found['mfu']:.1%}")
-    rows.add_row("recomputed FLOPs", f"{found['recomputed_share']:.1%} of the model's")
-    rows.add_row("pipeline bubble", f"{found['bubble']:.1%}")
-    rows.add_row("tokens/s a GPU", f"{found['tokens_per_second_per_gpu']:,.0f}")
-    rows.add_row("run", f"{found['run_tokens'] / 1e9:,.1f}B tokens, {found['run_steps']:,} steps")
-    rows.add_row("", f"{found['run_days']:,.1f} days, {found['gpu_hours']:,.0f} GPU-hours")
-    if found["cost"] is not None:
-        rows.add_row("cost", f"{found['cost']:,.0f}")
+    for name, value in facts(found):
+        rows.add_row(name, value)
     if found["compiled"]:
         rows.add_section()
         kernels = ", ".join(f"{name} {'yes' if used else 'no'}" for name, used

@@ -9,10 +9,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from gpt3jax import config, gpus
+from gpt3jax import batch_schedule, config, gpus, sharding
 from gpt3jax.plan import memory_model, time_model
 
 REMATS: tuple[Any, ...] = ("none", "attention", "dots", "mlp", "residual", "full")
+# More (8, 12) are fewer layers than the closed forms were held against: they would rank first, on
+# paper, where a compiled step moves weights and gradients at every tick (docs/plan.md, NeMo).
 VIRTUAL_STAGES = (1, 2, 3, 4, 6)
 LARGEST_MICROBATCH = 16
 PER_MESH = 2  # of those that are compiled: neighbours of one mesh differ little
@@ -23,35 +25,52 @@ class Candidate:
     """A layout that fits, by closed forms."""
 
     cfg: config.Config
+    """What the recipe becomes by `overrides`."""
     layout: memory_model.Layout
     peak_bytes: float
     seconds: float
     overrides: tuple[str, ...]
     """Options that make the recipe this layout."""
+    drops_schedule: bool
+    """Without the recipe's growing batch, whose small ones do not divide over so many ranks."""
 
 
 def candidates(
     cfg: config.Config, n_gpus: int, gpu: gpus.Gpu, network: gpus.Network
 ) -> list[Candidate]:
-    """Return the layouts that fit, fastest first. The context axis stays the recipe's.
+    """Return the layouts that fit, fastest first. The context axis stays the recipe's, -1 is 1.
 
     Raises:
-        UserError: none fits.
+        UserError: none fits, or no layout could: the schedule of the batch is wrong, or nodes are
+            not whole.
     """
+    batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    memory_model.check_nodes(n_gpus, network.gpus_per_node)
     found = []
     for one in _variants(cfg, n_gpus, network.gpus_per_node):
         try:
             layout = memory_model.lay_out(one, n_gpus, network.gpus_per_node)
         except config.UserError:  # it does not divide
             continue
+        drops = bool(layout.problems)
+        if drops:
+            layout = dataclasses.replace(layout, problems=())
+            batch = dataclasses.replace(one.batch, schedule="", ramp=())
+            one = dataclasses.replace(one, batch=batch)
         peak = sum(memory_model.memory(one, layout).values())
         pool, headroom = memory_model.budget(one, layout, gpu)
         if peak + headroom > pool:
             continue
         seconds = time_model.estimate(one, layout, gpu, network, "expected").seconds
-        overrides = _overrides(one, layout)
         found.append(
-            Candidate(cfg=one, layout=layout, peak_bytes=peak, seconds=seconds, overrides=overrides)
+            Candidate(
+                cfg=one,
+                layout=layout,
+                peak_bytes=peak,
+                seconds=seconds,
+                overrides=_overrides(one, cfg),
+                drops_schedule=drops,
+            )
         )
     if not found:
         raise config.UserError(
@@ -79,16 +98,16 @@ def _variants(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Iterator[c
     """
     context = max(cfg.mesh.context, 1)
     for tensor, stage in itertools.product(
-        _divisors(min(gpus_per_node, n_gpus)), _divisors(cfg.model.n_layers)
+        config.divisors_of(min(gpus_per_node, n_gpus)), config.divisors_of(cfg.model.n_layers)
     ):
         ranks, rest = divmod(n_gpus, tensor * stage * context)
         rows, left = divmod(cfg.batch.global_batch_size, max(ranks, 1))
         if rest or left or not ranks or cfg.model.n_heads % tensor:
             continue
-        sizes = [n for n in _divisors(rows) if n <= LARGEST_MICROBATCH]
+        sizes = [n for n in config.divisors_of(rows) if n <= LARGEST_MICROBATCH]
         rounds = VIRTUAL_STAGES if stage > 1 else (1,)
         for fsdp, size, remat, virtual in itertools.product(
-            _divisors(ranks), sizes, REMATS, rounds
+            config.divisors_of(ranks), sizes, REMATS, rounds
         ):
             for zero in (False, True) if fsdp < ranks else (False,):
                 mesh = dataclasses.replace(
@@ -96,6 +115,7 @@ def _variants(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Iterator[c
                     data=ranks // fsdp,
                     stage=stage,
                     fsdp=fsdp,
+                    context=context,
                     tensor=tensor,
                     virtual_stages=virtual,
                     shard_optimizer=zero,
@@ -109,13 +129,9 @@ def _variants(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Iterator[c
                 )
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _overrides(cfg: config.Config, layout: memory_model.Layout) -> tuple[str, ...]:
+def _overrides(cfg: config.Config, given: config.Config) -> tuple[str, ...]:
     mesh = cfg.mesh
-    told = [f"--mesh.{axis}={size}" for axis, size in layout.sizes.items()]
+    told = [f"--mesh.{axis}={getattr(mesh, axis)}" for axis in sharding.AXES]
     told += [
         f"--mesh.virtual-stages={mesh.virtual_stages}",
         f"--mesh.{'' if mesh.shard_optimizer else 'no-'}shard-optimizer",
@@ -123,6 +139,8 @@ def _overrides(cfg: config.Config, layout: memory_model.Layout) -> tuple[str, ..
         f"--batch.microbatch-size={cfg.batch.microbatch_size}",
         f"--model.remat={cfg.model.remat}",
     ]
-    if layout.problems:  # its schedule's smaller batches do not divide over so many ranks
+    if cfg.batch.schedule != given.batch.schedule:
         told.append("--batch.schedule=")
+    if cfg.batch.ramp != given.batch.ramp:
+        told.append("--batch.ramp")  # of no number
     return tuple(told)

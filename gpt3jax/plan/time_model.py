@@ -8,7 +8,7 @@ assume a share. Imports no JAX beyond `memory_model`'s.
 import dataclasses
 import re
 
-from gpt3jax import config, flops, gpus
+from gpt3jax import config, flops, gpus, pipeline
 from gpt3jax.plan import hlo, memory_model, timeline
 
 
@@ -137,7 +137,7 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     """
     model, sizes = cfg.model, layout.sizes
     passes = 3 + (cfg.model.remat in ("full", "residual", "mlp"))
-    width = 4 if cfg.precision.compute_dtype == "float32" else 2
+    width = memory_model.width(cfg)
     layers = tokens * model.n_layers * passes * 58 * width * model.d_model
     if sizes["tensor"] > 1 and cfg.mesh.sequence_parallel and cfg.batch.microbatch_size > 1:
         layers += tokens * model.n_layers * 24 * sizes["tensor"] * width * model.d_model
@@ -145,19 +145,29 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     held = memory_model.parameters(cfg, sizes, False)
     sums = 16.0 * layout.n_microbatches * held
     if sizes["stage"] > 1:
-        sums = 58 * ticks(cfg, layout) * held / cfg.mesh.virtual_stages  # a tick's own weights
+        of_tick = held / cfg.mesh.virtual_stages  # the weights that it picks
+        sums = 58 * schedule(cfg, layout).n_ticks * of_tick
     optimizer = 40 * memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer)
     return layers + head + sums + optimizer
 
 
-def ticks(cfg: config.Config, layout: memory_model.Layout) -> int:
-    """Return a pipeline's ticks in a step: M R of work, and P - 1 more."""
-    return layout.n_microbatches * cfg.mesh.virtual_stages + layout.sizes["stage"] - 1
+def schedule(cfg: config.Config, layout: memory_model.Layout) -> pipeline.Schedule:
+    """Return the pipeline's schedule; with one stage it has no bubble."""
+    return pipeline.Schedule(
+        n_stages=layout.sizes["stage"],
+        virtual_stages=cfg.mesh.virtual_stages,
+        n_microbatches=layout.n_microbatches,
+    )
 
 
-def bubble(cfg: config.Config, layout: memory_model.Layout) -> float:
-    """Return the share of a pipeline's ticks in which a stage has nothing to do."""
-    return (layout.sizes["stage"] - 1) / ticks(cfg, layout)
+def in_effect(layout: memory_model.Layout, compiled: bool) -> dict[str, Range]:
+    """Return which of `ASSUMED` an estimate rests on."""
+    names = ["matmul", "memory", "network"]
+    if not compiled or layout.attention == "cudnn":
+        names.insert(1, layout.attention)
+    if not compiled:
+        names += [axis for axis, size in layout.sizes.items() if size > 1]
+    return {name: ASSUMED[name] for name in names}
 
 
 Row = tuple[str, str, int, float]
@@ -167,10 +177,10 @@ Row = tuple[str, str, int, float]
 def collectives(cfg: config.Config, layout: memory_model.Layout) -> list[Row]:
     """Return the collectives that the layout must run in a step (docs/parallelism.md)."""
     model, sizes = cfg.model, layout.sizes
-    width = 4 if cfg.precision.compute_dtype == "float32" else 2
-    passes = layout.n_microbatches  # of each of a stage's layers
-    if sizes["stage"] > 1:  # idle ticks communicate too
-        passes = -(-ticks(cfg, layout) // cfg.mesh.virtual_stages)
+    width = memory_model.width(cfg)
+    n_ticks = schedule(cfg, layout).n_ticks
+    # Of each of a stage's layers; idle ticks communicate too.
+    passes = -(-n_ticks // cfg.mesh.virtual_stages)
     n_layers = model.n_layers // sizes["stage"] * passes
     again = model.remat in ("full", "residual", "mlp")
     weights = 12 * model.d_model**2 / sizes["tensor"] * width
@@ -182,7 +192,7 @@ def collectives(cfg: config.Config, layout: memory_model.Layout) -> list[Row]:
         ("reduce-scatter", "fsdp", n_layers, weights),
         ("all-gather", "context", (1 + again) * n_layers, 2 * whole * sizes["context"]),
         ("reduce-scatter", "context", n_layers, 2 * whole * sizes["context"]),
-        ("collective-permute", "stage", 4 * ticks(cfg, layout), part),
+        ("collective-permute", "stage", 4 * n_ticks, part),
     ]
     rows[2:4] = [(k, a, n, b / sizes["tensor"]) for k, a, n, b in rows[2:4]]
     if cfg.mesh.sequence_parallel:
@@ -234,7 +244,8 @@ def _by_closed_forms(
     Of each axis's communication a share is exposed, and so is what exceeds the arithmetic.
     """
     done, peak = work(cfg, layout), peak_flops(cfg, gpu)
-    stretch = 1 / (1 - bubble(cfg, layout))
+    bubble = schedule(cfg, layout).bubble
+    stretch = 1 / (1 - bubble)
     products = done.model_flops + done.recomputed_flops - done.attention_flops
     matmul = stretch * products / (peak * ASSUMED["matmul"].at(case))
     attention = stretch * done.attention_flops / (peak * ASSUMED[layout.attention].at(case))
@@ -242,16 +253,15 @@ def _by_closed_forms(
     arithmetic = matmul + attention + elementwise
     sent = []
     for kind, axis, count, n_bytes in collectives(cfg, layout):
-        size, stride = layout.sizes[axis], layout.stride(axis)
-        one = hlo.Collective(kind, (axis,), size, stride, round(n_bytes), True)
-        seconds = count * network.seconds(one.crossing_bytes, size, stride)
+        one = _collective(kind, axis, n_bytes, layout, network)
+        seconds = count * network.seconds(one.crossing_bytes, one.group_size, one.in_node)
         sent.append(
             Traffic(
                 kind=kind,
                 axis=axis,
                 count=count,
                 bytes_per_step=count * one.crossing_bytes,
-                network=network.bandwidth(size, stride)[0],
+                network=network.bandwidth(one.group_size, one.in_node)[0],
                 seconds=seconds,
                 exposed=ASSUMED[axis].at(case) * seconds,
             )
@@ -270,9 +280,19 @@ def _by_closed_forms(
         attention=attention,
         elementwise=elementwise,
         exposed=exposed,
-        bubble=arithmetic * bubble(cfg, layout),
+        bubble=arithmetic * bubble,
         traffic=sorted(sent, key=lambda one: -one.seconds),
     )
+
+
+def _collective(
+    kind: str, axis: str, n_bytes: float, layout: memory_model.Layout, network: gpus.Network
+) -> hlo.Collective:
+    """Return a collective over an axis; one that hands on is as slow as its slowest pair."""
+    size, in_node = layout.sizes[axis], layout.in_node(axis, network.gpus_per_node)
+    if kind == "collective-permute":
+        size, in_node = 2, 2 if in_node == size else 1
+    return hlo.Collective(kind, (axis,), size, in_node, round(n_bytes), True)
 
 
 def _by_schedule(
@@ -309,7 +329,7 @@ def _by_schedule(
         seconds=found.seconds,
         **kernels,
         exposed=found.seconds - sum(kernels.values()),
-        bubble=bubble(cfg, layout) * sum(kernels.values()),
+        bubble=schedule(cfg, layout).bubble * sum(kernels.values()),
         traffic=sent,
     )
 

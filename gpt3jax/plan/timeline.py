@@ -18,10 +18,11 @@ from gpt3jax.plan import hlo
 _COST = re.compile(r'"exec_time_us":([\d.e+-]+),[^{}]*"name":"([^"]*)"')
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _WINDOW = re.compile(r'"sliding_window_length":"?(\d+)')
+_PRODUCTS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 # Operations that take no time of their own: names for what is there already.
 _FREE = {
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id", "after-all",
-    "while", "conditional", "call", "add-dependency", "opt-barrier",
+    "add-dependency", "opt-barrier",
 }  # fmt: skip
 
 
@@ -98,7 +99,8 @@ def _walk(
     under_way: dict[str, tuple[float, Key]] = {}
     for one in instructions:
         if one.collective:
-            under_way[one.name] = _start(hlo.collective(one, axis_sizes), rates, line)
+            found = hlo.collective(one, axis_sizes, rates.network.gpus_per_node)
+            under_way[one.name] = _start(found, rates, line)
         elif one.op.endswith("-done") and one.operands[0] in under_way:
             _wait(*under_way.pop(one.operands[0]), line)
         elif one.op == "while":
@@ -110,7 +112,8 @@ def _walk(
             vars(line).update(vars(max(branches, key=lambda branch: branch.seconds)))
         elif one.callees:
             _walk(program, one.callees[0], axis_sizes, rates, line)
-        elif one.op not in _FREE:
+        elif one.op not in _FREE and not one.op.endswith(("-start", "-update", "-done")):
+            # (Those that are left copy beside the arithmetic, or end what was charged above.)
             _run(one, shapes, rates, line)
 
 
@@ -131,9 +134,9 @@ def _loop(
 
 
 def _start(one: hlo.Collective, rates: Rates, line: Timeline) -> tuple[float, Key]:
-    network, _ = rates.network.bandwidth(one.group_size, one.stride)
+    network, _ = rates.network.bandwidth(one.group_size, one.in_node)
     key = one.kind, "+".join(one.axes), network
-    seconds = rates.network.seconds(one.crossing_bytes, one.group_size, one.stride)
+    seconds = rates.network.seconds(one.crossing_bytes, one.group_size, one.in_node)
     line.count[key] += 1
     line.crossing_bytes[key] += one.crossing_bytes
     line.busy[key] += seconds
@@ -150,9 +153,9 @@ def _wait(end: float, key: Key, line: Timeline) -> None:
 
 def _run(one: hlo.Instruction, shapes: dict[str, str], rates: Rates, line: Timeline) -> None:
     """Let a kernel take its time."""
-    if one.op == "custom-call" and "matmul" in one.attributes:
+    if one.target in _PRODUCTS:
         kind, n_flops, rate = "matmul", _matmul_flops(one, shapes), rates.matmul
-    elif one.op == "custom-call" and "fmhaSoftmax" in one.attributes:
+    elif one.target in hlo.CUDNN_ATTENTION.values():
         kind, n_flops, rate = "attention", _attention_flops(one, shapes), rates.attention
     else:
         line.kernels["elementwise"] += _moving_seconds(one, rates)
@@ -190,5 +193,5 @@ def _attention_flops(one: hlo.Instruction, shapes: dict[str, str]) -> float:
     pairs = t * s / 2 if '"CAUSAL"' in one.attributes else t * s
     if window := _WINDOW.search(one.attributes):
         pairs = min(pairs, t * float(window[1])) if int(window[1]) else pairs
-    products = 5 if "Backward" in one.attributes else 2
+    products = 5 if one.target == hlo.CUDNN_ATTENTION["backward"] else 2
     return products * 2.0 * b * h * pairs * k

@@ -113,7 +113,8 @@ class Session:
         Raises:
             UserError, TransientError: as `round`.
         """
-        needed = setup.step_bytes(self.cfg, built.mesh, built.compute.attention)
+        limit = setup.device_memory()
+        needed = setup.step_bytes(self.cfg, built.mesh, built.compute.attention, limit)
 
         def judge(told: list[Any]) -> Sequence[checks.Check]:
             return [checks.memory(self.hosts, told, self.used, needed)]

@@ -1,15 +1,17 @@
 """The command: the JSON contract, errors, search, the page, and a step compiled for H100s."""
 
+import gzip
 import json
 import os
 import pathlib
 import re
+import tempfile
 
 import pytest
 
-from gpt3jax import gpus, recipe
+from gpt3jax import config, gpus, recipe
 from gpt3jax.plan import __main__ as plan
-from gpt3jax.plan import compiler, memory_model, search
+from gpt3jax.plan import compiler, hlo, memory_model, search, timeline
 
 CONTRACT = {
     "fits", "peak_bytes_per_gpu", "memory", "step_seconds", "mfu", "tokens_per_second_per_gpu",
@@ -50,6 +52,9 @@ def recipe_file(tmp_path):
         (["--gpus=8", "--nic-gbytes=0"], "must be above 0"),
         (["--gpus=8", "--json=/nowhere/plan.json"], "cannot be written"),
         (["--gpus=8", "--dump-hlo=x", "--no-compile"], "--dump-hlo needs"),
+        (["--gpus=8", "--batch.schedule=0:4 x"], 'entry "x" must be'),
+        (["--gpus=8", "--search", "--batch.schedule=0:4 x"], 'entry "x" must be'),
+        (["--gpus=12", "--search"], "not a multiple of --gpus-per-node=8"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(recipe_file, args, told, capsys):
@@ -86,6 +91,13 @@ def test_verify_fails_what_does_not_fit_or_would_be_refused(repository, capsys):
     assert "NO" in capsys.readouterr().out
 
 
+def test_users_text_is_printed_as_it_is(recipe_file, capsys, monkeypatch):
+    """Rich would take what is in brackets for its markup."""
+    monkeypatch.setattr(compiler, "missing_extra", lambda: "run pip install -e '.[plan]'")
+    assert plan.main([f"--config={recipe_file}", "--gpus=8"]) == 0
+    assert "'.[plan]'" in capsys.readouterr().out
+
+
 def test_searched_layouts_fit_and_their_options_give_them(recipe_file):
     cfg = recipe.parse([f"--config={recipe_file}", "--data.mock"])
     gpu = gpus.GPUS["h100"]
@@ -94,6 +106,7 @@ def test_searched_layouts_fit_and_their_options_give_them(recipe_file):
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     for one in search.to_compile(found, 20):
         again = recipe.parse([f"--config={recipe_file}", "--data.mock", *one.overrides])
+        assert again == one.cfg
         layout = memory_model.lay_out(again, 8, 8)
         assert layout.sizes == one.layout.sizes
         assert sum(memory_model.memory(again, layout).values()) == one.peak_bytes
@@ -115,6 +128,143 @@ def test_search_prints_options_and_plans_the_fastest(recipe_file, tmp_path, caps
         assert told in text
 
 
+@pytest.mark.parametrize(
+    ("growth", "dropped"),
+    [("--batch.schedule=0:4 1M:16", "--batch.schedule="), ("--batch.ramp 4 4 100", "--batch.ramp")],
+)
+def test_search_says_where_it_drops_a_growing_batch(recipe_file, growth, dropped, capsys):
+    option, _, values = growth.partition(" ")
+    growth = [option, *values.split()] if "ramp" in growth else [growth]
+    args = [f"--config={recipe_file}", "--gpus=16", "--data.mock", *growth]
+    cfg, gpu = recipe.parse([args[0], *args[2:]]), gpus.GPUS["h100"]
+    found = search.candidates(cfg, 16, gpu, gpus.network_of(gpu))
+    assert {dropped in one.overrides for one in found} == {True, False}
+    for one in found:
+        assert (
+            one.drops_schedule
+            == (dropped in one.overrides)
+            != bool(one.cfg.batch.schedule or one.cfg.batch.ramp)
+        )
+    first = next(one for one in found if one.drops_schedule)
+    again = recipe.parse([args[0], *args[2:], *first.overrides])
+    assert again == first.cfg
+    assert plan.main([*args, "--search", "--no-compile", "--n-compiled=20"]) == 0
+    assert "leave out the recipe's growing batch" in capsys.readouterr().out
+
+
+def compiled(peak_bytes):
+    text = "\nENTRY %main (p: f32[4]) -> f32[4] {\n  %a = f32[400000]{0} add(%p, %p)\n}\n"
+    return compiler.Compiled(
+        argument_bytes=0, temp_bytes=0, peak_bytes=peak_bytes, attention="cudnn",
+        largest_buffers=[], cudnn={}, compile_seconds=1.0, host_bytes=0, versions={}, cached=False,
+        text=text, program=hlo.parse(text),
+    )  # fmt: skip
+
+
+def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
+    recipe_file, tmp_path, capsys, monkeypatch
+):
+    answers = [config.UserError("it broke"), *[compiled(10**12)] * 2, compiled(10**9)]
+
+    def compile_step(cfg, args, sizes, gpu, network):
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(compiler, "missing_extra", lambda: "")
+    monkeypatch.setattr(compiler, "compile_step", compile_step)
+    file = tmp_path / "plan.json"
+    args = [f"--config={recipe_file}", "--gpus=8", "--search", "--verify", f"--json={file}"]
+    assert plan.main([*args, "--n-compiled=1"]) == 0
+    rows = json.loads(file.read_text())["search"]
+    assert [row["fits"] for row in rows] == [True, False, False, False]
+    assert [bool(row["failed"]) for row in rows] == [False, False, False, True]
+    assert "(it broke)" in capsys.readouterr().out
+
+    answers[:] = [compiled(10**12)]
+    assert plan.main([*args, "--n-compiled=1"]) == 1
+    assert len(json.loads(file.read_text())["search"]) == 1 + plan.MORE_COMPILED
+    assert "none of these layouts fits" in capsys.readouterr().out
+
+    answers[:] = [config.UserError("it broke")]
+    assert plan.main(args) == 2
+    assert "none of 8 layouts compiled: it broke" in capsys.readouterr().err
+
+
+def compile_small(recipe_file, monkeypatch, *options, gpus_per_node=8):
+    """Ask for a step of a compiler that answers at once; return what it was asked for."""
+    asked = []
+
+    def answer(request, settings, file):
+        asked.append(request)
+        found = {**vars(compiled(7)), "hlo": compiled(7).text}
+        for name in ("text", "program", "cudnn", "cached"):
+            del found[name]
+        file.write_bytes(gzip.compress(json.dumps(found).encode()))
+
+    monkeypatch.setattr(compiler, "_run", answer)
+    args = [f"--config={recipe_file}", "--data.mock", *options]
+    gpu = gpus.GPUS["a100"]
+    network = gpus.network_of(gpu, gpus_per_node)
+    sizes = {"data": 2, "stage": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    found = compiler.compile_step(recipe.parse(args), args, sizes, gpu, network)
+    assert found.peak_bytes == 7 and found.cached != bool(asked)
+    return asked
+
+
+def test_a_step_is_compiled_again_where_the_program_is_another(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compile_small(recipe_file, monkeypatch)
+    assert not compile_small(recipe_file, monkeypatch, "--checkpoint.dir=a", "--log.dir=b")
+    assert compile_small(recipe_file, monkeypatch, "--train.seed=7")
+    assert compile_small(recipe_file, monkeypatch, gpus_per_node=4)
+    for file in (tmp_path / "gpt3jax" / "plan").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])  # cut off
+    assert compile_small(recipe_file, monkeypatch)
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
+    recipe_file, tmp_path, monkeypatch
+):
+    taken = tmp_path / "file"
+    taken.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(taken))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert compile_small(recipe_file, monkeypatch)
+    assert list(tmp_path.glob("gpt3jax-*/plan/*.json.gz"))
+    monkeypatch.setattr(tempfile, "tempdir", str(taken))
+    with pytest.raises(config.UserError, match="set XDG_CACHE_HOME"):
+        compile_small(recipe_file, monkeypatch)
+
+
+TRACEBACK = """
+E1124 12:00:00.000000 1 x.cc:1] a warning of XLA
+Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+jaxlib._jax.XlaRuntimeError: INTERNAL: it does not lower
+  of several lines
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "stderr", "told"),
+    [
+        (2, "warning\nmesh.tensor=5 does not divide\n", "mesh.tensor=5 does not divide"),
+        (1, TRACEBACK, "failed: jaxlib._jax.XlaRuntimeError: INTERNAL: it does not lower"),
+        (
+            -6,
+            "F1124 12:00:00.0 1 y.cc:2] Check failed: a\n*** stack",
+            "SIGABRT: F1124 .* failed: a",
+        ),
+        (-9, "", "ended by SIGKILL .is there too little memory"),
+    ],
+)
+def test_why_the_compiler_ended_is_told_in_one_line(status, stderr, told):
+    said = compiler._failure(status, stderr)
+    assert re.search(f"{told}", said) and "\n" not in said
+
+
 def test_search_says_so_where_nothing_fits(repository, capsys):
     args = ["--gpus=8", "--search", "--no-compile"]
     assert plan.main([f"--config={repository / 'configs' / '175b.py'}", *args]) == 2
@@ -125,7 +275,7 @@ def test_search_says_so_where_nothing_fits(repository, capsys):
 def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     recipe_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "it's a cache"))
     report, program = tmp_path / "plan.json", tmp_path / "step.hlo"
     args = [f"--config={recipe_file}", "--gpus=8", "--verify", f"--json={report}"]
     assert plan.main([*args, f"--dump-hlo={program}"]) == 0
@@ -144,6 +294,14 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert found["compiled"]["argument_bytes"] == pytest.approx(states, rel=0.01)
     text = program.read_text()
     assert "reduce-scatter-start" in text or "all-gather-start" in text
+    network = gpus.network_of(gpus.GPUS["h100"])
+    rates = timeline.Rates(
+        matmul=1e15, attention=1e15, memory=1e12, memory_peak=1e12, network=network
+    )
+    walked = 8 * timeline.walk(hlo.parse(text), found["mesh"], rates).flops
+    # All trips of all loops, with what is recomputed.
+    arithmetic = found["model_flops_per_step"] * (1 + found["recomputed_share"])
+    assert walked == pytest.approx(arithmetic, rel=0.03)
     assert not re.search(r"all-gather[^=]*\(.*\[\d+,512,1024\]", text)  # whole logits
     assert plan.main(args) == 0
     assert json.loads(report.read_text())["compiled"]["cached"]

@@ -5,8 +5,8 @@ import subprocess
 import jax
 import pytest
 
-from gpt3jax import config, flops, gpus, recipe, sharding, step, xla_flags
-from gpt3jax.plan import compiler, memory_model, time_model
+from gpt3jax import config, flops, gpus, recipe, setup, sharding, step, xla_flags
+from gpt3jax.plan import compiler, hlo, memory_model, time_model
 
 import tiny
 
@@ -41,7 +41,7 @@ def test_parameters_of_a_gpu_are_the_states_own(axes):
 @pytest.mark.parametrize("name", ["345m", "gpt3/13b", "175b"])
 def test_parameters_of_one_gpu_are_all(repository, name):
     cfg = recipe.load(str(repository / "configs" / f"{name}.py"))
-    sizes = dict.fromkeys(memory_model.AXES, 1)
+    sizes = dict.fromkeys(sharding.AXES, 1)
     assert memory_model.parameters(cfg, sizes, False) == flops.n_params(cfg.model)
 
 
@@ -70,10 +70,37 @@ def test_target_has_the_data_sheets_peak(name):
 
 def test_members_of_a_group_in_one_node_share_their_cards():
     network = gpus.network_of(gpus.GPUS["h100"])
-    assert network.bandwidth(8, 1) == ("NVLink", 360e9)
-    assert network.bandwidth(16, 8) == ("NIC", 45e9)
-    assert network.bandwidth(256, 1) == ("NIC", 360e9)
-    assert network.bandwidth(16, 4) == ("NIC", 90e9)
+    assert network.bandwidth(8, 8) == ("NVLink", 360e9)
+    assert network.bandwidth(16, 1) == ("NIC", 45e9)
+    assert network.bandwidth(256, 8) == ("NIC", 360e9)
+    assert network.bandwidth(16, 2) == ("NIC", 90e9)
+
+
+@pytest.mark.parametrize("gpus_per_node", [4, 8, 16])
+def test_closed_forms_see_the_network_that_a_compiled_collective_has(gpus_per_node):
+    sizes = {"data": 2, "stage": 4, "fsdp": 2, "context": 2, "tensor": 2}
+    layout = memory_model.Layout(sizes=sizes, n_microbatches=4, attention="xla", problems=())
+    network = gpus.network_of(gpus.GPUS["h100"], gpus_per_node)
+    for i, axis in enumerate(sizes):
+        groups = f"replica_groups=mesh['0'=2,'1'=4,'2'=2,'3'=2,'4'=2] {{'{i}'}}"
+        one = hlo.Instruction("c", "(f32[8], f32[8])", "all-gather-start", ("p",), groups)
+        compiled = hlo.collective(one, tuple(sizes.items()), gpus_per_node)
+        planned = time_model._collective("all-gather", axis, 1.0, layout, network)
+        assert (planned.group_size, planned.in_node) == (compiled.group_size, compiled.in_node)
+
+
+def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
+    """Both count what the compiler cannot see."""
+    cfg = tiny.make_config(mesh={"data": 8})
+    mesh = sharding.make_mesh(cfg.mesh)
+    peak = sum(memory_model.memory(cfg, layout_of(cfg)).values())
+
+    def warnings(limit):
+        return setup.memory_warnings(setup.step_bytes(cfg, mesh, "xla", limit), limit)
+
+    assert warnings(None) == []
+    assert warnings(round(peak / 0.96)) == []
+    assert "may run out of memory" in warnings(round(peak / 0.98))[0]
 
 
 @pytest.mark.parametrize("n_stages", [1, 4])
@@ -129,3 +156,22 @@ def test_a_shell_gets_the_settings_and_those_of_the_user_win(repository, capsys)
     assert done.stdout.endswith("--xla_mine=1 / O0\n") and "latency_hiding" in done.stdout
     assert xla_flags.main([recipe_file, "--data.mock", "--mesh.tensor=5"]) == 2
     assert "mesh.tensor=5" in capsys.readouterr().err
+    assert xla_flags.main([recipe_file, "--data.mock", "--mesh.stage=-1", "--mesh.data=1"]) == 2
+    assert "mesh.stage=-1" in capsys.readouterr().err
+
+
+def test_a_shell_that_runs_what_it_reads_gets_settings_alone(
+    repository, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    talks = tmp_path / "talks.py"
+    path = repository / "configs" / "175b.py"
+    talks.write_text(f"print('rm -rf /')\n{path.read_text()}")
+    assert xla_flags.main([f"--config={talks}", "--data.mock"]) == 0
+    told = capsys.readouterr()
+    assert all(line.startswith("export ") for line in told.out.splitlines())
+    assert "nic_speed_gbps=45" in told.out and "rm -rf /" in told.err  # as for H100s
+    with pytest.raises(SystemExit):
+        xla_flags.main([f"--config={talks}", "--help"])
+    told = capsys.readouterr()
+    assert not told.out and "--mesh.tensor" in told.err

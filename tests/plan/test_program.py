@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from gpt3jax import gpus
+from gpt3jax import config, gpus
 from gpt3jax.plan import buffers, hlo, timeline
 
 import tiny
@@ -34,26 +34,53 @@ def walk(text):
 
 
 @pytest.mark.parametrize(
-    ("spelling", "members"),
+    ("spelling", "groups"),
     [
-        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", [0, 2]),
-        ("replica_groups=[4,2]<=[8]", [0, 1]),
-        ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
-        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", [0, 2, 4, 6]),
-        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
-        ("replica_groups=mesh['a'=8] {'a':(2)2}", [0, 2]),
-        ("source_target_pairs={{0,4},{4,0}}", [0, 4]),
-        ("replica_groups={}", list(range(8))),
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=[4,2]<=[8]", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
+        ),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("source_target_pairs={{0,4},{4,0}}", [[0, 4], [4, 0]]),
+        ("replica_groups={}", [list(range(8))]),
     ],
 )
-def test_replica_groups_in_every_spelling(spelling, members):
-    assert hlo._first_group(spelling + ", dimensions={0}", 8).tolist() == members
+def test_replica_groups_in_every_spelling(spelling, groups):
+    assert hlo._groups(spelling + ", dimensions={0}", 8).tolist() == groups
+
+
+@pytest.mark.parametrize(
+    ("op", "groups", "axes", "in_node"),
+    [
+        # 4 x 2 x 4 GPUs in nodes of 8: two of an axis of stride 4 share a node.
+        ("all-gather", "replica_groups=mesh['a'=4,'b'=2,'c'=4] {'b'}", ("stage",), 2),
+        ("all-gather", "replica_groups=mesh['a'=4,'b'=2,'c'=4] {'a'}", ("data",), 1),
+        # Of axes that are no neighbours, a node has all of one.
+        ("all-gather", "replica_groups=mesh['a'=4,'b'=2,'c'=4] {'a','c'}", ("data", "tensor"), 4),
+        ("all-gather", "replica_groups={}", ("data", "stage", "tensor"), 8),
+        # A ring of 2 stages is in the node, one of replicas is not; neither is a pair 7 -> 8.
+        ("collective-permute", "source_target_pairs={{0,4},{4,0}}", ("stage",), 2),
+        ("collective-permute", "source_target_pairs={{0,8},{8,16},{16,0}}", ("data",), 1),
+        ("collective-permute", "source_target_pairs={{3,3},{4,4},{4,8}}", ("data", "stage"), 1),
+    ],
+)
+def test_collectives_use_the_cards_where_a_group_spans_nodes(op, groups, axes, in_node):
+    one = hlo.Instruction("c", "(f32[8]{0}, f32[8]{0})", f"{op}-start", ("p",), groups)
+    found = hlo.collective(one, (("data", 4), ("stage", 2), ("tensor", 4)), 8)
+    assert (found.axes, found.in_node) == (axes, in_node)
+    network = RATES.network.bandwidth(found.group_size, found.in_node)[0]
+    assert network == ("NVLink" if in_node == found.group_size else "NIC")
 
 
 def collectives(text):
     program = hlo.parse(text)
     instructions = program.computations[program.entry]
-    return [hlo.collective(one, tuple(AXES.items())) for one in instructions if one.collective]
+    return [hlo.collective(one, tuple(AXES.items()), 8) for one in instructions if one.collective]
 
 
 def test_started_collectives_count_their_whole_buffer():
@@ -158,6 +185,119 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
     assert found.exposed["all-gather", "tensor", "NVLink"] == pytest.approx(5 * 0.03)
 
 
+def test_a_loop_in_a_loop_takes_the_product_of_their_trips():
+    def loop(body, n):
+        known = f'{{"known_trip_count":{{"n":"{n}"}}}}'
+        return f"while(%t), condition=%condition, body=%{body}, backend_config={known}"
+
+    found = walk(f"""{CONDITION}
+%inner (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %start = {GATHER}
+  %m = {PRODUCT}
+  %done = bf16[50000000]{{0}} all-gather-done(%start)
+}}
+
+%outer (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %t = (bf16[4]{{0}}) tuple(%p)
+  %w = (bf16[4]{{0}}) {loop("inner", 3)}
+  %m = {PRODUCT}
+}}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+  %t = (bf16[4]{{0}}) parameter(0)
+  %w = (bf16[4]{{0}}) {loop("outer", 4)}
+}}
+""")
+    assert found.count["all-gather", "tensor", "NVLink"] == 12
+    assert found.kernels["matmul"] == pytest.approx(4 * (3 + 1) * 0.02)
+    assert found.seconds == pytest.approx(4 * (3 * 0.05 + 0.02), rel=1e-6)
+
+
+def test_a_loop_without_an_end_is_an_error_of_one_line():
+    with pytest.raises(config.UserError, match="w, of which XLA does not tell") as error:
+        walk("""
+%condition (p: pred[]) -> pred[] {
+  ROOT %c = pred[] parameter(0)
+}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {
+  %t = (bf16[4]{0}) parameter(0)
+  %w = (bf16[4]{0}) while(%t), condition=%condition, body=%body, backend_config={}
+}
+""")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%short, %long}", "true_computation=%long, false_computation=%short"],
+)
+def test_a_branch_takes_the_time_of_the_longest(branches):
+    found = walk(f"""
+%short (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %m = {PRODUCT}
+}}
+
+%long (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %m = {PRODUCT}
+  %m2 = {PRODUCT}
+}}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %m = {PRODUCT}
+  %c = bf16[4]{{0}} conditional(%p, %p, %p), {branches}
+}}
+""")
+    assert found.seconds == pytest.approx(0.06)
+
+
+def test_what_is_called_is_walked_and_copies_run_beside_arithmetic():
+    """Only calls are: what sorts, reduces or fuses calls is part of a kernel."""
+    found = walk(f"""
+%called (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %m = {PRODUCT}
+}}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %a = bf16[4]{{0}} call(%p), to_apply=%called
+  %b = ((bf16[4]{{0}}), bf16[4]{{0}}) async-start(%p), calls=%called
+  %b.done = bf16[4]{{0}} async-done(%b)
+  %s = (bf16[25000000]{{0}}, bf16[25000000]{{0}}, u32[]) copy-start(%p)
+  %s.done = bf16[25000000]{{0}} copy-done(%s)
+  %w = bf16[5000000]{{0}} select-and-scatter(%p), to_apply=%called
+}}
+""")
+    assert found.kernels["matmul"] == pytest.approx(0.04)
+    assert found.kernels["elementwise"] == pytest.approx(1e-4)  # 10 MB at 100 GB/s
+    assert found.seconds == pytest.approx(0.0401)
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("__cublas$gemm", "matmul"),
+        ("__cublas$lt$matmul", "matmul"),
+        ("my_matmul_of_fmhaSoftmax", "elementwise"),
+    ],
+)
+def test_products_are_those_of_cublas(target, kind):
+    product = PRODUCT.replace("__cublas$lt$matmul", target)
+    found = walk(f"""
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %m = {product}
+}}
+""")
+    assert list(found.kernels) == [kind]
+
+
 def test_kernels_that_move_data_take_xlas_cost_at_the_rate_that_is_reached():
     def fusion(costs):
         entries = ",".join(f'{{"exec_time_us":{us},"x":0,"name":"{name}"}}' for name, us in costs)
@@ -203,7 +343,7 @@ Total bytes used: 900
     text = """HloModule m
 
 FileNames
-1 "/site-packages/jax/x.py"
+1 "/here/gpt3jax/.venv/lib/site-packages/jax/x.py"
 2 "/here/gpt3jax/model.py"
 
 FunctionNames
