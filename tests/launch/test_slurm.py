@@ -39,7 +39,6 @@ if "jax" in sys.modules:
 OPTIONS = [
     "--mesh.data=2",
     "--mesh.cpu-devices=1",
-    "--distributed.heartbeat-timeout=10",
     "--checkpoint.save-interval=20",
 ]
 
@@ -164,10 +163,9 @@ def test_what_is_refused_is_not_started_again(tmp_path, cluster):
     folder = write_run(tmp_path)
     half = tmp_path / "half.py"
     half.write_text(
-        "import os\n" + corpus.RECIPE.replace('paths=("corpus",)', "paths=(PATH,)")
-        + f"\nPATH = '{folder}/corpus' if os.environ['SLURM_PROCID'] == '0' else 'absent'\n"
-        + "if PATH == 'absent':\n    raise ValueError('this machine is not like the others')\n"
-    )  # fmt: skip
+        "import os\n\nif os.environ['SLURM_PROCID'] == '1':\n"
+        "    raise ValueError('this machine is not like the others')\n" + corpus.RECIPE
+    )
     job = submit(cluster, folder, CONFIG=str(half))
     ended = cluster.wait_for(job, "FAILED", "COMPLETED", seconds=120)
     told = log(folder)
@@ -200,11 +198,11 @@ def test_a_cancelled_job_stays_cancelled(tmp_path, cluster):
 
 
 def test_the_time_limit_stops_a_run_in_time(tmp_path, cluster):
-    """The shortest limit is a minute; then Slurm would kill the job."""
+    """Slurm looks at limits once in half a minute, and may signal a minute early."""
     folder = write_run(tmp_path)
-    limit = ("--time=1", "--signal=B:USR1@30")
+    limit = ("--time=4", "--signal=B:USR1@60")
     job = submit(cluster, folder, "--train.n-steps=100000", sbatch=limit)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while "back into the queue" not in log(folder) and time.monotonic() < deadline:
         time.sleep(0.5)
     told = log(folder)
