@@ -160,9 +160,18 @@ def start(folder):
         _wait(idle, folder)
         yield cluster
     finally:
-        subprocess.run(["scancel", "--user=root", "--signal=KILL", "--full"],
-                       env=cluster.environment, capture_output=True)  # fmt: skip
-        for daemon in reversed(daemons):
-            daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(timeout=30)
+        _stop(cluster, daemons)
+
+
+def _stop(cluster, daemons):
+    """End all jobs, then the daemons, the last one started first; none is left running."""
+    subprocess.run(["scancel", "--user=root"], env=cluster.environment, capture_output=True)
+    with contextlib.suppress(AssertionError):
+        _wait(lambda: not cluster.tell("squeue", "--noheader"), cluster.folder, seconds=30)
+    for daemon in reversed(daemons):
+        daemon.terminate()
+        try:
+            daemon.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # slurmd waits for messages that nobody takes any more
+            daemon.kill()
+            daemon.wait()
