@@ -2,14 +2,15 @@
 # Train GPT-3 175B, with the five arguments of Megatron-LM's example of the same name.
 #
 #   Slurm, one process per GPU (the default for pods; 128 H100s are 16 nodes):
-#     srun --nodes=16 --ntasks-per-node=8 --gpus-per-node=8 \
+#     srun --nodes=16 --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none \
 #       launch/train_gpt3_175b_distributed.sh CHECKPOINT_PATH TENSORBOARD_LOGS_PATH \
 #       VOCAB_FILE MERGE_FILE DATA_PATH
 #   Without a launcher, one process per node, started on each node as in the example:
 #     NUM_NODES=16 NODE_RANK=0 MASTER_ADDR=node0 launch/train_gpt3_175b_distributed.sh ...
 #
 # Further arguments override the recipe: ... --mesh.tensor=8 --train.n-steps 100.
-# CONFIG=FILE takes another recipe, PYTHON=FILE another interpreter.
+# CONFIG=FILE takes another recipe, PYTHON=FILE another interpreter, COMMAND=preflight checks the
+# machines with the same options in place of training.
 set -euo pipefail
 
 if [ $# -lt 5 ]; then
@@ -45,4 +46,5 @@ arguments=(
 # What gpt3jax.plan compiles with; what the environment already has wins.
 settings=$("${PYTHON:-python3}" -m gpt3jax.xla_flags "${arguments[@]}")
 eval "$settings"
-exec "${PYTHON:-python3}" -m gpt3jax.main "${arguments[@]}"
+# exec: signals that are meant for the run must reach it.
+exec "${PYTHON:-python3}" -m "gpt3jax.${COMMAND:-main}" "${arguments[@]}"

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Install gpt3jax into a virtual environment of its own: what the image is made of, and what a bare
+# machine needs.
+#
+#   launch/install.sh [cuda13|cuda12|cpu] [FOLDER]     (default: cuda13 .venv)
+#
+# As root on Debian or Ubuntu it installs with apt what is missing: a Python, and for GPUs the
+# libraries of InfiniBand, without which NCCL says nothing and takes the slow network. CUDA comes with
+# JAX's wheels, so a machine needs no more than NVIDIA's driver.
+# PYTHON=FILE takes another interpreter than python3, of 3.11 or newer. Versions are those of
+# launch/constraints.txt; an empty CONSTRAINTS= takes the newest.
+set -euo pipefail
+
+kind=${1:-cuda13} folder=${2:-.venv}
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+constraints=${CONSTRAINTS-$repository/launch/constraints.txt}
+python=${PYTHON:-python3}
+
+case $kind in
+  cuda13 | cuda12) package="${repository}[$kind]" ;;
+  cpu) package=$repository ;;
+  *)
+    echo "usage: $0 [cuda13|cuda12|cpu] [FOLDER]; $kind is none of the three" >&2
+    exit 2
+    ;;
+esac
+
+# Debian's Python comes without the module that makes virtual environments.
+python_serves() {
+  "$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+packages=()
+python_serves || packages+=(python3 python3-venv)
+if [ "$kind" != cpu ] && ! /sbin/ldconfig -p 2>/dev/null | grep libibverbs.so.1 >/dev/null; then
+  packages+=(libibverbs1 ibverbs-providers librdmacm1)
+fi
+if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  apt-get update -q
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${packages[@]}"
+  rm -rf /var/lib/apt/lists/*
+fi
+if ! python_serves; then
+  echo "$python is not a Python of 3.11 or newer with venv: install one, or set PYTHON" >&2
+  exit 2
+fi
+
+[ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+python=$(cd "$folder/bin" && pwd)/python
+"$python" -m pip install --quiet --no-cache-dir ${constraints:+--constraint "$constraints"} "$package"
+cd / # so that what was installed answers, not the folder gpt3jax of the repository
+"$python" -m gpt3jax.main --help >/dev/null
+echo "gpt3jax is installed: $python -m gpt3jax.main --config=RECIPE.py"

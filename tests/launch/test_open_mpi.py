@@ -1,0 +1,79 @@
+"""The five-argument script under a real mpirun, and without a launcher."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from gpt3jax import command
+
+import corpus
+
+pytestmark = pytest.mark.slow
+SCRIPT = corpus.REPOSITORY / "launch" / "train_gpt3_175b_distributed.sh"
+MPIRUN = shutil.which("mpirun")
+
+
+def start(folder, launcher, n_steps, **variables):
+    """Start the script as processes of a run of two, each with one emulated device."""
+    paths = [folder / "checkpoints", folder / "logs", "", "", folder / "corpus"]
+    options = ["--mesh.data=2", "--mesh.cpu-devices=1", f"--train.n-steps={n_steps}"]
+    environment = {
+        "CONFIG": str(folder / "recipe.py"),
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(corpus.REPOSITORY),
+        "JAX_COMPILATION_CACHE_DIR": str(corpus.REPOSITORY / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return subprocess.Popen(
+        [*launcher, SCRIPT, *paths, *options], env=os.environ | environment | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def mpirun(n):
+    # Open MPI wants to be told that root may, and that there may be fewer cores than processes.
+    return [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(n)]
+
+
+@pytest.mark.skipif(not MPIRUN, reason="not installed: mpirun (apt: openmpi-bin)")
+def test_two_processes_under_mpirun_find_each_other_stop_when_asked_and_go_on(tmp_path):
+    folder = corpus.write_run(tmp_path)
+    first = start(folder, mpirun(2), 2000)
+    lines = []
+    for line in first.stdout:
+        lines.append(line)
+        if "iteration" in line:
+            first.send_signal(signal.SIGUSR1)  # mpirun passes it on
+            break
+    out, err = first.communicate(timeout=300)
+    told = "".join(lines) + out
+    assert "2 process(es), 2 device(s)" in told and "saved" in told, told + err
+    assert first.returncode == command.REQUEUE, err
+    (saved,) = [int(name) for name in os.listdir(folder / "checkpoints") if name.isdigit()][-1:]
+    # Another length would be another order of samples, so it is stopped again.
+    again = start(folder, mpirun(2), 2000)
+    for line in again.stdout:
+        if "resumed from" in line:
+            assert f"at step {saved}," in line
+            again.send_signal(signal.SIGTERM)
+            break
+    again.communicate(timeout=300)
+    assert again.returncode != 0
+
+
+def test_two_processes_without_a_launcher_as_over_ssh(tmp_path):
+    folder = corpus.write_run(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    where = {"NUM_NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [start(folder, [], 4, NODE_RANK=str(i), **where) for i in range(2)]
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "2 process(es), 2 device(s)" in told[0][0]
+    assert "the run is complete: step 4, 32 samples" in told[0][0]
