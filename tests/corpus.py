@@ -35,11 +35,11 @@ def get_config():
 """
 
 
-def write(prefix, spoil=None):
-    """Write 600 random documents; the one numbered `spoil` has a token beyond the vocabulary."""
+def write(prefix, spoil=None, n_documents=600):
+    """Write random documents; the one numbered `spoil` has a token beyond the vocabulary."""
     rng = np.random.default_rng(7)
     with indexed.Writer(str(prefix), np.uint16) as writer:
-        for i, length in enumerate(rng.integers(1, 60, 600)):
+        for i, length in enumerate(rng.integers(1, 60, n_documents)):
             tokens = [*rng.integers(1, VOCAB, length), 0]
             writer.add_document([[VOCAB + 3, *tokens[1:]] if i == spoil else tokens])
 

@@ -12,6 +12,7 @@ import subprocess
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from gpt3jax import checkpoint, command, step, train
@@ -230,6 +231,23 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(
     assert steps_saved(folder) == [20, 30, 40]
 
 
+@pytest.mark.parametrize("lengths", [False, True])
+def test_a_corpus_that_changed_is_refused(tmp_path, monkeypatch, capfd, finished, lengths):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    if lengths:
+        os.truncate(folder / "corpus.bin", 2)
+        corpus.write(folder / "corpus", n_documents=599)
+    else:
+        tokens = np.fromfile(folder / "corpus.bin", np.uint16)
+        np.where(tokens > 0, corpus.VOCAB - tokens, 0).astype(np.uint16).tofile(
+            folder / "corpus.bin"
+        )
+    assert corpus.call_main(monkeypatch, folder) == command.REFUSED
+    told = capfd.readouterr().err
+    assert "another order" in told and ("corpus: checkpoint" in told) == lengths
+    assert "tokens: checkpoint" in told and "--checkpoint.allow-new-data-order" in told
+
+
 def test_loading_from_a_run_under_way_leaves_its_save_alone(tmp_path, monkeypatch, finished):
     other = shutil.copytree(finished, tmp_path / "other")
     under_way = other / "checkpoints" / "50.orbax-checkpoint-tmp"
@@ -247,6 +265,25 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, monkeypatch, capfd, fin
     assert told.out.endswith("nothing left to do: the run ended at step 40\n") and told.err == ""
     assert corpus.records(folder) == corpus.records(finished)
     assert steps_saved(folder) == [20, 30, 40]
+
+
+def test_starts_that_led_nowhere_are_refused_once(tmp_path, monkeypatch, capfd, finished):
+    """Three starts from step 20 failed or were killed; the fourth is refused, the fifth may try."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    for number in (30, 40):
+        shutil.rmtree(folder / "checkpoints" / str(number))
+    account = folder / "logs" / "goodput.json"
+    (start,) = json.loads(account.read_text())["starts"]
+    assert start["end"] == "complete" and start["step"] == 40
+    nowhere = start | {"first_step": 20, "step": 27, "end": ""}
+    account.write_text(json.dumps({"starts": [start, *[nowhere] * 3]}))
+    for status, end in ((command.REFUSED, "refused"), (command.DONE, "complete")):
+        assert corpus.call_main(monkeypatch, folder, "--train.max-fruitless-starts=3") == status
+        assert json.loads(account.read_text())["starts"][-1]["end"] == end
+        told = capfd.readouterr()
+        assert ("3 starts in a row failed after step 20" in told.err) == (status != 0)
+    assert re.search(r"time: .* in 6 starts: .*lost steps", told.out)
+    assert corpus.records(folder) == corpus.records(finished)
 
 
 def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(tmp_path, monkeypatch):

@@ -474,11 +474,10 @@ def _check_same_model(cfg: config.Config, meta: Meta) -> None:
 
 
 def _check_same_order(cfg: config.Config, meta: Meta, data_order: dict[str, Any]) -> None:
-    changed = [k for k in data_order if meta.data_order.get(k) != data_order[k]]
+    before = {k: v for k, v in meta.data_order.items() if k in data_order}
+    changed = [k for k in before if before[k] != data_order[k]]  # earlier versions wrote fewer
     if meta.consumed_samples and changed and not cfg.checkpoint.allow_new_data_order:
-        table = "\n".join(
-            f"  {k}: checkpoint {meta.data_order.get(k)}, here {data_order[k]}" for k in changed
-        )
+        table = "\n".join(f"  {k}: checkpoint {before[k]}, here {data_order[k]}" for k in changed)
         raise config.UserError(
             f"after step {meta.step} samples would come in another order, some twice and some "
             f"never:\n{table}\nrestore these values, or accept it with "

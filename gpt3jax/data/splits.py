@@ -62,6 +62,7 @@ def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
         test=maps[2],
         order={
             "corpus": [_identity(corpus) for corpus in corpora],
+            "tokens": [f"sample {indexed.tokens_checksum(corpus):08x}" for corpus in corpora],
             "blend weights": sources[0].weights,
             "data.split": sources[0].split,
             "model.seq_len": cfg.model.seq_len,

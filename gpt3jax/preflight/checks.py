@@ -264,7 +264,7 @@ def refuse(checks: Sequence[Check], process: int) -> None:
     told = "; ".join(lines[:_SHOWN]) + more
     lasting = any(check.status == "fail" for check in failed)
     kind = config.UserError if lasting else config.TransientError
-    raise kind(f"preflight: {told}. See docs/operations_preflight.md")
+    raise kind(f"preflight: {told}. See docs/preflight.md")
 
 
 def _by_text(lines: list[tuple[str, int]], hosts: Sequence[str]) -> tuple[Line, ...]:
