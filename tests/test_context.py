@@ -56,7 +56,7 @@ def on_one_device(model, documents):
         pytest.param("context2-data2-tensor2", "alternating", False, marks=slow),
         pytest.param("context8", "alternating", False, marks=slow),
         pytest.param("context2-data2-tensor2", "dense", True, marks=slow),
-        ("context2-fsdp4", "dense", True),
+        pytest.param("context2-fsdp4", "dense", True, marks=slow),
         pytest.param("context2-fsdp4", "alternating", True, marks=slow),
         pytest.param("context4-fsdp2", "dense", False, marks=slow),
         pytest.param("context4-fsdp2", "alternating", True, marks=slow),

@@ -131,7 +131,7 @@ def test_there_are_35_meshes():
     "sizes",
     [
         pytest.param((8, 1, 1, 1, 1), marks=pytest.mark.slow),
-        (2, 1, 2, 1, 2),
+        pytest.param((2, 1, 2, 1, 2), marks=pytest.mark.slow),
         pytest.param((2, 2, 2, 1, 1), marks=pytest.mark.slow),
         pytest.param((4, 1, 1, 2, 1), marks=pytest.mark.slow),
     ],

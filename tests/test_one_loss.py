@@ -29,7 +29,7 @@ def reference(dropout):
     return tiny.leaves(program.init()), tiny.leaves(state), metrics
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_losses_do_not_depend_on_the_mesh(mesh, sequence_parallel, dropout):
@@ -81,7 +81,13 @@ def test_the_mean_of_microbatch_means_is_megatrons():
     assert not np.isclose((losses * mask).sum() / mask.sum(), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, marks=() if mesh == "data2-fsdp2-tensor2" else pytest.mark.slow)
+        for mesh in MESHES
+    ],
+)
 def test_no_mesh_causes_an_involuntary_full_rematerialization(mesh, capfd, no_compilation_cache):
     # XLA warns while it partitions: hence no cache.
     axes, n_microbatches = MESHES[mesh]

@@ -230,11 +230,11 @@ def program_of(stage, virtual_stages):
 @pytest.mark.parametrize(
     ("here", "there"),
     [
-        ((1, 1), (2, 2)),
-        ((2, 1), (1, 1)),
-        ((2, 2), (1, 1)),
+        pytest.param((1, 1), (2, 2), marks=pytest.mark.slow),
+        pytest.param((2, 1), (1, 1), marks=pytest.mark.slow),
+        pytest.param((2, 2), (1, 1), marks=pytest.mark.slow),
         ((2, 4), (4, 2)),
-        ((4, 2), (2, 1)),
+        pytest.param((4, 2), (2, 1), marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_comes_back_on_other_stages(tmp_path, here, there):

@@ -124,6 +124,7 @@ def test_a_run_takes_all_but_the_stretches_resumed_or_not(tmp_path, monkeypatch)
     ]
 
 
+@pytest.mark.slow
 def test_a_stretch_may_be_left_out_at_a_restart_but_not_come_back(tmp_path, monkeypatch):
     """From step 4 on, at position 32 inside of the stretch; samples 20 to 31 were taken."""
     folder, mesh = tmp_path / "run", {"data": 8}

@@ -126,6 +126,7 @@ def test_a_run_leaves_curves_and_its_config(corpus, tmp_path, uninterrupted):
     assert saved["model.n_layers"] == 4
 
 
+@pytest.mark.slow
 def test_each_batch_size_compiles_once_and_counts_right(corpus, tmp_path, monkeypatch):
     built = []
     build = step.build
@@ -166,6 +167,7 @@ def test_a_growing_batch_has_one_loss_on_every_mesh(corpus, tmp_path, monkeypatc
             )
 
 
+@pytest.mark.slow
 def test_checkpoint_load_starts_a_new_run_from_an_old_one(corpus, tmp_path, uninterrupted):
     cfg = make_config(corpus, tmp_path / "branch", MESH_A, train={"n_steps": 6})
     old = dataclasses.replace(cfg.checkpoint, load=uninterrupted.checkpoint.dir)
@@ -174,6 +176,7 @@ def test_checkpoint_load_starts_a_new_run_from_an_old_one(corpus, tmp_path, unin
     assert [r["step"] for r in steps] == [5, 6]
 
 
+@pytest.mark.slow
 def test_only_the_parameters_of_another_run_start_a_new_one(corpus, tmp_path, uninterrupted):
     """At step 0, with fresh moments, though seed and order differ; then it resumes its own."""
     cfg = make_config(
@@ -212,7 +215,14 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
     np.testing.assert_allclose(recorded["validation_loss"], (lse - target).mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("limit", "warned"), [(10_000, True), (2**30, False), (None, False)])
+@pytest.mark.parametrize(
+    ("limit", "warned"),
+    [
+        (10_000, True),
+        pytest.param(2**30, False, marks=pytest.mark.slow),
+        pytest.param(None, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
     corpus, tmp_path, capsys, monkeypatch, limit, warned
 ):

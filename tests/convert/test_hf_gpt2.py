@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import tensorstore
 
-from gpt3jax import checkpoint, config, setup, sharding, step, trained
+from gpt3jax import checkpoint, config, phases, setup, sharding, step, trained
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.convert import hf_gpt2, tensor_files
 from gpt3jax.data import indexed
@@ -110,7 +110,7 @@ def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, optio
         data={"paths": (prefix,), "split": "1,0,0"}, mesh={"data": 2, "fsdp": 2, "tensor": 2},
         checkpoint={"load": str(converted), **options}, train={"n_steps": 2, "eval_interval": 0},
     )  # fmt: skip
-    run, state, start, told = setup.start_or_resume(cfg)
+    run, state, start, told = setup.start_or_resume(cfg, phases.Phases())
     assert start == (0, 0) and "starting with the parameters of" in told[-1]
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
     batch = tiny.make_batch(0, cfg, run.mesh, 1)

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from gpt3jax import setup, sharding
+from gpt3jax import phases, setup, sharding
 from gpt3jax.convert import megatron
 from gpt3jax.data import loader
 
@@ -99,7 +99,7 @@ def test_a_megatron_project_goes_on_with_megatrons_numbers(monkeypatch, folder, 
 def evaluate_once_more(folder, *args):
     """Return the loss on the validation samples that follow those of the run."""
     cfg = corpus.config_of(folder, *args)
-    run, state, start, _ = setup.start_or_resume(cfg)
+    run, state, start, _ = setup.start_or_resume(cfg, phases.Phases())
     assert start == (30, 240)
     batches = loader.eval_batches(run.splits, cfg, run.mesh, "validation", 3)
     sums = [run.program.eval(state.params, batch) for batch in batches]
