@@ -12,12 +12,13 @@ one differs. On 2 cores 200 kills take about half an hour.
 import argparse
 import collections
 import json
+import multiprocessing
 import os
 import pathlib
 import random
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +27,11 @@ import jax
 import numpy as np
 
 from gpt3jax import batch_schedule, checkpoint, recipe, setup, sharding
+from gpt3jax.data import loader
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 N_DEVICES = 4
-SHARES = {1: 0.6, 2: 0.25, 4: 0.15}  # of the kills, by processes of a run
+SHARES = {1: 0.8, 2: 0.15, 4: 0.05}  # of the kills, by processes of a run
 MOST_OF_A_RUN = 25  # kills
 RECIPE = """
 from gpt3jax import config
@@ -41,25 +43,12 @@ def get_config():
         optimizer=config.Optimizer(peak_lr=1e-2, warmup_samples=16, decay_samples=3200),
         batch=config.Batch(global_batch_size=8),
         data=config.Data(mock=True, eod_id=0),
-        train=config.Train(n_steps=400, eval_interval=50, eval_batches=2, max_fruitless_starts=0),
+        train=config.Train(n_steps=120, eval_interval=40, eval_batches=2, max_fruitless_starts=0),
         checkpoint=config.Checkpoint(dir="checkpoints", save_interval=10),
         log=config.Log(dir="logs", interval=1),
     )
 """
-# Beside what a run writes itself: the numbers of the samples in each batch, as the loader gave it.
-MAIN = """
-import json, runpy
-from gpt3jax.data import loader
-batches = loader.train_batches
-def noted(*args):
-    for batch, size in batches(*args):
-        with open("samples.{process}.jsonl", "a") as file:
-            rows = [s.data.ravel().tolist() for s in batch["samples"].addressable_shards]
-            file.write(json.dumps(rows) + "\\n")
-        yield batch, size
-loader.train_batches = noted
-runpy.run_module("gpt3jax.main", run_name="__main__")
-"""
+FORKS = multiprocessing.get_context("forkserver")
 CLOCKED = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
 
 
@@ -69,6 +58,11 @@ def main():
     parser.add_argument("--processes", type=int, nargs="+", default=list(SHARES))
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     args = parser.parse_args()
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    FORKS.set_forkserver_preload(["gpt3jax.main"])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", N_DEVICES)
     print(f"seed {args.seed}, {os.cpu_count()} cores, jax {jax.__version__}")
@@ -113,31 +107,44 @@ def new_run(folder):
 
 
 def start(folder, n):
+    """Start the processes of a run, forked from one that has imported the package already."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     several = [f"--distributed.n-processes={n}", f"--distributed.coordinator-address={address}"]
-    variables = {
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    return [
-        subprocess.Popen(
-            [
-                sys.executable, "-c", MAIN.format(process=i), "--config=recipe.py",
-                f"--mesh.cpu-devices={N_DEVICES // n}",
-                *([*several, f"--distributed.process-id={i}"] if n > 1 else []),
-            ],
-            cwd=folder, env=os.environ | variables,
-            stdout=open(folder / f"out.{i}.txt", "a"), stderr=subprocess.STDOUT,
-        )
-        for i in range(n)
-    ]  # fmt: skip
+    processes = []
+    for i in range(n):
+        options = [f"--mesh.cpu-devices={N_DEVICES // n}"]
+        options += [*several, f"--distributed.process-id={i}"] if n > 1 else []
+        processes.append(FORKS.Process(target=run_main, args=(str(folder), i, options)))
+        processes[-1].start()
+    return processes
+
+
+def run_main(folder, process, options):
+    """Run `python -m gpt3jax.main` in this process, and note the samples of each batch."""
+    os.chdir(folder)
+    out = os.open(f"out.{process}.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.argv = ["main", "--config=recipe.py", *options]
+    batches = loader.train_batches
+
+    def noted(*args):
+        for batch, *rest in batches(*args):
+            with open(f"samples.{process}.jsonl", "a") as file:
+                rows = [s.data.ravel().tolist() for s in batch["samples"].addressable_shards]
+                file.write(json.dumps(rows) + "\n")
+            yield batch, *rest
+
+    loader.train_batches = noted
+    runpy.run_module("gpt3jax.main", run_name="__main__")
 
 
 def wait(processes):
-    return [process.wait(timeout=600) for process in processes]
+    for process in processes:
+        process.join(600)
+    return [process.exitcode for process in processes]
 
 
 def finish_with_kills(folder, n, most, life, rng):
@@ -147,10 +154,10 @@ def finish_with_kills(folder, n, most, life, rng):
         processes = start(folder, n)
         if sum(struck.values()) < most:
             await_moment(folder, processes, rng.random() < 0.4, rng.uniform(0, life), rng)
-            if all(process.poll() is None for process in processes):
+            if all(process.is_alive() for process in processes):
                 struck[moment_of(folder)] += 1
                 victim = rng.randrange(n)
-                processes[victim].send_signal(signal.SIGKILL)
+                processes[victim].kill()
                 time.sleep(rng.uniform(0, 0.2))
                 for process in processes:
                     process.kill()
@@ -165,7 +172,7 @@ def await_moment(folder, processes, in_a_save, seconds, rng):
     """Wait so many seconds, or up to the next save that begins."""
     deadline = time.monotonic() + seconds
     known = set(unfinished(folder))
-    while all(process.poll() is None for process in processes):
+    while all(process.is_alive() for process in processes):
         if in_a_save and set(unfinished(folder)) - known:
             time.sleep(rng.uniform(0, 0.05))
             return

@@ -13,7 +13,7 @@ class Oversight(contextlib.AbstractContextManager["Oversight"]):
     def __init__(self, cfg: config.Config) -> None:
         """Start the watchdog; the processes have joined."""
         self.clock = phases.Phases(phases.process_start())
-        self._cfg, self._named = cfg, ""
+        self._cfg, self._named = cfg, set[int]()
         process, n = jax.process_index(), jax.process_count()
         tick = min(10.0, cfg.watchdog.min_seconds / 4)
         self._peers = peers.Peers(self.clock, process, n, tick)
@@ -58,17 +58,17 @@ class Oversight(contextlib.AbstractContextManager["Oversight"]):
         return self._account.summary()
 
     def _slowest(self, recorder: metrics.Recorder) -> dict[str, float]:
-        """Return what to plot of the slowest process, and name a new one that is too slow."""
+        """Return what to plot of the slowest process; name each that is too slow once."""
         slow = self._peers.slowest()
         if slow is None:
             return {}
-        named = f"process {slow.process} ({slow.host})" if slow.holds_up else ""
-        if named and named != self._named:
+        if slow.holds_up and slow.process not in self._named:
+            self._named.add(slow.process)
             recorder.say(
-                f"WARNING: {named} spends {slow.own:.3f} s a step outside of its devices, where "
-                f"the median is {slow.median:.3f} s: every step waits for it ({slow.step:.3f} s)"
+                f"WARNING: process {slow.process} ({slow.host}) spends {slow.own:.3f} s a step "
+                f"outside of its devices, where the median is {slow.median:.3f} s: every step "
+                f"waits for it ({slow.step:.3f} s)"
             )
-        self._named = named
         return {
             "slowest-process": slow.process,
             "slowest-process-seconds": slow.own,

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from gpt3jax import distributed, phases
 
 _READERS = 2
-_SLOW_SHARE = 0.1  # of a step, beyond the median process, makes a process slow
+_SLOW_SHARE = 0.1  # of a step, beyond the median process, makes a process slow,
+_SLOW_TIMES = 3  # so often in a row
 
 
 class Post(NamedTuple):
@@ -39,11 +40,13 @@ class Slow(NamedTuple):
     """The same of the median process (the lower of two)."""
     step: float
     """The whole step (seconds)."""
+    n_times: int = 0
+    """How often in a row it was this process, and by more than a tenth of a step."""
 
     @property
     def holds_up(self) -> bool:
         """Tell whether this is more than chance."""
-        return self.own - self.median > _SLOW_SHARE * self.step
+        return self.n_times >= _SLOW_TIMES
 
 
 class Peers:
@@ -115,7 +118,7 @@ class Peers:
                 if self._posts.get(process) != post:
                     self._posts[process], self._changed[process] = post, now
             ends = {i: post.last_step for i, post in self._posts.items() if post.last_step}
-            worst = slowest(self._ends, ends, self._posts)
+            worst = slowest(self._ends, ends, self._posts, self._slow)
             if worst or not self._ends:
                 self._slow, self._ends = worst, ends
 
@@ -135,8 +138,12 @@ def slowest(
     before: Mapping[int, phases.StepEnd],
     after: Mapping[int, phases.StepEnd],
     posts: Mapping[int, Post],
+    last: Slow | None = None,
 ) -> Slow | None:
-    """Return the process that spent most time of its own on a step; None before all took one."""
+    """Return the process that spent most time of its own on a step; None before all took one.
+
+    `last` is what this gave the last time.
+    """
     own: dict[int, float] = {}
     whole: list[float] = []
     for process, end in after.items():
@@ -149,7 +156,10 @@ def slowest(
         return None
     worst = max(own, key=lambda process: own[process])
     median = statistics.median_low(own.values())
-    return Slow(worst, posts[worst].host, own[worst], median, statistics.median(whole))
+    step, n_times = statistics.median(whole), 0
+    if own[worst] - median > _SLOW_SHARE * step:
+        n_times = 1 + (last.n_times if last and last.process == worst else 0)
+    return Slow(worst, posts[worst].host, own[worst], median, step, n_times)
 
 
 def _at(post: Post | None) -> str:

@@ -124,12 +124,15 @@ def test_the_slowest_process_is_the_one_with_most_time_of_its_own():
     }
     doing = phases.Doing(14, phases.DEVICE, 0.1)
     posts = {i: peers.Post(f"node{i}", doing, after[i]) for i in after}
-    slow = peers.slowest(before, after, posts)
-    assert (slow.process, slow.host, slow.holds_up) == (worst, f"node{worst}", True)
+    slow = None
+    for n_times in (1, 2, 3):
+        slow = peers.slowest(before, after, posts, slow)
+        assert (slow.process, slow.host, slow.n_times) == (worst, f"node{worst}", n_times)
+        assert slow.holds_up == (n_times == 3)
     assert slow.own == pytest.approx(0.2) and slow.step == pytest.approx(0.5)
     rate[worst] = 0.03
     after[worst] = phases.StepEnd(14, 7.0, before[worst].own_seconds + 4 * 0.03)
-    assert not peers.slowest(before, after, posts).holds_up
+    assert peers.slowest(before, after, posts, slow).n_times == 0
     assert peers.slowest(before, before, posts) is None
 
 

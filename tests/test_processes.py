@@ -51,7 +51,8 @@ def finish(processes):
 def run(folder, n, *args):
     statuses, out, err = finish(start(folder, n, *args))
     assert statuses == [0] * n, err
-    told = [re.sub(r"\[Gloo\] Rank .*\n", "", text) for text in out]  # from XLA's CPU collectives
+    # XLA's CPU collectives write in several pieces, from several threads.
+    told = [re.sub(r".*(\[Gloo\]|connected peer ranks).*\n", "", text) for text in out]
     assert not any(told[1:]), "only the first process tells"
     return told[0]
 
@@ -59,7 +60,8 @@ def run(folder, n, *args):
 def assert_same(found, expected):
     assert [sorted(r) for r in found] == [sorted(r) for r in expected]
     for one, other in zip(found, expected, strict=True):
-        assert one == {k: pytest.approx(v, rel=1e-5) for k, v in other.items()}
+        near = {k: pytest.approx(v, rel=1e-5) for k, v in other.items() if not isinstance(v, str)}
+        assert one == other | near
 
 
 def wait_for_steps(folder, processes):
@@ -206,14 +208,15 @@ def test_a_hang_is_told_by_all_and_the_process_at_fault_named(tmp_path):
     statuses, _, err = finish(processes)
     assert statuses == [command.RETRY] * 2 and time.monotonic() - begin < 60
     assert re.search(r"process 1 \(\S+\) has been in 'wait for data' after step 5", err[0]), err[0]
-    assert "process 0 has been in 'wait for devices'" in err[0] and "_read" in err[0]
+    assert "process 0 has been in 'wait for devices'" in err[0] and "in loop" in err[0]
     assert "process 1 has been in 'wait for data'" in err[1] and "in slow" in err[1]
 
 
 def test_a_stopped_process_is_named_and_ends_when_it_goes_on(tmp_path):
     folder = corpus.write_run(tmp_path)
-    options = ("--train.n-steps=2000", "--watchdog.min-seconds=6")
-    processes = start(folder, 2, *options, "--distributed.heartbeat-timeout=60")
+    options = ("--train.n-steps=2000", "--watchdog.min-seconds=6", "--train.eval-interval=0")
+    options += ("--checkpoint.save-interval=2000", "--distributed.heartbeat-timeout=60")
+    processes = start(folder, 2, *options)
     wait_for_steps(folder, processes)
     processes[1].send_signal(signal.SIGSTOP)
     begin = time.monotonic()
