@@ -115,7 +115,7 @@ class Account:
         between = found.pop("between starts")
         total = math.fsum(found.values())
         parts = sorted(found.items(), key=lambda item: -item[1])
-        told = ", ".join(f"{name} {100 * s / total:.1f}%" for name, s in parts if s > 0)
+        told = ", ".join(f"{name} {s / total:.1%}" for name, s in parts if s > 5e-4 * total)
         n = len(self._starts)
         line = f"time: {metrics.duration(total)} in {n} start{'s' if n > 1 else ''}: {told}"
         return line + (f"; {metrics.duration(between)} between starts" if n > 1 else "")
