@@ -139,15 +139,20 @@ def _search(
     """
     cfg = recipe.parse(recipe_args)
     found = search.candidates(cfg, options.gpus, target.gpu, target.network)
-    chosen = search.to_compile(found, max(options.n_compiled, 1) + MORE_COMPILED)
+    queue = search.Queue(found, target.gpu)
     out.print(f"{len(found):,} layouts fit, by closed forms.")
     rows: list[dict[str, Any]] = []
-    for i, one in enumerate(chosen):
+    while one := queue.next():
+        i = len(rows)
         if i >= options.n_compiled and any(row["fits"] for row in rows):
+            break
+        if i >= max(options.n_compiled, 1) + MORE_COMPILED:
             break
         if not closed_forms_only:
             out.print(f"Compiling layout {i + 1}: {' '.join(one.overrides)}", soft_wrap=True)
         rows.append(_searched(one, recipe_args, target, closed_forms_only))
+        if rows[-1]["peak_bytes_per_gpu"] and not closed_forms_only:
+            queue.note(one, rows[-1]["peak_bytes_per_gpu"])
     rows.sort(key=lambda row: (bool(row["failed"]), not row["fits"], row["step_seconds"] or 0))
     if all(row["failed"] for row in rows):
         raise config.UserError(f"none of {len(rows)} layouts compiled: {rows[0]['failed']}")

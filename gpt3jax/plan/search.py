@@ -4,6 +4,7 @@ A layout is a mesh, a microbatch size, what is recomputed and whether the optimi
 Closed forms rank those that fit; the compiler and its schedule have the last word.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -79,16 +80,37 @@ def candidates(
     return sorted(found, key=lambda one: one.seconds)
 
 
-def to_compile(found: list[Candidate], n: int) -> list[Candidate]:
-    """Return the n fastest, of each mesh only the fastest few."""
-    of_mesh: dict[str, int] = {}
-    chosen = []
-    for one in found:
-        mesh = str(one.layout.sizes)
-        of_mesh[mesh] = of_mesh.get(mesh, 0) + 1
-        if of_mesh[mesh] <= PER_MESH:
-            chosen.append(one)
-    return chosen[:n]
+class Queue:
+    """The layouts to compile, fastest first, of each mesh only the fastest few.
+
+    What a layout takes once compiled corrects the closed forms of all that recompute alike.
+    """
+
+    def __init__(self, found: list[Candidate], gpu: gpus.Gpu) -> None:
+        """Nothing is compiled yet."""
+        self._left, self._gpu = list(found), gpu
+        self._of_mesh: collections.Counter[str] = collections.Counter()
+        self._off: dict[tuple[str, str], float] = {}
+
+    def next(self) -> Candidate | None:
+        """Return the next layout; None when there is no other that may fit."""
+        while self._left:
+            one = self._left.pop(0)
+            pool, headroom = memory_model.budget(one.cfg, one.layout, self._gpu)
+            if one.peak_bytes * self._off.get(_kind(one), 1.0) + headroom > pool:
+                continue
+            self._of_mesh[str(one.layout.sizes)] += 1
+            if self._of_mesh[str(one.layout.sizes)] <= PER_MESH:
+                return one
+        return None
+
+    def note(self, one: Candidate, peak_bytes: float) -> None:
+        """Take the compiled peak of a layout (bytes) into account."""
+        self._off[_kind(one)] = max(self._off.get(_kind(one), 1.0), peak_bytes / one.peak_bytes)
+
+
+def _kind(one: Candidate) -> tuple[str, str]:
+    return one.cfg.model.remat, one.layout.attention
 
 
 def _variants(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Iterator[config.Config]:

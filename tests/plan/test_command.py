@@ -104,13 +104,28 @@ def test_searched_layouts_fit_and_their_options_give_them(recipe_file):
     found = search.candidates(cfg, 8, gpu, gpus.network_of(gpu))
     assert len(found) > 50
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    for one in search.to_compile(found, 20):
+    queue = search.Queue(found, gpu)
+    for one in (queue.next() for _ in range(20)):
         again = recipe.parse([f"--config={recipe_file}", "--data.mock", *one.overrides])
         assert again == one.cfg
         layout = memory_model.lay_out(again, 8, 8)
         assert layout.sizes == one.layout.sizes
         assert sum(memory_model.memory(again, layout).values()) == one.peak_bytes
         assert one.layout.n_gpus == 8
+
+
+def test_a_compiled_peak_corrects_the_closed_forms_of_its_kind(recipe_file):
+    cfg = recipe.parse([f"--config={recipe_file}", "--data.mock"])
+    gpu = gpus.GPUS["h100"]
+    found = search.candidates(cfg, 8, gpu, gpus.network_of(gpu))
+    queue = search.Queue(found, gpu)
+    first = queue.next()
+    assert first is found[0]
+    queue.note(first, gpu.memory_bytes * 1e6)  # the smallest one would not fit either
+    rest = list(iter(queue.next, None))
+    assert rest and all(one.cfg.model.remat != first.cfg.model.remat for one in rest)
+    meshes = [str(one.layout.sizes) for one in [first, *rest]]
+    assert max(map(meshes.count, meshes)) <= search.PER_MESH
 
 
 def test_search_prints_options_and_plans_the_fastest(recipe_file, tmp_path, capsys):
