@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -487,3 +488,14 @@ def test_log_files_hold_json_alone_after_a_kill_in_mid_line(tmp_path, monkeypatc
     assert corpus.call_main(monkeypatch, folder) == 0
     assert all(json.loads(line) for line in file.read_text().splitlines())
     assert corpus.records(folder) == corpus.records(finished)
+
+
+def test_kills_at_random_moments_change_nothing(repository):
+    """A few of what benchmarks/faults.py does 200 times."""
+    command = [sys.executable, "benchmarks/faults.py", "--kills", "4", "--processes", "1", "2"]
+    told = subprocess.run(
+        command, cwd=repository, capture_output=True, text=True, timeout=900,
+        env=os.environ | {"PYTHONPATH": str(repository)},
+    )  # fmt: skip
+    assert told.returncode == 0, told
+    assert re.search(r"\d kills: .*; all equal", told.stdout)
