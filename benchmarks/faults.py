@@ -6,8 +6,8 @@ A tiny model trains in 1, 2 and 4 processes. Each time `kill -9` strikes one pro
 of its life or inside a save, and the others a moment later, as a scheduler would. The same command
 starts them again, until the run is at its end. Losses, evaluations, the final state and the sample
 numbers of every step must then equal, bit for bit, those of the undisturbed run. Exits with 1 if
-one differs. On 2 shared cores 200 kills took 68 minutes. Processes are forked from one that has imported
-the package, to save time.
+one differs. On 2 shared cores 200 kills took 68 minutes. Processes are forked from one that has
+imported the package, to save time.
 """
 
 import argparse
