@@ -26,10 +26,11 @@ import jax
 import jax.experimental.topologies
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 
 from gpt3jax import batch_schedule, config, gpus, recipe, sharding, step, xla_flags
 from gpt3jax.plan import buffers, hlo
+from gpt3jax.preflight import program as lowering
 
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 # Groups of a config that do not change the program.
@@ -128,20 +129,7 @@ def _read(file: pathlib.Path) -> dict[str, Any] | None:
 
 def abstract_batch(cfg: config.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Return the shapes of a full batch `[M, B, ...]`, as the loader lays it on the devices."""
-    n_rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
-    shape = cfg.batch.global_batch_size // n_rows, n_rows
-    tokens = (*shape, cfg.model.seq_len)
-    shapes: dict[str, Any] = {
-        "tokens": (tokens, jnp.int32),
-        "targets": (tokens, jnp.int32),
-        "loss_mask": (tokens, jnp.float32),
-        "positions": (tokens, jnp.int32),
-        "samples": (shape, jnp.int32),
-    }
-    if cfg.data.reset_attention_mask:
-        shapes["segments"] = (tokens, jnp.int32)
-    layout = NamedSharding(mesh, sharding.BATCH_SPEC)
-    return {name: jax.ShapeDtypeStruct(*of, sharding=layout) for name, of in shapes.items()}
+    return lowering.abstract_batch(cfg, mesh, cfg.batch.global_batch_size)
 
 
 def main() -> int:
@@ -271,7 +259,8 @@ def _sources() -> str:
     package = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
     of_plan = (package / "plan" / f"{name}.py" for name in ("buffers", "compiler", "hlo"))
-    for file in (*sorted(package.glob("*.py")), *of_plan):
+    of_batch = package / "preflight" / "program.py"
+    for file in (*sorted(package.glob("*.py")), *of_plan, of_batch):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
