@@ -86,6 +86,15 @@ def attend(
     return walk(0, q_BTHK, k_B1SHK, v_B1SHK, segments_BT, segments_B1S)
 
 
+def n_scores(n_positions: int, window: int | None) -> int:
+    """Return how many scores of a head and row `xla` works out: of a block all keys it may see."""
+    starts = range(0, n_positions, QUERY_BLOCK)
+    ends = [min(start + QUERY_BLOCK, n_positions) for start in starts]
+    firsts = [0 if window is None else max(0, start - window) for start in starts]
+    blocks = zip(firsts, starts, ends, strict=True)
+    return sum((end - start) * (end - first) for first, start, end in blocks)
+
+
 def _walk_shards(
     walk: Any,
     window: int | None,
@@ -218,7 +227,9 @@ def _block(
     if noise is not None and dropout_rate:
         keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (q_BTHK.shape[2],), n_drawn)
         keep_BTHS = _part(keep_BTHS, first, k_BSHK.shape[1], 3)
-        exp_BHTS *= jnp.einsum("bths->bhts", keep_BTHS) / (1 - dropout_rate)
+        keep_BHTS = jnp.einsum("bths->bhts", keep_BTHS)
+        # A choice, for its derivative saves the mask's bytes: a product's would save fp32 numbers.
+        exp_BHTS = jnp.where(keep_BHTS, exp_BHTS / (1 - dropout_rate), 0)
     out_BTHK = jnp.einsum(
         "bhts,bshk->bthk", exp_BHTS.astype(v_BSHK.dtype), v_BSHK,
         preferred_element_type=jnp.float32,

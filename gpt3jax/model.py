@@ -42,6 +42,10 @@ REMAT: dict[str, Any] = {
 }
 
 
+# Elementwise work: kept, the parts of its derivative would be half of a layer's memory.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
     """How the network runs here: what changes speed and rounding, but not the parameters."""
@@ -146,7 +150,7 @@ class Mlp(nnx.Module):
         hidden_BTF = jnp.einsum("btd,df->btf", x_BTD, self.w_in_DF[...].astype(compute.dtype))
         hidden_BTF += self.b_in_F[...].astype(compute.dtype)
         hidden_BTF = sharding.constrain(hidden_BTF, "batch", "seq", "mlp")
-        hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=self.approximate)
+        hidden_BTF = _recomputed(jax.nn.gelu)(hidden_BTF, self.approximate)
         return jnp.einsum("btf,fd->btd", hidden_BTF, self.w_down_FD[...].astype(compute.dtype))
 
 
@@ -181,7 +185,8 @@ class Block(nnx.Module):
     def _norm(self, norm: LayerNorm, x_BTD: Array, compute: Compute) -> Array:
         # Both constraints: with the second alone the fp32 value is gathered over the tensor axis,
         # with none the partitioner gathers weights instead.
-        normed_BTD = sharding.constrain(norm(x_BTD, compute.dtype), *compute.residual_axes)
+        normed_BTD = _recomputed(norm)(x_BTD, compute.dtype)
+        normed_BTD = sharding.constrain(normed_BTD, *compute.residual_axes)
         return sharding.constrain(normed_BTD, "batch", "seq", None)
 
     def _add(

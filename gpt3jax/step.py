@@ -18,6 +18,7 @@ from gpt3jax import (
     config,
     dropout,
     loss,
+    microbatches,
     model,
     optimizer,
     pipeline,
@@ -185,14 +186,14 @@ def mean_loss_and_grads(
     def local_sums(params: model.GPT, batch: Batch) -> Any:
         grad = jax.value_and_grad(one, has_aux=True)
 
-        def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+        def add(sums: Any, microbatch: Batch) -> Any:
             (_, loss_sum), grads = grad(params, microbatch)
             grads = jax.tree.map(jnp.add, sums[1], grads)
-            return (sums[0] + loss_sum, sharding.constrain_like_params(grads)), None
+            return sums[0] + loss_sum, sharding.constrain_like_params(grads)
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         start = (jnp.float32(0), sharding.constrain_like_params(zeros))
-        return jax.lax.scan(add, start, batch)[0]
+        return microbatches.fold(add, start, batch)
 
     parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
     sums = pipelined_sums if _is_pipelined() else local_sums
@@ -251,10 +252,10 @@ def eval_step(
         if _is_pipelined():
             return pipeline.batch_loss(params, batch, None, compute, cfg.mesh.virtual_stages)[1]
 
-        def add(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
-            return total + microbatch_loss(params, microbatch, None, compute)[1], None
+        def add(total: jax.Array, microbatch: Batch) -> jax.Array:
+            return total + microbatch_loss(params, microbatch, None, compute)[1]
 
-        return jax.lax.scan(add, jnp.float32(0), batch)[0]
+        return microbatches.fold(add, jnp.float32(0), batch)
 
     weights_MBT = batch["loss_mask"].astype(jnp.float32)
     parts = sharding.shard_sequence({**batch, "weights": weights_MBT})

@@ -66,7 +66,7 @@ LAYERS = [
         "convert.tensor_files",
         "convert.torch_files",
     ],
-    ["gpus"],
+    ["gpus", "microbatches"],
     ["recipe", "command"],
     ["validation"],
     ["config"],

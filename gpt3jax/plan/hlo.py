@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -107,24 +108,57 @@ def _instruction(name: str, text: str) -> Instruction:
 def trips(program: Program, loop: Instruction) -> int:
     """Return how often a loop runs its body.
 
-    Where XLA does not say, what its condition compares with: JAX's scans count from 0, by 1.
+    Where XLA does not say, what its condition compares with: JAX's loops count from 0, by 1. That
+    is a constant there, or one that the loop carries (`step` hides how many microbatches there
+    are).
 
     Raises:
-        UserError: neither tells.
+        UserError: none of them tells.
     """
     if match := _TRIPS.search(loop.attributes):
         return int(match[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    names = [condition[1]] if condition else []
-    for name in names:
-        for one in program.computations.get(name, []):
-            names += re.findall(r"calls=%?([\w.\-]+)", one.attributes)
-            if one.op == "constant" and one.shape == "s32[]":
-                return int(one.attributes[1 : one.attributes.index(")")])
+    condition = list(_condition(program, loop))
+    constants = [one for one in condition if _is_integer(one)]
+    carried = [one for one in condition if one.op == "get-tuple-element"]
+    bounds = [_value(one) for one in constants[:1] or _starts(program, loop, carried)]
+    if max(bounds, default=0):
+        return max(bounds)
     raise config.UserError(
         f"the compiled step has a loop, {loop.name}, of which XLA does not tell how often it runs: "
         "its time cannot be estimated; use --no-compile"
     )
+
+
+def _condition(program: Program, loop: Instruction) -> Iterator[Instruction]:
+    """Yield the instructions that tell whether the loop goes on."""
+    names = re.findall(r"condition=%?([\w.\-]+)", loop.attributes)
+    for name in names:
+        for one in program.computations.get(name, []):
+            names += re.findall(r"calls=%?([\w.\-]+)", one.attributes)
+            yield one
+
+
+def _starts(
+    program: Program, loop: Instruction, carried: list[Instruction]
+) -> Iterator[Instruction]:
+    """Yield the constants that a loop begins with, of what its condition reads."""
+    of_name = {one.name: one for part in program.computations.values() for one in part}
+    starts = of_name[loop.operands[0]].operands
+    for one in carried:
+        index = re.search(r"index=(\d+)", one.attributes)
+        name = starts[int(index[1])] if index and int(index[1]) < len(starts) else ""
+        while name and of_name[name].op == "copy":
+            name = of_name[name].operands[0]
+        if name and _is_integer(of_name[name]):
+            yield of_name[name]
+
+
+def _is_integer(one: Instruction) -> bool:
+    return one.op == "constant" and one.shape == "s32[]"
+
+
+def _value(constant: Instruction) -> int:
+    return int(constant.attributes[1 : constant.attributes.index(")")])
 
 
 def _closing(text: str) -> int:

@@ -9,10 +9,11 @@ import math
 
 from gpt3jax import attention, batch_schedule, config, gpus, sharding, validation, xla_flags
 
-# Bytes that the backward pass finds saved of a layer, per token and unit of d_model, by
-# `model.remat`: the layer's input, and what the policy names. "none" and "attention" keep all that
-# the derivatives use, much of it in fp32: fitted (GPT-3 13B and 857M, jax 0.10.2).
-_SAVED = {"full": 2, "residual": 4, "mlp": 12, "dots": 20, "attention": 60, "none": 60}
+# Values of the compute format that the backward pass finds saved of a layer, per token and unit of
+# d_model, by `model.remat`: the layer's input, and what the policy names. "none" and "attention":
+# the inputs of norms (2), of products (QKV, projection, both of the MLP: 1, 1, 1, 4) and of GELU
+# (4), and queries, keys and values (3).
+_SAVED = {"full": 1, "residual": 2, "mlp": 6, "dots": 10, "attention": 16, "none": 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,17 +219,31 @@ def _gradient_copies(cfg: config.Config, sizes: dict[str, int]) -> float:
     return 3.0 if sizes["stage"] > 1 else 3.25
 
 
+def scores(cfg: config.Config, layout: Layout) -> float:
+    """Return how many scores a layer of XLA's attention works out of a microbatch on a GPU."""
+    if layout.attention != "xla":
+        return 0.0
+    model = cfg.model
+    windows = [None] if model.attention.pattern == "dense" else [model.attention.band, None]
+    of_head = sum(attention.n_scores(model.seq_len, window) for window in windows) / len(windows)
+    heads = cfg.batch.microbatch_size * model.n_heads
+    return heads * of_head / (layout.sizes["tensor"] * layout.sizes["context"])
+
+
 def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
     """Layers' saved values; with stages those of every tick (docs/parallelism.md has the forms)."""
     model, stages, rounds = cfg.model, layout.sizes["stage"], cfg.mesh.virtual_stages
     a, m = activation_bytes(cfg, layout), layout.n_microbatches
-    of_layer = a / width(cfg) * _SAVED[model.remat]
-    if model.remat == "none" and layout.attention == "xla":
-        shards = layout.sizes["tensor"] * layout.sizes["context"]
-        scores = cfg.batch.microbatch_size * model.n_heads * model.seq_len**2 / shards
-        of_layer += 4.0 * scores  # half of them, as probabilities and what made them
-    if stages == 1:  # in a loop over microbatches those of two are held (fitted)
-        return model.n_layers * of_layer * (2 if m > 2 else 1)
+    of_layer = a * _SAVED[model.remat]
+    if model.remat in ("none", "attention") and model.dropout:
+        of_layer += 2 * a / width(cfg)  # masks of a byte
+    if model.remat == "none" and layout.sizes["context"] == 1:
+        # Of each score its exponential in fp32, that of the kept ones as the product takes it, and
+        # a byte for whether it is kept.
+        of_score = 4 + width(cfg) + bool(model.attention_dropout)
+        of_layer += of_score * scores(cfg, layout)
+    if stages == 1:
+        return model.n_layers * of_layer
     ends = 4 * m / stages * a
     if rounds == 1:
         return (m + stages - 1) * model.n_layers / stages * of_layer + ends
@@ -238,19 +253,16 @@ def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
 def _layer_bytes(cfg: config.Config, layout: Layout) -> float:
     """Two layers' weights gathered, a gradient before it is scattered, values in flight (fitted).
 
-    Values: some 10 that are whole along the sequence, and 6.5 of a GPU's part of it.
+    Values: some 10 that are whole along the sequence, and 6.5 of a GPU's part of it. XLA's
+    attention works on all blocks of queries at once, 38 bytes a score.
     """
     model, tensor = cfg.model, layout.sizes["tensor"]
     weights = 12 * model.d_model**2 / tensor * width(cfg)
     a = activation_bytes(cfg, layout)
     gathered = tensor if cfg.mesh.sequence_parallel else 1
-    scores = 0.0
-    if layout.attention == "xla":
-        heads = cfg.batch.microbatch_size * model.n_heads / tensor
-        scores = 12.0 * heads * attention.QUERY_BLOCK * model.seq_len
     if layout.sizes["context"] > 1:  # keys, values and their gradients
         gathered *= 1 + layout.sizes["context"]
-    return 2.8 * weights + (6.5 + 10 * gathered) * a + scores
+    return 2.8 * weights + (6.5 + 10 * gathered) * a + 38.0 * scores(cfg, layout)
 
 
 def _logits_bytes(cfg: config.Config, layout: Layout) -> float:

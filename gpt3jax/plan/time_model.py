@@ -37,7 +37,6 @@ ASSUMED = {
         0.55, 0.42, 0.32, "share of the peak of cuDNN's causal attention: assumed from "
         "FlashAttention-2 and 3 papers' figures for H100",
     ),
-    "xla": Range(0.20, 0.12, 0.07, "share of the peak of XLA's attention: assumed"),
     "memory": Range(0.90, 0.80, 0.65, "share of the memory's bandwidth, elementwise: assumed"),
     "network": Range(1.10, 1.00, 0.75, "of the rates below, what collectives reach: assumed"),
     # Of communication, what closed forms take to be exposed; a compiled step's schedule tells.
@@ -127,20 +126,24 @@ def recompute_share(cfg: config.Config, attention: str) -> tuple[float, float]:
 
 
 def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float) -> float:
-    """Return the bytes that elementwise work reads and writes, fitted to compiled 175B steps.
+    """Return the bytes that elementwise work reads and writes, fitted to compiled steps.
 
-    A pass over a layer: 58 values of the compute format a token and unit of d_model; backward is
-    two, what is recomputed one more. Microbatches of several rows that are gathered along the
-    sequence over `tensor` are transposed: 24 values of the whole, forward and backward together.
-    Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter. Gradients' sums, and casts of
-    weights: 16 bytes a parameter and microbatch, with stages 58 a tick.
+    A layer, in values of the compute format a token and unit of d_model: 232 where most of it is
+    recomputed, 265 where more is saved (175B, 13B, 857M). Microbatches of several rows that are
+    gathered along the sequence over `tensor` are transposed: 24 values of the whole, forward and
+    backward together. XLA's attention: 110 bytes a score, 145 with dropout, whatever is recomputed
+    (857M). Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter. Gradients' sums, and casts
+    of weights: 16 bytes a parameter and microbatch, with stages 58 a tick.
     """
     model, sizes = cfg.model, layout.sizes
-    passes = 3 + (cfg.model.remat in ("full", "residual", "mlp"))
+    values = 232 if cfg.model.remat in ("full", "residual", "mlp") else 265
     width = memory_model.width(cfg)
-    layers = tokens * model.n_layers * passes * 58 * width * model.d_model
+    layers = tokens * model.n_layers * values * width * model.d_model
     if sizes["tensor"] > 1 and cfg.mesh.sequence_parallel and cfg.batch.microbatch_size > 1:
         layers += tokens * model.n_layers * 24 * sizes["tensor"] * width * model.d_model
+    of_score = 145 if model.attention_dropout else 110
+    scores = memory_model.scores(cfg, layout) * layout.n_microbatches
+    layers += of_score * scores * model.n_layers / sizes["stage"]
     head = tokens * model.padded_vocab_size * 24
     held = memory_model.parameters(cfg, sizes, False)
     sums = 16.0 * layout.n_microbatches * held
@@ -163,8 +166,8 @@ def schedule(cfg: config.Config, layout: memory_model.Layout) -> pipeline.Schedu
 def in_effect(layout: memory_model.Layout, compiled: bool) -> dict[str, Range]:
     """Return which of `ASSUMED` an estimate rests on."""
     names = ["matmul", "memory", "network"]
-    if not compiled or layout.attention == "cudnn":
-        names.insert(1, layout.attention)
+    if layout.attention == "cudnn":
+        names.insert(1, "cudnn")
     if not compiled:
         names += [axis for axis, size in layout.sizes.items() if size > 1]
     return {name: ASSUMED[name] for name in names}
@@ -248,7 +251,8 @@ def _by_closed_forms(
     stretch = 1 / (1 - bubble)
     products = done.model_flops + done.recomputed_flops - done.attention_flops
     matmul = stretch * products / (peak * ASSUMED["matmul"].at(case))
-    attention = stretch * done.attention_flops / (peak * ASSUMED[layout.attention].at(case))
+    kind = "cudnn" if layout.attention == "cudnn" else "matmul"
+    attention = stretch * done.attention_flops / (peak * ASSUMED[kind].at(case))
     elementwise = stretch * done.moved_bytes / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
     arithmetic = matmul + attention + elementwise
     sent = []

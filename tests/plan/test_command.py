@@ -320,3 +320,23 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert not re.search(r"all-gather[^=]*\(.*\[\d+,512,1024\]", text)  # whole logits
     assert plan.main(args) == 0
     assert json.loads(report.read_text())["compiled"]["cached"]
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])  # cuDNN's attention, XLA's
+def test_one_microbatchs_activations_are_held_as_the_closed_forms_say(
+    recipe_file, attention_dropout
+):
+    args = [
+        "--mesh.fsdp=8", "--mesh.tensor=1", "--model.n-layers=6", "--model.seq-len=1024",
+        "--batch.microbatch-size=8", "--model.remat=none",
+        f"--model.attention-dropout={attention_dropout}",
+    ]  # fmt: skip
+    peaks = []
+    for n_microbatches in (1, 2, 5):
+        options = plan.Options(config=recipe_file, gpus=8)
+        found = plan.plan(options, [*args, f"--batch.global-batch-size={64 * n_microbatches}"], "")
+        peaks.append(found["peak_bytes_per_gpu"])
+        assert found["estimated_peak_bytes_per_gpu"] == pytest.approx(peaks[-1], rel=0.25)
+    assert max(peaks) < 1.15 * peaks[0], "XLA holds more than one microbatch"

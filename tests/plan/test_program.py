@@ -185,6 +185,32 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
     assert found.exposed["all-gather", "tensor", "NVLink"] == pytest.approx(5 * 0.03)
 
 
+def test_a_loop_whose_condition_compares_what_it_carries_takes_that_many_trips():
+    found = walk(f"""
+%condition (p: s32[]) -> pred[] {{
+  %p = (s32[], s32[], bf16[4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}}
+
+%body (p: bf16[4]) -> bf16[4] {{
+{INPUTS}
+  %m = {PRODUCT}
+}}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+  %x = bf16[4]{{0}} parameter(0)
+  %zero = s32[] constant(0)
+  %end = s32[] constant(7)
+  %copied = s32[] copy(%end)
+  %t = (s32[], s32[], bf16[4]) tuple(%zero, %copied, %x)
+  %w = (bf16[4]{{0}}) while(%t), condition=%condition, body=%body
+}}
+""")
+    assert found.kernels["matmul"] == pytest.approx(7 * 0.02)
+
+
 def test_a_loop_in_a_loop_takes_the_product_of_their_trips():
     def loop(body, n):
         known = f'{{"known_trip_count":{{"n":"{n}"}}}}'
