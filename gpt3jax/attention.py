@@ -6,6 +6,7 @@ attention dropout. What a token sees: itself and earlier positions, of its own d
 segments are given, at most `window` positions back where a window is given.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt3jax import config, dropout, sharding, zigzag
 
@@ -53,28 +55,23 @@ def attend(
     segments_BT: Array | None = None,
     dropout_rate: float = 0.0,
     noise: dropout.Noise | None = None,
-    remat_blocks: bool = False,
+    gather_again: bool = False,
 ) -> Array:
     """Return attention's output `[B, T, H, K]` in the dtype of v, softmax in fp32.
 
-    `dropout_rate` acts on the probabilities where `noise` is given (training). `remat_blocks` makes
-    the backward pass compute the scores of each block again rather than keep them.
+    `dropout_rate` acts on the probabilities where `noise` is given (training). No scores are kept
+    for the backward pass. With `gather_again` it also gathers keys and values over `context` again.
     """
     if implementation not in ("xla", "cudnn"):
         raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
-    sharded = sharding.context_size() > 1
-    walk = functools.partial(
-        _walk,
-        noise=noise,
-        window=window,
-        dropout_rate=dropout_rate,
-        remat_blocks=remat_blocks or sharded,  # long sequences: scores fill the memory
-    )
-    if sharded:
+    if noise is None or not dropout_rate:
+        noise, dropout_rate = None, 0.0
+    walk = functools.partial(_walk, noise=noise, window=window, dropout_rate=dropout_rate)
+    if sharding.context_size() > 1:
         # cuDNN's masks do not fit a band over chunks; it reads few keys, so XLA's is good enough.
         fused = implementation == "cudnn" and window is None
         shards: Any = _zigzag if fused else functools.partial(_walk_shards, walk, window)
-        if remat_blocks:  # keep no gathered keys and values
+        if gather_again:
             policy = jax.checkpoint_policies.save_only_these_names(zigzag.SAVED)
             shards = jax.checkpoint(shards, policy=policy, prevent_cse=False)
         return shards(q_BTHK, k_BSHK, v_BSHK, segments_BT)
@@ -141,7 +138,6 @@ def _walk(
     noise: dropout.Noise | None,
     window: int | None,
     dropout_rate: float,
-    remat_blocks: bool,
 ) -> Array:
     """Attend from the queries of one shard, a block of a chunk at a time.
 
@@ -164,77 +160,110 @@ def _walk(
                 0 if window is None else int((np.maximum(0, start_C - window) - first_C).min()),
                 int((start_C + (end - begin) - first_C).max()),
             )
-            block: Any = functools.partial(
-                _block,
-                start=_of_shard(start_C, shard),
-                first=_of_shard(first_C + seen.start, shard),
-                n_drawn=int(first_C.max()) + seen.stop,
-                window=window,
-                dropout_rate=dropout_rate,
-            )
-            if remat_blocks:
-                block = jax.checkpoint(block, prevent_cse=False)
+            how = _How(window, dropout_rate, n_drawn=int(first_C.max()) + seen.stop)
+            starts = (jnp.asarray(x)[shard] for x in (start_C, first_C + seen.start))
             segments = None
             if q_segments_BT is not None and k_segments_BRS is not None:
                 k_segments_BS = k_segments_BRS[:, chunk % k_segments_BRS.shape[1]]
                 segments = q_segments_BT[:, begin:end], k_segments_BS[:, seen]
-            out.append(block(q_BTHK[:, begin:end], *(x[:, seen] for x in keys), segments, noise))
+            arrays = q_BTHK[:, begin:end], *(x[:, seen] for x in keys)
+            out.append(_block(how, *arrays, segments, noise, *starts))
     return jnp.concatenate(out, axis=1)
 
 
-def _of_shard(number_C: np.ndarray, shard: int | Array) -> Any:
-    """Return the shard's number: where all have the same, a Python int, for static slices."""
-    if (number_C == number_C[0]).all():
-        return int(number_C[0])
-    return jnp.asarray(number_C)[shard]
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What is known of a block when it is compiled."""
+
+    window: int | None
+    dropout_rate: float
+    n_drawn: int
+    """Keys, from position 0 on, that dropout is drawn for: what is drawn for a key must not depend
+    on where the block starts."""
 
 
-def _part(x: Any, first: Any, size: int, axis: int) -> Array:
-    if isinstance(first, int):
-        return jax.lax.slice_in_dim(x, first, first + size, axis=axis)
-    return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _block(
+    how: _How, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments: tuple[Array, Array] | None,
+    noise: dropout.Noise | None, start: Array, first: Array,
+) -> Array:  # fmt: skip
+    """Attend from queries at positions `start...` to keys at positions `first...`."""
+    return _forward(how, q_BTHK, k_BSHK, v_BSHK, segments, noise, start, first)[0]
+
+
+def _forward(
+    how: _How, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, *places: Any
+) -> tuple[Array, Any]:
+    """Return the output, and what `_backward` takes: of the scores the logs of the sums alone."""
+    scores_BHTS, keep_BHTS = _scores_and_mask(how, q_BTHK, k_BSHK, *places)
+    max_BHT1 = scores_BHTS.max(-1, keepdims=True)
+    exp_BHTS = jnp.exp(scores_BHTS - max_BHT1)
+    sum_BHT = jnp.einsum("bhts->bht", exp_BHTS)
+    out_BTHK = jnp.einsum(
+        "bhts,bshk->bthk", _dropped(how, exp_BHTS, keep_BHTS).astype(v_BSHK.dtype), v_BSHK,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    # The softmax's division comes last: K values a row in place of S.
+    out_BTHK = (out_BTHK / jnp.einsum("bht->bth", sum_BHT)[..., None]).astype(v_BSHK.dtype)
+    out_BTHK = checkpoint_name(out_BTHK, zigzag.SAVED)
+    log_sum_BHT1 = checkpoint_name(max_BHT1 + jnp.log(sum_BHT)[..., None], zigzag.SAVED)
+    return out_BTHK, (q_BTHK, k_BSHK, v_BSHK, places, out_BTHK, log_sum_BHT1)
+
+
+def _backward(how: _How, residuals: Any, d_out_BTHK: Array) -> tuple[Any, ...]:
+    """Return the gradients of queries, keys and values, as FlashAttention has them.
+
+    Source: Dao et al. 2022, appendix B. Products take 16-bit operands where the values are 16-bit.
+    """
+    q_BTHK, k_BSHK, v_BSHK, places, out_BTHK, log_sum_BHT1 = residuals
+    scores_BHTS, keep_BHTS = _scores_and_mask(how, q_BTHK, k_BSHK, *places)
+    probs_BHTS = jnp.exp(scores_BHTS - log_sum_BHT1)
+    kept_BHTS = _dropped(how, probs_BHTS, keep_BHTS).astype(v_BSHK.dtype)
+    d_v_BSHK = jnp.einsum("bhts,bthk->bshk", kept_BHTS, d_out_BTHK)
+    d_probs_BHTS = jnp.einsum(
+        "bthk,bshk->bhts", d_out_BTHK, v_BSHK, preferred_element_type=jnp.float32
+    )
+    d_probs_BHTS = _dropped(how, d_probs_BHTS, keep_BHTS)
+    mean_BHT = jnp.einsum(
+        "bthk,bthk->bht", out_BTHK, d_out_BTHK, preferred_element_type=jnp.float32
+    )
+    d_scores_BHTS = (probs_BHTS * (d_probs_BHTS - mean_BHT[..., None])).astype(q_BTHK.dtype)
+    scale = q_BTHK.shape[-1] ** -0.5
+    d_q_BTHK = jnp.einsum("bhts,bshk->bthk", d_scores_BHTS, k_BSHK * scale)
+    d_k_BSHK = jnp.einsum("bhts,bthk->bshk", d_scores_BHTS, q_BTHK * scale)
+    return d_q_BTHK, d_k_BSHK, d_v_BSHK, *(None for _ in places)
+
+
+_block.defvjp(_forward, _backward)
+
+
+def _scores_and_mask(
+    how: _How,
     q_BTHK: Array,
     k_BSHK: Array,
-    v_BSHK: Array,
     segments: tuple[Array, Array] | None,
     noise: dropout.Noise | None,
-    *,
-    start: int | Array,
-    first: int | Array,
-    n_drawn: int,
-    window: int | None,
-    dropout_rate: float,
-) -> Array:
-    """Attend from queries at positions `start...` to keys at positions `first...`.
-
-    `n_drawn` is the number of keys, from position 0 on, that dropout is drawn for: what is drawn
-    for a key must not depend on where the block starts.
-    """
+    start: Array,
+    first: Array,
+) -> tuple[Array, Array | None]:
+    """Return the scores, and which of them dropout keeps (None: all)."""
     scale = q_BTHK.shape[-1] ** -0.5
     t_T = start + jnp.arange(q_BTHK.shape[1])
     s_S = first + jnp.arange(k_BSHK.shape[1])
     scores_BHTS = jnp.einsum(
         "bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32
     )
-    scores_BHTS = jnp.where(_visible(t_T, s_S, window, segments), scores_BHTS, HIDDEN)
-    max_BHT1 = jax.lax.stop_gradient(scores_BHTS.max(-1, keepdims=True))
-    exp_BHTS = jnp.exp(scores_BHTS - max_BHT1)
-    # The softmax's division comes last: K values a row in place of S.
-    sum_BTH1 = jnp.einsum("bhts->bth", exp_BHTS)[..., None]
-    if noise is not None and dropout_rate:
-        keep_BTHS = dropout.keep_mask(noise, dropout_rate, t_T, (q_BTHK.shape[2],), n_drawn)
-        keep_BTHS = _part(keep_BTHS, first, k_BSHK.shape[1], 3)
-        keep_BHTS = jnp.einsum("bths->bhts", keep_BTHS)
-        # A choice, for its derivative saves the mask's bytes: a product's would save fp32 numbers.
-        exp_BHTS = jnp.where(keep_BHTS, exp_BHTS / (1 - dropout_rate), 0)
-    out_BTHK = jnp.einsum(
-        "bhts,bshk->bthk", exp_BHTS.astype(v_BSHK.dtype), v_BSHK,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return (out_BTHK / sum_BTH1).astype(v_BSHK.dtype)
+    scores_BHTS = jnp.where(_visible(t_T, s_S, how.window, segments), scores_BHTS, HIDDEN)
+    if noise is None:
+        return scores_BHTS, None
+    rows = (q_BTHK.shape[2],)
+    keep_BTHS = dropout.keep_mask(noise, how.dropout_rate, t_T, rows, how.n_drawn)
+    keep_BTHS = jax.lax.dynamic_slice_in_dim(keep_BTHS, first, k_BSHK.shape[1], 3)
+    return scores_BHTS, jnp.einsum("bths->bhts", keep_BTHS)
+
+
+def _dropped(how: _How, x_BHTS: Array, keep_BHTS: Array | None) -> Array:
+    return x_BHTS if keep_BHTS is None else jnp.where(keep_BHTS, x_BHTS / (1 - how.dropout_rate), 0)
 
 
 def _visible(

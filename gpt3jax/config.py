@@ -58,7 +58,7 @@ class Model:
     """Std of initial weights; output projections get init_std / sqrt(2 n_layers)."""
     norm_eps: float = 1e-5
     """Added to LayerNorm's variance."""
-    remat: Literal["none", "attention", "dots", "mlp", "residual", "full"] = "full"
+    remat: Literal["none", "dots", "mlp", "residual", "full"] = "full"
     """What the backward pass computes again, from nothing to whole layers: see `model.REMAT`."""
     n_loss_chunks: int = 1
     """Pieces of the sequence whose logits are held at a time; more save memory."""

@@ -25,16 +25,14 @@ def _all_but_mlp(primitive: Any, *args: Any, **params: Any) -> bool:
 
 
 # What the backward pass finds saved of a layer; it computes the rest again.
-#   none       everything, attention probabilities too
-#   attention  everything but the attention core (scores, probabilities): Megatron's "selective"
+#   none       all but attention's scores, and the insides of norms and GELU: Megatron's "selective"
 #   dots       outputs of the weight products (QKV, projection, both of the MLP)
-#   mlp        the layer's input, QKV, what cuDNN's attention gives, the residual stream after it:
-#              all but norms, dropout and the MLP's hidden layer
+#   mlp        the layer's input, QKV, what attention gives, the residual stream after it: all but
+#              norms, dropout and the MLP's hidden layer
 #   residual   the layer's input, and the residual stream after attention
 #   full       the layer's input only
 REMAT: dict[str, Any] = {
     "none": None,
-    "attention": None,  # by checkpointing the attention core itself, in `attention.attend`
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "mlp": _all_but_mlp,
     "residual": jax.checkpoint_policies.save_only_these_names("residual"),
@@ -102,7 +100,7 @@ class Attention(nnx.Module):
         self.w_out_HKD = weight(k_out, (h, k, d), output_std(model), ("heads", "head_dim", "embed"))
         self.b_out_D = vector(0.0, (d,), (None,))
         self.dropout_rate = model.attention_dropout
-        self.remat_blocks = model.remat in ("attention", "dots", "mlp")
+        self.gather_again = model.remat in ("dots", "mlp")
 
     def __call__(
         self,
@@ -127,7 +125,7 @@ class Attention(nnx.Module):
             segments_BT=segments_BT,
             dropout_rate=self.dropout_rate,
             noise=noise,
-            remat_blocks=self.remat_blocks,
+            gather_again=self.gather_again,
         )
         out_BTHK = sharding.constrain(out_BTHK, "batch", "seq", "heads", "head_dim")
         return jnp.einsum("bthk,hkd->btd", out_BTHK, self.w_out_HKD[...].astype(compute.dtype))

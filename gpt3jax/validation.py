@@ -193,7 +193,7 @@ def check_pipeline(model: config.Model, n_stages: int, virtual_stages: int) -> N
         raise config.UserError(
             f"mesh.virtual_stages={virtual_stages} has no effect with mesh.stage=1: set it to 1"
         )
-    if virtual_stages > 1 and model.remat in ("none", "attention"):
+    if virtual_stages > 1 and model.remat == "none":
         raise config.UserError(
             f"model.remat={model.remat} with mesh.virtual_stages={virtual_stages} would keep a "
             "copy of the weights for every microbatch: use full, residual, mlp or dots"

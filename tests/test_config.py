@@ -80,7 +80,7 @@ def test_a_typo_names_the_nearest_field(parse, capsys):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("--model.remat=half", ("--model.remat", "half", "none", "attention", "full")),
+        ("--model.remat=half", ("--model.remat", "half", "none", "mlp", "full")),
         ("--model.n-layers=two", ("--model.n-layers", "two")),
         ("--train.n-steps=1.5", ("--train.n-steps", "1.5")),
     ],

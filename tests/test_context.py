@@ -88,7 +88,7 @@ def attend(axes, implementation="xla", dropout_rate=0.0, documents=False, window
             out = attention.attend(
                 q, k, v, implementation=implementation, window=window, noise=noise,
                 dropout_rate=dropout_rate, segments_BT=segments[:, order] if documents else None,
-                remat_blocks=documents,
+                gather_again=documents,
             )  # fmt: skip
             return (out * weights[:, order]).sum(), out
 

@@ -151,9 +151,10 @@ def remat_case(cfg):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 251, (2, cfg.seq_len)))
     noise = dropout.Noise(jax.random.key(1), jnp.arange(2))
     positions = jnp.arange(cfg.seq_len) + 0 * tokens
+    weights = jax.random.normal(jax.random.key(2), (*tokens.shape, cfg.d_model))
 
     def loss(params):
-        return (params(tokens, positions, None, noise) ** 2).mean()
+        return (params(tokens, positions, None, noise) * weights).mean()
 
     kept = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))

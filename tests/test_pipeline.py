@@ -167,7 +167,6 @@ def test_masks_documents_banded_layers_and_evaluation_are_the_same_too():
     ("remat", "virtual_stages"),
     [
         ("none", 1),
-        ("attention", 1),
         ("dots", 1),
         ("residual", 1),
         ("mlp", 1),

@@ -6,7 +6,7 @@ Meant for 1024 H100 80GB in nodes of 8, or 2, 3, 4, 6 or 12 times as many (1536 
 a time).
 Memory: 174.6B x 16 bytes (fp32 weight, gradient, two moments) = 2794 GB, 2.7 GB a GPU over 1024.
 Activations, 32 bytes a token, width and layer, are 96 x 12288 x 2048 x 32 / 8 = 9.7 GB if kept;
-full recomputation keeps 0.6 GB and is the safe choice: try `--model.remat attention` for speed.
+full recomputation keeps 0.6 GB and is the safe choice: try `--model.remat mlp` for speed.
 Should reach 76.2% on LAMBADA zero-shot, as the paper's did on its data (Table H.1).
 The table prints batches of 3.2M tokens: 1536 x 2048 = 3.1M, which divides by powers of two. The
 paper points to GPT-2's initialisation, of std 0.02; 0.006 is that of Megatron's example, for this

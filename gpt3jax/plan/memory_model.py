@@ -10,10 +10,10 @@ import math
 from gpt3jax import attention, batch_schedule, config, gpus, sharding, validation, xla_flags
 
 # Values of the compute format that the backward pass finds saved of a layer, per token and unit of
-# d_model, by `model.remat`: the layer's input, and what the policy names. "none" and "attention":
-# the inputs of norms (2), of products (QKV, projection, both of the MLP: 1, 1, 1, 4) and of GELU
-# (4), and queries, keys and values (3).
-_SAVED = {"full": 1, "residual": 2, "mlp": 6, "dots": 10, "attention": 16, "none": 16}
+# d_model, by `model.remat`: the layer's input, and what the policy names. "none": the inputs
+# of norms (2), of products (QKV, projection, both of the MLP: 1, 1, 1, 4) and of GELU (4), and
+# queries, keys and values (3).
+_SAVED = {"full": 1, "residual": 2, "mlp": 6, "dots": 10, "none": 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,13 +235,8 @@ def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
     model, stages, rounds = cfg.model, layout.sizes["stage"], cfg.mesh.virtual_stages
     a, m = activation_bytes(cfg, layout), layout.n_microbatches
     of_layer = a * _SAVED[model.remat]
-    if model.remat in ("none", "attention") and model.dropout:
+    if model.remat == "none" and model.dropout:
         of_layer += 2 * a / width(cfg)  # masks of a byte
-    if model.remat == "none" and layout.sizes["context"] == 1:
-        # Of each score its exponential in fp32, that of the kept ones as the product takes it, and
-        # a byte for whether it is kept.
-        of_score = 4 + width(cfg) + bool(model.attention_dropout)
-        of_layer += of_score * scores(cfg, layout)
     if stages == 1:
         return model.n_layers * of_layer
     ends = 4 * m / stages * a
@@ -254,7 +249,7 @@ def _layer_bytes(cfg: config.Config, layout: Layout) -> float:
     """Two layers' weights gathered, a gradient before it is scattered, values in flight (fitted).
 
     Values: some 10 that are whole along the sequence, and 6.5 of a GPU's part of it. XLA's
-    attention works on all blocks of queries at once, 38 bytes a score.
+    attention works on all blocks of queries at once, 31 bytes a score.
     """
     model, tensor = cfg.model, layout.sizes["tensor"]
     weights = 12 * model.d_model**2 / tensor * width(cfg)
@@ -262,7 +257,7 @@ def _layer_bytes(cfg: config.Config, layout: Layout) -> float:
     gathered = tensor if cfg.mesh.sequence_parallel else 1
     if layout.sizes["context"] > 1:  # keys, values and their gradients
         gathered *= 1 + layout.sizes["context"]
-    return 2.8 * weights + (6.5 + 10 * gathered) * a + 38.0 * scores(cfg, layout)
+    return 2.8 * weights + (6.5 + 10 * gathered) * a + 31.0 * scores(cfg, layout)
 
 
 def _logits_bytes(cfg: config.Config, layout: Layout) -> float:

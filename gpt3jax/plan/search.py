@@ -13,7 +13,7 @@ from typing import Any
 from gpt3jax import batch_schedule, config, gpus, sharding
 from gpt3jax.plan import memory_model, time_model
 
-REMATS: tuple[Any, ...] = ("none", "attention", "dots", "mlp", "residual", "full")
+REMATS: tuple[Any, ...] = ("none", "dots", "mlp", "residual", "full")
 # More (8, 12) are fewer layers than the closed forms were held against: they would rank first, on
 # paper, where a compiled step moves weights and gradients at every tick (docs/plan.md, NeMo).
 VIRTUAL_STAGES = (1, 2, 3, 4, 6)

@@ -96,7 +96,7 @@ class StepTime:
 
 def work(cfg: config.Config, layout: memory_model.Layout) -> Work:
     """Return what each GPU computes in a step; all axes share the work out evenly."""
-    model, recomputed = cfg.model, recompute_share(cfg, layout.attention)
+    model, recomputed = cfg.model, recompute_share(cfg)
     tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus
     dense = dataclasses.replace(cfg.model, n_layers=0)
     of_head = flops.flops_per_token(dense)
@@ -111,7 +111,7 @@ def work(cfg: config.Config, layout: memory_model.Layout) -> Work:
     )
 
 
-def recompute_share(cfg: config.Config, attention: str) -> tuple[float, float]:
+def recompute_share(cfg: config.Config) -> tuple[float, float]:
     """Return the shares (products, attention) of 6ND that the backward pass computes again.
 
     Of a layer's 12 D^2 weights QKV has 3, the projection 1, each matrix of the MLP 4; forward is a
@@ -121,8 +121,7 @@ def recompute_share(cfg: config.Config, attention: str) -> tuple[float, float]:
     again = {"full": 8, "residual": 7, "mlp": 4}.get(remat, 0)
     if cfg.mesh.virtual_stages > 1:  # all but a virtual stage's last product
         again = {"full": 12, "residual": 8, "mlp": 4}.get(remat, 0)
-    kept = remat == "none" or (remat in ("attention", "mlp") and attention == "cudnn")
-    return again / 12 / 3, 0.0 if kept else 1 / 3
+    return again / 12 / 3, 0.0 if remat in ("none", "mlp") else 1 / 3
 
 
 def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float) -> float:
@@ -131,8 +130,8 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     A layer, in values of the compute format a token and unit of d_model: 232 where most of it is
     recomputed, 265 where more is saved (175B, 13B, 857M). Microbatches of several rows that are
     gathered along the sequence over `tensor` are transposed: 24 values of the whole, forward and
-    backward together. XLA's attention: 110 bytes a score, 145 with dropout, whatever is recomputed
-    (857M). Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter. Gradients' sums, and casts
+    backward together. XLA's attention: 84 bytes a score, 111 with dropout, a third more where it
+    runs forward again (857M). Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter. Gradients' sums, and casts
     of weights: 16 bytes a parameter and microbatch, with stages 58 a tick.
     """
     model, sizes = cfg.model, layout.sizes
@@ -141,7 +140,7 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     layers = tokens * model.n_layers * values * width * model.d_model
     if sizes["tensor"] > 1 and cfg.mesh.sequence_parallel and cfg.batch.microbatch_size > 1:
         layers += tokens * model.n_layers * 24 * sizes["tensor"] * width * model.d_model
-    of_score = 145 if model.attention_dropout else 110
+    of_score = (111 if model.attention_dropout else 84) * (1 + recompute_share(cfg)[1])
     scores = memory_model.scores(cfg, layout) * layout.n_microbatches
     layers += of_score * scores * model.n_layers / sizes["stage"]
     head = tokens * model.padded_vocab_size * 24
