@@ -131,8 +131,9 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     recomputed, 265 where more is saved (175B, 13B, 857M). Microbatches of several rows that are
     gathered along the sequence over `tensor` are transposed: 24 values of the whole, forward and
     backward together. XLA's attention: 84 bytes a score, 111 with dropout, a third more where it
-    runs forward again (857M). Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter. Gradients' sums, and casts
-    of weights: 16 bytes a parameter and microbatch, with stages 58 a tick.
+    runs forward again (857M). Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter.
+    Gradients' sums, and casts of weights: 16 bytes a parameter and microbatch, with stages 58 a
+    tick.
     """
     model, sizes = cfg.model, layout.sizes
     values = 232 if cfg.model.remat in ("full", "residual", "mlp") else 265
