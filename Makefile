@@ -8,10 +8,11 @@ VENV = $(or $(VIRTUAL_ENV),.venv)
 BIN = $(VENV)/bin
 TEST = $(VENV)/.gpt3jax-test
 DEV = $(VENV)/.gpt3jax-dev
+PLAN = $(VENV)/.gpt3jax-plan
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-all lint help clean
+.PHONY: quickstart test test-all gpu-compiler lint help clean
 
 quickstart: $(TEST)  ## train a small GPT on the CPU, in minutes (ARGS="--train.n-steps=50")
 	$(BIN)/python -m gpt3jax.main --config=configs/quickstart.py $(ARGS)
@@ -19,8 +20,10 @@ quickstart: $(TEST)  ## train a small GPT on the CPU, in minutes (ARGS="--train.
 test: $(TEST)  ## tests that take seconds (WORKERS=2, ARGS="-k name")
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) $(ARGS)
 
-test-all: $(TEST)  ## all tests that need no GPU
+test-all: $(PLAN)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) $(ARGS)
+
+gpu-compiler: $(PLAN)  ## install what gpt3jax.plan and its tests compile with, 0.7 GiB
 
 lint: $(DEV)  ## style, format, types, spelling
 	$(BIN)/ruff check .
@@ -29,7 +32,7 @@ lint: $(DEV)  ## style, format, types, spelling
 	$(BIN)/codespell
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 clean:  ## remove caches and build output; runs/ and .venv stay
 	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist gpt3jax.egg-info
@@ -39,6 +42,10 @@ clean:  ## remove caches and build output; runs/ and .venv stay
 $(TEST): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[test]'
 	touch $@
+
+$(PLAN): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[test,plan]'
+	touch $@ $(TEST)
 
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[dev]'

@@ -59,7 +59,8 @@ class Model:
     norm_eps: float = 1e-5
     """Added to LayerNorm's variance."""
     remat: Literal["none", "dots", "mlp", "residual", "full"] = "full"
-    """What the backward pass computes again, from nothing to whole layers: see `model.REMAT`."""
+    """What the backward pass computes again, from nothing to whole layers: see
+    `remat.POLICIES`. With stages `none` is `dots`."""
     n_loss_chunks: int = 1
     """Pieces of the sequence whose logits are held at a time; more save memory."""
     attention: Attention = Attention()

@@ -8,6 +8,7 @@ Megatron-LM; what differs on purpose is listed in docs/from_megatron.md.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,32 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt3jax import attention, config, dropout, sharding, zigzag
-
-
-def _all_but_mlp(primitive: Any, *args: Any, **params: Any) -> bool:
-    named = primitive.name == "name" and params["name"] in ("qkv", "residual", zigzag.SAVED)
-    return named or "dot_product_attention_fwd" in primitive.name  # its softmax sums too
-
-
-# What the backward pass finds saved of a layer; it computes the rest again.
-#   none       all but attention's scores, and the insides of norms and GELU: Megatron's "selective"
-#   dots       outputs of the weight products (QKV, projection, both of the MLP)
-#   mlp        the layer's input, QKV, what attention gives, the residual stream after it: all but
-#              norms, dropout and the MLP's hidden layer
-#   residual   the layer's input, and the residual stream after attention
-#   full       the layer's input only
-REMAT: dict[str, Any] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mlp": _all_but_mlp,
-    "residual": jax.checkpoint_policies.save_only_these_names("residual"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-# Elementwise work: kept, the parts of its derivative would be half of a layer's memory.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=1)
+from gpt3jax import attention, config, dropout, remat, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +27,6 @@ class Compute:
     dtype: str = "float32"
     attention: str = "xla"
     sequence_parallel: bool = False
-    remat_layers: bool = True
-    """Apply `model.remat` layer by layer; off where something larger is recomputed as one."""
 
     @property
     def residual_axes(self) -> tuple[str | None, ...]:
@@ -148,7 +122,8 @@ class Mlp(nnx.Module):
         hidden_BTF = jnp.einsum("btd,df->btf", x_BTD, self.w_in_DF[...].astype(compute.dtype))
         hidden_BTF += self.b_in_F[...].astype(compute.dtype)
         hidden_BTF = sharding.constrain(hidden_BTF, "batch", "seq", "mlp")
-        hidden_BTF = _recomputed(jax.nn.gelu)(hidden_BTF, self.approximate)
+        hidden_BTF = checkpoint_name(hidden_BTF, "hidden")
+        hidden_BTF = remat.elementwise(jax.nn.gelu)(hidden_BTF, self.approximate)
         return jnp.einsum("btf,fd->btd", hidden_BTF, self.w_down_FD[...].astype(compute.dtype))
 
 
@@ -183,7 +158,7 @@ class Block(nnx.Module):
     def _norm(self, norm: LayerNorm, x_BTD: Array, compute: Compute) -> Array:
         # Both constraints: with the second alone the fp32 value is gathered over the tensor axis,
         # with none the partitioner gathers weights instead.
-        normed_BTD = _recomputed(norm)(x_BTD, compute.dtype)
+        normed_BTD = remat.elementwise(norm)(x_BTD, compute.dtype)
         normed_BTD = sharding.constrain(normed_BTD, *compute.residual_axes)
         return sharding.constrain(normed_BTD, "batch", "seq", None)
 
@@ -197,6 +172,14 @@ class Block(nnx.Module):
         out_BTD += bias[...].astype(compute.dtype)
         x_BTD += dropout.apply(out_BTD, self.dropout_rate, noise)
         return sharding.constrain(x_BTD, *compute.residual_axes)
+
+
+Take = Callable[[Any, Any], tuple[Block, Any]]  # (what stands for a block, sums) -> block, sums
+Carry = tuple[Array, Any]  # the residual stream, sums
+
+
+def _as_it_is(block: Any, sums: Any) -> tuple[Block, Any]:
+    return block, sums
 
 
 class GPT(nnx.Module):
@@ -231,7 +214,7 @@ class GPT(nnx.Module):
         """Return final hidden states `[B, T, D]`; with `noise` dropout acts (training)."""
         x_BTD = self.embed(tokens_BT, positions_BT, noise, compute)
         numbers_L = jnp.arange(self.model.n_layers)
-        x_BTD = self.run_layers(self.blocks, numbers_L, x_BTD, segments_BT, noise, compute)
+        x_BTD, _ = self.run_layers(self.blocks, numbers_L, x_BTD, segments_BT, noise, compute)
         return self.final_norm(x_BTD, compute)
 
     def embed(
@@ -262,16 +245,20 @@ class GPT(nnx.Module):
 
     def run_layers(
         self,
-        blocks: Block,
+        blocks: Any,
         numbers_L: Array,
         x_BTD: Array,
         segments_BT: Array | None,
         noise: dropout.Noise | None,
         compute: Compute,
-    ) -> Array:
+        take: Take = _as_it_is,
+        sums: Any = None,
+    ) -> Carry:
         """Return the residual stream after stacked blocks (leaves `[L, ...]`) with these numbers.
 
-        They are consecutive layers, the first of which begins a period of `layer_windows`.
+        They are consecutive layers, the first of which begins a period of `layer_windows`. `blocks`
+        may be something else stacked, of which `take` makes the blocks; what it hands on from layer
+        to layer, `sums`, is returned too.
         """
         windows = layer_windows(self.model)
         # Layers repeat in periods of `len(windows)`; a last, shorter period may be left over.
@@ -281,41 +268,45 @@ class GPT(nnx.Module):
             if first < stop:
                 part = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], (blocks, numbers_L))
                 period = windows[: stop - first]
-                x_BTD = self._scan(x_BTD, part, period, segments_BT, noise, compute)
-        return x_BTD
+                carry = self._scan((x_BTD, sums), part, period, segments_BT, noise, compute, take)
+                x_BTD, sums = carry
+        return x_BTD, sums
 
     def _scan(
         self,
-        x_BTD: Array,
-        part: tuple[Block, Array],
+        carry: Carry,
+        part: tuple[Any, Array],
         windows: tuple[int | None, ...],
         segments_BT: Array | None,
         noise: dropout.Noise | None,
         compute: Compute,
-    ) -> Array:
+        take: Take,
+    ) -> Carry:
         """Run the layers of `part`, stacked blocks and numbers: a whole number of periods."""
 
-        def layer(
-            block: Block, layer_noise: dropout.Noise | None, x_BTD: Array, window: int | None
-        ) -> Array:
-            return block(x_BTD, segments_BT, layer_noise, window, compute)
+        def layer(block: Any, own: dropout.Noise | None, carry: Carry, window: int | None) -> Carry:
+            x_BTD, sums = carry
+            block, sums = take(block, sums)
+            return block(x_BTD, segments_BT, own, window, compute), sums
 
-        if compute.remat_layers and REMAT[self.model.remat] is not None:
-            policy = REMAT[self.model.remat]
+        policy = remat.POLICIES[self.model.remat]
+        if take is not _as_it_is:  # else what is taken would be kept of every layer
+            policy = policy or remat.POLICIES["dots"]
+        if policy is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=3)
 
-        def period(x_BTD: Array, part: tuple[Block, Array]) -> tuple[Array, None]:
+        def period(carry: Carry, part: tuple[Any, Array]) -> tuple[Carry, None]:
             blocks, numbers = part
             for i, window in enumerate(windows):
                 block = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
                 layer_noise = None if noise is None else noise.fold(numbers[i])
-                x_BTD = layer(block, layer_noise, x_BTD, window)
-            return x_BTD, None
+                carry = layer(block, layer_noise, carry, window)
+            return carry, None
 
         def grouped(leaf: Array) -> Array:
             return leaf.reshape(-1, len(windows), *leaf.shape[1:])
 
-        return jax.lax.scan(period, x_BTD, jax.tree.map(grouped, part))[0]
+        return jax.lax.scan(period, carry, jax.tree.map(grouped, part))[0]
 
 
 def output_std(model: config.Model) -> float:

@@ -71,11 +71,15 @@ def batch_loss(
     noise_key: Any,
     compute: model.Compute,
     virtual_stages: int,
+    sums: Any = None,
 ) -> tuple[Array, Array]:
     """Return this stage's share of the weighted loss of a batch, and of the summed token losses.
 
     Inside a `shard_map` that is manual over `stage`: `params.blocks` are the stage's own, the rest
     of the parameters and the batch `[M, B, ...]` are whole. `noise_key` None: without dropout.
+
+    `sums`, fp32 zeros like `params.blocks`, is what to differentiate by for the gradient of these:
+    see `_take`.
 
     Raises:
         UserError: the stages do not divide the microbatches.
@@ -94,7 +98,8 @@ def batch_loss(
         return None, params.embed(microbatch["tokens"], microbatch["positions"], noise, compute)
 
     x_GBTD = jax.lax.scan(embed, None, own)[1]
-    x_GBTD = run(schedule, x_GBTD, _stage_pass(params, batch, noise_key, compute, schedule))
+    stage_pass = _stage_pass(params, batch, noise_key, compute, schedule)
+    x_GBTD = run(schedule, x_GBTD, stage_pass, sums)
     x_GBTD = jax.lax.map(lambda x_BTD: params.final_norm(x_BTD, compute), x_GBTD)
     cfg = params.model
     weighted, token_losses_BT = loss.cross_entropy(
@@ -121,13 +126,15 @@ def check_microbatches(n_microbatches: int, n_stages: int) -> None:
         )
 
 
-def run(
-    schedule: Schedule, x_GBTD: Array, stage_pass: Callable[[Array, Array, Array], Array]
-) -> Array:
+StagePass = Callable[[Array, Any, Array, Array], model.Carry]
+"""(x `[B, T, D]`, sums, microbatch, virtual stage) -> (y `[B, T, D]`, sums)."""
+
+
+def run(schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, sums: Any) -> Array:
     """Send microbatches through all stages; return them where they came from, `[G, B, T, D]`.
 
-    G = M / P: stage p gives and gets microbatches p, P + p, 2 P + p, ... `stage_pass` is called as
-    (x `[B, T, D]`, microbatch, virtual stage), with meaningless x while the stage is idle.
+    G = M / P: stage p gives and gets microbatches p, P + p, 2 P + p, ... `stage_pass` gets
+    meaningless x while the stage is idle, and hands its sums on from tick to tick.
 
     Besides the ring, a belt of one slot a stage runs the other way. In the P ticks in which stage 0
     takes up a group, the belt brings it that group's inputs, one a tick, and stage 0 lays the
@@ -148,58 +155,97 @@ def run(
         slot_BTD = jnp.where(within < n_stages, moved_BTD, slot_BTD)
         return x_BTD, jax.lax.dynamic_update_index_in_dim(belts_GBTD, slot_BTD, group, 0)
 
-    def step(carry: tuple[Array, Array], tick: Array) -> tuple[tuple[Array, Array], None]:
-        x_BTD, belts_GBTD = take(tick, *carry)
-        y_BTD = stage_pass(x_BTD, *schedule.unit(tick, stage))
-        return (jax.lax.ppermute(y_BTD, "stage", forward), belts_GBTD), None
+    def step(carry: tuple[Array, Array, Any], tick: Array) -> tuple[tuple[Array, Array, Any], None]:
+        *arriving, sums = carry
+        x_BTD, belts_GBTD = take(tick, *arriving)
+        y_BTD, sums = stage_pass(x_BTD, sums, *schedule.unit(tick, stage))
+        return (jax.lax.ppermute(y_BTD, "stage", forward), belts_GBTD, sums), None
 
     zeros_BTD = jnp.zeros_like(x_GBTD[0])
-    start = zeros_BTD, jnp.concatenate([x_GBTD, zeros_BTD[None]])  # the last group: of outputs only
-    last, _ = jax.lax.scan(step, start, jnp.arange(schedule.n_ticks))
+    belts_GBTD = jnp.concatenate([x_GBTD, zeros_BTD[None]])  # the last group: of outputs only
+    start = zeros_BTD, belts_GBTD, sums
+    (*last, _), _ = jax.lax.scan(step, start, jnp.arange(schedule.n_ticks))
     return take(schedule.n_ticks, *last)[1][1:]
 
 
 def _stage_pass(
     params: model.GPT, batch: dict[str, Array], noise_key: Any, compute: model.Compute,
     schedule: Schedule,
-) -> Callable[[Array, Array, Array], Array]:  # fmt: skip
-    """Return what runs one virtual stage of this stage on one microbatch.
-
-    With R > 1 it picks its weights, which the backward pass must find again rather than keep for
-    every tick: what `model.remat` saves is then saved of the virtual stage as a whole, and the rest
-    recomputed as a whole. That costs no more than layer by layer.
-    """
+) -> StagePass:  # fmt: skip
+    """Return what runs one virtual stage of this stage on one microbatch."""
     stage = jax.lax.axis_index("stage")
-    picks = schedule.virtual_stages > 1
-    compute = dataclasses.replace(compute, remat_layers=not picks)
     n_layers = params.model.n_layers // (schedule.n_stages * schedule.virtual_stages)
 
-    def stage_pass(x_BTD: Array, microbatch: Array, virtual_stage: Array) -> Array:
+    def stage_pass(x_BTD: Array, sums: Any, microbatch: Array, virtual_stage: Array) -> model.Carry:
         of_microbatch = {
             name: jax.lax.dynamic_index_in_dim(batch[name], microbatch, keepdims=False)
             for name in ("samples", "segments")
             if name in batch
         }
-        blocks = params.blocks
-        if picks:  # from leaves [R, L / (P R), ...]
-            blocks = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, virtual_stage, keepdims=False),
-                blocks,
-            )
-        first = (virtual_stage * schedule.n_stages + stage) * n_layers
+
+        def take(layer: Array, sums: Any) -> tuple[model.Block, Any]:
+            # Leaves are [L / P, ...], or [R, L / (P R), ...].
+            place = (virtual_stage, layer) if schedule.virtual_stages > 1 else (layer,)
+            return _take(params.blocks, sums, place)
+
+        own_L = jnp.arange(n_layers)
         return params.run_layers(
-            blocks,
-            first + jnp.arange(n_layers),
+            own_L,
+            (virtual_stage * schedule.n_stages + stage) * n_layers + own_L,
             x_BTD,
             of_microbatch.get("segments"),
             _noise(noise_key, of_microbatch["samples"]),
             compute,
+            take,
+            sums,
         )
 
-    if picks:
-        policy = model.REMAT[params.model.remat]
-        return jax.checkpoint(stage_pass, policy=policy, prevent_cse=False)
     return stage_pass
+
+
+@jax.custom_vjp
+def _take(blocks: model.Block, sums: Any, place: tuple[Array, ...]) -> tuple[model.Block, Any]:
+    """Return the block at a place of stacked ones, and sums as they are.
+
+    Backwards the gradient of the block is added to that of the sums, in place and in fp32: so the
+    gradient by the sums that the loop over ticks starts with is that of all blocks. Left to JAX,
+    each tick would lay its gradients beside each other before it adds them, and add them in the
+    format of the weights, which may be 16-bit.
+    """
+
+    def one(leaf: Array) -> Array:
+        shape = leaf.shape[len(place) :]
+        part = jax.lax.dynamic_slice(leaf, _start(place, shape), (1,) * len(place) + shape)
+        return part.reshape(shape)
+
+    return jax.tree.map(one, blocks), sums
+
+
+def _take_forward(
+    blocks: model.Block, sums: Any, place: tuple[Array, ...]
+) -> tuple[tuple[model.Block, Any], tuple[Array, ...]]:
+    return _take(blocks, sums, place), place
+
+
+def _take_backward(place: tuple[Array, ...], gradients: Any) -> tuple[None, Any, None]:
+    of_block, of_sums = gradients
+
+    def add(total: Array, part: Array) -> Array:
+        start = _start(place, part.shape)
+        part = part.astype(total.dtype).reshape((1,) * len(place) + part.shape)
+        held = jax.lax.dynamic_slice(total, start, part.shape)
+        return jax.lax.dynamic_update_slice(total, held + part, start)
+
+    of_sums = jax.tree.map(add, of_sums, of_block)
+    return None, sharding.constrain_like_params(of_sums), None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def _start(place: tuple[Array, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return where the part of a place starts, of this shape, in a stacked array."""
+    return (*place, *(0 for _ in shape))
 
 
 def _noise(key: Any, samples_B: Array) -> dropout.Noise | None:

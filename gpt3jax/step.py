@@ -179,9 +179,12 @@ def mean_loss_and_grads(
         return microbatch_loss(params, microbatch, noise, compute)
 
     def pipelined_sums(params: model.GPT, batch: Batch) -> Any:
-        grad = jax.value_and_grad(pipeline.batch_loss, has_aux=True)
-        sums = grad(params, batch, noise_key, compute, cfg.mesh.virtual_stages)
-        return sums[0][1], sharding.constrain_like_params(sums[1])
+        grad = jax.value_and_grad(pipeline.batch_loss, argnums=(0, 5), has_aux=True)
+        zeros = sharding.constrain_like_params(_zeros_like(params.blocks))
+        sums = grad(params, batch, noise_key, compute, cfg.mesh.virtual_stages, zeros)
+        (_, loss_sum), (grads, of_blocks) = sums
+        grads.blocks = of_blocks
+        return loss_sum, sharding.constrain_like_params(grads)
 
     def local_sums(params: model.GPT, batch: Batch) -> Any:
         grad = jax.value_and_grad(one, has_aux=True)
@@ -191,8 +194,7 @@ def mean_loss_and_grads(
             grads = jax.tree.map(jnp.add, sums[1], grads)
             return sums[0] + loss_sum, sharding.constrain_like_params(grads)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        start = (jnp.float32(0), sharding.constrain_like_params(zeros))
+        start = (jnp.float32(0), sharding.constrain_like_params(_zeros_like(params)))
         return microbatches.fold(add, start, batch)
 
     parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
@@ -205,18 +207,18 @@ def mean_loss_and_grads(
 
 
 def params_to_use(cfg: config.Config, params: model.GPT) -> model.GPT:
-    """Return parameters that each replica has whole, where they are sharded over `data` (ZeRO-1).
+    """Return parameters as the network takes them, made once a step where that saves work.
 
-    The matrices of layers are cast before they are gathered: the model uses them in the compute
-    format alone, so this changes no number. Not with pipeline stages, where the gradient of a
-    matrix is summed over the microbatches in the matrix's own format.
+    Where they are sharded over `data` (ZeRO-1) each replica gets them whole. The matrices of layers
+    are cast first, there and for pipeline stages, which use them at every tick: the model takes
+    them in the compute format alone, so this changes no number.
     """
-    if not cfg.mesh.shard_optimizer:
+    if not (cfg.mesh.shard_optimizer or _is_pipelined()):
         return params
 
     def one(variable: Any) -> Any:
         of_layers = "layers" in sharding.variable_axes(variable)
-        cast = of_layers and variable.get_metadata("decays") and not _is_pipelined()
+        cast = of_layers and variable.get_metadata("decays")
         dtype = cfg.precision.compute_dtype if cast else jnp.float32
         return jax.tree.map(lambda x: x.astype(dtype), variable)
 
@@ -261,6 +263,11 @@ def eval_step(
     parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
     loss_sum = sharding.sum_over_replicas(local_sum, params_to_use(cfg, params), parts)
     return loss_sum, batch["loss_mask"].sum(dtype=jnp.float32)
+
+
+def _zeros_like(params: Any) -> Any:
+    """Return fp32 zeros in the shapes of parameters: what gradients are added to."""
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
 
 def _is_pipelined() -> bool:

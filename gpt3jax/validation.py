@@ -193,11 +193,6 @@ def check_pipeline(model: config.Model, n_stages: int, virtual_stages: int) -> N
         raise config.UserError(
             f"mesh.virtual_stages={virtual_stages} has no effect with mesh.stage=1: set it to 1"
         )
-    if virtual_stages > 1 and model.remat == "none":
-        raise config.UserError(
-            f"model.remat={model.remat} with mesh.virtual_stages={virtual_stages} would keep a "
-            "copy of the weights for every microbatch: use full, residual, mlp or dots"
-        )
     unit = 2 if model.attention.pattern == "alternating" and n_stages > 1 else 1
     if model.n_layers % (n_stages * virtual_stages * unit):
         pairs = " in pairs (model.attention.pattern=alternating)" if unit == 2 else ""

@@ -212,10 +212,6 @@ REFUSED = [
     ),
     ("--mesh.virtual-stages=2", "mesh.virtual_stages=2 has no effect", "set it to 1"),
     ("--mesh.stage=3", "mesh.stage=3 x mesh.virtual_stages=1", "model.n_layers=2", "one of 1, 2"),
-    (
-        "--mesh.stage=2 --mesh.virtual-stages=2 --model.n-layers=4 --model.remat=none",
-        "model.remat=none", "mesh.virtual_stages=2", "use full, residual, mlp or dots",
-    ),
     ("--mesh.context=3", "model.seq_len=32 must be a multiple of 6", "mesh.context=3", "use 36"),
     (
         "--mesh.context=2 --mesh.tensor=4 --model.seq-len=28",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import attention, config, dropout, model, step
+from gpt3jax import attention, config, dropout, model, remat, step
 
 import numpy_gpt
 import tiny
@@ -127,10 +127,10 @@ def trunk(params, x_BTD):
     return block(x_BTD, None, None, None, model.Compute())
 
 
-@pytest.mark.parametrize("remat", list(model.REMAT))
-def test_remat_changes_no_gradient_and_less_memory_is_kept(remat):
+@pytest.mark.parametrize("name", list(remat.POLICIES))
+def test_remat_changes_no_gradient_and_less_memory_is_kept(name):
     cfg = dataclasses.replace(TINY, dropout=0.1, attention_dropout=0.1)
-    loss, grads, _ = remat_case(dataclasses.replace(cfg, remat=remat))
+    loss, grads, _ = remat_case(dataclasses.replace(cfg, remat=name))
     none_loss, none_grads, _ = remat_case(dataclasses.replace(cfg, remat="none"))
     np.testing.assert_allclose(loss, none_loss, rtol=1e-6)
     for name, grad in tiny.leaves(grads).items():
@@ -141,7 +141,7 @@ def test_remat_changes_no_gradient_and_less_memory_is_kept(remat):
 @pytest.mark.slow
 def test_remat_policies_save_less_and_less():
     cfg = dataclasses.replace(TINY, dropout=0.1, attention_dropout=0.1, n_layers=8, seq_len=128)
-    saved = [remat_case(dataclasses.replace(cfg, remat=r))[2] for r in model.REMAT]
+    saved = [remat_case(dataclasses.replace(cfg, remat=r))[2] for r in remat.POLICIES]
     assert saved == sorted(saved, reverse=True) and len(set(saved)) == len(saved), saved
 
 

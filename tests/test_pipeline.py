@@ -58,17 +58,17 @@ def test_what_comes_back_went_through_all_layers_in_order(numbers):
     schedule, per_part = schedule_of(*numbers), 2
     n_layers = per_part * n_stages * virtual_stages
 
-    def stage_pass(x, microbatch, virtual_stage):
+    def stage_pass(x, sums, microbatch, virtual_stage):
         first = (virtual_stage * n_stages + jax.lax.axis_index("stage")) * per_part
         for layer in range(per_part):
             x = x.at[2 + x[1]].set(first + layer).at[1].add(1)
-        return jnp.where(x[0] == microbatch, x, -1)
+        return jnp.where(x[0] == microbatch, x, -1), sums
 
     start = np.full((n_microbatches, 2 + n_layers), -7)
     start[:, 0], start[:, 1] = np.arange(n_microbatches), 0
     # Stage p gives microbatches p, P + p, ...
     given = start.reshape(-1, n_stages, start.shape[1]).swapaxes(0, 1)
-    run = functools.partial(pipeline.run, schedule, stage_pass=stage_pass)
+    run = functools.partial(pipeline.run, schedule, stage_pass=stage_pass, sums=None)
     back = jax.jit(jax.vmap(run, axis_name="stage"))(given)
     expected = start.copy()
     expected[:, 1], expected[:, 2:] = n_layers, np.arange(n_layers)
@@ -170,6 +170,7 @@ def test_masks_documents_banded_layers_and_evaluation_are_the_same_too():
         ("dots", 1),
         ("residual", 1),
         ("mlp", 1),
+        ("none", 2),
         ("dots", 2),
         ("mlp", 2),
         ("residual", 2),
@@ -266,13 +267,11 @@ def test_a_checkpoint_comes_back_on_other_stages(tmp_path, here, there):
         ({"stage": 4, "virtual_stages": 2}, "mesh.virtual_stages=2 does not divide"),
         ({"virtual_stages": 2}, "mesh.virtual_stages=2 has no effect with mesh.stage=1"),
         ({"stage": 2, "virtual_stages": 2}, "n_layers=4 in pairs (model.attention.pattern"),
-        ({"stage": 2, "virtual_stages": 2, "remat": "none"}, "model.remat=none with mesh.virtual"),
     ],
 )
 def test_layers_that_do_not_divide_are_refused_with_the_numbers(mesh, told):
     attention = config.Attention(pattern="alternating")
-    remat = mesh.pop("remat", "full")
-    cfg = config_of(mesh, model={"attention": attention, "remat": remat})
+    cfg = config_of(mesh, model={"attention": attention})
     with pytest.raises(config.UserError, match=re.escape(told)):
         validation.validate(cfg)
     if mesh.get("stage", 2) != 3:

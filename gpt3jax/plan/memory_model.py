@@ -185,8 +185,8 @@ def memory(cfg: config.Config, layout: Layout) -> dict[str, float]:
     logits = _logits_bytes(cfg, layout)
     working = max(_layer_bytes(cfg, layout), _head_bytes(cfg, layout) + logits)
     cast = 0.0
-    if zero:  # weights are gathered once a step, see step.params_to_use
-        cast = n_whole * (4 if sizes["stage"] > 1 else width(cfg))
+    if zero or sizes["stage"] > 1:  # once a step, see step.params_to_use
+        cast = n_whole * width(cfg)
     return {
         "parameters": 4.0 * n_state,
         "optimizer": 8.0 * n_state,
@@ -212,11 +212,9 @@ def _batch_bytes(cfg: config.Config, layout: Layout) -> float:
 
 def _gradient_copies(cfg: config.Config, sizes: dict[str, int]) -> float:
     """The running sum and the microbatch's own; over replicas also the sum's result (fitted)."""
-    if sizes["data"] == 1:
-        return 2.0
-    if cfg.mesh.shard_optimizer:
-        return 2.75 if sizes["stage"] > 1 else 2.0
-    return 3.0 if sizes["stage"] > 1 else 3.25
+    if sizes["stage"] > 1:  # a microbatch's own are added layer by layer
+        return 1.0
+    return 2.0 if cfg.mesh.shard_optimizer or sizes["data"] == 1 else 3.25
 
 
 def scores(cfg: config.Config, layout: Layout) -> float:
@@ -234,15 +232,14 @@ def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
     """Layers' saved values; with stages those of every tick (docs/parallelism.md has the forms)."""
     model, stages, rounds = cfg.model, layout.sizes["stage"], cfg.mesh.virtual_stages
     a, m = activation_bytes(cfg, layout), layout.n_microbatches
+    if stages > 1:
+        remat = "dots" if model.remat == "none" else model.remat
+        layers = (m * rounds + stages - 1) * model.n_layers / (stages * rounds)
+        return layers * a * _SAVED[remat] + 4 * m / stages * a
     of_layer = a * _SAVED[model.remat]
     if model.remat == "none" and model.dropout:
         of_layer += 2 * a / width(cfg)  # masks of a byte
-    if stages == 1:
-        return model.n_layers * of_layer
-    ends = 4 * m / stages * a
-    if rounds == 1:
-        return (m + stages - 1) * model.n_layers / stages * of_layer + ends
-    return (m * rounds + stages - 1) * a + model.n_layers / (stages * rounds) * of_layer + ends
+    return model.n_layers * of_layer
 
 
 def _layer_bytes(cfg: config.Config, layout: Layout) -> float:

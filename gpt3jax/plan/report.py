@@ -146,7 +146,10 @@ def _compiled_part(compiled: compiler.Compiled | None) -> dict[str, Any]:
 
 
 def show(found: Mapping[str, Any], out: console.Console) -> None:
-    """Print a report as tables, on a console that takes no markup."""
+    """Print a plan's report as tables, on a console that takes no markup.
+
+    It has the layouts of a search under "search", of which it is the best; none without a search.
+    """
     out.print(head(found))
     out.print(_memory_table(found))
     out.print(_collectives_table(found))
@@ -159,8 +162,21 @@ def show(found: Mapping[str, Any], out: console.Console) -> None:
     for row in assumption_rows(found):
         out.print(f"  {': '.join(row)}", highlight=False, soft_wrap=True)
     out.print(f"  {network_text(found)}", highlight=False, soft_wrap=True)
+    if not found["search"] and (advice := _advice(found)):
+        out.print(advice, soft_wrap=True)
     for problem in found["problems"]:
         out.print(f"WARNING: gpt3jax.main would refuse this run: {problem}", soft_wrap=True)
+
+
+def _advice(found: Mapping[str, Any]) -> str:
+    waits = found["exposed_communication_seconds"] / found["step_seconds"]["expected"]
+    if not found["fits"]:
+        return "It does not fit: --search looks for the fastest layout that does."
+    if waits > 0.25:  # good layouts wait for less than 15%
+        return (
+            f"{waits:.0%} of the step waits for communication: --search looks for better layouts."
+        )
+    return ""
 
 
 def show_search(rows: list[dict[str, Any]], out: console.Console) -> None:

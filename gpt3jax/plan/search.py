@@ -14,8 +14,6 @@ from gpt3jax import batch_schedule, config, gpus, sharding
 from gpt3jax.plan import memory_model, time_model
 
 REMATS: tuple[Any, ...] = ("none", "dots", "mlp", "residual", "full")
-# More (8, 12) are fewer layers than the closed forms were held against: they would rank first, on
-# paper, where a compiled step moves weights and gradients at every tick (docs/plan.md, NeMo).
 VIRTUAL_STAGES = (1, 2, 3, 4, 6)
 LARGEST_MICROBATCH = 16
 PER_MESH = 2  # of those that are compiled: neighbours of one mesh differ little
@@ -128,8 +126,9 @@ def _variants(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Iterator[c
             continue
         sizes = [n for n in config.divisors_of(rows) if n <= LARGEST_MICROBATCH]
         rounds = VIRTUAL_STAGES if stage > 1 else (1,)
+        remats = REMATS[1:] if stage > 1 else REMATS  # with stages the first two are one
         for fsdp, size, remat, virtual in itertools.product(
-            config.divisors_of(ranks), sizes, REMATS, rounds
+            config.divisors_of(ranks), sizes, remats, rounds
         ):
             for zero in (False, True) if fsdp < ranks else (False,):
                 mesh = dataclasses.replace(

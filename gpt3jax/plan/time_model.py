@@ -119,9 +119,7 @@ def recompute_share(cfg: config.Config) -> tuple[float, float]:
     """
     remat = cfg.model.remat
     again = {"full": 8, "residual": 7, "mlp": 4}.get(remat, 0)
-    if cfg.mesh.virtual_stages > 1:  # all but a virtual stage's last product
-        again = {"full": 12, "residual": 8, "mlp": 4}.get(remat, 0)
-    return again / 12 / 3, 0.0 if remat in ("none", "mlp") else 1 / 3
+    return again / 12 / 3, 1 / 3 if remat in ("full", "residual") else 0.0
 
 
 def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float) -> float:
@@ -132,8 +130,8 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     gathered along the sequence over `tensor` are transposed: 24 values of the whole, forward and
     backward together. XLA's attention: 84 bytes a score, 111 with dropout, a third more where it
     runs forward again (857M). Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter.
-    Gradients' sums, and casts of weights: 16 bytes a parameter and microbatch, with stages 58 a
-    tick.
+    Gradients' sums, and casts of weights: 16 bytes a parameter and microbatch; with stages 6 a
+    step, and 18 a tick (2 + 2 to take a weight, forward and backward, 10 to add its gradient).
     """
     model, sizes = cfg.model, layout.sizes
     values = 232 if cfg.model.remat in ("full", "residual", "mlp") else 265
@@ -148,8 +146,8 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     held = memory_model.parameters(cfg, sizes, False)
     sums = 16.0 * layout.n_microbatches * held
     if sizes["stage"] > 1:
-        of_tick = held / cfg.mesh.virtual_stages  # the weights that it picks
-        sums = 58 * schedule(cfg, layout).n_ticks * of_tick
+        of_tick = held / cfg.mesh.virtual_stages
+        sums = 6 * held + 18 * schedule(cfg, layout).n_ticks * of_tick
     optimizer = 40 * memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer)
     return layers + head + sums + optimizer
 

@@ -78,6 +78,21 @@ def test_report_without_compiling_keeps_the_contract(recipe_file, tmp_path, caps
     assert "Times are estimates" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], "of the step waits for communication: --search"),
+        (["--model.d-model=65536", "--model.n-layers=48"], "It does not fit: --search"),
+        (["--nic-gbytes=1e6", "--nvlink-gbytes=1e6", "--latency-us=1e-3"], ""),
+        (["--search"], ""),
+    ],
+)
+def test_search_is_advised_where_it_may_help(recipe_file, args, told, capsys):
+    assert plan.main([f"--config={recipe_file}", "--gpus=16", "--no-compile", *args]) == 0
+    shown = capsys.readouterr().out
+    assert told in shown and ("--search" in shown) == bool(told)
+
+
 def test_verify_fails_what_does_not_fit_or_would_be_refused(repository, capsys):
     def status(*args):
         path = repository / "configs" / "175b.py"
@@ -340,3 +355,23 @@ def test_one_microbatchs_activations_are_held_as_the_closed_forms_say(
         peaks.append(found["peak_bytes_per_gpu"])
         assert found["estimated_peak_bytes_per_gpu"] == pytest.approx(peaks[-1], rel=0.25)
     assert max(peaks) < 1.15 * peaks[0], "XLA holds more than one microbatch"
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("virtual_stages", [1, 2])
+def test_stages_keep_no_copy_of_weights_or_gradients_for_a_tick(recipe_file, virtual_stages):
+    args = [
+        "--mesh.data=1", "--mesh.stage=4", "--mesh.fsdp=1", f"--mesh.virtual-stages={virtual_stages}",
+        "--model.n-layers=8", "--model.d-model=1024", "--model.seq-len=128", "--model.remat=none",
+        "--mesh.tensor=2",
+    ]  # fmt: skip
+    peaks = []
+    for n_microbatches in (4, 32):
+        options = plan.Options(config=recipe_file, gpus=8)
+        found = plan.plan(options, [*args, f"--batch.global-batch-size={n_microbatches}"], "")
+        peaks.append(found["peak_bytes_per_gpu"])
+        assert found["estimated_peak_bytes_per_gpu"] == pytest.approx(peaks[-1], rel=0.25)
+    of_a_stage = 2 * 12 * 1024**2  # 8 layers on 4 stages x 2 of tensor, in 2 bytes
+    n_ticks = 28 * virtual_stages  # more
+    assert peaks[1] - peaks[0] < 0.5 * n_ticks * of_a_stage / virtual_stages
