@@ -117,14 +117,17 @@ def memory():
 
 
 def runs():
-    """Print what the plan says of published runs."""
-    print("| run | published s | estimate s (range) | ratio |\n|---|---|---|---|")
+    """Print what the plan says of published runs, and what the estimates consist of (seconds)."""
+    parts = ("matmul", "attention", "elementwise", "exposed")
+    print(f"| run | published s | estimate s (range) | ratio | {' | '.join(parts)} |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, seconds, gpu, recipe, n, args in RUNS:
         found = report(recipe, n, [*args, *BF16], gpu=gpu)
         low, expected, high = found["step_seconds"].values()
+        of = " | ".join(f"{found['step_parts_expected'][part]:.2f}" for part in parts)
         print(
             f"| {name} | {seconds} | {expected:.3g} ({low:.3g} to {high:.3g}) | "
-            f"{expected / seconds:.2f} |",
+            f"{expected / seconds:.2f} | {of} |",
             flush=True,
         )
 

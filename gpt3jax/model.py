@@ -289,9 +289,7 @@ class GPT(nnx.Module):
             block, sums = take(block, sums)
             return block(x_BTD, segments_BT, own, window, compute), sums
 
-        policy = remat.POLICIES[self.model.remat]
-        if take is not _as_it_is:  # else what is taken would be kept of every layer
-            policy = policy or remat.POLICIES["dots"]
+        policy = remat.POLICIES[remat.in_effect(self.model.remat, take is not _as_it_is)]
         if policy is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=3)
 

@@ -175,6 +175,7 @@ def _stage_pass(
     """Return what runs one virtual stage of this stage on one microbatch."""
     stage = jax.lax.axis_index("stage")
     n_layers = params.model.n_layers // (schedule.n_stages * schedule.virtual_stages)
+    blocks = jax.lax.stop_gradient(params.blocks)  # the sums have it
 
     def stage_pass(x_BTD: Array, sums: Any, microbatch: Array, virtual_stage: Array) -> model.Carry:
         of_microbatch = {
@@ -186,7 +187,7 @@ def _stage_pass(
         def take(layer: Array, sums: Any) -> tuple[model.Block, Any]:
             # Leaves are [L / P, ...], or [R, L / (P R), ...].
             place = (virtual_stage, layer) if schedule.virtual_stages > 1 else (layer,)
-            return _take(params.blocks, sums, place)
+            return _take(blocks, sums, place)
 
         own_L = jnp.arange(n_layers)
         return params.run_layers(

@@ -36,6 +36,16 @@ POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+
+def in_effect(name: str, has_stages: bool) -> str:
+    """Return the policy that acts where `model.remat` is this one.
+
+    With stages a layer takes its weights from a stack, inside of what is recomputed, or a copy of
+    them would be kept for every microbatch. So `none` is `dots` there.
+    """
+    return "dots" if has_stages and name == "none" else name
+
+
 # For a function whose second argument is static. Kept, the parts of the derivatives of elementwise
 # work would be half of a layer's memory.
 elementwise = functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=1)

@@ -15,6 +15,7 @@ from gpt3jax import (
     flops,
     phases,
     pipeline,
+    remat,
     replicas,
     sharding,
     skipping,
@@ -142,11 +143,11 @@ def describe(run: Run) -> list[str]:
     """Return the lines that open a run's log: devices, mesh, model, length."""
     cfg, shape = run.cfg, run.mesh.shape
     axes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
-    kind = jax.devices()[0].device_kind
+    kind, has_stages = jax.devices()[0].device_kind, shape["stage"] > 1
     lines = [
         f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), mesh {axes}",
         f"{flops.n_params(cfg.model):,} parameters, {cfg.precision.compute_dtype}, attention "
-        f"{run.program.compute.attention}, remat {cfg.model.remat}",
+        f"{run.program.compute.attention}, remat {remat.in_effect(cfg.model.remat, has_stages)}",
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
         f"{run.splits.told}",
     ]

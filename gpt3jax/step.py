@@ -222,7 +222,8 @@ def params_to_use(cfg: config.Config, params: model.GPT) -> model.GPT:
         dtype = cfg.precision.compute_dtype if cast else jnp.float32
         return jax.tree.map(lambda x: x.astype(dtype), variable)
 
-    cast = jax.tree.map(one, params, is_leaf=sharding.is_variable)
+    # Without the barrier XLA may gather first, twice the bytes, and cast then.
+    cast = jax.lax.optimization_barrier(jax.tree.map(one, params, is_leaf=sharding.is_variable))
     return sharding.constrain_like_params(cast)
 
 

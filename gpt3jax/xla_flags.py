@@ -51,7 +51,7 @@ def variables(n_stages: int) -> tuple[Setting, ...]:
             "XLA counts saved activations twice and so gathers weights again that are there; "
             "model.remat decides what is recomputed, and the plan says whether it fits",
         ),
-        # With stages it copies the weights' gradients instead: slower.
+        # With stages it computes parts of a layer once more: slower.
         *([level] if n_stages == 1 else []),
     )
 

@@ -127,8 +127,8 @@ def trunk(params, x_BTD):
     return block(x_BTD, None, None, None, model.Compute())
 
 
-@pytest.mark.parametrize("name", list(remat.POLICIES))
-def test_remat_changes_no_gradient_and_less_memory_is_kept(name):
+@pytest.mark.parametrize("name", list(remat.POLICIES)[1:])
+def test_remat_changes_no_gradient(name):
     cfg = dataclasses.replace(TINY, dropout=0.1, attention_dropout=0.1)
     loss, grads, _ = remat_case(dataclasses.replace(cfg, remat=name))
     none_loss, none_grads, _ = remat_case(dataclasses.replace(cfg, remat="none"))

@@ -139,6 +139,30 @@ def test_losses_and_gradients_do_not_depend_on_stages(case, capfd):
     assert "rematerialization" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("virtual_stages", [1, 2])
+def test_gradients_of_16_bit_weights_are_summed_in_fp32(virtual_stages):
+    mesh = {"data": 2, "stage": 2, "tensor": 2, "virtual_stages": virtual_stages}
+    cfg = config_of(mesh, precision={"compute_dtype": "bfloat16"})
+    program = step.build(cfg, mesh_of(cfg), 320)
+    batch = tiny.make_batch(0, cfg, program.mesh, 2)
+    with jax.set_mesh(program.mesh):
+        used = jax.eval_shape(
+            functools.partial(step.params_to_use, cfg), program.abstract_state.params
+        )
+        gradients = functools.partial(step.mean_loss_and_grads, cfg, program.compute)
+        traced = jax.jit(gradients).trace(program.abstract_state, batch)
+    assert used.blocks.mlp.w_in_DF.get_value().dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(traced.out_info)} == {np.dtype("float32")}
+    # What the loops over ticks and layers hand on: the sums, and not in another format.
+    shape = used.blocks.mlp.w_in_DF.get_value().shape
+    shape = (*shape[:-3], shape[-3] // 2, *shape[-2:])  # a stage's own
+    held = [f"{kind}[{','.join(map(str, shape))}]" for kind in ("f32", "bf16")]
+    text = str(traced.jaxpr)
+    assert f"{held[0]} = dynamic_update_slice" in text
+    assert f"{held[1]} = dynamic_update_slice" not in text
+    assert f"{held[1]} = add_any" not in text
+
+
 def with_documents(batch):
     """Return a batch whose sequences are cut into documents at every token below 30."""
     return batch | {"segments": (batch["tokens"] < 30).astype(jnp.int32).cumsum(-1)}

@@ -7,7 +7,7 @@ fitted to steps compiled for H100s (docs/plan.md says how far they are off). Tou
 import dataclasses
 import math
 
-from gpt3jax import attention, batch_schedule, config, gpus, sharding, validation, xla_flags
+from gpt3jax import attention, batch_schedule, config, gpus, remat, sharding, validation, xla_flags
 
 # Values of the compute format that the backward pass finds saved of a layer, per token and unit of
 # d_model, by `model.remat`: the layer's input, and what the policy names. "none": the inputs
@@ -232,11 +232,10 @@ def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
     """Layers' saved values; with stages those of every tick (docs/parallelism.md has the forms)."""
     model, stages, rounds = cfg.model, layout.sizes["stage"], cfg.mesh.virtual_stages
     a, m = activation_bytes(cfg, layout), layout.n_microbatches
+    of_layer = a * _SAVED[remat.in_effect(model.remat, stages > 1)]
     if stages > 1:
-        remat = "dots" if model.remat == "none" else model.remat
         layers = (m * rounds + stages - 1) * model.n_layers / (stages * rounds)
-        return layers * a * _SAVED[remat] + 4 * m / stages * a
-    of_layer = a * _SAVED[model.remat]
+        return layers * of_layer + 4 * m / stages * a
     if model.remat == "none" and model.dropout:
         of_layer += 2 * a / width(cfg)  # masks of a byte
     return model.n_layers * of_layer

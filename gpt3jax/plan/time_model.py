@@ -8,7 +8,7 @@ assume a share. Imports no JAX beyond `memory_model`'s.
 import dataclasses
 import re
 
-from gpt3jax import config, flops, gpus, pipeline
+from gpt3jax import config, flops, gpus, pipeline, remat
 from gpt3jax.plan import hlo, memory_model, timeline
 
 
@@ -117,9 +117,9 @@ def recompute_share(cfg: config.Config) -> tuple[float, float]:
     Of a layer's 12 D^2 weights QKV has 3, the projection 1, each matrix of the MLP 4; forward is a
     third of the FLOPs. The MLP's second product is needed by nothing in the backward pass.
     """
-    remat = cfg.model.remat
-    again = {"full": 8, "residual": 7, "mlp": 4}.get(remat, 0)
-    return again / 12 / 3, 1 / 3 if remat in ("full", "residual") else 0.0
+    name = cfg.model.remat
+    again = {"full": 8, "residual": 7, "mlp": 4}.get(name, 0)
+    return again / 12 / 3, 1 / 3 if name in ("full", "residual") else 0.0
 
 
 def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float) -> float:
@@ -146,8 +146,10 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     held = memory_model.parameters(cfg, sizes, False)
     sums = 16.0 * layout.n_microbatches * held
     if sizes["stage"] > 1:
-        of_tick = held / cfg.mesh.virtual_stages
-        sums = 6 * held + 18 * schedule(cfg, layout).n_ticks * of_tick
+        ends = dataclasses.replace(cfg, model=dataclasses.replace(model, n_layers=0))
+        of_layers = held - memory_model.parameters(ends, sizes, False)
+        n_ticks = schedule(cfg, layout).n_ticks
+        sums = 6 * held + 18 * n_ticks * of_layers / cfg.mesh.virtual_stages
     optimizer = 40 * memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer)
     return layers + head + sums + optimizer
 
@@ -183,7 +185,7 @@ def collectives(cfg: config.Config, layout: memory_model.Layout) -> list[Row]:
     # Of each of a stage's layers; idle ticks communicate too.
     passes = -(-n_ticks // cfg.mesh.virtual_stages)
     n_layers = model.n_layers // sizes["stage"] * passes
-    again = model.remat in ("full", "residual", "mlp")
+    again = remat.in_effect(model.remat, sizes["stage"] > 1) != "none"  # what norms give
     weights = 12 * model.d_model**2 / sizes["tensor"] * width
     whole = memory_model.activation_bytes(cfg, layout)
     whole *= sizes["tensor"] if cfg.mesh.sequence_parallel else 1
@@ -198,13 +200,14 @@ def collectives(cfg: config.Config, layout: memory_model.Layout) -> list[Row]:
     rows[2:4] = [(k, a, n, b / sizes["tensor"]) for k, a, n, b in rows[2:4]]
     if cfg.mesh.sequence_parallel:
         rows.append(("all-gather", "tensor", (4 + 2 * again) * n_layers, whole))
-        rows.append(("reduce-scatter", "tensor", (4 + again) * n_layers, whole))
+        kind = "reduce-scatter"
     else:
-        rows.append(("all-reduce", "tensor", (4 + again) * n_layers, whole))
+        kind = "all-reduce"
+    rows.append((kind, "tensor", (4 + (model.remat == "full")) * n_layers, whole))
     held = memory_model.parameters(cfg, sizes, False)
     if cfg.mesh.shard_optimizer:
         rows.append(("reduce-scatter", "data", 1, 4.0 * held))
-        rows.append(("all-gather", "data", 1, (4.0 if sizes["stage"] > 1 else width) * held))
+        rows.append(("all-gather", "data", 1, float(width * held)))
     else:
         rows.append(("all-reduce", "data", 1, 4.0 * held))
     return [row for row in rows if sizes[row[1]] > 1]

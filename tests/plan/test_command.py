@@ -359,12 +359,32 @@ def test_one_microbatchs_activations_are_held_as_the_closed_forms_say(
 
 @compiles
 @pytest.mark.slow
+@pytest.mark.parametrize("n_stages", [1, 2])
+def test_zero_gathers_matrices_in_the_compute_format(recipe_file, n_stages):
+    args = [
+        "--mesh.data=4", "--mesh.fsdp=1", f"--mesh.stage={n_stages}",
+        f"--mesh.tensor={2 // n_stages}", "--mesh.shard-optimizer", "--model.d-model=512",
+        "--model.n-layers=4",
+    ]  # fmt: skip
+    found = plan.plan(plan.Options(config=recipe_file, gpus=8), args, "")
+    sent = sum(
+        one["bytes_per_step"]
+        for one in found["collectives"]
+        if one["kind"] == "all-gather" and one["axis"] == "data"
+    )
+    layers = 4 * 12 * 512**2 / 2  # on 2 stages or 2 of tensor
+    ends = found["parameters"] - 4 * 12 * 512**2  # at most, and in fp32
+    assert 0.9 * 2 * layers * 3 / 4 < sent < 1.1 * (2 * layers + 4 * ends) * 3 / 4
+
+
+@compiles
+@pytest.mark.slow
 @pytest.mark.parametrize("virtual_stages", [1, 2])
 def test_stages_keep_no_copy_of_weights_or_gradients_for_a_tick(recipe_file, virtual_stages):
     args = [
-        "--mesh.data=1", "--mesh.stage=4", "--mesh.fsdp=1", f"--mesh.virtual-stages={virtual_stages}",
+        "--mesh.data=1", "--mesh.stage=4", "--mesh.fsdp=1", "--mesh.tensor=2",
+        f"--mesh.virtual-stages={virtual_stages}",
         "--model.n-layers=8", "--model.d-model=1024", "--model.seq-len=128", "--model.remat=none",
-        "--mesh.tensor=2",
     ]  # fmt: skip
     peaks = []
     for n_microbatches in (4, 32):
