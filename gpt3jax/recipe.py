@@ -12,10 +12,11 @@ import tyro
 from gpt3jax import config, validation
 
 
-def parse(args: Sequence[str]) -> config.Config:
+def parse(args: Sequence[str], command: str = "gpt3jax.main") -> config.Config:
     """Return the validated config of a command line: `--config RECIPE` and overrides.
 
-    Exits with tyro's own message on an unknown or ill-typed option, and on `--help`.
+    `command` is what tyro's messages call it. Exits with such a message on an unknown or ill-typed
+    option, and on `--help`.
 
     Raises:
         UserError: no recipe, an unreadable recipe, or values that do not go together.
@@ -30,7 +31,7 @@ def parse(args: Sequence[str]) -> config.Config:
     recipe: dict[str, Any] = {"default": load(known.config)} if known.config else {}
     cfg: config.Config = tyro.cli(
         config.Config,
-        prog="python -m gpt3jax.main --config RECIPE.py",
+        prog=f"python -m {command} --config RECIPE.py",
         description="Train a GPT-3 model: the recipe's values, and these options over them.",
         args=overrides,
         **recipe,
@@ -52,13 +53,13 @@ def load(path: str) -> config.Config:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
+        cfg = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:
         raise config.UserError(
             f"--config={path}: {type(error).__name__}: {error}; mend it"
         ) from error
     if not hasattr(module, "get_config"):
         raise config.UserError(f"--config={path}: the file must define get_config() -> Config")
-    cfg = module.get_config()
     if not isinstance(cfg, config.Config):
         raise config.UserError(f"--config={path}: get_config() returned {type(cfg)}, not a Config")
     return cfg

@@ -139,7 +139,14 @@ def test_a_missing_recipe_lists_those_beside_it(recipe_file):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("", "must define get_config"), ("def get_config(): return {}", "returned <class 'dict'>")],
+    [
+        ("", "must define get_config"),
+        ("def get_config(): return {}", "returned <class 'dict'>"),
+        (
+            "from gpt3jax import config\ndef get_config(): return config.Model(n_layer=2)",
+            "unexpected keyword argument 'n_layer'",
+        ),
+    ],
 )
 def test_a_recipe_without_a_config_is_a_user_error(recipe_file, text, told):
     recipe_file.write_text(text)

@@ -7,6 +7,8 @@ override the recipe, as in gpt3jax.main.
 
 import dataclasses
 import json
+import math
+import os
 import pathlib
 import shlex
 import sys
@@ -85,6 +87,8 @@ def plan(options: Options, recipe_args: list[str], told: str) -> dict[str, Any]:
     Raises:
         UserError: the config, the number of GPUs or a file does not serve.
     """
+    for path in filter(None, (options.json, options.html, options.dump_hlo)):
+        _check_writable(path)
     gpu = gpus.find(options.gpu)
     network = _network(gpu, options)
     target = report.Target(gpu=gpu, network=network, price=options.price)
@@ -102,7 +106,7 @@ def plan(options: Options, recipe_args: list[str], told: str) -> dict[str, Any]:
     if options.search:
         searched = _search(recipe_args, options, target, bool(missing), out)
         recipe_args += searched[0]["overrides"]
-    cfg = recipe.parse(recipe_args)
+    cfg = recipe.parse(recipe_args, "gpt3jax.plan")
     layout = memory_model.lay_out(cfg, options.gpus, network.gpus_per_node)
     compiled = None
     if not missing:
@@ -137,7 +141,7 @@ def _search(
     Raises:
         UserError: none fits by closed forms, or none compiled.
     """
-    cfg = recipe.parse(recipe_args)
+    cfg = recipe.parse(recipe_args, "gpt3jax.plan")
     found = search.candidates(cfg, options.gpus, target.gpu, target.network)
     queue = search.Queue(found, target.gpu)
     out.print(f"{len(found):,} layouts fit, by closed forms.")
@@ -191,8 +195,12 @@ def _searched(
 def _network(gpu: gpus.Gpu, options: Options) -> gpus.Network:
     for name in ("nvlink_gbytes", "nic_gbytes", "latency_us", "gpus_per_node"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise config.UserError(f"--{name.replace('_', '-')}={value} must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise config.UserError(
+                f"--{name.replace('_', '-')}={value} must be above 0, and finite"
+            )
+    if not 0 <= options.price < math.inf:
+        raise config.UserError(f"--price={options.price} must be 0 or above, and finite")
     return gpus.network_of(
         gpu,
         options.gpus_per_node,
@@ -207,6 +215,16 @@ def _corpus(path: str, args: list[str]) -> list[str]:
     data = recipe.load(path).data
     named = any(arg.startswith(("--data.paths", "--data.train", "--data.mock")) for arg in args)
     return [] if named or data.paths or data.train_paths or data.mock else ["--data.mock"]
+
+
+def _check_writable(path: str) -> None:
+    """Check before all work that a report can go there, without making the file."""
+    file = pathlib.Path(path)
+    target = file if file.exists() else file.parent
+    if file.is_dir() or not target.exists() or not os.access(target, os.W_OK):
+        raise config.UserError(
+            f"{path} cannot be written: choose a file in a folder that is there and yours"
+        )
 
 
 def _write(path: str, text: str) -> None:

@@ -35,6 +35,13 @@ from gpt3jax.preflight import program as lowering
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 # Groups of a config that do not change the program.
 _ELSEWHERE = ("checkpoint.", "log.", "distributed.")
+# What the compiling process is given, whatever the user's own environment says.
+_ALONE = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver, and none is needed
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_TRACEBACK_FILTERING": "off",  # else an error ends with advice on its traceback
+}
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
 
 
@@ -72,6 +79,8 @@ def missing_extra() -> str:
     found = [installed[name] for name in _PLUGINS if name in installed]
     if found and installed["jax"] in found:
         return ""
+    if sys.platform != "linux":
+        return f"the compiler for GPUs is there for Linux only, not for {sys.platform}"
     have = f"jax {installed['jax']} needs a CUDA plugin of its version"
     have += f", not {' or '.join(found)}" if found else ", and there is none"
     return f"{have}: pip install -e '.[plan]'"
@@ -86,12 +95,16 @@ def compile_step(
     `cfg` is what `recipe.parse` makes of `args`; `axis_sizes` are its mesh's, none of them -1.
 
     Raises:
-        UserError: the model does not fit the mesh, the compiler failed, or no folder can be
-            written to.
+        UserError: the model does not fit the mesh, XLA does not know an option of the user's, the
+            compiler failed, or no folder can be written to.
     """
     n_stages = axis_sizes["stage"]
     flags = xla_flags.text(xla_flags.of_plan(gpu, network, n_stages))
+    flags = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # a run's user has the last word
+    xla_flags.check(flags)
     variables = {one.name: one.value for one in xla_flags.variables(n_stages)}
+    variables |= {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+    variables |= _ALONE
     request = {
         "args": args,
         "axis_sizes": axis_sizes,
@@ -202,14 +215,7 @@ def _target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) ->
 
 def _run(request: dict[str, Any], settings: dict[str, str], file: pathlib.Path) -> None:
     """Run the compiling process; its answer appears under the file's name only when whole."""
-    environment = {
-        **os.environ,
-        **settings,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver, and none is needed
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_TRACEBACK_FILTERING": "off",  # else an error ends with advice on its traceback
-    }
+    environment = {**os.environ, **settings}
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         request = {**request, "out": f"{folder}/answer", "dump": f"{folder}/dump"}
         environment["XLA_FLAGS"] += f" --xla_dump_to={_quoted(request['dump'])}"

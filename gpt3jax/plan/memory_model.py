@@ -95,7 +95,8 @@ def _resolve(mesh: config.Mesh, n_gpus: int) -> dict[str, int]:
         free = "" if n_gpus % fixed else f", for instance --mesh.data={n_gpus // fixed * mesh.data}"
         raise config.UserError(
             f"mesh: {told} does not fit --gpus={n_gpus}: the axes' product must be {n_gpus}; "
-            f"change one{free if mesh.data > 0 else ''}, or give -1 to one"
+            f"change one{free if mesh.data > 0 else ''}"
+            f"{'' if -1 in vars(mesh).values() else ', or give -1 to one'}"
         )
     return sizes
 

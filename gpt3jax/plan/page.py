@@ -25,11 +25,12 @@ small { color: #606770 }
 
 
 def render(found: Mapping[str, Any], command: str) -> str:
-    """Return the page of a report (`report.build`) that a command line gave."""
+    """Return the page of a report, as `report.show` takes it, that a command line gave."""
     fits = '<span class="yes">fits</span>' if found["fits"] else '<span class="no">no fit</span>'
     low, expected, high = found["step_seconds"].values()
     parts = [
-        f"<h1>{html.escape(report.head(found))}</h1>",
+        "<h1>gpt3jax plan</h1>",
+        f"<p>{html.escape(report.head(found))}</p>",
         f"<p><code>{html.escape(command)}</code></p>",
         *(f'<p class="no">{html.escape(problem)}</p>' for problem in found["problems"]),
         f"<h2>Memory of a GPU: {found['peak_bytes_per_gpu'] / GIB:.1f} GiB, {fits}</h2>",
@@ -39,6 +40,9 @@ def render(found: Mapping[str, Any], command: str) -> str:
         f"<h2>Collectives of a step ({found['collectives_are']})</h2>",
         _table(report.COLLECTIVES, report.collective_rows(found)),
     ]
+    if found["search"]:
+        ranked = _table(report.SEARCHED, report.search_rows(found["search"]))
+        parts += ["<h2>Layouts of the search, fastest first; the first is this page's</h2>", ranked]
     if found["compiled"]:
         arrays = _table(report.BUFFERS, report.buffer_rows(found))
         parts += ["<h2>Largest temporary arrays (compiled)</h2>", arrays]
@@ -69,7 +73,8 @@ def _time(found: Mapping[str, Any]) -> str:
     waits = {f"waiting for {one['axis']}": 0.0 for one in found["collectives"]}
     for one in found["collectives"]:
         waits[f"waiting for {one['axis']}"] += one["exposed"]
-    waits = {name: seconds for name, seconds in waits.items() if seconds > 1e-3}
+    least = report.SMALL * found["step_seconds"]["expected"]
+    waits = {name: seconds for name, seconds in waits.items() if seconds > least}
     return _bar(shares | waits, "s") + _table((), report.facts(found))
 
 

@@ -11,12 +11,15 @@ from gpt3jax import (
     config,
     flops,
     gpus,
+    remat,
     xla_flags,
 )
 from gpt3jax.plan import compiler, memory_model, time_model
 
 GIB = 2**30
+SMALL = 0.001  # of a step: collectives below are in the JSON file alone
 COLLECTIVES = ("kind", "axis", "network", "count", "GB out of a GPU", "s", "exposed s")
+SEARCHED = ("", "step s", "MFU", "GiB", "fits", "options")
 BUFFERS = ("GiB", "shape", "made by", "source")
 
 
@@ -76,11 +79,26 @@ def build(
         "mesh": layout.sizes,
         "n_microbatches": layout.n_microbatches,
         "attention": layout.attention,
+        "step": _step(cfg, layout),
         "assumed": {
             name: dataclasses.asdict(of)
             for name, of in time_model.in_effect(layout, compiled is not None).items()
         },
         "versions": compiler.versions(),
+    }
+
+
+def _step(cfg: config.Config, layout: memory_model.Layout) -> dict[str, Any]:
+    """Return what of the config, besides the mesh's sizes, decides a step's memory and time."""
+    return {
+        "global_batch_size": cfg.batch.global_batch_size,
+        "microbatch_size": cfg.batch.microbatch_size,
+        "seq_len": cfg.model.seq_len,
+        "compute_dtype": cfg.precision.compute_dtype,
+        "remat": remat.in_effect(cfg.model.remat, layout.sizes["stage"] > 1),
+        "shard_optimizer": cfg.mesh.shard_optimizer,
+        "sequence_parallel": cfg.mesh.sequence_parallel,
+        "virtual_stages": cfg.mesh.virtual_stages,
     }
 
 
@@ -181,15 +199,9 @@ def _advice(found: Mapping[str, Any]) -> str:
 
 def show_search(rows: list[dict[str, Any]], out: console.Console) -> None:
     """Print the layouts that a search compiled, fastest first, with the options of each."""
-    found = _table("Layouts, fastest first (estimates)", "", "step s", "MFU", "GiB", "fits")
-    for i, row in enumerate(rows):
-        if row["failed"]:
-            found.add_row(str(i + 1), "", "", "", "not compiled")
-            continue
-        found.add_row(
-            str(i + 1), f"{row['step_seconds']:.3g}", f"{row['mfu']:.1%}",
-            f"{row['peak_bytes_per_gpu'] / GIB:.1f}", "yes" if row["fits"] else "NO",
-        )  # fmt: skip
+    found = _table("Layouts, fastest first (estimates)", *SEARCHED[:-1])
+    for *cells, _ in search_rows(rows):
+        found.add_row(*cells)
     out.print(found)
     for i, row in enumerate(rows):
         failed = f" ({row['failed']})" if row["failed"] else ""
@@ -205,12 +217,36 @@ def show_search(rows: list[dict[str, Any]], out: console.Console) -> None:
         out.print("WARNING: none of these layouts fits.")
 
 
+def search_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the layouts of a search as cells, with `SEARCHED` above them."""
+    return [
+        (str(i + 1), "", "", "", "not compiled", row["failed"])
+        if row["failed"]
+        else (
+            str(i + 1), f"{row['step_seconds']:.3g}", f"{row['mfu']:.1%}",
+            f"{row['peak_bytes_per_gpu'] / GIB:.1f}", "yes" if row["fits"] else "NO",
+            " ".join(row["overrides"]),
+        )
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+
+
 def head(found: Mapping[str, Any]) -> str:
-    """Return what is planned, in one line."""
-    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "one device"
+    """Return what is planned, in one paragraph."""
+    mesh, step = found["mesh"], found["step"]
+    told = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"
+    with_them = {
+        f"{step['virtual_stages']} virtual stages": step["virtual_stages"] > 1,
+        "sharded optimizer": step["shard_optimizer"] and mesh["data"] > 1,
+        "sequence parallelism": step["sequence_parallel"] and mesh["tensor"] > 1,
+    }
+    extras = ", ".join(name for name, used in with_them.items() if used)
     return (
         f"{found['parameters']:,} parameters on {found['gpus']:,} x {found['gpu']['name']}, mesh "
-        f"{mesh}, {found['n_microbatches']} microbatches, attention {found['attention']}"
+        f"{told}{f' ({extras})' if extras else ''}. A step: "
+        f"{step['global_batch_size']:,} sequences of {step['seq_len']:,} tokens, "
+        f"{found['n_microbatches']} x {step['microbatch_size']} a rank; {step['compute_dtype']}, "
+        f"attention {found['attention']}, remat {step['remat']}"
     )
 
 
@@ -218,12 +254,12 @@ def _memory_table(found: Mapping[str, Any]) -> table.Table:
     rows = _table(f"Memory of a GPU ({found['peak_is']} peak)", "", "GiB")
     for name, n_bytes in found["memory"].items():
         exact = name in ("parameters", "optimizer", "batch")
-        rows.add_row(f"{name}{'' if exact else ' (estimate)'}", f"{n_bytes / GIB:.2f}")
+        rows.add_row(f"{name}{'' if exact else ' (estimate)'}", _figure(n_bytes / GIB))
     rows.add_section()
-    rows.add_row("peak", f"{found['peak_bytes_per_gpu'] / GIB:.2f}")
+    rows.add_row("peak", _figure(found["peak_bytes_per_gpu"] / GIB))
     if found["compiled"]:
         closed_form = found["estimated_peak_bytes_per_gpu"] / GIB
-        rows.add_row("peak by the closed forms", f"{closed_form:.2f}")
+        rows.add_row("peak by the closed forms", _figure(closed_form))
     rows.add_row(
         "headroom: cuDNN's workspace, fragmentation", f"{found['headroom_bytes'] / GIB:.2f}"
     )
@@ -238,8 +274,9 @@ def _memory_table(found: Mapping[str, Any]) -> table.Table:
 def _collectives_table(found: Mapping[str, Any]) -> table.Table:
     title = f"Collectives of a step ({found['collectives_are']}; seconds estimated, each alone)"
     rows = _table(title, *COLLECTIVES)
+    least = SMALL * found["step_seconds"]["expected"]
     for one, row in zip(found["collectives"], collective_rows(found), strict=True):
-        if one["seconds"] >= 5e-4 or len(found["collectives"]) <= 8:
+        if max(one["seconds"], one["exposed"]) >= least:
             rows.add_row(*row)
     return rows
 
@@ -249,10 +286,17 @@ def collective_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             one["kind"], one["axis"], one["network"], f"{one['count']:,}",
-            f"{one['bytes_per_step'] / 1e9:.2f}", f"{one['seconds']:.3f}", f"{one['exposed']:.3f}",
+            _figure(one["bytes_per_step"] / 1e9), _figure(one["seconds"]), _figure(one["exposed"]),
         )
         for one in found["collectives"]
     ]  # fmt: skip
+
+
+def _figure(number: float) -> str:
+    """Return a number with the digits that matter: 1,002.92, 0.109, 0.0012, 9.2e-05."""
+    if number >= 1:
+        return f"{number:,.2f}"
+    return f"{number:.3g}" if number >= 1e-3 or number < 1e-9 else f"{number:.1e}"
 
 
 def _buffers_table(found: Mapping[str, Any]) -> table.Table:
@@ -266,7 +310,7 @@ def buffer_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the largest arrays of a compiled step as cells, with `BUFFERS` above them."""
     return [
         (
-            f"{one['n_bytes'] / GIB:.2f}",
+            _figure(one["n_bytes"] / GIB),
             one["shape"],
             "/".join(one["operation"].split("/")[-2:]),
             one["source"],

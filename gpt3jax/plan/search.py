@@ -40,18 +40,18 @@ def candidates(
     """Return the layouts that fit, fastest first. The context axis stays the recipe's, -1 is 1.
 
     Raises:
-        UserError: none fits, or no layout could: the schedule of the batch is wrong, or nodes are
-            not whole.
+        UserError: none fits, or no layout could: the batch does not divide, its schedule is wrong,
+            or nodes are not whole.
     """
     batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     memory_model.check_nodes(n_gpus, network.gpus_per_node)
-    found = []
+    found, divides = [], False
     for one in _variants(cfg, n_gpus, network.gpus_per_node):
         try:
             layout = memory_model.lay_out(one, n_gpus, network.gpus_per_node)
         except config.UserError:  # it does not divide
             continue
-        drops = bool(layout.problems)
+        divides, drops = True, bool(layout.problems)
         if drops:
             layout = dataclasses.replace(layout, problems=())
             batch = dataclasses.replace(one.batch, schedule="", ramp=())
@@ -70,6 +70,12 @@ def candidates(
                 overrides=_overrides(one, cfg),
                 drops_schedule=drops,
             )
+        )
+    if not divides:
+        raise config.UserError(
+            f"no mesh of --gpus={n_gpus} divides batch.global_batch_size="
+            f"{cfg.batch.global_batch_size}, model.n_heads={cfg.model.n_heads} and "
+            f"model.n_layers={cfg.model.n_layers}: change the number of GPUs or the batch"
         )
     if not found:
         raise config.UserError(

@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     )  # fmt: skip
 
     def checked() -> int:
-        cfg = recipe.parse([f"--config={options.config}", *recipe_args])
+        cfg = recipe.parse([f"--config={options.config}", *recipe_args], "gpt3jax.preflight")
         xla_flags.check(os.environ.get("XLA_FLAGS", ""))
         distributed.start(cfg.distributed, cfg.mesh)
         session = joint.Session(cfg)

@@ -50,17 +50,22 @@ def recipe_file(tmp_path):
         (["--gpus=64"], "global_batch_size=16 is not divisible"),
         (["--gpus=8", "--mesh.tensor=8"], "does not divide"),
         (["--gpus=8", "--nic-gbytes=0"], "must be above 0"),
+        (["--gpus=8", "--nic-gbytes=nan"], "must be above 0, and finite"),
+        (["--gpus=8", "--latency-us=inf"], "must be above 0, and finite"),
+        (["--gpus=8", "--price=-3"], "must be 0 or above"),
         (["--gpus=8", "--json=/nowhere/plan.json"], "cannot be written"),
+        (["--gpus=8", "--html=/"], "cannot be written"),
         (["--gpus=8", "--dump-hlo=x", "--no-compile"], "--dump-hlo needs"),
         (["--gpus=8", "--batch.schedule=0:4 x"], 'entry "x" must be'),
         (["--gpus=8", "--search", "--batch.schedule=0:4 x"], 'entry "x" must be'),
         (["--gpus=12", "--search"], "not a multiple of --gpus-per-node=8"),
+        (["--gpus=24", "--search"], "no mesh of --gpus=24 divides batch.global_batch_size=16"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(recipe_file, args, told, capsys):
+def test_what_a_user_can_mend_is_one_line_and_comes_first(recipe_file, args, told, capsys):
     assert plan.main([f"--config={recipe_file}", "--no-compile", *args]) == 2
-    error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    shown = capsys.readouterr()
+    assert told in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 def test_report_without_compiling_keeps_the_contract(recipe_file, tmp_path, capsys):
@@ -154,8 +159,14 @@ def test_search_prints_options_and_plans_the_fastest(recipe_file, tmp_path, caps
     assert " ".join(best["overrides"]) in capsys.readouterr().out
     text = page.read_text()
     assert "http" not in text.replace("http-equiv", "")  # it needs nothing from elsewhere
-    for told in ("Memory of a GPU", "matmul", "all-gather" if "all-gather" in str(found) else ""):
+    for told in (
+        "Memory of a GPU",
+        "matmul",
+        f"remat {found['step']['remat']}",
+        *best["overrides"],
+    ):
         assert told in text
+    assert f"--model.remat={found['step']['remat']}" in best["overrides"]
 
 
 @pytest.mark.parametrize(
@@ -223,11 +234,11 @@ def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
 
 
 def compile_small(recipe_file, monkeypatch, *options, gpus_per_node=8):
-    """Ask for a step of a compiler that answers at once; return what it was asked for."""
+    """Ask for a step of a compiler that answers at once; return the settings it was given."""
     asked = []
 
     def answer(request, settings, file):
-        asked.append(request)
+        asked.append(settings)
         found = {**vars(compiled(7)), "hlo": compiled(7).text}
         for name in ("text", "program", "cudnn", "cached"):
             del found[name]
@@ -249,6 +260,20 @@ def test_a_step_is_compiled_again_where_the_program_is_another(recipe_file, tmp_
     assert not compile_small(recipe_file, monkeypatch, "--checkpoint.dir=a", "--log.dir=b")
     assert compile_small(recipe_file, monkeypatch, "--train.seed=7")
     assert compile_small(recipe_file, monkeypatch, gpus_per_node=4)
+    for name, value in (
+        ("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false"),
+        ("JAX_OPTIMIZATION_LEVEL", "O0"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "highest"),
+    ):
+        monkeypatch.setenv(name, value)
+        [settings] = compile_small(recipe_file, monkeypatch)
+        assert settings[name].endswith(value), "a run takes the user's last"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_schedule=false")
+    with pytest.raises(
+        config.UserError, match="did you mean xla_gpu_enable_latency_hiding_scheduler"
+    ):
+        compile_small(recipe_file, monkeypatch)
+    monkeypatch.delenv("XLA_FLAGS")
     for file in (tmp_path / "gpt3jax" / "plan").iterdir():
         file.write_bytes(file.read_bytes()[:-9])  # cut off
     assert compile_small(recipe_file, monkeypatch)
