@@ -101,13 +101,17 @@ def _bar(shares: Mapping[str, float], unit: str, free: float = 0.0) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    for row in rows:
-        cells = [
-            f'<td class="n">{html.escape(cell)}</td>'
-            if cell[:1].isdigit()
-            else f"<td>{html.escape(cell)}</td>"
-            for cell in row
-        ]
-        lines.append("<tr>" + "".join(cells) + "</tr>")
+    """Return a table; a column is as the cells of its first row are, numbers or text."""
+    rows = [tuple(row) for row in rows]
+    numbers = [cell[:1].isdigit() for cell in rows[0]] if rows else []
+
+    def line(kind: str, cells: Iterable[str]) -> str:
+        marks = [' class="n"' if number else "" for number in numbers]
+        told = (
+            f"<{kind}{mark}>{html.escape(cell)}</{kind}>"
+            for mark, cell in zip(marks, cells, strict=False)
+        )
+        return f"<tr>{''.join(told)}</tr>"
+
+    lines = [line("th", head), *(line("td", row) for row in rows)]
     return "<table>" + "\n".join(lines) + "</table>"
