@@ -19,7 +19,7 @@ import tyro
 from rich import console
 
 from gpt3jax import command, config, gpus, recipe
-from gpt3jax.plan import compiler, memory_model, page, report, search
+from gpt3jax.plan import compiler, memory_model, page, report, rows, search, terminal
 
 MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
 
@@ -112,12 +112,12 @@ def plan(options: Options, recipe_args: list[str], told: str) -> dict[str, Any]:
     if not missing:
         found = report.build(cfg, layout, target, None)
         out.print(
-            f"By closed forms: {found['peak_bytes_per_gpu'] / report.GIB:.1f} GiB a GPU, "
+            f"By closed forms: {found['peak_bytes_per_gpu'] / rows.GIB:.1f} GiB a GPU, "
             f"{found['step_seconds']['expected']:.3g} s a step. Compiling the step ..."
         )
         compiled = compiler.compile_step(cfg, recipe_args, layout.sizes, gpu, network)
     found = report.build(cfg, layout, target, compiled) | {"search": searched}
-    report.show(found, out)
+    terminal.show(found, out)
     if missing and options.compile:
         out.print(f"Not compiled, all figures are by closed forms: {missing}", soft_wrap=True)
     if options.json:
@@ -145,23 +145,23 @@ def _search(
     found = search.candidates(cfg, options.gpus, target.gpu, target.network)
     queue = search.Queue(found, target.gpu)
     out.print(f"{len(found):,} layouts fit, by closed forms.")
-    rows: list[dict[str, Any]] = []
+    layouts: list[dict[str, Any]] = []
     while one := queue.next():
-        i = len(rows)
-        if i >= options.n_compiled and any(row["fits"] for row in rows):
+        i = len(layouts)
+        if i >= options.n_compiled and any(row["fits"] for row in layouts):
             break
         if i >= max(options.n_compiled, 1) + MORE_COMPILED:
             break
         if not closed_forms_only:
             out.print(f"Compiling layout {i + 1}: {' '.join(one.overrides)}", soft_wrap=True)
-        rows.append(_searched(one, recipe_args, target, closed_forms_only))
-        if rows[-1]["peak_bytes_per_gpu"] and not closed_forms_only:
-            queue.note(one, rows[-1]["peak_bytes_per_gpu"])
-    rows.sort(key=lambda row: (bool(row["failed"]), not row["fits"], row["step_seconds"] or 0))
-    if all(row["failed"] for row in rows):
-        raise config.UserError(f"none of {len(rows)} layouts compiled: {rows[0]['failed']}")
-    report.show_search(rows, out)
-    return rows
+        layouts.append(_searched(one, recipe_args, target, closed_forms_only))
+        if layouts[-1]["peak_bytes_per_gpu"] and not closed_forms_only:
+            queue.note(one, layouts[-1]["peak_bytes_per_gpu"])
+    layouts.sort(key=lambda row: (bool(row["failed"]), not row["fits"], row["step_seconds"] or 0))
+    if all(row["failed"] for row in layouts):
+        raise config.UserError(f"none of {len(layouts)} layouts compiled: {layouts[0]['failed']}")
+    terminal.show_search(layouts, out)
+    return layouts
 
 
 def _searched(

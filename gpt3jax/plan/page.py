@@ -4,9 +4,9 @@ import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gpt3jax.plan import report
+from gpt3jax.plan import rows
 
-GIB = report.GIB
+GIB = rows.GIB
 _COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -25,12 +25,12 @@ small { color: #606770 }
 
 
 def render(found: Mapping[str, Any], command: str) -> str:
-    """Return the page of a report, as `report.show` takes it, that a command line gave."""
+    """Return the page of a report, as `terminal.show` takes it, that a command line gave."""
     fits = '<span class="yes">fits</span>' if found["fits"] else '<span class="no">no fit</span>'
     low, expected, high = found["step_seconds"].values()
     parts = [
         "<h1>gpt3jax plan</h1>",
-        f"<p>{html.escape(report.head(found))}</p>",
+        f"<p>{html.escape(rows.head(found))}</p>",
         f"<p><code>{html.escape(command)}</code></p>",
         *(f'<p class="no">{html.escape(problem)}</p>' for problem in found["problems"]),
         f"<h2>Memory of a GPU: {found['peak_bytes_per_gpu'] / GIB:.1f} GiB, {fits}</h2>",
@@ -38,13 +38,13 @@ def render(found: Mapping[str, Any], command: str) -> str:
         f"<h2>Step: {expected:.3g} s (estimate; {low:.3g} to {high:.3g} s)</h2>",
         _time(found),
         f"<h2>Collectives of a step ({found['collectives_are']})</h2>",
-        _table(report.COLLECTIVES, report.collective_rows(found)),
+        _table(rows.COLLECTIVES, rows.of_collectives(found)),
     ]
     if found["search"]:
-        ranked = _table(report.SEARCHED, report.search_rows(found["search"]))
+        ranked = _table(rows.SEARCHED, rows.of_search(found["search"]))
         parts += ["<h2>Layouts of the search, fastest first; the first is this page's</h2>", ranked]
     if found["compiled"]:
-        arrays = _table(report.BUFFERS, report.buffer_rows(found))
+        arrays = _table(rows.BUFFERS, rows.of_buffers(found))
         parts += ["<h2>Largest temporary arrays (compiled)</h2>", arrays]
     parts += ["<h2>Assumptions</h2>", _assumptions(found)]
     body = "\n".join(parts)
@@ -73,16 +73,16 @@ def _time(found: Mapping[str, Any]) -> str:
     waits = {f"waiting for {one['axis']}": 0.0 for one in found["collectives"]}
     for one in found["collectives"]:
         waits[f"waiting for {one['axis']}"] += one["exposed"]
-    least = report.SMALL * found["step_seconds"]["expected"]
+    least = rows.SMALL * found["step_seconds"]["expected"]
     waits = {name: seconds for name, seconds in waits.items() if seconds > least}
-    return _bar(shares | waits, "s") + _table((), report.facts(found))
+    return _bar(shares | waits, "s") + _table((), rows.facts(found))
 
 
 def _assumptions(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    told = html.escape(f"{report.network_text(found)}. Versions: {versions}")
+    told = html.escape(f"{rows.network(found)}. Versions: {versions}")
     head = ("", "best / expected / worst", "")
-    return _table(head, report.assumption_rows(found)) + f"<p><small>{told}</small></p>"
+    return _table(head, rows.of_assumptions(found)) + f"<p><small>{told}</small></p>"
 
 
 def _bar(shares: Mapping[str, float], unit: str, free: float = 0.0) -> str:
@@ -100,18 +100,18 @@ def _bar(shares: Mapping[str, float], unit: str, free: float = 0.0) -> str:
     return f'<div class="bar">{"".join(blocks)}</div><p class="key">{"".join(keys)}</p>'
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
     """Return a table; a column is as the cells of its first row are, numbers or text."""
-    rows = [tuple(row) for row in rows]
-    numbers = [cell[:1].isdigit() for cell in rows[0]] if rows else []
+    cells = [tuple(row) for row in body]
+    numbers = [cell[:1].isdigit() for cell in cells[0]] if cells else []
 
-    def line(kind: str, cells: Iterable[str]) -> str:
+    def line(kind: str, row: Iterable[str]) -> str:
         marks = [' class="n"' if number else "" for number in numbers]
         told = (
             f"<{kind}{mark}>{html.escape(cell)}</{kind}>"
-            for mark, cell in zip(marks, cells, strict=False)
+            for mark, cell in zip(marks, row, strict=False)
         )
         return f"<tr>{''.join(told)}</tr>"
 
-    lines = [line("th", head), *(line("td", row) for row in rows)]
+    lines = [line("th", head), *(line("td", row) for row in cells)]
     return "<table>" + "\n".join(lines) + "</table>"
