@@ -87,8 +87,8 @@ def of_run(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting
         Setting(
             "xla_gpu_memory_limit_slop_factor",
             f"{100 * MEMORY_FRACTION / 0.8:.0f}",
-            "percent of 80% of the GPU: the scheduler may use what the allocator has. With 95, XLA's "
-            "own, it saves memory from 60 GiB of an H100 on, and exposes communication for it",
+            "percent of 80% of the GPU: the scheduler may use what the allocator has. With XLA's "
+            "own 95 it saves memory from 60 GiB of an H100 on, and exposes communication for it",
         ),
         *(estimator if gpu.capability >= (9, 0) else (no_estimator,)),
         *([overlap] if n_stages == 1 else []),

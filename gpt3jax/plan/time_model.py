@@ -42,7 +42,10 @@ ASSUMED = {
     # Of communication, what closed forms take to be exposed; a compiled step's schedule tells.
     "data": Range(0.5, 1.0, 1.0, "exposed share of sums over data: as compiled 175B steps"),
     "stage": Range(0.1, 0.6, 1.0, "exposed share of hand-overs of stages: as compiled 175B steps"),
-    "fsdp": Range(0.05, 0.2, 0.5, "exposed share of weights' traffic: as compiled 175B steps"),
+    "fsdp": Range(
+        0.05, 0.2, 0.5, "exposed share of weights' traffic where that takes half as long as "
+        "arithmetic; it grows with the square: as compiled 175B steps",
+    ),
     "context": Range(0.2, 0.5, 1.0, "exposed share of keys' and values' gathering: assumed"),
     "tensor": Range(0.3, 0.6, 1.0, "exposed share of activations' traffic: as compiled 175B steps"),
 }  # fmt: skip
@@ -256,21 +259,11 @@ def _by_closed_forms(
     attention = stretch * done.attention_flops / (peak * ASSUMED[kind].at(case))
     elementwise = stretch * done.moved_bytes / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
     arithmetic = matmul + attention + elementwise
-    sent = []
-    for kind, axis, count, n_bytes in collectives(cfg, layout):
-        one = _collective(kind, axis, n_bytes, layout, network)
-        seconds = count * network.seconds(one.crossing_bytes, one.group_size, one.in_node)
-        sent.append(
-            Traffic(
-                kind=kind,
-                axis=axis,
-                count=count,
-                bytes_per_step=count * one.crossing_bytes,
-                network=network.bandwidth(one.group_size, one.in_node)[0],
-                seconds=seconds,
-                exposed=ASSUMED[axis].at(case) * seconds,
-            )
-        )
+    sent = [_traffic(*row, layout, network) for row in collectives(cfg, layout)]
+    busy = {axis: sum(one.seconds for one in sent if one.axis == axis) for axis in layout.sizes}
+    shares = {axis: ASSUMED[axis].at(case) for axis in layout.sizes}
+    shares["fsdp"] = min(1.0, shares["fsdp"] * (2 * busy["fsdp"] / arithmetic) ** 2)
+    sent = [dataclasses.replace(one, exposed=shares[one.axis] * one.seconds) for one in sent]
     hidden = sum(one.seconds - one.exposed for one in sent)
     if hidden > arithmetic:  # there is not enough to hide it
         share = 1 - arithmetic / hidden
@@ -287,6 +280,27 @@ def _by_closed_forms(
         exposed=exposed,
         bubble=arithmetic * bubble,
         traffic=sorted(sent, key=lambda one: -one.seconds),
+    )
+
+
+def _traffic(
+    kind: str,
+    axis: str,
+    count: int,
+    n_bytes: float,
+    layout: memory_model.Layout,
+    network: gpus.Network,
+) -> Traffic:
+    """Return a row of `collectives` with its time, and nothing exposed."""
+    one = _collective(kind, axis, n_bytes, layout, network)
+    return Traffic(
+        kind=kind,
+        axis=axis,
+        count=count,
+        bytes_per_step=count * one.crossing_bytes,
+        network=network.bandwidth(one.group_size, one.in_node)[0],
+        seconds=count * network.seconds(one.crossing_bytes, one.group_size, one.in_node),
+        exposed=0.0,
     )
 
 
