@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -439,6 +440,7 @@ def test_metrics_are_read_only_after_the_next_step_is_dispatched(tmp_path, monke
     def spying_build(*args):
         program = build(*args)
 
+        @functools.wraps(program.train)  # with what compiles it
         def spy(state, batch):
             state, metrics = program.train(state, batch)
             dispatched.append(metrics)

@@ -1,6 +1,7 @@
 """A step taken twice: it repeats, or what differs is named; nothing is written."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -57,9 +58,10 @@ def test_what_does_not_repeat_is_named(trained, capsys, monkeypatch, which):
     """The second pass has one value altered: of an array after its last step, or of a batch."""
     start, calls = setup.start_or_resume, []
 
-    def with_a_fault(cfg):
-        run, *rest = start(cfg)
+    def with_a_fault(*args):
+        run, *rest = start(*args)
 
+        @functools.wraps(run.program.train)  # with what compiles it
         def spoilt(state, batch, *limit):
             calls.append(1)
             state, metrics = run.program.train(state, batch, *limit)

@@ -1,6 +1,7 @@
 """Checksums of replicas: one altered buffer, on any mesh, is found and its device is named."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -121,6 +122,7 @@ def test_a_corrupted_replica_ends_a_run_before_it_is_saved(tmp_path, monkeypatch
     def with_a_broken_device(*args):
         program = build(*args)
 
+        @functools.wraps(program.train)  # with what compiles it
         def broken(state, batch):
             state, metrics = program.train(state, batch)
             if int(state.step) == 5:
