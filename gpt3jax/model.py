@@ -178,10 +178,6 @@ Take = Callable[[Any, Any], tuple[Block, Any]]  # (what stands for a block, sums
 Carry = tuple[Array, Any]  # the residual stream, sums
 
 
-def _as_it_is(block: Any, sums: Any) -> tuple[Block, Any]:
-    return block, sums
-
-
 class GPT(nnx.Module):
     """The whole network, up to the final hidden states; the head is its embedding table."""
 
@@ -251,14 +247,14 @@ class GPT(nnx.Module):
         segments_BT: Array | None,
         noise: dropout.Noise | None,
         compute: Compute,
-        take: Take = _as_it_is,
+        take: Take | None = None,
         sums: Any = None,
     ) -> Carry:
         """Return the residual stream after stacked blocks (leaves `[L, ...]`) with these numbers.
 
-        They are consecutive layers, the first of which begins a period of `layer_windows`. `blocks`
-        may be something else stacked, of which `take` makes the blocks; what it hands on from layer
-        to layer, `sums`, is returned too.
+        They are consecutive layers, the first of which begins a period of `layer_windows`. With
+        `take`, `blocks` is something else stacked, of which it makes the blocks; what it hands on
+        from layer to layer, `sums`, is returned too.
         """
         windows = layer_windows(self.model)
         # Layers repeat in periods of `len(windows)`; a last, shorter period may be left over.
@@ -280,16 +276,17 @@ class GPT(nnx.Module):
         segments_BT: Array | None,
         noise: dropout.Noise | None,
         compute: Compute,
-        take: Take,
+        take: Take | None,
     ) -> Carry:
         """Run the layers of `part`, stacked blocks and numbers: a whole number of periods."""
 
         def layer(block: Any, own: dropout.Noise | None, carry: Carry, window: int | None) -> Carry:
             x_BTD, sums = carry
-            block, sums = take(block, sums)
+            if take is not None:
+                block, sums = take(block, sums)
             return block(x_BTD, segments_BT, own, window, compute), sums
 
-        policy = remat.POLICIES[remat.in_effect(self.model.remat, take is not _as_it_is)]
+        policy = remat.POLICIES[remat.in_effect(self.model.remat, take is not None)]
         if policy is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=3)
 

@@ -179,10 +179,13 @@ def mean_loss_and_grads(
         return microbatch_loss(params, microbatch, noise, compute)
 
     def pipelined_sums(params: model.GPT, batch: Batch) -> Any:
-        grad = jax.value_and_grad(pipeline.batch_loss, argnums=(0, 5), has_aux=True)
+        def weighted(params: model.GPT, sums: Any) -> tuple[jax.Array, jax.Array]:
+            rounds = cfg.mesh.virtual_stages
+            return pipeline.batch_loss(params, batch, noise_key, compute, rounds, sums)
+
+        grad = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
         zeros = sharding.constrain_like_params(_zeros_like(params.blocks))
-        sums = grad(params, batch, noise_key, compute, cfg.mesh.virtual_stages, zeros)
-        (_, loss_sum), (grads, of_blocks) = sums
+        (_, loss_sum), (grads, of_blocks) = grad(params, zeros)
         grads.blocks = of_blocks
         return loss_sum, sharding.constrain_like_params(grads)
 
