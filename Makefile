@@ -1,4 +1,4 @@
-# Works with Python 3.11 or newer, pip and make. `make help` lists the targets.
+# Works with Python 3.11 to 3.13, pip and make. `make help` lists the targets.
 # It uses the virtual environment that is active, else its own in .venv.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PLAN = $(VENV)/.gpt3jax-plan
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-all gpu-compiler lint help clean
+.PHONY: quickstart test test-all test-versions gpu-compiler lint help clean
 
 quickstart: $(TEST)  ## train a small GPT on the CPU, in minutes (ARGS="--train.n-steps=50")
 	$(BIN)/python -m gpt3jax.main --config=configs/quickstart.py $(ARGS)
@@ -22,6 +22,13 @@ test: $(TEST)  ## tests that take seconds (WORKERS=2, ARGS="-k name")
 
 test-all: $(PLAN)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) $(ARGS)
+
+test-versions:  ## the quick tests on every Python that is here and supported, in .venvs
+	@set -e; for version in 3.11 3.12 3.13; do \
+	  python$$version -c '' 2> /dev/null || { echo "no python$$version here"; continue; }; \
+	  $(MAKE) test VENV=.venvs/$$version PYTHON=python$$version; \
+	  .venvs/$$version/bin/python -m pip list | grep -E '^(jax|flax|orbax-checkpoint|grain|numpy) '; \
+	done
 
 gpu-compiler: $(PLAN)  ## install what gpt3jax.plan and its tests compile with, 0.7 GiB
 
@@ -34,9 +41,9 @@ lint: $(DEV)  ## style, format, types, spelling
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
-clean:  ## remove caches and build output; runs/ and .venv stay
+clean:  ## remove caches and build output; runs/, .venv and .venvs stay
 	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist gpt3jax.egg-info
-	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed once, and again when pyproject.toml changes.
 $(TEST): pyproject.toml | $(BIN)/python
@@ -52,6 +59,6 @@ $(DEV): pyproject.toml | $(BIN)/python
 	touch $@ $(TEST)
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo 'gpt3jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo 'gpt3jax needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/python3.13 ...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -160,14 +160,14 @@ def _walk(
                 0 if window is None else int((np.maximum(0, start_C - window) - first_C).min()),
                 int((start_C + (end - begin) - first_C).max()),
             )
-            how = _How(window, dropout_rate, n_drawn=int(first_C.max()) + seen.stop)
-            starts = (jnp.asarray(x)[shard] for x in (start_C, first_C + seen.start))
+            places = (tuple(x.tolist()) for x in (start_C, first_C + seen.start))
+            how = _How(window, dropout_rate, *places)
             segments = None
             if q_segments_BT is not None and k_segments_BRS is not None:
                 k_segments_BS = k_segments_BRS[:, chunk % k_segments_BRS.shape[1]]
                 segments = q_segments_BT[:, begin:end], k_segments_BS[:, seen]
             arrays = q_BTHK[:, begin:end], *(x[:, seen] for x in keys)
-            out.append(_block(how, *arrays, segments, noise, *starts))
+            out.append(_block(how, *arrays, segments, noise, jnp.asarray(shard)))
     return jnp.concatenate(out, axis=1)
 
 
@@ -177,18 +177,17 @@ class _How:
 
     window: int | None
     dropout_rate: float
-    n_drawn: int
-    """Keys, from position 0 on, that dropout is drawn for: what is drawn for a key must not depend
-    on where the block starts."""
+    starts: tuple[int, ...]  # the first query's position, on each shard of the sequence
+    firsts: tuple[int, ...]  # the first key's
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _block(
     how: _How, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments: tuple[Array, Array] | None,
-    noise: dropout.Noise | None, start: Array, first: Array,
+    noise: dropout.Noise | None, shard: Array,
 ) -> Array:  # fmt: skip
-    """Attend from queries at positions `start...` to keys at positions `first...`."""
-    return _forward(how, q_BTHK, k_BSHK, v_BSHK, segments, noise, start, first)[0]
+    """Attend from consecutive queries to consecutive keys, which start where the shard's do."""
+    return _forward(how, q_BTHK, k_BSHK, v_BSHK, segments, noise, shard)[0]
 
 
 def _forward(
@@ -243,23 +242,34 @@ def _scores_and_mask(
     k_BSHK: Array,
     segments: tuple[Array, Array] | None,
     noise: dropout.Noise | None,
-    start: Array,
-    first: Array,
+    shard: Array,
 ) -> tuple[Array, Array | None]:
     """Return the scores, and which of them dropout keeps (None: all)."""
-    scale = q_BTHK.shape[-1] ** -0.5
-    t_T = start + jnp.arange(q_BTHK.shape[1])
-    s_S = first + jnp.arange(k_BSHK.shape[1])
+    scale, n_keys = q_BTHK.shape[-1] ** -0.5, k_BSHK.shape[1]
+    t_T = _of_shard(list(how.starts), shard) + jnp.arange(q_BTHK.shape[1])
+    s_S = _of_shard(list(how.firsts), shard) + jnp.arange(n_keys)
     scores_BHTS = jnp.einsum(
         "bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32
     )
     scores_BHTS = jnp.where(_visible(t_T, s_S, how.window, segments), scores_BHTS, HIDDEN)
     if noise is None:
         return scores_BHTS, None
-    rows = (q_BTHK.shape[2],)
-    keep_BTHS = dropout.keep_mask(noise, how.dropout_rate, t_T, rows, how.n_drawn)
-    keep_BTHS = jax.lax.dynamic_slice_in_dim(keep_BTHS, first, k_BSHK.shape[1], 3)
-    return scores_BHTS, jnp.einsum("bths->bhts", keep_BTHS)
+    # From position 0 on: what is drawn for a key must not depend on where the block starts.
+    n_drawn, rows = max(how.firsts) + n_keys, (q_BTHK.shape[2],)
+    keep_BTHS = dropout.keep_mask(noise, how.dropout_rate, t_T, rows, n_drawn)
+    parts = [keep_BTHS[..., first : first + n_keys] for first in how.firsts]
+    return scores_BHTS, jnp.einsum("bths->bhts", _of_shard(parts, shard))
+
+
+def _of_shard(values: list[Any], shard: Array) -> Any:
+    """Return a shard's own of the values of all, by selection.
+
+    Indexing with a shard's number, for all shards at once, would be a gather for the partitioner.
+    """
+    chosen = values[0]
+    for i, value in enumerate(values[1:], start=1):
+        chosen = jnp.where(shard == i, value, chosen)
+    return chosen
 
 
 def _dropped(how: _How, x_BHTS: Array, keep_BHTS: Array | None) -> Array:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt3jax import attention, config, dropout, remat, sharding
+from gpt3jax import attention, config, dropout, lookup, remat, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,14 +217,11 @@ class GPT(nnx.Module):
         self, tokens_BT: Array, positions_BT: Array, noise: dropout.Noise | None, compute: Compute
     ) -> Array:
         """Return what enters the first layer, `[B, T, D]`."""
-        # Undoing only the fsdp sharding before the lookup keeps the table sharded over tensor and
-        # spares an involuntary full rematerialisation on mixed meshes. In fp32, because the
-        # gradient of a lookup adds up all places of a token, thousands for a frequent one.
-        table_VD = sharding.constrain(self.embedding_VD[...], "vocab", None)
-        x_BTD = sharding.constrain(table_VD[tokens_BT], "batch", "seq", None)
-        x_BTD = sharding.constrain(x_BTD, *compute.residual_axes)
-        positions_TD = sharding.constrain(self.positions_TD[...], None, None)
-        x_BTD += sharding.constrain(positions_TD[positions_BT], *compute.residual_axes)
+        out_axes = compute.residual_axes[:2]
+        # In fp32, because the gradient of a lookup adds up all places of a token, thousands for a
+        # frequent one.
+        x_BTD = lookup.rows(("vocab", "embed"), out_axes, self.embedding_VD[...], tokens_BT)
+        x_BTD += lookup.rows((None, "embed"), out_axes, self.positions_TD[...], positions_BT)
         x_BTD = x_BTD.astype(compute.dtype)
         if noise is not None:
             x_BTD = dropout.apply(x_BTD, self.model.dropout, noise.fold(self.model.n_layers))

@@ -89,6 +89,21 @@ def constrain(x: Any, *logical_axes: str | None) -> Any:
     return jax.lax.with_sharding_constraint(x, spec(logical_axes, frozenset(mesh.manual_axes)))
 
 
+def axes_in_use(logical_axis: str | None) -> tuple[str, ...]:
+    """Return the mesh axes that cut a logical axis here: larger than 1, and not manual already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    axes = RULES[logical_axis]
+    return tuple(a for a in axes if mesh.shape[a] > 1 and a not in mesh.manual_axes)
+
+
+def n_ways(logical_axis: str | None) -> int:
+    """Return how many ways a logical axis is cut here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[a] for a in axes_in_use(logical_axis))
+
+
 def context_size() -> int:
     """Return how many ways the sequence is split; 1 where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -121,9 +136,16 @@ def shard_sequence(batch: dict[str, Any]) -> dict[str, Any]:
         return batch
 
     def one(x: Any) -> Any:
-        return constrain(x[..., sequence_order(x.shape[-1])], None, "batch", "seq")
+        return constrain(_in_shard_order(x), None, "batch", "seq")
 
     return {name: one(x) if x.ndim == 3 else x for name, x in batch.items()}
+
+
+def _in_shard_order(x: Any) -> Any:
+    """Return an array `[..., T]` in `sequence_order`."""
+    chunks = x.reshape(*x.shape[:-1], 2 * context_size(), -1)
+    early, late = jnp.split(chunks, 2, axis=-2)
+    return jnp.stack([early, late[..., ::-1, :]], axis=-2).reshape(x.shape)
 
 
 def stretch_starts(n_positions: int, n_before: int) -> np.ndarray:

@@ -7,7 +7,7 @@
 # As root on Debian or Ubuntu it installs with apt what is missing: a Python, and for GPUs the
 # libraries of InfiniBand, without which NCCL says nothing and takes the slow network. CUDA comes with
 # JAX's wheels, so a machine needs no more than NVIDIA's driver.
-# PYTHON=FILE takes another interpreter than python3, of 3.11 or newer. Versions are those of
+# PYTHON=FILE takes another interpreter than python3, 3.11 to 3.13. Versions are those of
 # launch/constraints.txt; an empty CONSTRAINTS= takes the newest.
 set -euo pipefail
 
@@ -27,7 +27,7 @@ esac
 
 # Debian's Python comes without the module that makes virtual environments.
 python_serves() {
-  "$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+  "$python" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
 
 packages=()
@@ -41,7 +41,7 @@ if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev
   rm -rf /var/lib/apt/lists/*
 fi
 if ! python_serves; then
-  echo "$python is not a Python of 3.11 or newer with venv: install one, or set PYTHON" >&2
+  echo "$python is not a Python 3.11, 3.12 or 3.13 with venv: install one, or set PYTHON" >&2
   exit 2
 fi
 

@@ -48,7 +48,7 @@ LAYERS = [
         "profiling",
     ],
     ["plan.memory_model"],
-    ["attention", "remat", "sample.sampling", "data.splits"],
+    ["attention", "lookup", "remat", "sample.sampling", "data.splits"],
     ["data.text", "data.blend", "evaluate.stream"],
     ["data.samples", "data.tokenizer", "data.documents", "dropout", "zigzag", "skipping"],
     [

@@ -98,6 +98,53 @@ def compiled_step(cfg, mesh):
         return program.train.jitted.lower(program.abstract_state, batch).compile()
 
 
+@pytest.mark.parametrize("pattern", ["dense", "alternating"])
+@pytest.mark.parametrize("second", ["fsdp", "stage", "context"])
+def test_no_gather_or_scatter_is_left_to_the_partitioner(second, pattern):
+    """What it makes of one changes between versions, up to aborting the process."""
+    axes = {"data": 2, second: 2, "tensor": 2}
+    attention = config.Attention(pattern=pattern, band=5)
+    cfg = tiny.make_config(model={"attention": attention}, mesh=axes)
+    mesh = tiny.make_mesh(**axes)
+    program = step.build(cfg, mesh, 320)
+    batch = tiny.add_documents(tiny.make_batch(0, cfg, mesh, 2))
+    with jax.set_mesh(mesh):
+        traced = program.train.jitted.trace(program.abstract_state, batch)
+        traced_eval = program.eval.jitted.trace(program.abstract_state.params, batch)
+    left, inside = [], []
+    for jaxpr in (traced.jaxpr.jaxpr, traced_eval.jaxpr.jaxpr):
+        for primitive, manual in primitives(jaxpr):
+            if re.match("gather|scatter", primitive):
+                (inside if manual == set(mesh.axis_names) else left).append(primitive)
+    assert not left, left
+    assert "gather" in inside and "scatter-add" in inside, "the lookup is not seen"
+
+
+def primitives(jaxpr, manual=frozenset()):
+    """Yield the name of each primitive, and the mesh axes that are manual around it."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name, manual
+        inside = manual
+        if eqn.primitive.name == "shard_map":
+            inside = manual | set(eqn.params["newly_manual_axes"])
+        for part in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(part):
+                yield from primitives(getattr(part, "jaxpr", part), inside)
+
+
+def is_jaxpr(node):
+    return hasattr(getattr(node, "jaxpr", node), "eqns")
+
+
+def test_the_shards_order_of_a_sequence_needs_no_indexing():
+    with jax.set_mesh(tiny.make_mesh(data=1, context=4, tensor=2)):
+        batch = {"tokens": jnp.arange(2 * 3 * 32).reshape(2, 3, 32), "samples": jnp.zeros((2, 3))}
+        cut = jax.jit(sharding.shard_sequence)(batch)
+        order = np.asarray(sharding.sequence_order(32))
+    np.testing.assert_array_equal(cut["tokens"], np.asarray(batch["tokens"])[..., order])
+    assert order.tolist()[:8] == [0, 1, 2, 3, 28, 29, 30, 31]
+
+
 def test_replicas_reduce_gradients_once_a_step_not_in_a_loop():
     cfg, mesh = tiny.make_config(), tiny.make_mesh(data=8)
     text = compiled_step(cfg, mesh).as_text()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt3jax import attention, config, model, sharding
+from gpt3jax import attention, config, lookup, model, sharding
 from gpt3jax.sample import sampling
 
 CHUNK = 8  # tokens that one call decodes: amortises its start, and paces what is streamed
@@ -245,7 +245,9 @@ def _network(
     """
     dtype, cache = weights.compute.dtype, []
     windows = model.layer_windows(weights.cfg)
-    x_BTD = weights.embedding_VD[tokens_BT] + weights.positions_TD[jnp.maximum(places_BT, 0)]
+    places_BT = jnp.maximum(places_BT, 0)
+    x_BTD = lookup.rows(("vocab", "embed"), ("batch", None), weights.embedding_VD, tokens_BT)
+    x_BTD += lookup.rows((None, "embed"), ("batch", None), weights.positions_TD, places_BT)
     x_BTD = sharding.constrain(x_BTD.astype(dtype), "batch", None, None)
     for i, layer in enumerate(weights.layers):
         core = functools.partial(attend, i, windows[i % len(windows)])
