@@ -2,8 +2,9 @@
 
 import math
 import re
+from typing import Any
 
-from gpt3jax import config
+from gpt3jax import config, ranges
 
 
 def validate(cfg: config.Config) -> None:
@@ -12,7 +13,7 @@ def validate(cfg: config.Config) -> None:
     Raises:
         UserError: it names the field, the value, the constraint and the fix.
     """
-    _check_ranges(cfg)
+    check_ranges(cfg)
     check_model(cfg.model, cfg.data)
     _check_optimizer(cfg.optimizer)
     _check_precision(cfg.precision, cfg.model.attention, cfg.model)
@@ -21,47 +22,17 @@ def validate(cfg: config.Config) -> None:
     _check_data(cfg.data)
 
 
-_AT_LEAST: dict[str, float] = {
-    "model.n_layers": 1, "model.d_model": 1, "model.n_heads": 1, "model.seq_len": 1,
-    "model.vocab_size": 1, "model.vocab_multiple": 1, "model.init_std": 0, "model.norm_eps": 0,
-    "model.n_loss_chunks": 1, "model.attention.band": 1,
-    "optimizer.peak_lr": 0, "optimizer.min_lr": 0, "optimizer.init_lr": 0,
-    "optimizer.decay_samples": 0, "optimizer.warmup_samples": 0, "optimizer.warmup_fraction": 0,
-    "optimizer.wsd_decay_samples": 0, "optimizer.weight_decay": 0,
-    "optimizer.start_weight_decay": 0, "optimizer.eps": 0, "optimizer.clip_norm": 0,
-    "precision.static_loss_scale": 0, "precision.initial_loss_scale": 1,
-    "precision.min_loss_scale": 1, "precision.loss_scale_window": 1,
-    "precision.loss_scale_hysteresis": 1,
-    "batch.global_batch_size": 1, "batch.microbatch_size": 1,
-    "data.prefetch": 0, "data.read_threads": 1, "data.eod_id": 0, "mesh.cpu_devices": 0,
-    "mesh.virtual_stages": 1,
-    "train.n_steps": 0, "train.n_samples": 0, "train.n_tokens": 0, "train.seed": 0,
-    "train.eval_interval": 0, "train.eval_batches": 1, "train.checksum_interval": 0,
-    "train.replay_step": 0, "faults.max_skipped_steps": 1, "faults.spike_window": 2,
-    "faults.spike_deviations": 0,
-    "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,
-    "train.max_fruitless_starts": 0, "watchdog.step_multiple": 0, "watchdog.min_seconds": 1,
-    "watchdog.slow_phase_seconds": 1, "log.interval": 1, "log.peak_tflops": 0,
-    "checkpoint.keep_period": 0, "checkpoint.max_failed_saves": 0, "checkpoint.retry_pause": 0,
-    "distributed.n_processes": 0,
-    "distributed.start_timeout": 1, "distributed.heartbeat_timeout": 1,
-}  # fmt: skip
-_BELOW_ONE = (
-    "model.dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2",
-    "optimizer.warmup_fraction",
-)  # fmt: skip
+def check_ranges(tree: Any, prefix: str = "") -> None:
+    """Check each number of a tree of dataclasses; with the prefix "--", of a command's options.
 
-
-def _check_ranges(cfg: config.Config) -> None:
-    flat = config.flatten(cfg)
-    for name, least in _AT_LEAST.items():
-        if not math.isfinite(flat[name]):
-            raise config.UserError(f"{name}={flat[name]} must be finite: give a number")
-        if flat[name] < least:
-            raise config.UserError(f"{name}={flat[name]} must be at least {least:g}: raise it")
-    for name in _BELOW_ONE:
-        if not 0 <= flat[name] < 1:
-            raise config.UserError(f"{name}={flat[name]} must be in [0, 1): choose a value there")
+    Raises:
+        UserError: it names the number.
+    """
+    for name, value, bounds in ranges.numbers(tree):
+        problem = bounds.problem(value)
+        if problem:
+            named = f"{prefix}{name.replace('_', '-')}" if prefix else name
+            raise config.UserError(f"{named}={value} {problem}")
 
 
 def check_model(model: config.Model, data: config.Data) -> None:
@@ -143,9 +114,6 @@ def _check_precision(
 
 def _check_mesh(mesh: config.Mesh, model: config.Model) -> None:
     sizes = {axis: getattr(mesh, axis) for axis in ("data", "stage", "fsdp", "context", "tensor")}
-    for axis, size in sizes.items():
-        if size != -1 and size < 1:
-            raise config.UserError(f"mesh.{axis}={size} must be at least 1, or -1 for the rest")
     if list(sizes.values()).count(-1) > 1:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
         raise config.UserError(f"{rest} are all -1: only one axis can take the rest of the devices")

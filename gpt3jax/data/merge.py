@@ -4,7 +4,6 @@ import dataclasses
 import sys
 
 import tqdm
-import tyro
 
 from gpt3jax import command, config
 from gpt3jax.data import indexed
@@ -46,8 +45,7 @@ def merge(options: Options) -> str:
 
 def main() -> int:
     """Parse, merge, tell; return the exit status."""
-    options = tyro.cli(Options, prog="python -m gpt3jax.data.merge", description=__doc__)
-    return command.run(lambda: print(merge(options)))
+    return command.run(lambda: print(merge(command.parse(Options, "data.merge", __doc__))))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from gpt3jax import checkpoint, config, model, step, trained
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import __main__ as sample
-from gpt3jax.sample import generate, row_text, sampling
+from gpt3jax.sample import generate, row_text, text_options
 
 import tiny
 
@@ -177,7 +177,7 @@ def test_hugging_face_generates_the_same_tokens(tmp_path):
     source = trained.open_newest(str(tmp_path / "ours"), mesh)
     generator = generate.Generator(source.params(), source.program.compute, mesh, -1)
     prompts = np.random.default_rng(0).integers(1, 500, (2, 24)).tolist()
-    options = [sampling.Options(temperature=0.0, max_new_tokens=200)] * 2
+    options = [text_options.Options(temperature=0.0, max_new_tokens=200)] * 2
     found = [[], []]
     for new in generator.stream(prompts, options, [0, 1]):
         for row, tokens in zip(found, new, strict=True):
