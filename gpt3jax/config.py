@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import typing
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -148,9 +149,9 @@ class Precision:
 class Batch:
     """How many sequences make a step, and how they are cut."""
 
-    global_batch_size: ranges.Positive
+    global_batch_size: Annotated[int, ranges.Range(1, 10**6)]
     """Sequences per step at full size, over all devices; no stage of a schedule exceeds it."""
-    microbatch_size: ranges.Positive = 1
+    microbatch_size: Annotated[int, ranges.Range(1, 10**6)] = 1
     """Sequences per data-parallel rank that are on a device at once."""
     schedule: str = ""
     """Batch size by tokens seen, as "0:16 2.4B:320 12B:1536" (K, M, B, T = 10^3 ... 10^12)."""
@@ -400,7 +401,8 @@ def unflatten(kind: type[Tree], flat: dict[str, Any], prefix: str = "") -> Tree:
 
 def divisors_of(n: int) -> list[int]:
     """Return the divisors of n, smallest first."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def divisors(n: int) -> str:

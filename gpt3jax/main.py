@@ -19,11 +19,7 @@ def main() -> int:
 def _train() -> int:
     cfg = recipe.parse(sys.argv[1:])
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    from gpt3jax import (
-        distributed,
-        replay,
-        train,
-    )  # JAX takes seconds: --help and errors come first
+    from gpt3jax import distributed, replay, train  # after parsing: JAX takes seconds
 
     distributed.start(cfg.distributed, cfg.mesh)
     if cfg.train.replay_step:

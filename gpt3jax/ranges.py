@@ -25,8 +25,10 @@ class Range:
     excluded: float | None = None
     """A number inside that it may not be."""
 
-    def problem(self, value: float) -> str:
+    def problem(self, value: Any) -> str:
         """Return what is wrong with a number and what to do, "" if nothing is."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"is a {type(value).__name__}: give a number"
         if self.least <= value <= self.most and value != self.excluded:  # NaN never is
             return ""
         but = "" if self.excluded is None else f", and not {self.excluded:g}"

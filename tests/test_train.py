@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, optimizer, setup, sharding, step, stopping, train
+from gpt3jax import config, optimizer, setup, sharding, step, stopping, train
+from gpt3jax.checkpoint import checkpoints
 from gpt3jax.data import loader, splits
 
 import tiny
@@ -46,7 +47,7 @@ def records(folder):
 def final_arrays(cfg, n_steps):
     """Return the arrays of a run's last checkpoint, restored on one device."""
     program = step.build(dataclasses.replace(cfg, mesh=config.Mesh()), tiny.make_mesh(), 64)
-    store = checkpoint.Checkpoints(cfg.checkpoint.dir)
+    store = checkpoints.Checkpoints(cfg.checkpoint.dir)
     return tiny.leaves(store.restore(n_steps, program.abstract_state))
 
 
@@ -201,7 +202,7 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
     cfg = uninterrupted
     mesh = tiny.make_mesh()
     program = step.build(cfg, mesh, 64)
-    store = checkpoint.Checkpoints(cfg.checkpoint.dir)
+    store = checkpoints.Checkpoints(cfg.checkpoint.dir)
     params = store.restore(2, program.abstract_state).params
     parts = splits.open_splits(cfg, 4, 64)
     tokens, _ = parts.validation.tokens(np.arange(16))

@@ -60,7 +60,7 @@ def from_hf(options: FromHf) -> str:
         UserError: a file that is missing or damaged, a model that ours cannot be, or an output
             that has checkpoints.
     """
-    from gpt3jax import trained  # after parsing: it imports JAX
+    from gpt3jax import trained  # after parsing: JAX takes seconds
 
     folder, output = pathlib.Path(options.folder), pathlib.Path(options.output).absolute()
     model, eod_id = hf_gpt2.read_config(folder)
@@ -148,7 +148,7 @@ def main() -> int:
 
     def convert() -> None:
         options = command.parse(commands, "convert", __doc__)
-        import jax  # takes seconds: --help and errors come first
+        import jax  # after parsing: it takes seconds
 
         jax.config.update("jax_platforms", "cpu")
         print(run[type(options)](options))

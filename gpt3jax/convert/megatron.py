@@ -59,7 +59,7 @@ def from_megatron(options: FromMegatron) -> str:
         UserError: a file that is missing, damaged or foreign, a model that ours cannot be, or an
             output that has checkpoints.
     """
-    from gpt3jax import trained  # after parsing: it imports JAX
+    from gpt3jax import trained  # after parsing: JAX takes seconds
 
     path = pathlib.Path(options.folder)
     if not path.exists():

@@ -7,9 +7,7 @@ inspect --config configs/345m.py --step 1200
 """
 
 import dataclasses
-import json
 import pathlib
-import re
 import sys
 from typing import Annotated, Literal
 
@@ -185,10 +183,7 @@ def _run_samples(
 def _numbers(text: str) -> np.ndarray:
     if not text:
         return np.arange(0)
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise config.UserError(f"--samples {text} must be A:B with A < B, as in 0:4")
-    return np.arange(int(match[1]), int(match[2]))
+    return np.arange(*validation.stretch(text, "--samples"))
 
 
 def _document(

@@ -26,9 +26,9 @@ def merge(options: Options) -> str:
         UserError: a corpus that is missing or damaged, two with tokens of unlike types, or an
             output that is among them or cannot be written.
     """
-    corpora = [indexed.IndexedCorpus(prefix) for prefix in options.input]
-    if not corpora or options.output_prefix in options.input:
+    if not options.input or options.output_prefix in options.input:
         raise config.UserError("give --input prefixes, and an --output-prefix that is none of them")
+    corpora = [indexed.IndexedCorpus(prefix) for prefix in options.input]
     dtype = corpora[0].dtype
     for corpus in corpora:
         if corpus.dtype != dtype:

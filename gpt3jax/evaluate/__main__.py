@@ -21,7 +21,7 @@ def main() -> int:
 def _measure() -> None:
     given = command.parse(options.Options, "evaluate", __doc__)
     options.check(given)
-    from gpt3jax.evaluate import measuring  # JAX takes seconds: --help and errors come first
+    from gpt3jax.evaluate import measuring  # after parsing: JAX takes seconds
 
     print(measuring.evaluate(given))
 

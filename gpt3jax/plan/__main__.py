@@ -28,7 +28,7 @@ def _plan(args: Sequence[str]) -> int:
     gpus.find(given.gpu)
     recipe_args = [f"--config={given.config}", *rest, *_corpus(given.config, rest)]
     recipe.parse(recipe_args, "gpt3jax.plan")
-    from gpt3jax.plan import planning  # JAX takes seconds: --help and errors come first
+    from gpt3jax.plan import planning  # after parsing: JAX takes seconds
 
     told = shlex.join(["python", "-m", "gpt3jax.plan", *args])
     found = planning.plan(given, recipe_args, told)

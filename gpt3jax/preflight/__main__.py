@@ -27,7 +27,7 @@ def _check(args: Sequence[str]) -> int:
     given, rest = command.parse_beside_config(options.Options, "preflight", __doc__, args)
     cfg = recipe.parse([f"--config={given.config}", *rest], "gpt3jax.preflight")
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    from gpt3jax.preflight import rounds  # JAX takes seconds: --help and errors come first
+    from gpt3jax.preflight import rounds  # after parsing: JAX takes seconds
 
     return rounds.check(cfg, given)
 

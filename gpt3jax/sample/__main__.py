@@ -74,7 +74,7 @@ def load(options: Options) -> "tuple[generate.Generator, tokenizer.Tokenizer]":
     Raises:
         UserError: the checkpoint, the mesh or the tokenizer cannot be used.
     """
-    from gpt3jax import trained  # JAX takes seconds: --help and errors come first
+    from gpt3jax import trained  # after parsing: JAX takes seconds
     from gpt3jax.sample import generate
 
     source = trained.open_for_use(options.checkpoint, options.mesh, options.compute_dtype)
