@@ -31,12 +31,16 @@ class Range:
             return f"is a {type(value).__name__}: give a number"
         if self.least <= value <= self.most and value != self.excluded:  # NaN never is
             return ""
-        but = "" if self.excluded is None else f", and not {self.excluded:g}"
         fix = self.below if value < self.least or value == self.excluded else ""
-        return (
-            f"must be from {self.least:.10g} to {self.most:.10g}{but}: "
-            f"{fix or 'choose a value there'}"
-        )
+        return f"must be {self}: {fix or 'choose a value there'}"
+
+    def __str__(self) -> str:
+        """Return the range in words."""
+        low = "above" if self.excluded == self.least else "at least"
+        high = "below" if self.excluded == self.most else "at most"
+        told = f"{low} {self.least:.10g} and {high} {self.most:.10g}"
+        inside = self.excluded not in (None, self.least, self.most)
+        return f"{told}, and not {self.excluded:g}" if inside else told
 
 
 _MULTIPLES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

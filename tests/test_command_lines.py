@@ -3,12 +3,20 @@
 What is quick is held by what is imported: JAX and the like take seconds.
 """
 
+import dataclasses
+import importlib
 import json
+import math
 import pathlib
 import subprocess
 import sys
+import typing
 
 import pytest
+
+from gpt3jax import command, config, ranges, validation
+
+import test_config
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "gpt3jax"
 HEAVY = {
@@ -83,3 +91,49 @@ def test_help_a_typo_and_a_wrong_value_need_no_jax(module, tmp_path):
     assert statuses == [0, 2, 2]
     assert not HEAVY & set(imported)
     assert not list(tmp_path.glob("[!r_]*")), "nothing is written"
+
+
+def kinds(module, monkeypatch):
+    """Return the dataclasses of a command's options, none where it takes a config alone."""
+    found = []
+
+    def parse(kind, *_):
+        found.extend(typing.get_args(part)[0] for part in typing.get_args(kind))
+        found.extend([] if found else [kind])
+        raise SystemExit
+
+    monkeypatch.setattr(command, "parse", parse)
+    monkeypatch.setattr(command, "parse_beside_config", parse)
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"gpt3jax.{module}").main()
+    return found + [group for kind in found for group in groups(kind)]
+
+
+def groups(kind):
+    """Yield the dataclasses in a dataclass of options, without those of a config."""
+    for hint in typing.get_type_hints(kind).values():
+        if dataclasses.is_dataclass(hint) and hint.__module__ != "gpt3jax.config":
+            yield hint
+
+
+def required(kind):
+    """Return the fields of a dataclass that have no default, with some values."""
+    fields = [f for f in dataclasses.fields(kind) if f.default is f.default_factory]
+    return {f.name: 8 if f.name == "gpus" else "x" for f in fields}
+
+
+@pytest.mark.parametrize("module", sorted(commands()))
+def test_every_number_of_a_command_is_refused_beyond_its_range(module, monkeypatch, capsys):
+    for kind in kinds(module, monkeypatch):
+        for name, hint in test_config.number_hints(kind):
+            if "." in name:
+                continue  # of a group, which comes by itself, or of the mesh of a config
+            bounds = ranges.range_of(hint)
+            assert bounds is not None, f"{module}: {name} has no range: see `ranges`"
+            for value in {bounds.least, bounds.most} - {bounds.excluded}:
+                validation.check_ranges(kind(**required(kind) | {name: value}), "--")
+            for value in (bounds.least - 1, 2 * bounds.most + 1, math.nan, math.inf):
+                with pytest.raises(config.UserError) as error:
+                    validation.check_ranges(kind(**required(kind) | {name: value}), "--")
+                assert f"--{name.replace('_', '-')}={value} must be {bounds}: " in str(error.value)

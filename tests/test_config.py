@@ -348,10 +348,17 @@ def test_a_number_beyond_its_range_names_field_value_and_bounds(valid, name):
     for value in (*beyond, *([] if bounds.excluded is None else [bounds.excluded])):
         with pytest.raises(config.UserError) as error:
             validation.validate(set_number(valid, name, value))
-        told = f"{name}={value} must be from {bounds.least:.10g} to {bounds.most:.10g}"
-        assert told in str(error.value)
+        assert f"{name}={value} must be {bounds}: " in str(error.value)
     with pytest.raises(config.UserError, match=f"{name}=many is a str: give a number"):
         validation.validate(set_number(valid, name, "many"))
+
+
+def test_a_range_tells_which_of_its_ends_are_in():
+    told = {(1, 9): "at least 1 and at most 9", (0, 1, "", 0): "above 0 and at most 1"}
+    told |= {(0, 1, "", 1): "at least 0 and below 1"}
+    told |= {(-1, 9, "", 0): "at least -1 and at most 9, and not 0"}
+    for ends, words in told.items():
+        assert str(ranges.Range(*ends)) == words
 
 
 @pytest.mark.parametrize("name", numbers())

@@ -35,8 +35,9 @@ class Options:
     """The split whose samples are meant."""
     seq_len: Annotated[int, ranges.Range(1, 2**24)] = 2048
     """Length of a sample (tokens)."""
-    n_samples: ranges.Samples | None = None
-    """Samples of the run, which decide epochs and shuffles; left out: one epoch."""
+    n_samples: Annotated[int, ranges.Range(1, ranges.INT32), ranges.READS_COUNTS] | None = None
+    """Samples of the run, as 300000 or 300K, which decide epochs and shuffles; left out: one epoch.
+    """
     seed: ranges.Seed = 1234
     """Of the shuffles (train.seed)."""
     eod: Annotated[int, ranges.Range(0, 2**30)] = 50_256
@@ -172,8 +173,8 @@ def _run_samples(
         raise config.UserError(f"{options.config} has no {options.which} split")
     if options.step is None:
         return found, _numbers(options.samples)
-    if options.step < 1 or options.which != "train" or options.samples:
-        raise config.UserError("--step is of training and from 1 on, and goes without --samples")
+    if options.which != "train" or options.samples:
+        raise config.UserError("--step is of training: leave out --which and --samples")
     stream = skipping.from_config(cfg.data)
     batches = stream.schedule(schedule)
     first = batches.consumed_after(options.step - 1)

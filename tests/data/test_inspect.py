@@ -119,7 +119,7 @@ def test_the_samples_of_a_step_are_those_that_it_trains_on(tmp_path, monkeypatch
         (["corpus", "--document", "600"], "corpus has 600, from 0 on"),
         (["corpus", "--split", "1", "--which", "test", "--dump", "x"], "leaves nothing for test"),
         (["nowhere"], "nowhere.idx: no such file"),
-        (["--config", "recipe.py", "--step", "0"], "from 1 on"),
+        (["--config", "recipe.py", "--step", "0"], "--step=0 must be at least 1"),
         (["--config", "recipe.py", "--which", "valid", "--dump", "x"], "has no valid split"),
     ],
 )
