@@ -61,7 +61,7 @@ def load(path: str) -> config.Config:
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
         near = ", ".join(sorted(p.name for p in folder.glob("*.py"))) or "none"
-        fault = "is a folder: name a file" if file.is_dir() else "no such file"
+        fault = "a folder, but of no checkpoint: name a file" if file.is_dir() else "no such file"
         raise config.UserError(f"--config={path}: {fault} (recipes in {folder}: {near})")
     if file.suffix == ".json":
         return _stored(path, file)

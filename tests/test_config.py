@@ -157,8 +157,8 @@ def test_a_missing_recipe_lists_those_beside_it(recipe_file):
 def test_a_folder_as_recipe_lists_those_in_it(recipe_file):
     with pytest.raises(config.UserError) as error:
         recipe.load(str(recipe_file.parent))
-    told = f"{recipe_file.parent}: is a folder: name a file (recipes in {recipe_file.parent}: "
-    assert f"{told}recipe.py)" in str(error.value)
+    assert "a folder, but of no checkpoint: name a file" in str(error.value)
+    assert f"(recipes in {recipe_file.parent}: recipe.py)" in str(error.value)
 
 
 @pytest.mark.parametrize(

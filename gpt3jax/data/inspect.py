@@ -27,8 +27,8 @@ class Options:
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """PREFIX of PREFIX.bin and .idx, or WEIGHT PREFIX WEIGHT PREFIX ..."""
     config: str = ""
-    """In place of paths and of the options down to --reset-attention-mask: a recipe, or the
-    config.json of a run's log.dir."""
+    """In place of paths and of the options down to --reset-attention-mask: a recipe, the
+    config.json of a run's log.dir, or the folder of a checkpoint."""
     split: str = "949,50,1"
     """Shares of documents for training, validation and test."""
     which: Literal["train", "valid", "test"] = "train"

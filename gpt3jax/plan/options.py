@@ -11,7 +11,7 @@ class Options:
     """What is planned for, and what to write."""
 
     config: str
-    """The recipe, configs/*.py."""
+    """The recipe, configs/*.py, or the config.json of a run."""
     gpus: Annotated[int, ranges.Range(1, 2**20)]
     """How many GPUs."""
     gpu: str = "h100"

@@ -8,7 +8,7 @@ class Options:
     """What is measured, and what to write."""
 
     config: str
-    """The recipe, configs/*.py."""
+    """The recipe, configs/*.py, or the config.json of a run."""
     json: str = ""
     """File for the report; the first process writes it."""
     quick: bool = False
