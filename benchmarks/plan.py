@@ -47,10 +47,10 @@ RUNS = [
 
 def report(recipe, n_gpus, args, gpu="h100", **options):
     """Return the report of a plan without its output."""
-    file = str(CONFIGS / f"{recipe}.py")
-    given = plan_options.Options(config=file, gpus=n_gpus, gpu=gpu, **options)
+    config_file = str(CONFIGS / f"{recipe}.py")
+    given = plan_options.Options(config=config_file, gpus=n_gpus, gpu=gpu, **options)
     with contextlib.redirect_stdout(io.StringIO()):
-        return planning.plan(given, [f"--config={file}", "--data.mock", *args], "")
+        return planning.plan(given, args, "")
 
 
 def layouts(gpus, recipes, file):

@@ -67,10 +67,11 @@ LAYERS = [
         "convert.torch_files",
     ],
     ["gpus", "microbatches"],
+    ["plan.options"],
     ["recipe", "command", "sample.text_options"],
     ["validation"],
     ["batch_schedule", "checkpoint.metadata"],
-    ["config", "plan.options", "preflight.options"],
+    ["config", "preflight.options"],
     ["ranges"],
 ]
 LEVEL = {module: len(LAYERS) - i for i, layer in enumerate(LAYERS) for module in layer}

@@ -26,23 +26,15 @@ def _plan(args: Sequence[str]) -> int:
     for path in filter(None, (given.json, given.html, given.dump_hlo)):
         _check_writable(path)
     gpus.find(given.gpu)
-    recipe_args = [f"--config={given.config}", *rest, *_corpus(given.config, rest)]
-    recipe.parse(recipe_args, "gpt3jax.plan")
+    recipe.parse(options.recipe_args(given, rest), "gpt3jax.plan")
     from gpt3jax.plan import planning  # after parsing: JAX takes seconds
 
     told = shlex.join(["python", "-m", "gpt3jax.plan", *args])
-    found = planning.plan(given, recipe_args, told)
+    found = planning.plan(given, rest, told)
     if given.verify and (found["problems"] or not found["fits"]):
         sys.stderr.write("gpt3jax: --verify: this run would fail, as said above\n")
         return 1
     return command.DONE
-
-
-def _corpus(path: str, args: list[str]) -> list[str]:
-    """Return the option that stands in for a corpus where neither recipe nor options name one."""
-    data = recipe.load(path).data
-    named = any(arg.startswith(("--data.paths", "--data.train", "--data.mock")) for arg in args)
-    return [] if named or data.paths or data.train_paths or data.mock else ["--data.mock"]
 
 
 def _check_writable(path: str) -> None:

@@ -1,9 +1,9 @@
-"""What `gpt3jax.plan` is asked for."""
+"""What `gpt3jax.plan` is asked for. Imports no JAX."""
 
 import dataclasses
 from typing import Annotated
 
-from gpt3jax import ranges
+from gpt3jax import ranges, recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,3 +40,13 @@ class Options:
     """GB/s that a GPU reaches in one direction between nodes; left out: 90% of its card's."""
     latency_us: Annotated[float, ranges.Range(1e-3, 10**6)] = 10.0
     """Microseconds to start a collective, and as many per doubling of its group."""
+
+
+def recipe_args(options: Options, overrides: list[str]) -> list[str]:
+    """Return what `recipe.parse` takes: the file, the overrides, and a corpus if none is named."""
+    data = recipe.load(options.config).data
+    named = any(
+        arg.startswith(("--data.paths", "--data.train", "--data.mock")) for arg in overrides
+    )
+    corpus = [] if named or data.paths or data.train_paths or data.mock else ["--data.mock"]
+    return [f"--config={options.config}", *overrides, *corpus]

@@ -13,10 +13,10 @@ from gpt3jax.plan import compiler, memory_model, options, page, report, rows, se
 MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
 
 
-def plan(given: options.Options, recipe_args: list[str], told: str) -> dict[str, Any]:
+def plan(given: options.Options, overrides: list[str], told: str) -> dict[str, Any]:
     """Print the plan, write the files that were asked for, and return the report.
 
-    `recipe_args` are for `recipe.parse`; `told` is the command line, for the page.
+    `told` is the command line, for the page.
 
     Raises:
         UserError: the config, the number of GPUs or a file does not serve.
@@ -29,6 +29,7 @@ def plan(given: options.Options, recipe_args: list[str], told: str) -> dict[str,
         1e9 * given.nic_gbytes if given.nic_gbytes else None,
         1e-6 * given.latency_us,
     )
+    recipe_args = options.recipe_args(given, overrides)
     target = report.Target(gpu=gpu, network=network, price=given.price)
     width = None if sys.stdout.isatty() else 120
     out = console.Console(width=width, markup=False, emoji=False)  # it prints users' text

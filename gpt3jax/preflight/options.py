@@ -1,4 +1,4 @@
-"""What `gpt3jax.preflight` is asked for."""
+"""What `gpt3jax.preflight` is asked for. Imports no JAX."""
 
 import dataclasses
 

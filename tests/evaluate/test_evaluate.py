@@ -13,7 +13,7 @@ from gpt3jax.checkpoint import checkpoints, metadata
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import indexed, loader, splits, tokenizer
 from gpt3jax.evaluate import __main__ as evaluate
-from gpt3jax.evaluate import scoring, stream
+from gpt3jax.evaluate import measuring, options, scoring, stream
 
 import corpus
 import tiny
@@ -127,8 +127,8 @@ def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypa
     meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
     store.save(state, meta)
     assert store.poll(wait=True) == "" and n_tokens == 256
-    options = evaluate.Options(checkpoint="checkpoints", data="rest", stride=16, json="found.json")
-    assert "not known without a tokenizer" in evaluate.evaluate(options)
+    given = options.Options(checkpoint="checkpoints", data="rest", stride=16, json="found.json")
+    assert "not known without a tokenizer" in measuring.evaluate(given)
     found = json.loads((folder / "found.json").read_text())
     np.testing.assert_allclose(found["loss"], loss_sum / n_tokens, rtol=1e-6)
     assert found["tokens"] == 256
