@@ -27,7 +27,8 @@ import time
 import jax
 import numpy as np
 
-from gpt3jax import batch_schedule, checkpoint, recipe, setup, sharding
+from gpt3jax import batch_schedule, recipe, setup, sharding
+from gpt3jax.checkpoint import checkpoints
 from gpt3jax.data import loader
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -228,7 +229,7 @@ def state_of(folder, n):
     mesh = sharding.make_mesh(cfg.mesh)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     run = setup.prepare(cfg, mesh, schedule, None, (0, 0))
-    store = checkpoint.Checkpoints(str(folder / "checkpoints"), read_only=True)
+    store = checkpoints.Checkpoints(str(folder / "checkpoints"), read_only=True)
     state = store.restore(store.steps()[0], run.program.abstract_state)
     store.close()
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]

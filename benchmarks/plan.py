@@ -14,7 +14,8 @@ import io
 import pathlib
 
 from gpt3jax import config
-from gpt3jax.plan import __main__ as plan
+from gpt3jax.plan import options as plan_options
+from gpt3jax.plan import planning
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = ("345m", "857m", "gpt3/13b", "175b")
@@ -46,9 +47,10 @@ RUNS = [
 
 def report(recipe, n_gpus, args, gpu="h100", **options):
     """Return the report of a plan without its output."""
-    given = plan.Options(config=str(CONFIGS / f"{recipe}.py"), gpus=n_gpus, gpu=gpu, **options)
+    config_file = str(CONFIGS / f"{recipe}.py")
+    given = plan_options.Options(config=config_file, gpus=n_gpus, gpu=gpu, **options)
     with contextlib.redirect_stdout(io.StringIO()):
-        return plan.plan(given, args, "")
+        return planning.plan(given, args, "")
 
 
 def layouts(gpus, recipes, file):

@@ -100,7 +100,7 @@ def load_ours(folder, threads):
     jax.config.update("jax_platforms", "cpu")
     from gpt3jax import config, model, sharding
     from gpt3jax.convert import hf_gpt2
-    from gpt3jax.sample import generate, sampling
+    from gpt3jax.sample import generate, text_options
 
     cfg, _ = hf_gpt2.read_config(folder)
     weights = hf_gpt2.Weights(folder, cfg)
@@ -113,7 +113,7 @@ def load_ours(folder, threads):
     params = jax.tree.map_with_path(read, abstract)
     mesh = sharding.make_mesh(config.Mesh())
     generator = generate.Generator(params, model.Compute(), mesh, -1)
-    options = sampling.Options(temperature=0.0, max_new_tokens=NEW)
+    options = text_options.Options(temperature=0.0, max_new_tokens=NEW)
 
     def run(prompts):
         out = [[] for _ in prompts]

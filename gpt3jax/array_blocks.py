@@ -1,7 +1,7 @@
 """Arrays of a checkpoint, block by block: written and read without ever being whole in memory.
 
 Orbax writes an array from memory. `Blocks` is an array that it asks for piece by piece instead, and
-`read` reads one back in such pieces. Beside `checkpoint` this is the only file that imports Orbax,
+`read` reads one back in such pieces. Beside `checkpoints` this is the only file that imports Orbax,
 and the only one that imports TensorStore, in whose format (Zarr in OCDBT) Orbax keeps arrays.
 """
 

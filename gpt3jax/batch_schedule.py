@@ -11,11 +11,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from gpt3jax import config
+from gpt3jax import config, ranges
 
 Stages = tuple[tuple[int, int], ...]
-
-_MULTIPLES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class Stretch(NamedTuple):
@@ -141,15 +139,9 @@ def parse_schedule(text: str, seq_len: int) -> Stages:
 def _parse_entry(entry: str, seq_len: int) -> tuple[int, int]:
     threshold, _, size = entry.partition(":")
     try:
-        return _parse_count(threshold) // seq_len, _parse_count(size)
-    except (ValueError, OverflowError):  # OverflowError: int of an infinity
+        return ranges.read_count(threshold) // seq_len, ranges.read_count(size)
+    except ValueError:
         raise ValueError(f'entry "{entry}" must be TOKENS:SIZE, as in 2.4B:320') from None
-
-
-def _parse_count(text: str) -> int:
-    multiple = _MULTIPLES.get(text[-1:].upper())
-    # Through float, as in Megatron: 2.4B is int(2.4 * 10**9).
-    return int(float(text)) if multiple is None else int(float(text[:-1]) * multiple)
 
 
 def _check_stages(stages: Stages, seq_len: int) -> None:

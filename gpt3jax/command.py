@@ -1,9 +1,14 @@
-"""How every command ends: its exit status, and one line on what a user can mend."""
+"""How every command begins and ends: its options, its exit status, one line on what to mend."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from gpt3jax import config
+import tyro
+
+from gpt3jax import config, validation
+
+Options = TypeVar("Options")
 
 # For job scripts, which decide by them: docs/operations.md. Whatever else a process ends with (a
 # signal, the abort of JAX's coordination service) is worth a retry as well.
@@ -20,3 +25,32 @@ def run(action: Callable[[], int | None]) -> int:
     except config.UserError as error:
         sys.stderr.write(f"gpt3jax: error: {error}\n")
         return RETRY if isinstance(error, config.TransientError) else REFUSED
+
+
+def parse(kind: Any, module: str, description: str | None) -> Any:
+    """Return the options of `python -m gpt3jax.MODULE`: a dataclass of this kind.
+
+    Exits with a message on an unknown or ill-typed option, and on `--help`.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+    options = tyro.cli(kind, prog=f"python -m gpt3jax.{module}", description=description)
+    validation.check_ranges(options, "--")
+    return options
+
+
+def parse_beside_config(
+    kind: type[Options], module: str, description: str | None, args: Sequence[str]
+) -> tuple[Options, list[str]]:
+    """Return the options, as `parse`, and what is left of the arguments for `recipe.parse`.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+    options, rest = tyro.cli(
+        kind, prog=f"python -m gpt3jax.{module}", description=description, args=args,
+        return_unknown_args=True,
+    )  # fmt: skip
+    validation.check_ranges(options, "--")
+    return options, rest

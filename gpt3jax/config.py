@@ -4,8 +4,11 @@
 """
 
 import dataclasses
+import math
 import typing
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from gpt3jax import ranges
 
 Tree = TypeVar("Tree")
 
@@ -26,7 +29,7 @@ class Attention:
     """auto: cudnn on a GPU where it serves (16-bit, no attention dropout), else xla."""
     pattern: Literal["dense", "alternating"] = "dense"
     """alternating: layers 1, 3, 5, ... are locally banded, the others dense (GPT-3 paper, 2.1)."""
-    band: int = 256
+    band: Annotated[int, ranges.Range(1, 2**24, "model.attention.pattern=dense has no bands")] = 256
     """Earlier positions that a banded layer sees, besides the token itself (tokens)."""
 
 
@@ -34,34 +37,34 @@ class Attention:
 class Model:
     """The network, in the words of GPT-3's Table 2.1."""
 
-    n_layers: int
+    n_layers: Annotated[int, ranges.Range(1, 2**16)]
     """Transformer blocks."""
-    d_model: int
+    d_model: Annotated[int, ranges.Range(1, 2**20)]
     """Width of the residual stream; heads have d_model / n_heads, the MLP 4 x d_model."""
-    n_heads: int
+    n_heads: Annotated[int, ranges.Range(1, 2**20)]
     """Attention heads in a layer."""
-    seq_len: int
+    seq_len: Annotated[int, ranges.Range(1, 2**24)]
     """Context length, and the length of every training sequence (tokens)."""
-    vocab_size: int = 50_257
+    vocab_size: Annotated[int, ranges.Range(1, 2**30)] = 50_257
     """True vocabulary (tokens); GPT-2's by default."""
-    vocab_multiple: int = 128
+    vocab_multiple: Annotated[int, ranges.Range(1, 2**20, "1 pads nothing")] = 128
     """The vocabulary is padded to a multiple of this, on every mesh the same."""
     mask_padded_vocab: bool = True
     """Keep the padded entries out of the softmax. Off: they take part, as in Megatron."""
-    dropout: float = 0.1
+    dropout: ranges.Probability = 0.1
     """Dropout after the embedding and on both residual branches (probability)."""
-    attention_dropout: float = 0.1
+    attention_dropout: ranges.Probability = 0.1
     """Dropout of attention probabilities; above 0 it forbids the cuDNN kernel (probability)."""
     gelu: Literal["tanh", "erf"] = "tanh"
     """GELU: its tanh approximation (GPT-2, GPT-3, Megatron's default) or the exact erf form."""
-    init_std: float = 0.02
+    init_std: Annotated[float, ranges.Range(0, 100)] = 0.02
     """Std of initial weights; output projections get init_std / sqrt(2 n_layers)."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, ranges.Range(0, 1)] = 1e-5
     """Added to LayerNorm's variance."""
     remat: Literal["none", "dots", "mlp", "residual", "full"] = "full"
     """What the backward pass computes again, from nothing to whole layers: see
     `remat.POLICIES`. With stages `none` is `dots`."""
-    n_loss_chunks: int = 1
+    n_loss_chunks: Annotated[int, ranges.Range(1, 2**24, "1 cuts nothing")] = 1
     """Pieces of the sequence whose logits are held at a time; more save memory."""
     attention: Attention = Attention()
 
@@ -90,37 +93,37 @@ class Model:
 class Optimizer:
     """AdamW, gradient clipping, and schedules counted in samples (sequences)."""
 
-    peak_lr: float
+    peak_lr: Annotated[float, ranges.Range(0, 1000)]
     """Learning rate at the end of the warm-up."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, ranges.Range(0, 1000)] = 0.0
     """Learning rate at the end of the decay and after it."""
-    init_lr: float = 0.0
+    init_lr: Annotated[float, ranges.Range(0, 1000)] = 0.0
     """Learning rate at the start of the warm-up."""
     decay: Literal["cosine", "linear", "constant", "inverse-square-root", "wsd"] = "cosine"
     """Shape of the decay from peak_lr to min_lr; wsd holds peak_lr and decays at the end."""
-    decay_samples: int = 0
+    decay_samples: ranges.Samples = 0
     """Samples after which min_lr is reached, warm-up included (0: the length of the run)."""
-    warmup_samples: int = 0
+    warmup_samples: ranges.Samples = 0
     """Length of the linear warm-up (samples); give this or warmup_fraction."""
-    warmup_fraction: float = 0.0
+    warmup_fraction: ranges.Probability = 0.0
     """Length of the linear warm-up as a share of decay_samples."""
     wsd_decay: Literal["linear", "cosine", "exponential", "minus-sqrt"] = "exponential"
     """Shape of the final decay of wsd."""
-    wsd_decay_samples: int = 0
+    wsd_decay_samples: ranges.Samples = 0
     """Length of the final decay of wsd (samples)."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, ranges.Range(0, 1000)] = 0.1
     """Decoupled weight decay of matrices and embeddings (not biases or LayerNorm)."""
-    start_weight_decay: float = 0.0
+    start_weight_decay: Annotated[float, ranges.Range(0, 1000)] = 0.0
     """Weight decay at step 0 where weight_decay_growth is not constant."""
     weight_decay_growth: Literal["constant", "linear", "cosine"] = "constant"
     """How weight decay goes from start_weight_decay to weight_decay over the run."""
-    beta1: float = 0.9
+    beta1: ranges.Probability = 0.9
     """Decay of Adam's first moment."""
-    beta2: float = 0.95
+    beta2: ranges.Probability = 0.95
     """Decay of Adam's second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, ranges.Range(0, 1)] = 1e-8
     """Added to the root of Adam's second moment."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, ranges.Range(0, 1e30)] = 1.0
     """Largest global L2 norm of the gradient; what exceeds it is scaled down (0: no clipping)."""
 
 
@@ -130,15 +133,15 @@ class Precision:
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Format of matrix products and activations."""
-    static_loss_scale: float = 0.0
+    static_loss_scale: Annotated[float, ranges.Range(0, 2.0**64)] = 0.0
     """float16: a fixed loss scale (0: dynamic)."""
-    initial_loss_scale: float = 2.0**32
+    initial_loss_scale: Annotated[float, ranges.Range(1, 2.0**64)] = 2.0**32
     """float16: where the dynamic loss scale starts."""
-    min_loss_scale: float = 1.0
+    min_loss_scale: Annotated[float, ranges.Range(1, 2.0**64)] = 1.0
     """float16: the dynamic loss scale never falls below."""
-    loss_scale_window: int = 1000
+    loss_scale_window: ranges.Positive = 1000
     """float16: good steps in a row after which the scale doubles (steps)."""
-    loss_scale_hysteresis: int = 2
+    loss_scale_hysteresis: ranges.Positive = 2
     """float16: overflows before the scale halves; refilled only when the scale grows."""
 
 
@@ -146,13 +149,13 @@ class Precision:
 class Batch:
     """How many sequences make a step, and how they are cut."""
 
-    global_batch_size: int
+    global_batch_size: Annotated[int, ranges.Range(1, 10**6)]
     """Sequences per step at full size, over all devices; no stage of a schedule exceeds it."""
-    microbatch_size: int = 1
+    microbatch_size: Annotated[int, ranges.Range(1, 10**6)] = 1
     """Sequences per data-parallel rank that are on a device at once."""
     schedule: str = ""
     """Batch size by tokens seen, as "0:16 2.4B:320 12B:1536" (K, M, B, T = 10^3 ... 10^12)."""
-    ramp: tuple[int, ...] = ()
+    ramp: tuple[ranges.Samples, ...] = ()
     """Linear ramp: start size, increment, samples until global_batch_size is reached."""
 
 
@@ -177,8 +180,8 @@ class Data:
     merge_file: str = ""
     """GPT-2 merges (merges.txt)."""
     split: str = "949,50,1"
-    """Shares of documents for training, validation and test."""
-    eod_id: int = 50_256
+    """Shares of documents for training, validation and test, also as "90/5/5" or "90 5 5"."""
+    eod_id: Annotated[int, ranges.Range(0, 2**30)] = 50_256
     """End-of-document token, for the three switches below."""
     eod_mask_loss: bool = False
     """Take no loss where the input is the end-of-document token."""
@@ -194,9 +197,9 @@ class Data:
     skip_samples: tuple[str, ...] = ()
     """Stretches A:B of the training samples to leave out, A to B - 1, by their numbers in the run:
     "--data.skip-samples 8000:8640". A batch that reaches A goes on at B."""
-    prefetch: int = 4
+    prefetch: Annotated[int, ranges.Range(0, 10_000)] = 4
     """Batches read ahead (0: none)."""
-    read_threads: int = 2
+    read_threads: Annotated[int, ranges.Range(1, 1000, "data.prefetch=0 reads without threads")] = 2
     """Threads that read ahead; more help where the corpus lies on a slow network disk."""
 
 
@@ -204,23 +207,23 @@ class Data:
 class Mesh:
     """How many ways each kind of parallelism divides the devices; -1 on one axis: the rest."""
 
-    data: int = -1
+    data: ranges.Axis = -1
     """Replicas of the model, each with its share of the batch."""
-    stage: int = 1
+    stage: ranges.Axis = 1
     """Pipeline stages: each holds a part of the layers, microbatches stream through them."""
-    virtual_stages: int = 1
+    virtual_stages: Annotated[int, ranges.Range(1, 2**16, "1 cuts nothing")] = 1
     """Parts of the layers that each pipeline stage holds: more shorten the pipeline's bubble."""
-    fsdp: int = 1
+    fsdp: ranges.Axis = 1
     """Shards of parameters, optimizer state and batch."""
-    context: int = 1
+    context: ranges.Axis = 1
     """Shards of the sequence, for contexts whose activations do not fit one device."""
-    tensor: int = 1
+    tensor: ranges.Axis = 1
     """Shards of heads, MLP and vocabulary: keep inside one NVLink domain."""
     shard_optimizer: bool = False
     """Shard optimizer state and fp32 parameters over data too (ZeRO-1)."""
     sequence_parallel: bool = True
     """Shard the norm, dropout and residual regions along the sequence over the tensor axis."""
-    cpu_devices: int = 0
+    cpu_devices: Annotated[int, ranges.Range(0, 4096)] = 0
     """Run on this many emulated CPU devices instead of what the machine has (0: off)."""
 
 
@@ -228,26 +231,28 @@ class Mesh:
 class Train:
     """Length of the run, evaluation, seed. The run ends at the first limit that is set."""
 
-    n_steps: int = 0
+    n_steps: ranges.Count = 0
     """Train this many steps (0: no such limit)."""
-    n_samples: int = 0
-    """Train this many samples (0: no such limit)."""
-    n_tokens: int = 0
-    """Train this many tokens (0: no such limit)."""
-    seed: int = 1234
+    n_samples: ranges.Samples = 0
+    """Train this many samples, as 300000 or 300K (0: no such limit)."""
+    n_tokens: ranges.Tokens = 0
+    """Train this many tokens, as 300B; K, M, B, T are 10^3 ... 10^12 (0: no such limit)."""
+    seed: ranges.Seed = 1234
     """Seed of initial weights, dropout and sample order."""
     loss_mean: Literal["tokens", "microbatches"] = "tokens"
     """Gradient of the mean over all tokens of a batch, or of the mean of microbatch means."""
-    eval_interval: int = 1000
+    eval_interval: ranges.Count = 1000
     """Steps between evaluations on the validation split (0: none, not even at the end)."""
-    eval_batches: int = 10
+    eval_batches: Annotated[
+        int, ranges.Range(1, ranges.INT32, "train.eval_interval=0 turns evaluation off")
+    ] = 10
     """Batches of global_batch_size in one evaluation."""
-    max_fruitless_starts: int = 10
+    max_fruitless_starts: ranges.Count = 10
     """Starts in a row that failed without a new checkpoint before the next is refused (0: any)."""
-    checksum_interval: int = 100
+    checksum_interval: ranges.Count = 100
     """Steps between comparisons of the parameters' replicas, bit for bit (0: none); also made
     before each save then. They take a read of the parameters."""
-    replay_step: int = 0
+    replay_step: ranges.Count = 0
     """In place of training: take this step twice from the checkpoint before it, and compare (0:
     off)."""
 
@@ -262,13 +267,15 @@ class Faults:
     nonfinite: Literal["stop", "skip", "warn"] = "stop"
     """Not finite; no weight changes then in any case. stop: end the run; skip: tell, go on, and end
     after max_skipped_steps; warn: tell and go on without end. float16's loss scale comes first."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Annotated[
+        int, ranges.Range(1, ranges.INT32, "faults.nonfinite=warn goes on without end")
+    ] = 10
     """Skipped steps in a row that end the run, where a policy is skip."""
     spike: Literal["off", "warn", "skip", "stop"] = "off"
     """A spike. warn: tell; skip: tell and leave the step's update out; stop: end the run."""
-    spike_window: int = 100
+    spike_window: Annotated[int, ranges.Range(2, 10**6, "faults.spike=off seeks none")] = 100
     """Successful steps that the mean and deviation are of; there is no limit before (steps)."""
-    spike_deviations: float = 6.0
+    spike_deviations: Annotated[float, ranges.Range(0, 10**6)] = 6.0
     """Standard deviations above the mean at which a loss is a spike."""
 
 
@@ -282,17 +289,21 @@ class Checkpoint:
     """Start from this folder's newest checkpoint where checkpoint.dir has none yet."""
     only_params: bool = False
     """Take the parameters alone from checkpoint.load: begin at step 0, with a fresh optimizer."""
-    save_interval: int = 1000
+    save_interval: Annotated[
+        int, ranges.Range(1, ranges.INT32, "without checkpoint.dir nothing is saved")
+    ] = 1000
     """Steps between checkpoints (one more is written at the end)."""
-    max_to_keep: int = 3
+    max_to_keep: Annotated[
+        int, ranges.Range(1, ranges.INT32, "keep_period equal to save_interval keeps all")
+    ] = 3
     """Newest checkpoints kept; older ones are removed."""
-    keep_period: int = 0
+    keep_period: ranges.Count = 0
     """Checkpoints of multiples of this many steps are kept for good, besides the newest (0: none).
     """
-    max_failed_saves: int = 5
+    max_failed_saves: ranges.Count = 5
     """Failed saves in a row that end the run, to be started again; the last save of a run is tried
     this often (0: failed saves end no run before its last, which is tried 5 times)."""
-    retry_pause: float = 10.0
+    retry_pause: Annotated[float, ranges.Range(0, 10**6)] = 10.0
     """Wait this long before the last save of a run is tried again (seconds)."""
     allow_new_data_order: bool = False
     """Resume although the order of samples changed: some may repeat and some may be missed."""
@@ -304,11 +315,11 @@ class Log:
 
     dir: str = ""
     """Folder for metrics.jsonl, TensorBoard files and the resolved config (empty: none)."""
-    interval: int = 100
+    interval: Annotated[int, ranges.Range(1, ranges.INT32, "a large number logs little")] = 100
     """Steps between console lines and logged metrics."""
-    profile_steps: tuple[int, int] = (0, 0)
+    profile_steps: tuple[ranges.Count, ranges.Count] = (0, 0)
     """First and last step of a profile for TensorBoard or xprof (0 0: none)."""
-    peak_tflops: float = 0.0
+    peak_tflops: Annotated[float, ranges.Range(0, 10**9)] = 0.0
     """Peak TFLOP/s of one device in the compute format, for the MFU (0: look the GPU up)."""
 
 
@@ -316,11 +327,15 @@ class Log:
 class Watchdog:
     """When a process that makes no progress is ended, with its stacks and exit status 1."""
 
-    step_multiple: float = 10.0
+    step_multiple: Annotated[float, ranges.Range(0, 10**6)] = 10.0
     """A part of a step may take this many times the usual time of a whole step (0: no watchdog)."""
-    min_seconds: float = 120.0
+    min_seconds: Annotated[
+        float, ranges.Range(1, 10**6, "watchdog.step_multiple=0 turns the watchdog off")
+    ] = 120.0
     """The limit of a part of a step is not shorter (seconds)."""
-    slow_phase_seconds: float = 3600.0
+    slow_phase_seconds: Annotated[
+        float, ranges.Range(1, 10**6, "watchdog.step_multiple=0 turns the watchdog off")
+    ] = 3600.0
     """The limit of starting, compiling, restoring, evaluating or saving (seconds)."""
 
 
@@ -328,15 +343,15 @@ class Watchdog:
 class Distributed:
     """The processes of the run; under srun or mpirun they are found, else say all three."""
 
-    n_processes: int = 0
+    n_processes: Annotated[int, ranges.Range(0, 2**20)] = 0
     """Processes expected; fewer are an error (0: as Slurm or Open MPI says, else 1)."""
     coordinator_address: str = ""
     """host:port of process 0, where no launcher tells."""
-    process_id: int = -1
+    process_id: Annotated[int, ranges.Range(-1, 2**20)] = -1
     """Number of this process, where no launcher tells."""
-    start_timeout: int = 300
+    start_timeout: Annotated[int, ranges.Range(1, 10**6)] = 300
     """Wait this long for all processes at the start (seconds)."""
-    heartbeat_timeout: int = 60
+    heartbeat_timeout: Annotated[int, ranges.Range(1, 10**6)] = 60
     """When one process is not heard of for this long, end all others (seconds)."""
     preflight: bool = True
     """Compare the processes before the first step: devices, code, config, program, files."""
@@ -386,7 +401,8 @@ def unflatten(kind: type[Tree], flat: dict[str, Any], prefix: str = "") -> Tree:
 
 def divisors_of(n: int) -> list[int]:
     """Return the divisors of n, smallest first."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def divisors(n: int) -> str:

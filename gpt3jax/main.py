@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from gpt3jax import command, distributed, recipe, replay, train, xla_flags
+from gpt3jax import command, recipe, xla_flags
 
 
 def main() -> int:
@@ -19,6 +19,8 @@ def main() -> int:
 def _train() -> int:
     cfg = recipe.parse(sys.argv[1:])
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
+    from gpt3jax import distributed, replay, train  # after parsing: JAX takes seconds
+
     distributed.start(cfg.distributed, cfg.mesh)
     if cfg.train.replay_step:
         return replay.replay(cfg)

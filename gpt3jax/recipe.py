@@ -1,7 +1,11 @@
-"""Reading a config: a recipe (`configs/*.py` defines `get_config() -> Config`) and overrides."""
+"""Reading a config: a recipe (`configs/*.py` defines `get_config() -> Config`) and overrides.
+
+In place of a recipe stands what a run has written down of its own config.
+"""
 
 import argparse
 import importlib.util
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -10,6 +14,8 @@ from typing import Any
 import tyro
 
 from gpt3jax import config, validation
+
+_META = pathlib.Path("meta", "metadata")  # of a checkpoint
 
 
 def parse(args: Sequence[str], command: str = "gpt3jax.main") -> config.Config:
@@ -41,14 +47,44 @@ def parse(args: Sequence[str], command: str = "gpt3jax.main") -> config.Config:
 
 
 def load(path: str) -> config.Config:
-    """Return what `get_config()` of a recipe file returns, not yet validated."""
+    """Return the config of a file, not yet validated.
+
+    A recipe gives what its `get_config()` returns; a run's config.json, or the folder of a
+    checkpoint, what was written there.
+
+    Raises:
+        UserError: the file is not there or cannot be read.
+    """
     file = pathlib.Path(path)
+    if (file / _META).is_file():
+        return _stored(path, file / _META)
     if not file.is_file():
-        near = ", ".join(sorted(p.name for p in file.parent.glob("*.py"))) or "none"
-        raise config.UserError(f"--config={path}: no such file (recipes in {file.parent}: {near})")
+        folder = file if file.is_dir() else file.parent
+        near = ", ".join(sorted(p.name for p in folder.glob("*.py"))) or "none"
+        fault = "a folder, but of no checkpoint: name a file" if file.is_dir() else "no such file"
+        raise config.UserError(f"--config={path}: {fault} (recipes in {folder}: {near})")
+    if file.suffix == ".json":
+        return _stored(path, file)
+    return _of_recipe(path, file)
+
+
+def _stored(path: str, file: pathlib.Path) -> config.Config:
+    """Return a config from its JSON, which may stand beside other things under "config"."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return config.unflatten(config.Config, found.get("config", found))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise config.UserError(
+            f"--config={path}: {error}: give a recipe, a run's config.json, or a checkpoint"
+        ) from error
+
+
+def _of_recipe(path: str, file: pathlib.Path) -> config.Config:
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise config.UserError(f"--config={path}: a recipe is a Python file, ending in .py")
+        raise config.UserError(
+            f"--config={path}: a recipe ends in .py, and a run's config in .json"
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

@@ -37,7 +37,9 @@ def replay(cfg: config.Config) -> int:
     last = cfg.train.replay_step
     run, state, start, told = setup.start_or_resume(cfg, phases.Phases())
     if last > run.end.step:
-        raise config.UserError(f"train.replay_step={last}, but the run ends at {run.end.step}")
+        raise config.UserError(
+            f"train.replay_step={last}, but the run ends at {run.end.step}: choose a step of it"
+        )
     if last <= start.step:
         raise config.UserError(f"train.replay_step={last} lies before the start: {told[-1]}")
     _say(*told, f"taking steps {start.step + 1} to {last} twice; nothing is written")

@@ -6,7 +6,8 @@ A failing store ends no run before `checkpoint.max_failed_saves` tries, and all 
 import time
 from typing import Any
 
-from gpt3jax import checkpoint, config, metrics, setup, step_log
+from gpt3jax import config, metrics, setup, step_log
+from gpt3jax.checkpoint import checkpoints, metadata
 
 
 def save(
@@ -63,7 +64,7 @@ def save_last(
 
 
 def _start_save(
-    run: setup.Run, store: checkpoint.Checkpoints, state: Any, position: step_log.Position
+    run: setup.Run, store: checkpoints.Checkpoints, state: Any, position: step_log.Position
 ) -> bool:
     """Start to save, and tell whether there was anything to save."""
     if position.step in store.steps():
@@ -71,7 +72,7 @@ def _start_save(
     run.replicas.check(position.step, state.params)
     store.save(
         state,
-        checkpoint.Meta(
+        metadata.Meta(
             step=position.step,
             consumed_samples=position.samples,
             data_order=run.splits.order,
@@ -83,7 +84,7 @@ def _start_save(
 
 
 def report(
-    store: checkpoint.Checkpoints | None, recorder: metrics.Recorder, wait: bool = False
+    store: checkpoints.Checkpoints | None, recorder: metrics.Recorder, wait: bool = False
 ) -> None:
     """Say so if the last save failed, once it is known; `wait` waits for it."""
     failure = store.poll(wait) if store is not None else None

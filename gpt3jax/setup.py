@@ -9,7 +9,6 @@ import jax
 
 from gpt3jax import (
     batch_schedule,
-    checkpoint,
     config,
     faults,
     flops,
@@ -21,7 +20,9 @@ from gpt3jax import (
     skipping,
     step,
     step_log,
+    validation,
 )
+from gpt3jax.checkpoint import checkpoints, metadata
 from gpt3jax.data import splits, text
 from gpt3jax.plan import memory_model
 
@@ -38,7 +39,7 @@ class Run:
     """The run's length that decides schedules and the samples' order, skipped ones included."""
     splits: splits.Splits
     program: step.Program
-    store: checkpoint.Checkpoints | None
+    store: checkpoints.Checkpoints | None
     faults: faults.Faults
     """What was seen of faulty steps; it and `replicas` alone change."""
     replicas: replicas.Replicas
@@ -52,7 +53,7 @@ def start_or_resume(
     schedule = schedule_of(cfg, mesh)
     text.ensure_corpus(cfg.data, cfg.model)
     store = _open_store(cfg)
-    source = checkpoint.choose_source(store, cfg.checkpoint.load)
+    source = checkpoints.choose_source(store, cfg.checkpoint.load)
     run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
     if source is None:
         start = step_log.Position(0, 0)
@@ -62,10 +63,10 @@ def start_or_resume(
 
     only_params = cfg.checkpoint.only_params and source is not store
 
-    def position(meta: checkpoint.Meta) -> step_log.Position:
+    def position(meta: metadata.Meta) -> step_log.Position:
         return step_log.Position(*(0, 0) if only_params else (meta.step, meta.consumed_samples))
 
-    def expect(meta: checkpoint.Meta) -> tuple[Any, dict[str, Any]]:
+    def expect(meta: metadata.Meta) -> tuple[Any, dict[str, Any]]:
         run = run_from(position(meta))
         if not only_params:
             stream, before = skipping.from_config(cfg.data), meta.config.get("data.skip_samples")
@@ -73,7 +74,7 @@ def start_or_resume(
         return run.program.abstract_state, run.splits.order
 
     with clock.during(phases.RESTORE):
-        state, meta, warnings = checkpoint.restore_newest(source, cfg, expect, only_params)
+        state, meta, warnings = checkpoints.restore_newest(source, cfg, expect, only_params)
     start, run = position(meta), run_from(position(meta))
     if not only_params:
         run.faults.restore(meta.faults)
@@ -96,22 +97,22 @@ def schedule_of(cfg: config.Config, mesh: jax.sharding.Mesh) -> batch_schedule.B
     return schedule
 
 
-def _open_store(cfg: config.Config) -> checkpoint.Checkpoints | None:
+def _open_store(cfg: config.Config) -> checkpoints.Checkpoints | None:
     """Open the run's checkpoints, to read and write; to read those before a step to replay."""
     folder, replayed = cfg.checkpoint.dir, cfg.train.replay_step
     if not folder or (replayed and not pathlib.Path(folder).is_dir()):
         return None
     if replayed:
-        return checkpoint.Checkpoints(folder, read_only=True, before=replayed)
+        return checkpoints.Checkpoints(folder, read_only=True, before=replayed)
     options = cfg.checkpoint
-    return checkpoint.Checkpoints(folder, options.max_to_keep, keep_period=options.keep_period)
+    return checkpoints.Checkpoints(folder, options.max_to_keep, keep_period=options.keep_period)
 
 
 def prepare(
     cfg: config.Config,
     mesh: jax.sharding.Mesh,
     schedule: batch_schedule.BatchSchedule,
-    store: checkpoint.Checkpoints | None,
+    store: checkpoints.Checkpoints | None,
     start: step_log.Position,
 ) -> Run:
     """Build the program, and map the corpus, of a run that goes on from a position.
@@ -158,7 +159,25 @@ def describe(run: Run) -> list[str]:
     lines += memory_warnings(needed, limit)
     if run.store is None:
         lines.append("WARNING: checkpoint.dir is empty: nothing will be saved")
+    lines += validation.without_effect(cfg)
+    lines += beyond_the_end(cfg, run.schedule, run.end)
     return lines
+
+
+def beyond_the_end(
+    cfg: config.Config, schedule: batch_schedule.BatchSchedule, end: step_log.Position
+) -> list[str]:
+    """Return a line for each field that would take effect only after the end of the run."""
+    told, faults = [], cfg.faults
+    if cfg.log.profile_steps[0] > end.step:
+        told.append(f"log.profile_steps={' '.join(map(str, cfg.log.profile_steps))}")
+    if schedule.stages[-1][0] >= end.samples:
+        first, size = schedule.stages[-1]
+        told.append(f"the batch of {size} from sample {first} on (batch.schedule or batch.ramp)")
+    if faults.spike != "off" and faults.spike_window + 2 > end.step:
+        told.append(f"faults.spike_window={faults.spike_window} (faults.spike={faults.spike})")
+    where = f"the run ends at step {end.step}, sample {end.samples}"
+    return [f"WARNING: {one} has no effect: {where}" for one in told]
 
 
 def device_memory() -> int | None:

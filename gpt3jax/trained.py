@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt3jax import array_blocks, checkpoint, config, distributed, sharding, step
+from gpt3jax import array_blocks, config, distributed, sharding, step
+from gpt3jax.checkpoint import checkpoints, metadata
 from gpt3jax.data import tokenizer
 
 
@@ -23,7 +24,7 @@ class Trained:
         program: how a model of this config runs on the mesh.
     """
 
-    store: checkpoint.Checkpoints
+    store: checkpoints.Checkpoints
     cfg: config.Config
     program: step.Program
     step: int
@@ -36,7 +37,7 @@ class Trained:
         """
 
         def of_params(name: str) -> bool:
-            return checkpoint.is_param(name) and wanted(short_name(name))
+            return checkpoints.is_param(name) and wanted(short_name(name))
 
         state = self.store.restore(self.step, self.program.abstract_state, of_params)
         return state.params
@@ -69,14 +70,14 @@ class Trained:
         return out
 
 
-def find(folder: str) -> tuple[checkpoint.Checkpoints, int, config.Config]:
+def find(folder: str) -> tuple[checkpoints.Checkpoints, int, config.Config]:
     """Return the checkpoints of a folder, the newest one's step and the config in it.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     store = (
-        checkpoint.Checkpoints(folder, read_only=True) if pathlib.Path(folder).is_dir() else None
+        checkpoints.Checkpoints(folder, read_only=True) if pathlib.Path(folder).is_dir() else None
     )
     if store is None or not store.steps():
         raise config.UserError(
@@ -162,20 +163,20 @@ def open_tokenizer(
     return found
 
 
-def new_store(folder: str) -> checkpoint.Checkpoints:
+def new_store(folder: str) -> checkpoints.Checkpoints:
     """Return the checkpoints of a folder, which has none yet.
 
     Raises:
         UserError: it has.
     """
-    store = checkpoint.Checkpoints(folder)
+    store = checkpoints.Checkpoints(folder)
     if store.steps():
         raise config.UserError(f"--output={folder} has checkpoints: give a new folder")
     return store
 
 
 def write(
-    store: checkpoint.Checkpoints,
+    store: checkpoints.Checkpoints,
     cfg: config.Config,
     rows: Callable[[str, tuple[int, ...], int, int], np.ndarray],
 ) -> None:
@@ -194,7 +195,7 @@ def write(
         return array_blocks.Blocks(leaf.shape, functools.partial(rows, name, leaf.shape))
 
     params = jax.tree.map_with_path(one, program.abstract_state.params)
-    meta = checkpoint.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
+    meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
     store.save_params(params, meta)
     failure = store.poll(wait=True)
     store.close()

@@ -1,9 +1,13 @@
-"""What makes a config invalid. Devices are checked in `sharding` and `step`: no JAX here."""
+"""What makes a config invalid, and what in it has no effect; no JAX here.
+
+Devices are checked in `sharding` and `step`.
+"""
 
 import math
 import re
+from typing import Any
 
-from gpt3jax import config
+from gpt3jax import batch_schedule, config, ranges
 
 
 def validate(cfg: config.Config) -> None:
@@ -12,7 +16,7 @@ def validate(cfg: config.Config) -> None:
     Raises:
         UserError: it names the field, the value, the constraint and the fix.
     """
-    _check_ranges(cfg)
+    check_ranges(cfg)
     check_model(cfg.model, cfg.data)
     _check_optimizer(cfg.optimizer)
     _check_precision(cfg.precision, cfg.model.attention, cfg.model)
@@ -21,47 +25,17 @@ def validate(cfg: config.Config) -> None:
     _check_data(cfg.data)
 
 
-_AT_LEAST: dict[str, float] = {
-    "model.n_layers": 1, "model.d_model": 1, "model.n_heads": 1, "model.seq_len": 1,
-    "model.vocab_size": 1, "model.vocab_multiple": 1, "model.init_std": 0, "model.norm_eps": 0,
-    "model.n_loss_chunks": 1, "model.attention.band": 1,
-    "optimizer.peak_lr": 0, "optimizer.min_lr": 0, "optimizer.init_lr": 0,
-    "optimizer.decay_samples": 0, "optimizer.warmup_samples": 0, "optimizer.warmup_fraction": 0,
-    "optimizer.wsd_decay_samples": 0, "optimizer.weight_decay": 0,
-    "optimizer.start_weight_decay": 0, "optimizer.eps": 0, "optimizer.clip_norm": 0,
-    "precision.static_loss_scale": 0, "precision.initial_loss_scale": 1,
-    "precision.min_loss_scale": 1, "precision.loss_scale_window": 1,
-    "precision.loss_scale_hysteresis": 1,
-    "batch.global_batch_size": 1, "batch.microbatch_size": 1,
-    "data.prefetch": 0, "data.read_threads": 1, "data.eod_id": 0, "mesh.cpu_devices": 0,
-    "mesh.virtual_stages": 1,
-    "train.n_steps": 0, "train.n_samples": 0, "train.n_tokens": 0, "train.seed": 0,
-    "train.eval_interval": 0, "train.eval_batches": 1, "train.checksum_interval": 0,
-    "train.replay_step": 0, "faults.max_skipped_steps": 1, "faults.spike_window": 2,
-    "faults.spike_deviations": 0,
-    "checkpoint.save_interval": 1, "checkpoint.max_to_keep": 1,
-    "train.max_fruitless_starts": 0, "watchdog.step_multiple": 0, "watchdog.min_seconds": 1,
-    "watchdog.slow_phase_seconds": 1, "log.interval": 1, "log.peak_tflops": 0,
-    "checkpoint.keep_period": 0, "checkpoint.max_failed_saves": 0, "checkpoint.retry_pause": 0,
-    "distributed.n_processes": 0,
-    "distributed.start_timeout": 1, "distributed.heartbeat_timeout": 1,
-}  # fmt: skip
-_BELOW_ONE = (
-    "model.dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2",
-    "optimizer.warmup_fraction",
-)  # fmt: skip
+def check_ranges(tree: Any, prefix: str = "") -> None:
+    """Check each number of a tree of dataclasses; with the prefix "--", of a command's options.
 
-
-def _check_ranges(cfg: config.Config) -> None:
-    flat = config.flatten(cfg)
-    for name, least in _AT_LEAST.items():
-        if not math.isfinite(flat[name]):
-            raise config.UserError(f"{name}={flat[name]} must be finite: give a number")
-        if flat[name] < least:
-            raise config.UserError(f"{name}={flat[name]} must be at least {least:g}: raise it")
-    for name in _BELOW_ONE:
-        if not 0 <= flat[name] < 1:
-            raise config.UserError(f"{name}={flat[name]} must be in [0, 1): choose a value there")
+    Raises:
+        UserError: it names the number.
+    """
+    for name, value, bounds in ranges.numbers(tree):
+        problem = bounds.problem(value)
+        if problem:
+            named = f"{prefix}{name.replace('_', '-')}" if prefix else name
+            raise config.UserError(f"{named}={value} {problem}")
 
 
 def check_model(model: config.Model, data: config.Data) -> None:
@@ -143,12 +117,12 @@ def _check_precision(
 
 def _check_mesh(mesh: config.Mesh, model: config.Model) -> None:
     sizes = {axis: getattr(mesh, axis) for axis in ("data", "stage", "fsdp", "context", "tensor")}
-    for axis, size in sizes.items():
-        if size != -1 and size < 1:
-            raise config.UserError(f"mesh.{axis}={size} must be at least 1, or -1 for the rest")
     if list(sizes.values()).count(-1) > 1:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
-        raise config.UserError(f"{rest} are all -1: only one axis can take the rest of the devices")
+        raise config.UserError(
+            f"{rest} are all -1: only one axis can take the rest of the devices, "
+            "give the others a size"
+        )
     if mesh.stage > 0:
         check_pipeline(model, mesh.stage, mesh.virtual_stages)
     for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
@@ -207,12 +181,13 @@ def _check_run(cfg: config.Config) -> None:
     train, batch, checkpoint = cfg.train, cfg.batch, cfg.checkpoint
     if not (train.n_steps or train.n_samples or train.n_tokens):
         raise config.UserError(
-            "the run has no length: set train.n_steps, train.n_samples or n_tokens"
+            "the run has no length: set train.n_steps, train.n_samples or train.n_tokens"
         )
     if batch.schedule and batch.ramp:
         raise config.UserError(
             "batch.schedule and batch.ramp both set the batch size: clear one of them"
         )
+    batch_schedule.from_config(batch, cfg.model.seq_len)
     first, last = cfg.log.profile_steps
     if (first, last) != (0, 0) and not (0 < first <= last and cfg.log.dir):
         raise config.UserError(
@@ -221,7 +196,8 @@ def _check_run(cfg: config.Config) -> None:
         )
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise config.UserError(
-            "checkpoint.allow_new_data_order has no effect without a checkpoint.dir"
+            "checkpoint.allow_new_data_order has no effect without a checkpoint.dir or "
+            "checkpoint.load: leave it out"
         )
     period, interval = checkpoint.keep_period, checkpoint.save_interval
     if period % interval:
@@ -237,28 +213,51 @@ def _check_run(cfg: config.Config) -> None:
         )
 
 
-def stretch(text: str) -> tuple[int, int]:
-    """Return (A, B) of a stretch "A:B" of data.skip_samples.
+def split_weights(split: str) -> list[float]:
+    """Return the three weights of data.split; those that are left out are 0.
+
+    Like Megatron's `--split`, numbers with anything between them that is no part of one.
+
+    Raises:
+        UserError: they are not numbers, too many, or all 0.
+    """
+    words = re.split(r"[\s,/:;%|]+", split.strip(" ,()[]%"))
+    weights = [float(x) for x in words if re.fullmatch(r"\d+\.?\d*|\.\d+", x)]
+    if not len(words) == len(weights) <= 3 or sum(weights) <= 0:
+        raise config.UserError(
+            f'data.split={split!r} must be up to three weights, not all 0, like "949,50,1" or '
+            '"90/5/5"'
+        )
+    return [*weights, 0.0, 0.0][:3]
+
+
+def stretch(text: str, field: str = "data.skip_samples") -> tuple[int, int]:
+    """Return (A, B) of a stretch of samples "A:B", as this field has it.
 
     Raises:
         UserError: it is not one, or is empty.
     """
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
+    try:
+        first, stop = map(ranges.read_count, text.split(":"))
+    except ValueError:  # also where there are not two
+        first = stop = -1
+    if not 0 <= first < stop <= ranges.INT32:
         raise config.UserError(
-            f"data.skip_samples={text} must be A:B with A < B, as in 8000:8640 for the samples "
-            "8000 to 8639"
+            f"{field}={text} must be A:B with A < B, as in 8000:8640 for the samples "
+            "8000 to 8639, or 8K:9K"
         )
-    return int(match[1]), int(match[2])
+    return first, stop
 
 
 def _check_data(data: config.Data) -> None:
     for text in data.skip_samples:
         stretch(text)
+    if data.paths:
+        split_weights(data.split)
     given = [n for n in ("paths", "train_paths", "mock") if getattr(data, n)]
     if not given:
         raise config.UserError(
-            "data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx"
+            "data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx, or --data.mock"
         )
     if len(given) > 1:
         raise config.UserError(
@@ -278,3 +277,55 @@ def _check_data(data: config.Data) -> None:
         raise config.UserError(
             "data.vocab_file and data.merge_file go together: give both or neither"
         )
+
+
+def without_effect(cfg: config.Config) -> list[str]:
+    """Return a line for each field that was set to something and decides nothing.
+
+    What is at its default was not set. Where a mistake is likely, `validate` refuses it instead.
+    """
+    o, data, faults = cfg.optimizer, cfg.data, cfg.faults
+    dynamic = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "loss_scale_hysteresis")
+    spikes = ("faults.spike_window", "faults.spike_deviations")
+    of_validation = (
+        "train.eval_batches", "data.validation_paths", "data.test_paths",
+        "data.drop_last_partial_validation_sequence",
+    )  # fmt: skip
+    rules = [
+        ("model.attention.pattern=dense", cfg.model.attention.pattern == "dense",
+         ("model.attention.band",)),
+        (f"optimizer.decay={o.decay}", o.decay != "wsd", ("optimizer.wsd_decay",)),
+        ("optimizer.decay=constant", o.decay == "constant", ("optimizer.min_lr",)),
+        ("no warm-up", not (o.warmup_samples or o.warmup_fraction), ("optimizer.init_lr",)),
+        (f"precision.compute_dtype={cfg.precision.compute_dtype}",
+         cfg.precision.compute_dtype != "float16", tuple(f"precision.{name}" for name in dynamic)),
+        ("precision.static_loss_scale", cfg.precision.static_loss_scale > 0,
+         tuple(f"precision.{name}" for name in dynamic)),
+        ("data.train_paths", bool(data.train_paths), ("data.split",)),
+        ("data.mock", data.mock, ("data.split",)),
+        ("data.prefetch=0", not data.prefetch, ("data.read_threads",)),
+        ("mesh.data=1", cfg.mesh.data == 1, ("mesh.shard_optimizer",)),
+        ("mesh.tensor=1", cfg.mesh.tensor == 1, ("mesh.sequence_parallel",)),
+        ("train.eval_interval=0", not cfg.train.eval_interval, of_validation),
+        ("neither faults.nonfinite nor faults.spike at skip",
+         "skip" not in (faults.nonfinite, faults.spike), ("faults.max_skipped_steps",)),
+        ("faults.spike=off", faults.spike == "off", spikes),
+        ("watchdog.step_multiple=0", not cfg.watchdog.step_multiple, ("watchdog.min_seconds",)),
+        ("no log.dir", not cfg.log.dir, ("train.max_fruitless_starts",)),
+    ]  # fmt: skip
+    values = config.flatten(cfg)
+    return [
+        f"WARNING: {name}={values[name]} has no effect with {reason}"
+        for reason, holds, names in rules
+        for name in names
+        if holds and values[name] != _DEFAULTS[name]
+    ]
+
+
+_DEFAULTS = config.flatten(
+    config.Config(
+        model=config.Model(n_layers=1, d_model=1, n_heads=1, seq_len=1),
+        optimizer=config.Optimizer(peak_lr=0.0),
+        batch=config.Batch(global_batch_size=1),
+    )
+)

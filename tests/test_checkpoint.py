@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import array_blocks, checkpoint, config, sharding, step
+from gpt3jax import array_blocks, config, sharding, step
+from gpt3jax.checkpoint import checkpoints, metadata
 
 import tiny
 
@@ -46,14 +47,14 @@ def trained(mesh):
 
 
 def meta(step_number, mesh="mixed"):
-    return checkpoint.Meta(
+    return metadata.Meta(
         step=step_number, consumed_samples=16 * step_number, data_order=ORDER,
         config=config.flatten(config_on(mesh)),
     )  # fmt: skip
 
 
 def saved(folder, mesh="mixed", steps=(1,), max_to_keep=3):
-    store = checkpoint.Checkpoints(str(folder), max_to_keep)
+    store = checkpoints.Checkpoints(str(folder), max_to_keep)
     for n in steps:
         store.save(trained(mesh), meta(n, mesh))
         assert store.poll(wait=True) == ""
@@ -77,7 +78,7 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, here, there):
     """Parameters and moments, bit for bit; virtual stages stack layers in another shape."""
     store = saved(tmp_path, here)
     abstract = program(there).abstract_state
-    state, found, warnings = checkpoint.restore_newest(store, config_on(there), expect(abstract))
+    state, found, warnings = checkpoints.restore_newest(store, config_on(there), expect(abstract))
     assert (found.step, found.consumed_samples, warnings) == (1, 16, [])
     expected = tiny.leaves(trained(here))
     for name, array in tiny.leaves(state).items():
@@ -134,7 +135,7 @@ def test_a_flipped_bit_or_two_swapped_values_change_a_digest(bit):
 
 
 def ocp_args(state):
-    return checkpoint.ocp.args.StandardSave(state)
+    return checkpoints.ocp.args.StandardSave(state)
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -142,7 +143,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def test_some_are_kept_for_good(tmp_path):
-    store = checkpoint.Checkpoints(str(tmp_path), max_to_keep=2, keep_period=3)
+    store = checkpoints.Checkpoints(str(tmp_path), max_to_keep=2, keep_period=3)
     state = {"x": jnp.arange(5.0)}
     for n in range(1, 8):
         store._save(ocp_args(state), array_blocks.digests(state), meta(n))
@@ -155,7 +156,7 @@ def test_saving_overlaps_the_next_steps(tmp_path):
     cfg, mixed = tiny.make_config(), program("mixed")
     state = mixed.train(mixed.init(), tiny.make_batch(0, cfg, mixed.mesh, 1))[0]
     expected = tiny.leaves(state)
-    store = checkpoint.Checkpoints(str(tmp_path))
+    store = checkpoints.Checkpoints(str(tmp_path))
     store.save(state, meta(1))
     mixed.train(state, tiny.make_batch(1, cfg, mixed.mesh, 1))
     assert store.poll(wait=True) == "" and store.poll() is None
@@ -168,7 +169,7 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
     other = tiny.make_config(model={"n_layers": 2, "gelu": "erf"})
     abstract = program("mixed").abstract_state
     with pytest.raises(config.UserError) as error:
-        checkpoint.restore_newest(store, other, expect(abstract))
+        checkpoints.restore_newest(store, other, expect(abstract))
     assert "model.n_layers: checkpoint 4, here 2" in str(error.value)
     assert "model.gelu: checkpoint tanh, here erf" in str(error.value)
 
@@ -178,10 +179,10 @@ def test_another_order_of_samples_is_refused_unless_allowed(tmp_path):
     abstract = program("mixed").abstract_state
     changed = ORDER | {"train.seed": 5}
     with pytest.raises(config.UserError, match=r"train.seed: checkpoint 1234, here 5"):
-        checkpoint.restore_newest(store, cfg, expect(abstract, changed))
+        checkpoints.restore_newest(store, cfg, expect(abstract, changed))
     allowing = dataclasses.replace(cfg.checkpoint, allow_new_data_order=True)
     cfg = dataclasses.replace(cfg, checkpoint=allowing)
-    assert checkpoint.restore_newest(store, cfg, expect(abstract, changed))[1].step == 1
+    assert checkpoints.restore_newest(store, cfg, expect(abstract, changed))[1].step == 1
 
 
 def damage(folder, how):
@@ -201,7 +202,7 @@ def damage(folder, how):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
     store = saved(tmp_path, steps=(1, 2))
     damage(tmp_path / "2", how)
-    state, found, warnings = checkpoint.restore_newest(
+    state, found, warnings = checkpoints.restore_newest(
         store, tiny.make_config(), expect(program("mixed").abstract_state)
     )
     assert found.step == 1 and store.steps() == [1]
@@ -218,10 +219,10 @@ def test_without_a_whole_checkpoint_nothing_starts_from_scratch(tmp_path):
     damage(tmp_path / "1", "flip")
     for _ in range(2):  # again, as a restarted job would
         with pytest.raises(config.UserError, match="no whole checkpoint is left"):
-            checkpoint.restore_newest(
+            checkpoints.restore_newest(
                 store, tiny.make_config(), expect(program("mixed").abstract_state)
             )
-        assert checkpoint.choose_source(store, "") is store
+        assert checkpoints.choose_source(store, "") is store
 
 
 def test_changed_meta_data_are_damage(tmp_path):
@@ -229,7 +230,7 @@ def test_changed_meta_data_are_damage(tmp_path):
     file = tmp_path / "2" / "meta" / "metadata"
     assert '"consumed_samples": 32' in file.read_text()
     file.write_text(file.read_text().replace('"consumed_samples": 32', '"consumed_samples": 33'))
-    with pytest.raises(checkpoint.DamagedError, match="meta file was changed"):
+    with pytest.raises(metadata.DamagedError, match="meta file was changed"):
         store.read_meta(2)
     assert store.read_meta(1).consumed_samples == 16
 
@@ -239,9 +240,9 @@ def test_another_runs_folder_is_only_read(tmp_path):
     damage(tmp_path / "2", "flip")
     (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # a save under way there
     before = sorted(p.name for p in tmp_path.iterdir())
-    source = checkpoint.choose_source(None, str(tmp_path))
+    source = checkpoints.choose_source(None, str(tmp_path))
     abstract = program("mixed").abstract_state
-    found = checkpoint.restore_newest(source, tiny.make_config(), expect(abstract))[1]
+    found = checkpoints.restore_newest(source, tiny.make_config(), expect(abstract))[1]
     assert found.step == 1 and sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -249,21 +250,21 @@ def test_the_band_of_a_dense_model_may_change(tmp_path):
     store = saved(tmp_path)
     cfg = tiny.make_config(model={"attention": config.Attention(band=7)})
     abstract = program("mixed").abstract_state
-    assert checkpoint.restore_newest(store, cfg, expect(abstract))[1].step == 1
+    assert checkpoints.restore_newest(store, cfg, expect(abstract))[1].step == 1
 
 
 def test_an_explicit_load_must_find_something(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(config.UserError, match="has no checkpoint: correct the folder"):
-            checkpoint.choose_source(None, str(folder))
+            checkpoints.choose_source(None, str(folder))
     assert not (tmp_path / "nothing").exists()
 
 
 def test_the_runs_own_checkpoint_goes_before_the_one_to_load(tmp_path):
     own, other = saved(tmp_path / "own"), saved(tmp_path / "other")
-    assert checkpoint.choose_source(own, str(other.folder)) is own
-    empty = checkpoint.Checkpoints(str(tmp_path / "empty"))
-    assert checkpoint.choose_source(empty, str(other.folder)).folder == other.folder
+    assert checkpoints.choose_source(own, str(other.folder)) is own
+    empty = checkpoints.Checkpoints(str(tmp_path / "empty"))
+    assert checkpoints.choose_source(empty, str(other.folder)).folder == other.folder
 
 
 FEWER = """
@@ -273,10 +274,10 @@ jax.config.update("jax_num_cpu_devices", 2)
 import sys
 sys.path.insert(0, sys.argv[2])
 import tiny
-from gpt3jax import array_blocks, checkpoint, step
+from gpt3jax import array_blocks, step
 cfg = tiny.make_config()
 program = step.build(cfg, tiny.make_mesh(data=1, fsdp=2), 320)
-state = checkpoint.Checkpoints(sys.argv[1]).restore(1, program.abstract_state)
+state = checkpoints.Checkpoints(sys.argv[1]).restore(1, program.abstract_state)
 print("sum", sum(float(abs(x).sum()) for x in jax.tree.leaves(state.params)))
 """
 

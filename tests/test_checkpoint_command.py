@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, sharding, step
+from gpt3jax import config, sharding, step
 from gpt3jax.checkpoint import __main__ as cli
-from gpt3jax.checkpoint import listing
+from gpt3jax.checkpoint import checkpoints, listing, metadata
 
 import tiny
 
@@ -24,7 +24,7 @@ def small_config():
 def folder(tmp_path_factory):
     """Return a folder with whole checkpoints of steps 10 and 20 with random arrays."""
     folder, cfg = tmp_path_factory.mktemp("run") / "checkpoints", small_config()
-    store = checkpoint.Checkpoints(str(folder))
+    store = checkpoints.Checkpoints(str(folder))
     abstract = step.build(cfg, sharding.make_mesh(config.Mesh()), 320).abstract_state
     rng = np.random.default_rng()
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         return jax.device_put(values, leaf.sharding)
 
     for number in (10, 20):
-        meta = checkpoint.Meta(
+        meta = metadata.Meta(
             step=number, consumed_samples=16 * number, data_order={"train.seed": 1},
             config=config.flatten(cfg),
         )  # fmt: skip
@@ -126,7 +126,7 @@ def test_verify_names_the_array_whose_value_was_changed(monkeypatch, copy):
     values[3] += 1
     array.write(values).result()
     entry = listing.entries(str(copy))[-1]
-    with pytest.raises(checkpoint.DamagedError, match=r": params/norm/bias_D/value do not match"):
+    with pytest.raises(metadata.DamagedError, match=r": params/norm/bias_D/value do not match"):
         cli.verify_one(str(copy), entry, quiet=True)
 
 
@@ -152,7 +152,7 @@ def test_each_file_damaged_is_noticed_or_does_not_matter(folder, tmp_path, how):
     cfg = small_config()
     abstract = step.build(cfg, sharding.make_mesh(config.Mesh()), 320).abstract_state
     expected = {
-        n: tiny.leaves(checkpoint.Checkpoints(str(folder), read_only=True).restore(n, abstract))
+        n: tiny.leaves(checkpoints.Checkpoints(str(folder), read_only=True).restore(n, abstract))
         for n in (10, 20)
     }
     for i, name in enumerate(names):
@@ -163,10 +163,10 @@ def test_each_file_damaged_is_noticed_or_does_not_matter(folder, tmp_path, how):
         entry = listing.entries(str(copy))[-1]
         try:
             verified = bool(cli.verify_one(str(copy), entry, quiet=True))
-        except checkpoint.DamagedError:
+        except metadata.DamagedError:
             verified = False
-        store = checkpoint.Checkpoints(str(copy))
-        state, meta, warnings = checkpoint.restore_newest(store, cfg, lambda _: (abstract, {}))
+        store = checkpoints.Checkpoints(str(copy))
+        state, meta, warnings = checkpoints.restore_newest(store, cfg, lambda _: (abstract, {}))
         assert (meta.step == 20) == verified == (not warnings), name
         for array, values in tiny.leaves(state).items():
             np.testing.assert_array_equal(values, expected[meta.step][array], err_msg=str(name))

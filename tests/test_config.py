@@ -1,14 +1,31 @@
 """What reaches a config from a recipe and the command line, and what is refused, in which words."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import re
+import threading
+import typing
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from gpt3jax import config, recipe, validation
+from gpt3jax import (
+    batch_schedule,
+    config,
+    faults,
+    flops,
+    optimizer,
+    ranges,
+    recipe,
+    validation,
+)
+from gpt3jax.plan import memory_model
 
 RECIPE = """
 from gpt3jax import config
@@ -137,6 +154,39 @@ def test_a_missing_recipe_lists_those_beside_it(recipe_file):
         recipe.load(str(recipe_file.parent / "nowhere" / "recipe.py"))
 
 
+def test_a_folder_as_recipe_lists_those_in_it(recipe_file):
+    with pytest.raises(config.UserError) as error:
+        recipe.load(str(recipe_file.parent))
+    assert "a folder, but of no checkpoint: name a file" in str(error.value)
+    assert f"(recipes in {recipe_file.parent}: recipe.py)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "written", [lambda flat: flat, lambda flat: flat | {"history": [{"step": 3}]}]
+)
+def test_a_runs_own_config_stands_in_place_of_a_recipe(parse, tmp_path, written):
+    cfg = parse("--batch.ramp", "2", "2", "99", "--model.attention.band=7")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(written(config.flatten(cfg))))
+    assert recipe.parse([f"--config={file}"]) == cfg
+    assert recipe.parse([f"--config={file}", "--train.seed=7"]).train.seed == 7
+
+
+def test_a_checkpoints_config_stands_in_place_of_a_recipe(valid, tmp_path):
+    (tmp_path / "10" / "meta").mkdir(parents=True)
+    meta = {"step": 10, "config": config.flatten(valid)}
+    (tmp_path / "10" / "meta" / "metadata").write_text(json.dumps(meta))
+    assert recipe.load(str(tmp_path / "10")) == valid
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model.n_layers": 2}', '{"config": 3}'])
+def test_json_that_is_no_config_is_a_user_error(tmp_path, text):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(config.UserError, match="give a recipe, a run's config"):
+        recipe.load(str(file))
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -209,8 +259,6 @@ REFUSED = [
         "precision.compute_dtype=float32", "implementation=cudnn", "bfloat16 or float16, or xla",
     ),
     ("--data.from-text t --data.paths a b", "data.paths has 2 entries", "give one prefix"),
-    ("--mesh.fsdp=0", "mesh.fsdp=0", "at least 1, or -1 for the rest"),
-    ("--mesh.tensor=-2", "mesh.tensor=-2", "at least 1, or -1 for the rest"),
     ("--mesh.fsdp=-1", "mesh.data and mesh.fsdp are all -1", "only one axis can take the rest"),
     ("--mesh.tensor=3", "mesh.tensor=3", "model.n_heads=4", "use one of 1, 2, 4"),
     (
@@ -228,7 +276,7 @@ REFUSED = [
         "--mesh.context=2 --model.n-loss-chunks=32",
         "model.n_loss_chunks=32", "the 16 positions", "mesh.context=2", "use one of 1, 2, 4, 8, 16",
     ),
-    ("--train.n-steps=0", "the run has no length", "train.n_steps, train.n_samples or n_tokens"),
+    ("--train.n-steps=0", "the run has no length", "train.n_samples or train.n_tokens"),
     ("--batch.schedule=0:8 --batch.ramp 2 2 9", "batch.schedule and batch.ramp both", "clear one"),
     ("--data.paths", "data.paths is empty", "give --data.paths PREFIX"),
     ("--data.mock", "data.paths and data.mock each say", "keep one"),
@@ -260,43 +308,205 @@ def test_values_that_do_not_go_together_name_field_value_and_fix(parse, case):
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("name", validation._AT_LEAST)
-def test_a_number_below_its_range_names_field_value_and_bound(valid, name):
-    least = validation._AT_LEAST[name]
-    bound = f"must be at least {least:g}"
-    for value, told in (
-        (least - 1, bound), (float("nan"), "must be finite"), (float("inf"), "must be finite"),
-    ):  # fmt: skip
+def numbers():
+    """Return (name, its range) of every number of a config; those of a tuple count as one."""
+    return {name: ranges.range_of(hint) for name, hint in number_hints(config.Config)}
+
+
+def number_hints(kind, prefix=""):
+    """Yield (name, type) of each number of a tree of dataclasses."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            yield from number_hints(hint, f"{prefix}{name}.")
+        elif has_number(hint):
+            yield prefix + name, hint
+
+
+def has_number(hint):
+    return hint in (int, float) or any(map(has_number, typing.get_args(hint)))
+
+
+def set_number(cfg, name, value):
+    """Return the config with a number in a field, or in all places of a tuple."""
+    old = config.flatten(cfg)[name]
+    return set_field(cfg, name, (value,) * (len(old) or 3) if isinstance(old, tuple) else value)
+
+
+def test_every_number_has_a_range_that_its_default_is_in(valid):
+    found = numbers()
+    assert len(found) > 50 and {"log.profile_steps", "batch.ramp", "mesh.data"} <= found.keys()
+    for name, bounds in found.items():
+        assert bounds is not None, f"{name} has no range: see `ranges`"
+        assert math.isfinite(bounds.least) and math.isfinite(bounds.most)
+    validation.check_ranges(valid)
+
+
+@pytest.mark.parametrize("name", numbers())
+def test_a_number_beyond_its_range_names_field_value_and_bounds(valid, name):
+    bounds = numbers()[name]
+    beyond = [bounds.least - 1, bounds.most * 2 + 1, math.nan, math.inf, -math.inf]
+    for value in (*beyond, *([] if bounds.excluded is None else [bounds.excluded])):
         with pytest.raises(config.UserError) as error:
-            validation.validate(set_field(valid, name, value))
-        assert f"{name}={value} {told}" in str(error.value)
+            validation.validate(set_number(valid, name, value))
+        assert f"{name}={value} must be {bounds}: " in str(error.value)
+    with pytest.raises(config.UserError, match=f"{name}=many is a str: give a number"):
+        validation.validate(set_number(valid, name, "many"))
 
 
-@pytest.mark.parametrize("name", validation._BELOW_ONE)
-def test_a_share_outside_of_0_to_1_names_field_and_value(valid, name):
-    for value in (1.0, 1.5):
-        with pytest.raises(config.UserError) as error:
-            validation.validate(set_field(valid, name, value))
-        assert f"{name}={value} must be in [0, 1)" in str(error.value)
+def test_a_range_tells_which_of_its_ends_are_in():
+    told = {(1, 9): "at least 1 and at most 9", (0, 1, "", 0): "above 0 and at most 1"}
+    told |= {(0, 1, "", 1): "at least 0 and below 1"}
+    told |= {(-1, 9, "", 0): "at least -1 and at most 9, and not 0"}
+    for ends, words in told.items():
+        assert str(ranges.Range(*ends)) == words
 
 
-def test_every_number_has_a_range(valid):
-    numbers = {
-        name
-        for name, value in config.flatten(valid).items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    elsewhere = {f"mesh.{axis}" for axis in ("data", "stage", "fsdp", "context", "tensor")}
-    elsewhere |= {"distributed.process_id"}  # in `distributed`
-    assert numbers - elsewhere == set(validation._AT_LEAST) | set(validation._BELOW_ONE)
+@pytest.mark.parametrize("name", numbers())
+def test_both_ends_of_a_range_hold_in_what_first_uses_the_number(valid, name):
+    bounds = numbers()[name]
+    for value in (bounds.least, bounds.most):
+        cfg = set_field(valid, "precision.compute_dtype", "float16")  # it has numbers of its own
+        with contextlib.suppress(config.UserError):  # nothing else
+            validation.validate(set_number(cfg, name, value))
+            use_numbers(set_number(cfg, name, value))
+
+
+def use_numbers(cfg):
+    """Do what a run does with its numbers, without building a program."""
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    n_steps, n_samples = schedule.end(cfg.train, cfg.model.seq_len)
+    if n_samples <= ranges.INT32:  # else `step.build` refuses
+        for samples in (0, n_samples):
+            for xp, count in ((np, samples), (jnp, jnp.int32(samples))):
+                optimizer.learning_rate(cfg.optimizer, n_samples, count, xp)
+                optimizer.weight_decay(cfg.optimizer, n_samples, count, xp)
+    scale = optimizer.init_loss_scale(cfg.precision)
+    optimizer.next_loss_scale(cfg.precision, scale, jnp.bool_(True))
+    jax.random.key(cfg.train.seed)
+    np.random.RandomState(cfg.train.seed)
+    np.int32([cfg.data.eod_id, cfg.model.vocab_size - 1, cfg.model.padded_vocab_size - 1])
+    faults.Faults(cfg, ()).loss_limit(n_steps)
+    flops.n_params(cfg.model)
+    limit = 2 * max(cfg.watchdog.slow_phase_seconds, cfg.watchdog.step_multiple)
+    assert max(limit, cfg.checkpoint.retry_pause) < threading.TIMEOUT_MAX
+    np.int32([1000 * cfg.distributed.start_timeout, 1000 * cfg.distributed.heartbeat_timeout])
+    memory_model.memory(cfg, memory_model.lay_out(cfg, 1, 1))
+
+
+# What people mean by a 0 that is not allowed, and how it is said.
+OFF = [
+    ("--train.eval-batches=0", "train.eval_interval=0 turns evaluation off"),
+    ("--checkpoint.save-interval=0", "without checkpoint.dir nothing is saved"),
+    ("--checkpoint.max-to-keep=0", "keep_period equal to save_interval keeps all"),
+    ("--log.interval=0", "a large number logs little"),
+    ("--faults.max-skipped-steps=0", "faults.nonfinite=warn goes on without end"),
+    ("--faults.spike-window=0", "faults.spike=off"),
+    ("--data.read-threads=0", "data.prefetch=0"),
+    ("--watchdog.min-seconds=0", "watchdog.step_multiple=0 turns the watchdog off"),
+    ("--mesh.fsdp=0", "at least 1, or -1 for the rest"),
+]
+
+
+@pytest.mark.parametrize(("override", "told"), OFF)
+def test_a_0_that_turns_nothing_off_says_what_does(parse, override, told):
+    with pytest.raises(config.UserError) as error:
+        parse(override)
+    assert told in str(error.value)
+    with pytest.raises(config.UserError) as error:
+        parse(override.replace("=0", f"={10**12}"))
+    assert told not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("300B", 300 * 10**9), ("2.4b", 2_400_000_000), ("1k", 1000), ("1e6", 10**6), ("1T", 10**12)],
+)
+def test_counts_of_tokens_and_samples_read_multiples_alike(parse, text, count):
+    assert parse(f"--train.n-tokens={text}").train.n_tokens == count
+    assert batch_schedule.parse_schedule(f"0:8 {text}:16", 1)[1] == (count, 16)
+    assert ranges.read_count(text) == count
+
+
+def test_samples_read_multiples_too(parse):
+    cfg = parse(
+        "--train.n-samples=1M", "--optimizer.decay-samples=.5M", "--optimizer.warmup-samples=10K",
+        "--batch.ramp", "2", "2", "4.8K", "--data.skip-samples", "8K:8.5K",
+    )  # fmt: skip
+    assert (cfg.train.n_samples, cfg.optimizer.decay_samples) == (10**6, 500_000)
+    assert (cfg.optimizer.warmup_samples, cfg.batch.ramp) == (10_000, (2, 2, 4800))
+    assert validation.stretch(cfg.data.skip_samples[0]) == (8000, 8500)
+
+
+@pytest.mark.parametrize("text", ["", "K", "1.5", "3X", "nan", "infB", "many"])
+def test_what_is_no_count_is_named(parse, capsys, text):
+    with pytest.raises(SystemExit):
+        parse(f"--train.n-tokens={text}")
+    told = capsys.readouterr().err
+    assert "--train.n-tokens" in told and f"'{text}' is not a count" in told
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["90,5,5", "90/5/5", "90 5 5", " 90, 5 ,5", "90:5:5", "[90, 5, 5]", "90%,5%,5%", "90.,5.0,5"],
+)
+def test_a_split_is_read_as_megatron_reads_it(parse, split):
+    """There, `re.findall(r"[.0-9]+", split)`."""
+    parse("--data.split", split)
+    assert validation.split_weights(split) == [90, 5, 5]
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "90,-5,5", "0,0,0", "1,2,3,4", "1.2.3,1", "1e1,5"])
+def test_what_is_no_split_is_refused(parse, split):
+    with pytest.raises(config.UserError, match="up to three weights"):
+        parse("--data.split", split)
+
+
+# Overrides of which one decides nothing, its field, and why.
+WITHOUT_EFFECT = [
+    ("--model.attention.band=7", "model.attention.band=7", "model.attention.pattern=dense"),
+    ("--optimizer.wsd-decay=linear", "optimizer.wsd_decay=linear", "optimizer.decay=cosine"),
+    ("--optimizer.decay=constant --optimizer.min-lr=1e-4", "min_lr=0.0001", "decay=constant"),
+    ("--optimizer.init-lr=1e-4", "optimizer.init_lr=0.0001", "no warm-up"),
+    ("--precision.loss-scale-window=9", "precision.loss_scale_window=9", "dtype=bfloat16"),
+    (
+        "--precision.compute-dtype=float16 --precision.static-loss-scale=8 "
+        "--precision.initial-loss-scale=8", "precision.initial_loss_scale=8.0", "static_loss_scale",
+    ),
+    ("--data.paths --data.train-paths x --data.split=8,1,1", "data.split=8,1,1", "train_paths"),
+    ("--data.paths --data.mock --data.split=8,1,1", "data.split=8,1,1", "data.mock"),
+    ("--data.prefetch=0 --data.read-threads=9", "data.read_threads=9", "data.prefetch=0"),
+    ("--mesh.data=1 --mesh.shard-optimizer", "mesh.shard_optimizer=True", "mesh.data=1"),
+    ("--mesh.no-sequence-parallel", "mesh.sequence_parallel=False", "mesh.tensor=1"),
+    ("--train.eval-interval=0 --train.eval-batches=9", "eval_batches=9", "train.eval_interval=0"),
+    ("--faults.max-skipped-steps=9", "faults.max_skipped_steps=9", "at skip"),
+    ("--faults.spike-window=9", "faults.spike_window=9", "faults.spike=off"),
+    ("--watchdog.step-multiple=0 --watchdog.min-seconds=9", "min_seconds=9.0", "multiple=0"),
+    ("--train.max-fruitless-starts=9", "train.max_fruitless_starts=9", "no log.dir"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT, ids=lambda case: case[0])
+def test_a_field_that_was_set_and_decides_nothing_is_named(parse, case):
+    overrides, *told = case
+    (line,) = validation.without_effect(parse(*overrides.split()))
+    assert all(words in line for words in (*told, "has no effect"))
+
+
+def test_nothing_is_said_of_fields_that_were_not_set_or_have_an_effect(parse):
+    assert validation.without_effect(parse()) == []
+    used = parse(
+        "--precision.compute-dtype=float16", "--precision.loss-scale-window=9",
+        "--faults.spike=skip", "--faults.max-skipped-steps=3", "--faults.spike-window=9",
+        "--optimizer.warmup-samples=2", "--optimizer.init-lr=1e-4", "--train.eval-batches=2",
+    )  # fmt: skip
+    assert validation.without_effect(used) == []
 
 
 def test_every_error_of_validate_is_provoked_above(parse, valid):
     cases = [case[0] for case in REFUSED]
     provoked = {line_of_error(lambda o=o: parse(*o.split())) for o in cases}
-    for name, value in (("model.n_layers", -1), ("model.dropout", -1), ("model.d_model", math.inf)):
-        broken = set_field(valid, name, value)
-        provoked.add(line_of_error(lambda cfg=broken: validation.validate(cfg)))
+    broken = set_field(valid, "model.n_layers", -1)
+    provoked.add(line_of_error(lambda: validation.validate(broken)))
     assert provoked == lines_that_raise()
 
 

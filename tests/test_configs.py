@@ -61,6 +61,7 @@ def test_the_recipes_are_these():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_valid_and_a_function_of_nothing(name):
     validation.validate(ready(name))
+    assert validation.without_effect(ready(name)) == []
     assert recipe.load(str(path_of(name))) == recipe.load(str(path_of(name)))
 
 

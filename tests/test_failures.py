@@ -17,7 +17,8 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, command, step, train
+from gpt3jax import command, step, train
+from gpt3jax.checkpoint import checkpoints
 from gpt3jax.data import indexed
 
 import corpus
@@ -331,7 +332,7 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
     folder = corpus.write_run(tmp_path / "run")
     with small_disk(folder / "checkpoints", "size=8m"):
         other = folder / "checkpoints" / "other.bin"
-        due, poll = train._due, checkpoint.Checkpoints.poll
+        due, poll = train._due, checkpoints.Checkpoints.poll
 
         def due_on_a_full_disk(number, interval):
             if number == 15 and not other.exists():
@@ -346,7 +347,7 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
             return poll(store, wait)
 
         monkeypatch.setattr(train, "_due", due_on_a_full_disk)
-        monkeypatch.setattr(checkpoint.Checkpoints, "poll", patient_poll)
+        monkeypatch.setattr(checkpoints.Checkpoints, "poll", patient_poll)
         tries = ["--checkpoint.max-failed-saves=3", "--checkpoint.retry-pause=0.1"]
         status = corpus.call_main(monkeypatch, folder, *tries)
         told = capfd.readouterr()

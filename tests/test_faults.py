@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, faults, optimizer, stopping, train
+from gpt3jax import config, faults, optimizer, stopping, train
+from gpt3jax.checkpoint import metadata
 from gpt3jax.data import inspect, loader
 
 import tiny
@@ -183,8 +184,8 @@ def test_a_limit_does_not_depend_on_what_was_read_already(tmp_path):
 
 
 def test_a_checkpoint_without_losses_still_loads():
-    names = [field.name for field in dataclasses.fields(checkpoint.Meta)]
-    meta = checkpoint.Meta(step=1, consumed_samples=1, data_order={}, config={})
+    names = [field.name for field in dataclasses.fields(metadata.Meta)]
+    meta = metadata.Meta(step=1, consumed_samples=1, data_order={}, config={})
     assert "faults" in names and meta.faults == {}
 
 

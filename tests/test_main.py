@@ -127,6 +127,12 @@ def test_a_missing_corpus_is_named(run, prefix):
         assert "data.paths takes the prefix of both files: 'corpus'" in told
 
 
+@pytest.mark.parametrize("words", ["0.5 corpus 0.5", "corpus 0.5", "corpus 0.5 corpus 0.5"])
+def test_a_blend_in_another_order_is_told_the_right_one(run, words):
+    told = run("--data.paths", *words.split())
+    assert "0.5 stands where a prefix is expected: a blend is WEIGHT PREFIX WEIGHT PREFIX" in told
+
+
 @pytest.mark.parametrize("n_left", [0, 5, 20, 3000])
 @pytest.mark.parametrize("name", ["corpus.bin", "corpus.idx"])
 def test_a_truncated_corpus_is_named(tmp_path, run, name, n_left):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import batch_schedule, checkpoint, config, pipeline, step, validation
+from gpt3jax import batch_schedule, config, pipeline, step, validation
+from gpt3jax.checkpoint import checkpoints, metadata
 
 import tiny
 
@@ -269,13 +270,13 @@ def test_a_checkpoint_comes_back_on_other_stages(tmp_path, here, there):
         nu=jax.tree.map(lambda p: p * p, state.params),
     )
     state = dataclasses.replace(state, opt_state=moments)
-    meta = checkpoint.Meta(step=1, consumed_samples=16, data_order={}, config=config.flatten(cfg))
-    store = checkpoint.Checkpoints(str(tmp_path))
+    meta = metadata.Meta(step=1, consumed_samples=16, data_order={}, config=config.flatten(cfg))
+    store = checkpoints.Checkpoints(str(tmp_path))
     store.save(state, meta)
     assert store.poll(wait=True) == ""
     cfg, program = program_of(*there)
     abstract = program.abstract_state
-    restored, _, warnings = checkpoint.restore_newest(store, cfg, lambda meta: (abstract, {}))
+    restored, _, warnings = checkpoints.restore_newest(store, cfg, lambda meta: (abstract, {}))
     assert not warnings
     for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
         assert leaf.shape == want.shape and leaf.sharding == want.sharding

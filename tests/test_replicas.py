@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, model, replicas, sharding, step, train
+from gpt3jax import config, model, replicas, sharding, step, train
+from gpt3jax.checkpoint import checkpoints
 
 import tiny
 
@@ -143,5 +144,5 @@ def test_a_corrupted_replica_ends_a_run_before_it_is_saved(tmp_path, monkeypatch
         error.value
     )
     assert str(error.value).count(f"device {device}") >= 1
-    assert checkpoint.Checkpoints(cfg.checkpoint.dir).steps() == [3]
+    assert checkpoints.Checkpoints(cfg.checkpoint.dir).steps() == [3]
     assert train.train(cfg)  # as a job script would: from step 3 to the end

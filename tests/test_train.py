@@ -8,7 +8,18 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, optimizer, setup, sharding, step, stopping, train
+from gpt3jax import (
+    batch_schedule,
+    config,
+    optimizer,
+    setup,
+    sharding,
+    step,
+    step_log,
+    stopping,
+    train,
+)
+from gpt3jax.checkpoint import checkpoints
 from gpt3jax.data import loader, splits
 
 import tiny
@@ -46,7 +57,7 @@ def records(folder):
 def final_arrays(cfg, n_steps):
     """Return the arrays of a run's last checkpoint, restored on one device."""
     program = step.build(dataclasses.replace(cfg, mesh=config.Mesh()), tiny.make_mesh(), 64)
-    store = checkpoint.Checkpoints(cfg.checkpoint.dir)
+    store = checkpoints.Checkpoints(cfg.checkpoint.dir)
     return tiny.leaves(store.restore(n_steps, program.abstract_state))
 
 
@@ -201,7 +212,7 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
     cfg = uninterrupted
     mesh = tiny.make_mesh()
     program = step.build(cfg, mesh, 64)
-    store = checkpoint.Checkpoints(cfg.checkpoint.dir)
+    store = checkpoints.Checkpoints(cfg.checkpoint.dir)
     params = store.restore(2, program.abstract_state).params
     parts = splits.open_splits(cfg, 4, 64)
     tokens, _ = parts.validation.tokens(np.arange(16))
@@ -227,9 +238,22 @@ def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
     corpus, tmp_path, capsys, monkeypatch, limit, warned
 ):
     monkeypatch.setattr(setup, "device_memory", lambda: limit)
-    train.train(make_config(corpus, tmp_path / "run", MESH_A, train={"n_steps": 1}))
+    groups = {"train": {"n_steps": 1}, "faults": {"spike_window": 7}}
+    train.train(make_config(corpus, tmp_path / "run", MESH_A, **groups))
     told = capsys.readouterr().out
+    assert "WARNING: faults.spike_window=7 has no effect with faults.spike=off" in told
     assert ("WARNING: a step needs about 0.0 GiB" in told) == warned
+
+
+def test_what_has_no_effect_before_the_end_of_the_run_is_warned_of():
+    cfg = tiny.make_config(log={"profile_steps": (21, 30), "dir": "logs"}, data={"mock": True})
+    cfg = dataclasses.replace(cfg, faults=config.Faults(spike="warn", spike_window=19))
+    schedule = batch_schedule.BatchSchedule(((0, 8), (160, 16)))
+    told = setup.beyond_the_end(cfg, schedule, step_log.Position(20, 160))
+    assert len(told) == 3 and all("has no effect: the run ends at step 20" in one for one in told)
+    for words in ("log.profile_steps=21 30", "the batch of 16 from sample 160", "spike_window=19"):
+        assert any(words in one for one in told)
+    assert setup.beyond_the_end(cfg, schedule, step_log.Position(21, 161)) == []
 
 
 def test_files_are_where_the_docs_say(uninterrupted):

@@ -14,15 +14,17 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
 import tqdm
 import tyro
 from rich import box, console, table
 
-from gpt3jax import checkpoint, command, config, trained
-from gpt3jax.checkpoint import listing
+from gpt3jax import command, config, ranges
+from gpt3jax.checkpoint import listing, metadata
+
+if TYPE_CHECKING:
+    from gpt3jax.checkpoint import checkpoints
 
 DAMAGED = 1  # the exit status of verify where one is damaged
 
@@ -43,7 +45,7 @@ class Show:
 
     folder: tyro.conf.Positional[str]
     """Folder of checkpoints, as checkpoint.dir."""
-    step: int = -1
+    step: Annotated[int, ranges.Range(-1, ranges.INT32)] = -1
     """Which one (-1: the newest)."""
     json: bool = False
     """Print JSON."""
@@ -55,7 +57,7 @@ class Verify:
 
     folder: tyro.conf.Positional[str]
     """Folder of checkpoints, as checkpoint.dir."""
-    step: int = -1
+    step: Annotated[int, ranges.Range(-1, ranges.INT32)] = -1
     """Which one (-1: the newest)."""
     all: bool = False
     """All of them."""
@@ -96,11 +98,13 @@ def show(options: Show, out: console.Console) -> int:
     Raises:
         UserError: it is not there, or what it says of itself cannot be read.
     """
+    from gpt3jax.checkpoint import checkpoints  # after parsing: JAX takes seconds
+
     entry = _chosen(options.folder, options.step, all_of_them=False)[0]
     path = pathlib.Path(options.folder) / entry.name
     if entry.meta is None:
-        raise checkpoint.DamagedError(f"checkpoint {path} has no meta file that can be read")
-    arrays = checkpoint.arrays(path)
+        raise metadata.DamagedError(f"checkpoint {path} has no meta file that can be read")
+    arrays = checkpoints.arrays(path)
     if options.json:
         told = [{"name": n, "shape": s, "dtype": d, "bytes": b} for n, s, d, b in arrays]
         _print_json(out, _as_json(entry) | {"meta": _meta(entry), "arrays": told})
@@ -135,7 +139,7 @@ def verify(options: Verify, out: console.Console) -> int:
         problem, n_arrays = "", 0
         try:
             n_arrays = verify_one(options.folder, entry, quiet=options.json)
-        except checkpoint.DamagedError as error:
+        except metadata.DamagedError as error:
             problem = str(error)
         if problem and not (pathlib.Path(options.folder) / entry.name).is_dir():
             continue  # the run that writes there has removed it meanwhile
@@ -154,10 +158,16 @@ def verify_one(folder: str, entry: listing.Entry, quiet: bool) -> int:
     Raises:
         DamagedError: it names what cannot be read or is not as it was written.
     """
-    store = checkpoint.Checkpoints(folder, read_only=True)
+    import jax  # after parsing: it takes seconds
+
+    from gpt3jax import trained
+    from gpt3jax.checkpoint import checkpoints
+
+    jax.config.update("jax_platforms", "cpu")
+    store = checkpoints.Checkpoints(folder, read_only=True)
     meta = store.read_meta(entry.step)
     abstract_state = trained.abstract_state(config.unflatten(config.Config, meta.config))
-    names = checkpoint.names(abstract_state, meta)
+    names = checkpoints.names(abstract_state, meta)
     with tqdm.tqdm(names, desc=f"step {entry.step}", unit=" arrays", disable=quiet or None) as bar:
         return store.verify(entry.step, abstract_state, bar)
 
@@ -192,13 +202,13 @@ def _meta(entry: listing.Entry) -> dict[str, Any]:
     return dataclasses.asdict(entry.meta)
 
 
-def _holds(meta: checkpoint.Meta | None) -> str:
+def _holds(meta: metadata.Meta | None) -> str:
     if meta is None:
         return "?"
     return "parameters alone" if meta.only_params else "whole state"
 
 
-def _total(arrays: list[checkpoint.Array]) -> int:
+def _total(arrays: "list[checkpoints.Array]") -> int:
     return sum(array.n_bytes for array in arrays)
 
 
@@ -226,15 +236,18 @@ def main() -> int:
         | Annotated[Show, tyro.conf.subcommand("show")]
         | Annotated[Verify, tyro.conf.subcommand("verify")]
     )
-    options: Any = tyro.cli(commands, prog="python -m gpt3jax.checkpoint", description=__doc__)
-    jax.config.update("jax_platforms", "cpu")
-    out = console.Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     run: dict[type, Callable[[Any, console.Console], int]] = {
         List: list_all,
         Show: show,
         Verify: verify,
     }
-    return command.run(lambda: run[type(options)](options, out))
+
+    def look() -> int:
+        options = command.parse(commands, "checkpoint", __doc__)
+        out = console.Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        return run[type(options)](options, out)
+
+    return command.run(look)
 
 
 if __name__ == "__main__":

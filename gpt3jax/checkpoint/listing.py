@@ -10,7 +10,8 @@ import pathlib
 import re
 from typing import Any, Literal
 
-from gpt3jax import checkpoint, config
+from gpt3jax import config
+from gpt3jax.checkpoint import metadata
 
 _KINDS = {
     "whole": re.compile(r"(\d+)"),  # Orbax gives this name when all is written
@@ -36,7 +37,7 @@ class Entry:
     state: Literal["whole", "damaged", "unfinished"]
     written: float
     n_bytes: int
-    meta: checkpoint.Meta | None
+    meta: metadata.Meta | None
 
 
 def entries(folder: str) -> list[Entry]:
@@ -72,10 +73,10 @@ def _entry(path: pathlib.Path) -> list[Entry]:
     return []
 
 
-def read_meta(path: pathlib.Path) -> checkpoint.Meta | None:
+def read_meta(path: pathlib.Path) -> metadata.Meta | None:
     """Return what a checkpoint's meta file says, or None if it is not there, cut or changed."""
     try:
-        return checkpoint.checked_meta(json.loads((path / "meta" / "metadata").read_text()))
+        return metadata.checked_meta(json.loads((path / "meta" / "metadata").read_text()))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -16,15 +16,17 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
 import numpy as np
 import tyro
 
-from gpt3jax import command, config, sharding, trained, validation
+from gpt3jax import command, config, validation
 from gpt3jax.convert import hf_gpt2, megatron, tensor_files
 from gpt3jax.data import tokenizer
+
+if TYPE_CHECKING:
+    from gpt3jax import trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ def from_hf(options: FromHf) -> str:
         UserError: a file that is missing or damaged, a model that ours cannot be, or an output
             that has checkpoints.
     """
+    from gpt3jax import trained  # after parsing: JAX takes seconds
+
     folder, output = pathlib.Path(options.folder), pathlib.Path(options.output).absolute()
     model, eod_id = hf_gpt2.read_config(folder)
     validation.check_model(model, config.Data())
@@ -77,6 +81,8 @@ def to_hf(options: ToHf) -> str:
         UserError: no checkpoint, a damaged one, a model that GPT-2's config cannot express, or an
             output that is not empty.
     """
+    from gpt3jax import sharding, trained  # as in from_hf
+
     output = pathlib.Path(options.output)
     source = trained.open_newest(options.checkpoint, sharding.make_mesh(config.Mesh()))
     model, data = source.cfg.model, source.cfg.data
@@ -103,7 +109,7 @@ def to_hf(options: ToHf) -> str:
     return f"{output}: GPT2LMHeadModel of step {source.step}, {told}"
 
 
-def _gpt2_tensors(source: trained.Trained, name: str) -> Iterator[tuple[str, np.ndarray]]:
+def _gpt2_tensors(source: "trained.Trained", name: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield GPT-2's tensors of one of our parameters, which is read layer by layer."""
     if not name.startswith("blocks/"):
         array = source.whole(name)
@@ -133,15 +139,21 @@ def main() -> int:
         | Annotated[megatron.FromMegatron, tyro.conf.subcommand("from-megatron")]
         | Annotated[megatron.ToMegatron, tyro.conf.subcommand("to-megatron")]
     )
-    options: Any = tyro.cli(commands, prog="python -m gpt3jax.convert", description=__doc__)
-    jax.config.update("jax_platforms", "cpu")
     run: dict[type, Callable[[Any], str]] = {
         FromHf: from_hf,
         ToHf: to_hf,
         megatron.FromMegatron: megatron.from_megatron,
         megatron.ToMegatron: megatron.to_megatron,
     }
-    return command.run(lambda: print(run[type(options)](options)))
+
+    def convert() -> None:
+        options = command.parse(commands, "convert", __doc__)
+        import jax  # after parsing: it takes seconds
+
+        jax.config.update("jax_platforms", "cpu")
+        print(run[type(options)](options))
+
+    return command.run(convert)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from gpt3jax import config, sharding, trained, validation
+from gpt3jax import config, ranges, validation
 from gpt3jax.convert import mcore, tensor_files, torch_files
+
+if TYPE_CHECKING:
+    from gpt3jax import trained
 
 _ARGS = "args.json"  # beside safetensors: what a torch file has as `args`
 _Pieces = dict[str, list[Callable[[], np.ndarray]]]  # a tensor's parts by tensor rank
@@ -25,9 +28,9 @@ class FromMegatron:
     """Folder of Megatron's --save (torch format); or a safetensors file or folder of its names."""
     output: str
     """Folder for the checkpoint."""
-    vocab_size: int = 0
+    vocab_size: Annotated[int, ranges.Range(0, 2**30)] = 0
     """True vocabulary, where the checkpoint knows only the padded one (0: what it says)."""
-    n_heads: int = 0
+    n_heads: Annotated[int, ranges.Range(0, 2**20)] = 0
     """Attention heads, for safetensors without an args.json beside them."""
 
 
@@ -39,9 +42,9 @@ class ToMegatron:
     """Folder of checkpoints, as checkpoint.dir."""
     output: str
     """Folder to write; it must be new or empty."""
-    tensor: int = 1
+    tensor: Annotated[int, ranges.Range(1, 2**20)] = 1
     """Megatron's --tensor-model-parallel-size."""
-    pipeline: int = 1
+    pipeline: Annotated[int, ranges.Range(1, 2**16)] = 1
     """Megatron's --pipeline-model-parallel-size."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Names of the tensors, as Megatron's option of this name asks for them."""
@@ -56,6 +59,8 @@ def from_megatron(options: FromMegatron) -> str:
         UserError: a file that is missing, damaged or foreign, a model that ours cannot be, or an
             output that has checkpoints.
     """
+    from gpt3jax import trained  # after parsing: JAX takes seconds
+
     path = pathlib.Path(options.folder)
     if not path.exists():
         raise config.UserError(f"{path} does not exist")
@@ -90,6 +95,8 @@ def to_megatron(options: ToMegatron) -> str:
         UserError: no checkpoint, a damaged one, sizes that do not divide the model, torch is
             missing, or an output that is not empty.
     """
+    from gpt3jax import sharding, trained  # as in from_megatron
+
     output = pathlib.Path(options.output)
     source = trained.open_newest(options.checkpoint, sharding.make_mesh(config.Mesh()))
     model = trained.find(options.checkpoint)[2].model  # with its dropout
@@ -129,12 +136,12 @@ def _check_cut(options: ToMegatron, model: config.Model) -> None:
         )
     sizes = {"n_heads": model.n_heads, "padded_vocab_size": model.padded_vocab_size}
     for field, size in sizes.items():
-        if options.tensor < 1 or size % options.tensor:
+        if size % options.tensor:
             raise config.UserError(
                 f"--tensor={options.tensor} does not divide model.{field}={size}: use one of "
                 f"{config.divisors(size)}"
             )
-    if options.pipeline < 1 or model.n_layers % options.pipeline:
+    if model.n_layers % options.pipeline:
         raise config.UserError(
             f"--pipeline={options.pipeline} does not divide model.n_layers={model.n_layers}: use "
             f"one of {config.divisors(model.n_layers)}"
@@ -263,7 +270,7 @@ def _check_names(path: pathlib.Path, pieces: _Pieces, model: config.Model) -> No
         )
 
 
-def _tensors(source: trained.Trained, layers: range) -> Iterator[tuple[str, str, np.ndarray]]:
+def _tensors(source: "trained.Trained", layers: range) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield (our name, Megatron's, tensor) of these layers, and of what is outside of layers.
 
     All layers are read, so that what was damaged is noticed.
@@ -281,7 +288,7 @@ def _write_stage(
     folder: pathlib.Path,
     options: ToMegatron,
     args: dict[str, Any],
-    source: trained.Trained,
+    source: "trained.Trained",
     stage: int,
 ) -> None:
     """Write the files of a pipeline stage, which is in memory as a whole."""

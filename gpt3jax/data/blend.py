@@ -24,14 +24,15 @@ _MAX_SEGMENTS = 16_384
 _LEAD_IN = 256  # steps before a segment, in which a guessed start mostly becomes the true one
 
 
-def parse(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
+def parse(paths: Sequence[str], field: str = "data.paths") -> tuple[list[str], list[float] | None]:
     """Return the prefixes and weights of Megatron's `--data-path`.
 
     "weight prefix weight prefix ..." where every other word is a number; else all are prefixes,
     without weights (None): each corpus then counts by its number of samples.
 
     Raises:
-        UserError: some of the words that may be weights are numbers and others are not.
+        UserError: some of the words that may be weights are numbers and others are not; it names
+            the field.
     """
     words = [path.strip() for path in paths]
     number = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
@@ -40,7 +41,7 @@ def parse(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
         return words, None
     if not all(are_weights):
         raise config.UserError(
-            f"data.paths={' '.join(words)}: {words[::2][are_weights.index(False)]!r} stands where "
+            f"{field}={' '.join(words)}: {words[::2][are_weights.index(False)]!r} stands where "
             "a weight is expected: give every prefix a weight before it, or none"
         )
     return words[1::2], [float(word) for word in words[::2]]

@@ -183,10 +183,22 @@ def _paths(prefix: str) -> tuple[pathlib.Path, pathlib.Path]:
     paths = pathlib.Path(prefix + ".idx"), pathlib.Path(prefix + ".bin")
     for path in paths:
         if not path.is_file():
-            hint = f"data.paths takes the prefix of both files: {prefix[:-4]!r} in place of it"
-            wrong = prefix.endswith((".bin", ".idx"))
-            raise config.UserError(f"{path}: no such file" + (f"; {hint}" if wrong else ""))
+            raise config.UserError(f"{path}: no such file{_hint(prefix)}")
     return paths
+
+
+def _hint(prefix: str) -> str:
+    """Return what may be meant by a prefix that is none, for a message."""
+    if prefix.endswith((".bin", ".idx")):
+        return f"; data.paths takes the prefix of both files: {prefix[:-4]!r} in place of it"
+    try:
+        float(prefix)
+    except ValueError:
+        return ""
+    return (
+        f"; {prefix} stands where a prefix is expected: a blend is WEIGHT PREFIX WEIGHT PREFIX "
+        "..., each weight before its prefix"
+    )
 
 
 def _map(path: pathlib.Path) -> Any:

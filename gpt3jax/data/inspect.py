@@ -7,16 +7,14 @@ inspect --config configs/345m.py --step 1200
 """
 
 import dataclasses
-import json
 import pathlib
-import re
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
-from gpt3jax import batch_schedule, command, config, recipe, skipping, validation
+from gpt3jax import batch_schedule, command, config, ranges, recipe, skipping, validation
 from gpt3jax.data import blend, indexed, samples, splits, tokenizer
 
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
@@ -29,19 +27,20 @@ class Options:
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """PREFIX of PREFIX.bin and .idx, or WEIGHT PREFIX WEIGHT PREFIX ..."""
     config: str = ""
-    """In place of paths and of the options down to --reset-attention-mask: a recipe, or the
-    config.json of a run's log.dir."""
+    """In place of paths and of the options down to --reset-attention-mask: a recipe, the
+    config.json of a run's log.dir, or the folder of a checkpoint."""
     split: str = "949,50,1"
     """Shares of documents for training, validation and test."""
     which: Literal["train", "valid", "test"] = "train"
     """The split whose samples are meant."""
-    seq_len: int = 2048
+    seq_len: Annotated[int, ranges.Range(1, 2**24)] = 2048
     """Length of a sample (tokens)."""
-    n_samples: int | None = None
-    """Samples of the run, which decide epochs and shuffles; left out: one epoch."""
-    seed: int = 1234
+    n_samples: Annotated[int, ranges.Range(1, ranges.INT32), ranges.READS_COUNTS] | None = None
+    """Samples of the run, as 300000 or 300K, which decide epochs and shuffles; left out: one epoch.
+    """
+    seed: ranges.Seed = 1234
     """Of the shuffles (train.seed)."""
-    eod: int = 50_256
+    eod: Annotated[int, ranges.Range(0, 2**30)] = 50_256
     """The end-of-document token."""
     eod_mask_loss: bool = False
     """As data.eod_mask_loss."""
@@ -51,9 +50,9 @@ class Options:
     """As data.reset_attention_mask."""
     samples: str = ""
     """Show samples A:B (from A on, B not included), with their text if there is a tokenizer."""
-    step: int | None = None
+    step: ranges.Positive | None = None
     """With --config: show the samples of this training step (the first is 1)."""
-    document: int | None = None
+    document: Annotated[int, ranges.Range(0, 2**63 - 1)] | None = None
     """Show this document of the first corpus."""
     dump: str = ""
     """Write the indices, and the arrays of --samples, to this .npz file."""
@@ -68,7 +67,9 @@ def inspect(options: Options) -> list[str]:
     Raises:
         UserError: corpora, recipe or options that cannot be used.
     """
-    cfg = _load(options.config) if options.config else None
+    cfg = recipe.load(options.config) if options.config else None
+    if cfg:
+        validation.validate(cfg)
     if bool(options.paths) == bool(cfg):
         raise config.UserError("give the prefix of a corpus, prefixes with weights, or --config")
     if options.step is not None and cfg is None:
@@ -172,32 +173,18 @@ def _run_samples(
         raise config.UserError(f"{options.config} has no {options.which} split")
     if options.step is None:
         return found, _numbers(options.samples)
-    if options.step < 1 or options.which != "train" or options.samples:
-        raise config.UserError("--step is of training and from 1 on, and goes without --samples")
+    if options.which != "train" or options.samples:
+        raise config.UserError("--step is of training: leave out --which and --samples")
     stream = skipping.from_config(cfg.data)
     batches = stream.schedule(schedule)
     first = batches.consumed_after(options.step - 1)
     return found, stream.numbers(np.arange(first, first + batches.size(first)))
 
 
-def _load(path: str) -> config.Config:
-    if not path.endswith(".json"):
-        return recipe.load(path)
-    try:
-        cfg = config.unflatten(config.Config, json.loads(pathlib.Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise config.UserError(f"--config {path}: {error}: give a run's config.json") from error
-    validation.validate(cfg)
-    return cfg
-
-
 def _numbers(text: str) -> np.ndarray:
     if not text:
         return np.arange(0)
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise config.UserError(f"--samples {text} must be A:B with A < B, as in 0:4")
-    return np.arange(int(match[1]), int(match[2]))
+    return np.arange(*validation.stretch(text, "--samples"))
 
 
 def _document(
@@ -237,8 +224,9 @@ def _dump(path: str, arrays: dict[str, np.ndarray]) -> None:
 
 def main() -> int:
     """Parse, print; return the exit status."""
-    options = tyro.cli(Options, prog="python -m gpt3jax.data.inspect", description=__doc__)
-    return command.run(lambda: print("\n".join(inspect(options))))
+    return command.run(
+        lambda: print("\n".join(inspect(command.parse(Options, "data.inspect", __doc__))))
+    )
 
 
 if __name__ == "__main__":

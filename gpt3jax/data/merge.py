@@ -4,7 +4,6 @@ import dataclasses
 import sys
 
 import tqdm
-import tyro
 
 from gpt3jax import command, config
 from gpt3jax.data import indexed
@@ -27,9 +26,9 @@ def merge(options: Options) -> str:
         UserError: a corpus that is missing or damaged, two with tokens of unlike types, or an
             output that is among them or cannot be written.
     """
-    corpora = [indexed.IndexedCorpus(prefix) for prefix in options.input]
-    if not corpora or options.output_prefix in options.input:
+    if not options.input or options.output_prefix in options.input:
         raise config.UserError("give --input prefixes, and an --output-prefix that is none of them")
+    corpora = [indexed.IndexedCorpus(prefix) for prefix in options.input]
     dtype = corpora[0].dtype
     for corpus in corpora:
         if corpus.dtype != dtype:
@@ -46,8 +45,7 @@ def merge(options: Options) -> str:
 
 def main() -> int:
     """Parse, merge, tell; return the exit status."""
-    options = tyro.cli(Options, prog="python -m gpt3jax.data.merge", description=__doc__)
-    return command.run(lambda: print(merge(options)))
+    return command.run(lambda: print(merge(command.parse(Options, "data.merge", __doc__))))
 
 
 if __name__ == "__main__":

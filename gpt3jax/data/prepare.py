@@ -12,13 +12,13 @@ import pathlib
 import sys
 from collections.abc import Iterator
 from concurrent import futures
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tqdm
 import tyro
 
-from gpt3jax import command, config
+from gpt3jax import command, config, ranges
 from gpt3jax.data import documents, indexed, tokenizer
 
 N_TOLD = 10  # bad records that are named one by one
@@ -40,14 +40,14 @@ class Options:
     )
     append_eod: bool = False
     """End each document that is not empty with the end-of-document token."""
-    workers: int = len(os.sched_getaffinity(0))
+    workers: Annotated[int, ranges.Range(1, 1000)] = len(os.sched_getaffinity(0))
     """Threads that encode."""
     on_bad_line: Literal["error", "skip"] = "error"
     """At a line without JSON, without the key, or that is not UTF-8: stop, or leave it out."""
     on_empty_document: Literal["keep", "skip", "error"] = "keep"
     """At a document without a token: keep its (empty) entry as Megatron does, leave it out, or
     stop."""
-    max_document_mb: int = 256
+    max_document_mb: Annotated[int, ranges.Range(1, 10**6)] = 256
     """A larger document is bad; it bounds the memory (MiB). A .txt file may be of any size with a
     GPT-2 vocabulary."""
 
@@ -88,8 +88,6 @@ def prepare(options: Options) -> Report:
     """
     files = documents.find(options.input)
     encoder = options.source.open()
-    if options.workers < 1:
-        raise config.UserError(f"--workers {options.workers}: give at least 1")
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # of the library tokenizers
     report = Report(prefix=f"{options.output_prefix}_{options.json_key}_document")
     max_bytes = options.max_document_mb << 20
@@ -206,8 +204,12 @@ def _lines(report: Report, options: Options) -> list[str]:
 
 def main() -> int:
     """Parse, prepare, tell what was written; return the exit status."""
-    options = tyro.cli(Options, prog="python -m gpt3jax.data.prepare", description=__doc__)
-    return command.run(lambda: print("\n".join(_lines(prepare(options), options))))
+    return command.run(_prepare)
+
+
+def _prepare() -> None:
+    options = command.parse(Options, "data.prepare", __doc__)
+    print("\n".join(_lines(prepare(options), options)))
 
 
 if __name__ == "__main__":

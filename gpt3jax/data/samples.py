@@ -7,12 +7,11 @@ d98e8a64dd. NumPy's legacy RandomState is what makes the order equal.
 """
 
 import dataclasses
-import re
 from typing import Any, Protocol
 
 import numpy as np
 
-from gpt3jax import config
+from gpt3jax import config, validation
 from gpt3jax.data import index_cache, indexed
 
 SPLITS = ("train", "validation", "test")
@@ -26,13 +25,7 @@ def split_bounds(split: str, n: int) -> list[tuple[int, int] | None]:
     Raises:
         UserError: the weights are not numbers, or all 0.
     """
-    fields = split.replace(",", " ").split()
-    weights = [float(x) for x in fields if re.fullmatch(r"\d+\.?\d*|\.\d+", x)]
-    if not len(fields) == len(weights) <= 3 or sum(weights) <= 0:
-        raise config.UserError(
-            f'data.split={split!r} must be up to three weights, not all 0, like "949,50,1"'
-        )
-    weights = [*weights, 0.0, 0.0][:3]
+    weights = validation.split_weights(split)
     shares = np.asarray(weights) / np.sum(weights)
     ends = [0.0]
     for share in shares.tolist():

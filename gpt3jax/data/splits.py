@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from gpt3jax import config
+from gpt3jax import config, ranges
 from gpt3jax.data import blend, indexed, mock, samples, text
 
 
@@ -41,6 +41,12 @@ def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
     sources = open_sources(data, cfg.model)
     eval_size = train.eval_batches * cfg.batch.global_batch_size
     n_evals = n_steps // train.eval_interval + 1 if train.eval_interval else 0
+    if n_evals * eval_size > ranges.INT32:
+        raise config.UserError(
+            f"train.eval_batches={train.eval_batches} takes {n_evals * eval_size} samples in "
+            f"{n_evals} evaluations, and their numbers must stay below 2^31: lower it, or evaluate "
+            "less often (train.eval_interval)"
+        )
     wanted = [n_samples, n_evals * eval_size, eval_size if n_evals else 0]
     maps = []
     for name, source, n in zip(samples.SPLITS, sources, wanted, strict=True):
@@ -49,10 +55,13 @@ def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
             prefixes = " ".join(corpus.prefix for corpus in source.corpora)
             raise config.UserError(
                 f"the run needs {n} {name} samples and {prefixes} has {len(maps[-1])}: "
-                "give each prefix a weight, or shorten the run"
+                "give each prefix a weight, or "
+                + ("shorten the run" if name == "train" else "lower train.eval_batches")
             )
     if maps[0] is None:
-        raise config.UserError(f"data.split={data.split!r} leaves nothing to train on")
+        raise config.UserError(
+            f"data.split={data.split!r} leaves nothing to train on: give its first weight a share"
+        )
     parts = maps[0].maps if isinstance(maps[0], blend.Blend) else [maps[0]]
     n_epochs = ", ".join(str(part.epochs.n) for part in parts)
     corpora = sources[0].corpora
@@ -85,11 +94,11 @@ def open_sources(data: config.Data, model: config.Model) -> list[Source]:
     if data.mock:
         corpus = mock.MockCorpus(model.vocab_size, data.eod_id)
         return [Source([corpus], None, mock.SPLIT)] * 3
-    of_splits = (data.train_paths, data.validation_paths, data.test_paths)
+    fields = ("paths",) * 3 if data.paths else ("train_paths", "validation_paths", "test_paths")
     opened: dict[str, indexed.IndexedCorpus] = {}
     sources = []
-    for paths in (data.paths,) * 3 if data.paths else of_splits:
-        prefixes, weights = blend.parse(paths)
+    for field in fields:
+        prefixes, weights = blend.parse(getattr(data, field), f"data.{field}")
         for prefix in prefixes:
             if prefix not in opened:
                 opened[prefix] = indexed.IndexedCorpus(prefix)

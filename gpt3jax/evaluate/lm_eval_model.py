@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from gpt3jax import config, trained
 from gpt3jax.data import tokenizer
 from gpt3jax.evaluate import scoring
-from gpt3jax.sample import generate, row_text, sampling
+from gpt3jax.sample import generate, row_text, text_options
 
 _MAX_NEW_TOKENS = 256  # where a task says nothing, as lm-eval's own models do
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -181,7 +181,7 @@ class CheckpointLM(TemplateLM):
 
     def _job(
         self, context: str, options: dict[str, Any]
-    ) -> tuple[list[int], sampling.Options, tuple[str, ...]]:
+    ) -> tuple[list[int], text_options.Options, tuple[str, ...]]:
         """Return the prompt, how to choose its tokens, and the stop strings."""
         unknown = sorted(options.keys() - _GENERATION)
         if unknown:
@@ -195,7 +195,7 @@ class CheckpointLM(TemplateLM):
         room = max(self._seq_len - len(prompt), self._seq_len // 2, 1)
         n_new = min(int(options.get("max_gen_toks", _MAX_NEW_TOKENS)), room)
         temperature = options.get("temperature", 1.0 if options.get("do_sample") else 0.0)
-        choice = sampling.Options(
+        choice = text_options.Options(
             max_new_tokens=n_new,
             temperature=temperature if options.get("do_sample", True) else 0.0,
             top_k=options.get("top_k", 0),
@@ -206,7 +206,7 @@ class CheckpointLM(TemplateLM):
     def _generate(
         self,
         generator: generate.Generator,
-        jobs: list[tuple[list[int], sampling.Options, tuple[str, ...]]],
+        jobs: list[tuple[list[int], text_options.Options, tuple[str, ...]]],
         numbers: list[int],
     ) -> list[str]:
         texts = [row_text.RowText(self._text, stops) for _, _, stops in jobs]

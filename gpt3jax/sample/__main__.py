@@ -14,13 +14,16 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gpt3jax import command, config, trained
+from gpt3jax import command, config, ranges
 from gpt3jax.data import tokenizer
-from gpt3jax.sample import generate, row_text, sampling
+from gpt3jax.sample import row_text, text_options
+
+if TYPE_CHECKING:
+    from gpt3jax.sample import generate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +32,11 @@ class Serve:
 
     host: str = "127.0.0.1"
     """Address to listen on; the default answers this machine alone. There is no password."""
-    port: int = 8000
+    port: Annotated[int, ranges.Range(0, 65_535)] = 8000
     """Port to listen on (0: any free one)."""
-    max_queue: int = 32
+    max_queue: ranges.Count = 32
     """Requests that may wait; more are answered with 503."""
-    max_body_bytes: int = 1_000_000
+    max_body_bytes: ranges.Positive = 1_000_000
     """Larger requests are answered with 413."""
 
 
@@ -47,12 +50,12 @@ class Options:
     """Texts to continue."""
     prompts: str = ""
     """In place of prompt: a file with one text a line."""
-    n: int = 1
+    n: Annotated[int, ranges.Range(1, 10**6)] = 1
     """Continuations of each prompt."""
-    batch_size: int = 8
+    batch_size: Annotated[int, ranges.Range(1, 10**6)] = 8
     """Rows that are generated at a time; a server's limit of rows in a request."""
-    choice: tyro.conf.OmitArgPrefixes[sampling.Options] = dataclasses.field(
-        default_factory=sampling.Options
+    choice: tyro.conf.OmitArgPrefixes[text_options.Options] = dataclasses.field(
+        default_factory=text_options.Options
     )
     source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
         default_factory=tokenizer.Source
@@ -65,12 +68,15 @@ class Options:
     server: Serve = Serve()
 
 
-def load(options: Options) -> tuple[generate.Generator, tokenizer.Tokenizer]:
+def load(options: Options) -> "tuple[generate.Generator, tokenizer.Tokenizer]":
     """Return the model, ready to generate, and its tokenizer.
 
     Raises:
         UserError: the checkpoint, the mesh or the tokenizer cannot be used.
     """
+    from gpt3jax import trained  # after parsing: JAX takes seconds
+    from gpt3jax.sample import generate
+
     source = trained.open_for_use(options.checkpoint, options.mesh, options.compute_dtype)
     text = trained.open_tokenizer(options.checkpoint, source.cfg, options.source)
     mesh = source.program.mesh
@@ -110,17 +116,11 @@ def sample(options: Options) -> None:
 
 
 def _check(options: Options) -> None:
-    options.choice.check("--")
-    for name in ("n", "batch_size"):
-        if getattr(options, name) < 1:
-            raise config.UserError(
-                f"--{name}={getattr(options, name)} must be at least 1: raise it"
-            )
     if bool(options.prompt) + bool(options.prompts) + options.serve > 1:
         raise config.UserError("--prompt, --prompts and --serve exclude each other: give one")
     if options.serve and importlib.util.find_spec("starlette") is None:
         raise config.UserError("--serve needs the extra: pip install 'gpt3jax[serve]'")
-    if options.serve and options.choice != sampling.Options():
+    if options.serve and options.choice != text_options.Options():
         raise config.UserError(
             "--serve takes how to sample from each request: leave options of sampling out"
         )
@@ -155,7 +155,7 @@ def _ask() -> Iterator[str]:
 
 def _continue(
     options: Options,
-    generator: generate.Generator,
+    generator: "generate.Generator",
     text: tokenizer.Tokenizer,
     prompts: list[str],
 ) -> None:
@@ -200,8 +200,7 @@ def _continue(
 
 def main() -> int:
     """Parse, generate; return the exit status."""
-    options = tyro.cli(Options, prog="python -m gpt3jax.sample", description=__doc__)
-    return command.run(lambda: sample(options))
+    return command.run(lambda: sample(command.parse(Options, "sample", __doc__)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
-from gpt3jax.sample import generate, sampling
+from gpt3jax.sample import generate, text_options
 
 _POLL = 0.2  # seconds
 
@@ -25,7 +25,7 @@ class Request:
     """
 
     prompts: list[list[int]]
-    options: list[sampling.Options]
+    options: list[text_options.Options]
     on_tokens: Callable[[list[list[int]] | Exception | None], None]
     cancelled: bool = False
 

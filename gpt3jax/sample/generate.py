@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gpt3jax import config, model, sharding
-from gpt3jax.sample import decoding, sampling
+from gpt3jax.sample import decoding, sampling, text_options
 
 
 class Generator:
@@ -31,7 +31,7 @@ class Generator:
         self._prefill = jax.jit(decoding.prefill, static_argnames=("n_slots", "mode"))
         self._decode = jax.jit(decoding.decode, static_argnames="mode", donate_argnums=1)
 
-    def check(self, prompt: list[int], options: sampling.Options) -> None:
+    def check(self, prompt: list[int], options: text_options.Options) -> None:
         """Check that a prompt can be continued.
 
         Raises:
@@ -57,7 +57,7 @@ class Generator:
         return self.model.seq_len - len(prompt)
 
     def stream(
-        self, prompts: list[list[int]], options: list[sampling.Options], rows: list[int]
+        self, prompts: list[list[int]], options: list[text_options.Options], rows: list[int]
     ) -> Iterator[list[list[int]]]:
         """Yield the new tokens of each row, some at a time, until all rows are done.
 
@@ -77,7 +77,7 @@ class Generator:
         ]
         eods = [-1 if o.ignore_eod else self.eod_id for o in options]
         choice, mode = sampling.make_choice(
-            [*options, *[sampling.Options(temperature=0.0)] * spare], [*rows, *[0] * spare]
+            [*options, *[text_options.Options(temperature=0.0)] * spare], [*rows, *[0] * spare]
         )
         prompts = [*prompts, *[[0]] * spare]
         tokens_BT = np.zeros((len(prompts), length), np.int32)

@@ -12,46 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gpt3jax import config
+from gpt3jax.sample import text_options
 
 Mode = Literal["greedy", "random", "filtered"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """How the text of one row is chosen, and where it ends."""
-
-    max_new_tokens: int = 128
-    """Length of the text at most (tokens); it also ends where the model's context is full."""
-    temperature: float = 1.0
-    """Divides the logits: below 1 bolder, above 1 more varied; 0 always takes the likeliest."""
-    top_k: int = 0
-    """Choose among this many likeliest tokens (0: among all)."""
-    top_p: float = 1.0
-    """Then choose among the likeliest tokens that together reach this probability (1: all)."""
-    seed: int = 0
-    """Decides every random choice."""
-    ignore_eod: bool = False
-    """Go on after the end-of-text token."""
-
-    def check(self, prefix: str = "") -> None:
-        """Check the ranges; `prefix` is put before a field's name in a message.
-
-        Raises:
-            UserError: it names the field, the value and the range.
-        """
-        ranges: dict[str, tuple[float, float]] = {
-            "max_new_tokens": (1, 2**31 - 1), "temperature": (0, 100), "top_k": (0, 2**31 - 1),
-            "top_p": (0, 1), "seed": (0, 2**32 - 1),
-        }  # fmt: skip
-        for name, (least, most) in ranges.items():
-            value = getattr(self, name)
-            if not least <= value <= most or (name == "top_p" and value == 0):
-                raise config.UserError(
-                    f"{prefix}{name}={value} must be "
-                    f"{'above 0' if name == 'top_p' else f'at least {least:g}'} and at most "
-                    f"{most:.10g}: choose a value there"
-                )
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +28,7 @@ class Choice:
     key_B: Any
 
 
-def make_choice(options: list[Options], rows: list[int]) -> tuple[Choice, Mode]:
+def make_choice(options: list[text_options.Options], rows: list[int]) -> tuple[Choice, Mode]:
     """Return the arrays of rows with these numbers in their requests, and what they ask for."""
     seeds_B = np.asarray([o.seed for o in options], np.uint32)
     random = [o for o in options if o.temperature > 0]

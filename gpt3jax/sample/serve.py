@@ -19,7 +19,7 @@ from starlette import applications, requests, responses, routing
 
 from gpt3jax import config
 from gpt3jax.data import tokenizer
-from gpt3jax.sample import batcher, generate, row_text, sampling
+from gpt3jax.sample import batcher, generate, row_text, text_options
 
 # Fields that change nothing at these values, which clients send; at others they are refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -61,7 +61,7 @@ class _Job:
 
     prompts: list[str]
     ids: list[list[int]]
-    options: sampling.Options
+    options: text_options.Options
     stops: tuple[str, ...] = ()
     echo: bool = False
     n: int = 1
@@ -161,7 +161,7 @@ class _Server:
             raise _RefusedError(
                 400, f"stop has {len(stops)} texts: at most {self._limits.max_stops}"
             )
-        options = sampling.Options(
+        options = text_options.Options(
             max_new_tokens=_field(body, "max_tokens", int, 16),
             temperature=_field(body, "temperature", float, 1.0),
             top_k=_field(body, "top_k", int, 0),
@@ -193,7 +193,7 @@ class _Server:
             raise _RefusedError(400, "logprobs is not supported: leave it out")
         top_k, top_p = _field(body, "top_k", int, 0), _field(body, "top_p", float, 0.0)
         temperature = _field(body, "temperature", float, 1.0)
-        options = sampling.Options(
+        options = text_options.Options(
             max_new_tokens=_field(body, "tokens_to_generate", int, 64),
             # Megatron's top_k=1 is its way to ask for greedy decoding, and 0 means no top_p.
             temperature=0.0 if top_k == 1 else temperature,

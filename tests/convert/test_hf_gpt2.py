@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 import tensorstore
 
-from gpt3jax import checkpoint, config, phases, setup, sharding, step, trained
+from gpt3jax import config, phases, setup, sharding, step, trained
+from gpt3jax.checkpoint import checkpoints, metadata
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.convert import hf_gpt2, tensor_files
 from gpt3jax.data import indexed
@@ -148,9 +149,9 @@ def test_a_changed_value_is_noticed_by_every_reader(converted, tmp_path):
     array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, write=True, read=True).result()
     array[1, 2, 3].write(7.0).result()
     message = "was changed since it was written: params/blocks/mlp/w_in_DF/value do"
-    with pytest.raises(checkpoint.DamagedError, match=message):
+    with pytest.raises(metadata.DamagedError, match=message):
         trained.open_newest(str(copy), mesh()).params()
-    with pytest.raises(checkpoint.DamagedError, match=message):
+    with pytest.raises(metadata.DamagedError, match=message):
         convert.to_hf(convert.ToHf(checkpoint=str(copy), output=str(tmp_path / "out")))
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -265,8 +266,8 @@ def test_what_cannot_be_read_is_one_clear_line(gpt2, tmp_path, monkeypatch, caps
 def test_banded_attention_is_refused_with_the_reason(tmp_path):
     cfg = tiny.make_config(model={"attention": config.Attention(pattern="alternating")})
     program = step.build(cfg, mesh(), 1)
-    store = checkpoint.Checkpoints(str(tmp_path / "ours"))
-    meta = checkpoint.Meta(step=3, consumed_samples=48, data_order={}, config=config.flatten(cfg))
+    store = checkpoints.Checkpoints(str(tmp_path / "ours"))
+    meta = metadata.Meta(step=3, consumed_samples=48, data_order={}, config=config.flatten(cfg))
     store.save(program.init(), meta)
     assert store.poll(wait=True) == ""
     options = convert.ToHf(checkpoint=str(tmp_path / "ours"), output=str(tmp_path / "out"))

@@ -119,7 +119,7 @@ def test_the_samples_of_a_step_are_those_that_it_trains_on(tmp_path, monkeypatch
         (["corpus", "--document", "600"], "corpus has 600, from 0 on"),
         (["corpus", "--split", "1", "--which", "test", "--dump", "x"], "leaves nothing for test"),
         (["nowhere"], "nowhere.idx: no such file"),
-        (["--config", "recipe.py", "--step", "0"], "from 1 on"),
+        (["--config", "recipe.py", "--step", "0"], "--step=0 must be at least 1"),
         (["--config", "recipe.py", "--which", "valid", "--dump", "x"], "has no valid split"),
     ],
 )
@@ -190,6 +190,17 @@ def test_each_split_may_have_corpora_of_its_own(tmp_path):
     assert opened.validation.corpus.prefix == c and opened.test is None
     with pytest.raises(config.UserError, match=r"go with data.train_paths"):
         validation.validate(tiny.make_config(data={"validation_paths": ("x",)}))
+    with pytest.raises(config.UserError, match=r"data.validation_paths=1 .* stands where a weight"):
+        splits.open_splits(
+            tiny.make_config(data=data | {"validation_paths": ("1", c, "x", c)}), 6, 96
+        )
+
+
+def test_more_validation_samples_than_can_be_numbered_are_refused(tmp_path):
+    data = {"paths": (write(tmp_path / "a", 1),)}
+    cfg = tiny.make_config(data=data, train={"eval_batches": 10**8, "eval_interval": 1})
+    with pytest.raises(config.UserError, match=r"train.eval_batches=100000000 takes .* in 3 eval"):
+        splits.open_splits(cfg, 2, 32)
 
 
 def test_the_last_validation_sample_may_be_partial(tmp_path):

@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, sharding, step, trained
+from gpt3jax import config, sharding, step, trained
+from gpt3jax.checkpoint import checkpoints, metadata
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import indexed, loader, splits, tokenizer
 from gpt3jax.evaluate import __main__ as evaluate
-from gpt3jax.evaluate import scoring, stream
+from gpt3jax.evaluate import measuring, options, scoring, stream
 
 import corpus
 import tiny
@@ -122,12 +123,12 @@ def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypa
     parts = splits.open_splits(cfg, 40, 320)
     sums = [program.eval(state.params, b) for b in loader.eval_batches(parts, cfg, mesh, "test", 0)]
     loss_sum, n_tokens = (sum(map(float, column)) for column in zip(*sums, strict=True))
-    store = checkpoint.Checkpoints("checkpoints")
-    meta = checkpoint.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
+    store = checkpoints.Checkpoints("checkpoints")
+    meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
     store.save(state, meta)
     assert store.poll(wait=True) == "" and n_tokens == 256
-    options = evaluate.Options(checkpoint="checkpoints", data="rest", stride=16, json="found.json")
-    assert "not known without a tokenizer" in evaluate.evaluate(options)
+    given = options.Options(checkpoint="checkpoints", data="rest", stride=16, json="found.json")
+    assert "not known without a tokenizer" in measuring.evaluate(given)
     found = json.loads((folder / "found.json").read_text())
     np.testing.assert_allclose(found["loss"], loss_sum / n_tokens, rtol=1e-6)
     assert found["tokens"] == 256

@@ -12,8 +12,7 @@ import pytest
 from gpt3jax import config, trained
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer
-from gpt3jax.evaluate import __main__ as evaluate
-from gpt3jax.evaluate import scoring
+from gpt3jax.evaluate import measuring, options, scoring
 
 import tiny
 
@@ -135,11 +134,11 @@ def test_whole_texts_are_scored_as_the_command_does(
     monkeypatch.chdir(folder)
     for text, answer in zip(texts, answers, strict=True):
         (folder / "text.txt").write_text(text)
-        options = evaluate.Options(
+        given = options.Options(
             checkpoint="checkpoint", text="text.txt", stride=stride or 64,
             source=tokenizer.Source(vocab_file="vocab.json", merge_file="merges.txt"),
         )  # fmt: skip
-        found = evaluate.measure(options, source)
+        found = measuring.measure(given, source)
         np.testing.assert_allclose(answer, -found["loss"] * found["tokens"], rtol=1e-6)
 
 

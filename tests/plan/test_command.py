@@ -11,7 +11,8 @@ import pytest
 
 from gpt3jax import config, gpus, recipe
 from gpt3jax.plan import __main__ as plan
-from gpt3jax.plan import compiler, hlo, memory_model, search, timeline
+from gpt3jax.plan import compiler, hlo, memory_model, planning, search, timeline
+from gpt3jax.plan import options as plan_options
 
 CONTRACT = {
     "fits", "peak_bytes_per_gpu", "memory", "step_seconds", "mfu", "tokens_per_second_per_gpu",
@@ -49,10 +50,10 @@ def recipe_file(tmp_path):
         (["--gpus=8", "--gpu=h1000"], "use one of h100"),
         (["--gpus=64"], "global_batch_size=16 is not divisible"),
         (["--gpus=8", "--mesh.tensor=8"], "does not divide"),
-        (["--gpus=8", "--nic-gbytes=0"], "must be above 0"),
-        (["--gpus=8", "--nic-gbytes=nan"], "must be above 0, and finite"),
-        (["--gpus=8", "--latency-us=inf"], "must be above 0, and finite"),
-        (["--gpus=8", "--price=-3"], "must be 0 or above"),
+        (["--gpus=8", "--nic-gbytes=0"], "--nic-gbytes=0.0 must be at least 0.001"),
+        (["--gpus=8", "--nic-gbytes=nan"], "--nic-gbytes=nan must be at least"),
+        (["--gpus=8", "--latency-us=inf"], "--latency-us=inf must be at least"),
+        (["--gpus=8", "--price=-3"], "--price=-3.0 must be at least 0"),
         (["--gpus=8", "--json=/nowhere/plan.json"], "cannot be written"),
         (["--gpus=8", "--html=/"], "cannot be written"),
         (["--gpus=8", "--dump-hlo=x", "--no-compile"], "--dump-hlo needs"),
@@ -225,7 +226,7 @@ def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
 
     answers[:] = [compiled(10**12)]
     assert plan.main([*args, "--n-compiled=1"]) == 1
-    assert len(json.loads(file.read_text())["search"]) == 1 + plan.MORE_COMPILED
+    assert len(json.loads(file.read_text())["search"]) == 1 + planning.MORE_COMPILED
     assert "none of these layouts fits" in capsys.readouterr().out
 
     answers[:] = [config.UserError("it broke")]
@@ -375,8 +376,10 @@ def test_one_microbatchs_activations_are_held_as_the_closed_forms_say(
     ]  # fmt: skip
     peaks = []
     for n_microbatches in (1, 2, 5):
-        options = plan.Options(config=recipe_file, gpus=8)
-        found = plan.plan(options, [*args, f"--batch.global-batch-size={64 * n_microbatches}"], "")
+        options = plan_options.Options(config=recipe_file, gpus=8)
+        found = planning.plan(
+            options, [*args, f"--batch.global-batch-size={64 * n_microbatches}"], ""
+        )
         peaks.append(found["peak_bytes_per_gpu"])
         assert found["estimated_peak_bytes_per_gpu"] == pytest.approx(peaks[-1], rel=0.25)
     assert max(peaks) < 1.15 * peaks[0], "XLA holds more than one microbatch"
@@ -391,7 +394,7 @@ def test_zero_gathers_matrices_in_the_compute_format(recipe_file, n_stages):
         f"--mesh.tensor={2 // n_stages}", "--mesh.shard-optimizer", "--model.d-model=512",
         "--model.n-layers=4",
     ]  # fmt: skip
-    found = plan.plan(plan.Options(config=recipe_file, gpus=8), args, "")
+    found = planning.plan(plan_options.Options(config=recipe_file, gpus=8), args, "")
     sent = sum(
         one["bytes_per_step"]
         for one in found["collectives"]
@@ -413,8 +416,8 @@ def test_stages_keep_no_copy_of_weights_or_gradients_for_a_tick(recipe_file, vir
     ]  # fmt: skip
     peaks = []
     for n_microbatches in (4, 32):
-        options = plan.Options(config=recipe_file, gpus=8)
-        found = plan.plan(options, [*args, f"--batch.global-batch-size={n_microbatches}"], "")
+        options = plan_options.Options(config=recipe_file, gpus=8)
+        found = planning.plan(options, [*args, f"--batch.global-batch-size={n_microbatches}"], "")
         peaks.append(found["peak_bytes_per_gpu"])
         assert found["estimated_peak_bytes_per_gpu"] == pytest.approx(peaks[-1], rel=0.25)
     of_a_stage = 2 * 12 * 1024**2  # 8 layers on 4 stages x 2 of tensor, in 2 bytes

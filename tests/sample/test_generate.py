@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt3jax import config, model
-from gpt3jax.sample import decoding, generate, sampling
+from gpt3jax.sample import decoding, generate, sampling, text_options
 
 import tiny
 
@@ -20,7 +20,7 @@ MODELS = {
 }  # fmt: skip
 # Where recomputing everything shows the band in the quick tests already.
 DENSE_FIRST = ["dense", pytest.param("alternating", marks=pytest.mark.slow)]
-GREEDY = sampling.Options(temperature=0.0, max_new_tokens=12)
+GREEDY = text_options.Options(temperature=0.0, max_new_tokens=12)
 PROMPTS = [[5, 17, 3, 99, 250], [7], list(range(100, 111)), [499, 0, 1]]
 
 
@@ -104,7 +104,7 @@ def test_greedy_text_is_what_recomputing_everything_gives(kind):
         assert tokens == text[len(prompt) :]
 
 
-RANDOM = sampling.Options(temperature=0.9, max_new_tokens=10, seed=5)
+RANDOM = text_options.Options(temperature=0.9, max_new_tokens=10, seed=5)
 MIXED = [
     RANDOM,
     dataclasses.replace(RANDOM, top_k=7),
@@ -241,7 +241,7 @@ def test_top_k_and_top_p_leave_what_the_definition_says(top_k, top_p):
 
 def test_draws_follow_the_probabilities():
     logits_V = np.log(np.asarray([0.5, 0.3, 0.15, 0.05], np.float32))
-    options = [sampling.Options(temperature=0.5, top_k=3)] * 4000
+    options = [text_options.Options(temperature=0.5, top_k=3)] * 4000
     choice, mode = sampling.make_choice(options, list(range(4000)))
     logits_BV = jnp.broadcast_to(jnp.asarray(logits_V), (4000, 4))
     found = sampling.choose(logits_BV, jnp.full(4000, 9), choice, mode)

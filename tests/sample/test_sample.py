@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import checkpoint, config, model, step, trained
+from gpt3jax import config, model, step, trained
+from gpt3jax.checkpoint import checkpoints, metadata
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import __main__ as sample
-from gpt3jax.sample import generate, row_text, sampling
+from gpt3jax.sample import generate, row_text, text_options
 
 import tiny
 
@@ -168,8 +169,8 @@ def test_hugging_face_generates_the_same_tokens(tmp_path):
     noise = iter(jax.random.split(jax.random.key(1), 100))
     params = model.GPT(cfg.model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), params)
-    store = checkpoint.Checkpoints(str(tmp_path / "ours"))
-    meta = checkpoint.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
+    store = checkpoints.Checkpoints(str(tmp_path / "ours"))
+    meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
     store.save(program.adopt(params), meta)
     assert store.poll(wait=True) == ""
     out = str(tmp_path / "theirs")
@@ -177,7 +178,7 @@ def test_hugging_face_generates_the_same_tokens(tmp_path):
     source = trained.open_newest(str(tmp_path / "ours"), mesh)
     generator = generate.Generator(source.params(), source.program.compute, mesh, -1)
     prompts = np.random.default_rng(0).integers(1, 500, (2, 24)).tolist()
-    options = [sampling.Options(temperature=0.0, max_new_tokens=200)] * 2
+    options = [text_options.Options(temperature=0.0, max_new_tokens=200)] * 2
     found = [[], []]
     for new in generator.stream(prompts, options, [0, 1]):
         for row, tokens in zip(found, new, strict=True):

@@ -1,0 +1,52 @@
+"""What `gpt3jax.plan` is asked for. Imports no JAX."""
+
+import dataclasses
+from typing import Annotated
+
+from gpt3jax import ranges, recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is planned for, and what to write."""
+
+    config: str
+    """The recipe, configs/*.py, or the config.json of a run."""
+    gpus: Annotated[int, ranges.Range(1, 2**20)]
+    """How many GPUs."""
+    gpu: str = "h100"
+    """Their kind: h100, h200, a100 (80 GB) or b200."""
+    search: bool = False
+    """Look for the fastest layout that fits: mesh, microbatch, remat, sharded optimizer."""
+    n_compiled: Annotated[int, ranges.Range(0, 1000)] = 4
+    """How many of the layouts that --search finds are compiled; if none fits, up to 4 more."""
+    compile: bool = True
+    """Compile the step; --no-compile gives closed forms only."""
+    json: str = ""
+    """File for the report."""
+    html: str = ""
+    """File for the report as a page."""
+    dump_hlo: str = ""
+    """File for the compiled program."""
+    verify: bool = False
+    """Exit with 1 if the run does not fit or would be refused."""
+    price: Annotated[float, ranges.Range(0, 10**6)] = 0.0
+    """Of a GPU-hour, in any currency."""
+    gpus_per_node: Annotated[int, ranges.Range(1, 2**20)] = 8
+    """GPUs that NVLink joins. This and the next three change the plan, not a run's settings."""
+    nvlink_gbytes: Annotated[float, ranges.Range(1e-3, 10**6)] | None = None
+    """GB/s that a GPU reaches in one direction inside a node; left out: 80% of the data sheet's."""
+    nic_gbytes: Annotated[float, ranges.Range(1e-3, 10**6)] | None = None
+    """GB/s that a GPU reaches in one direction between nodes; left out: 90% of its card's."""
+    latency_us: Annotated[float, ranges.Range(1e-3, 10**6)] = 10.0
+    """Microseconds to start a collective, and as many per doubling of its group."""
+
+
+def recipe_args(options: Options, overrides: list[str]) -> list[str]:
+    """Return what `recipe.parse` takes: the file, the overrides, and a corpus if none is named."""
+    data = recipe.load(options.config).data
+    named = any(
+        arg.startswith(("--data.paths", "--data.train", "--data.mock")) for arg in overrides
+    )
+    corpus = [] if named or data.paths or data.train_paths or data.mock else ["--data.mock"]
+    return [f"--config={options.config}", *overrides, *corpus]

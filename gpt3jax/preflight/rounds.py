@@ -1,0 +1,110 @@
+"""A preflight from end to end: its rounds of checks and measurements, and the report of them."""
+
+import contextlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+from rich import console
+
+from gpt3jax import command, config, distributed, sharding
+from gpt3jax.preflight import checks, joint, options, report, speed
+
+_LIMIT = 60.0  # seconds for a measurement, compiling included
+
+
+def check(cfg: config.Config, given: options.Options) -> int:
+    """Join the other processes, check and report; return the exit status.
+
+    Raises:
+        UserError, TransientError: a check failed.
+    """
+    distributed.start(cfg.distributed, cfg.mesh)
+    session = joint.Session(cfg)
+    with _reported(session, given):
+        _check(session, given.quick)
+    distributed.leave()
+    warned = any(check.status == "warn" for check in session.checks)
+    return command.RETRY if given.strict and warned else command.DONE
+
+
+def _check(session: joint.Session, quick: bool) -> None:
+    """Go through all rounds; each needs the one before it.
+
+    Raises:
+        UserError, TransientError: a check failed.
+    """
+    session.on_hosts(with_gpus=True)
+    session.on_devices()
+    mesh = sharding.make_mesh(session.cfg.mesh)
+    program, batch_size = joint.abstract_program(session.cfg, mesh)
+    session.on_program(program, batch_size)
+    session.on_memory(program)
+    if quick:
+        return
+    sizes = speed.sizes(jax.devices()[0].platform)
+    _matmuls(session, sizes)
+    for axis, n in mesh.shape.items():
+        for kind in ("all-reduce", "all-gather") if n > 1 else ():
+            _collective(session, mesh, axis, kind, sizes)
+
+
+def _matmuls(session: joint.Session, sizes: speed.Sizes) -> None:
+    def measure() -> dict[str, float]:
+        return {str(d.id): speed.matmul_tflops(d, sizes) for d in jax.local_devices()}
+
+    def judge(told: list[dict[str, float] | None]) -> list[checks.Check]:
+        rates = [
+            (i, f"device {device} of {checks.named([i], session.hosts)}", rate)
+            for i, one in enumerate(told)
+            for device, rate in (one or {}).items()
+        ]
+        return [checks.speed("matmul", "TFLOP/s", rates)]
+
+    session.round("matmul", speed.within(_LIMIT, "matmul", measure), judge)
+
+
+def _collective(
+    session: joint.Session, mesh: jax.sharding.Mesh, axis: str, kind: str, sizes: speed.Sizes
+) -> None:
+    name = f"{kind} {axis}"
+
+    def measure() -> float:
+        return speed.collective_gbytes(mesh, axis, kind, sizes)
+
+    def judge(told: list[float | None]) -> list[checks.Check]:
+        rates = [
+            (i, checks.named([i], session.hosts), rate)
+            for i, rate in enumerate(told)
+            if rate is not None
+        ]
+        return [checks.speed(name, "GB/s", rates)]
+
+    session.round(name, speed.within(_LIMIT, f"{kind} along {axis}", measure), judge)
+
+
+@contextlib.contextmanager
+def _reported(session: joint.Session, given: options.Options) -> Iterator[None]:
+    """Print and write the report in the first process, whether checks fail or not."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds = time.monotonic() - begin
+        if session.me == 0:
+            out = console.Console(width=None if sys.stdout.isatty() else 120)
+            report.show(session.checks, seconds, out)
+            if given.json:
+                _write(given.json, json.dumps(report.to_json(session.checks, seconds), indent=2))
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise config.UserError(
+            f"{path} cannot be written ({error.strerror}): choose another"
+        ) from error
