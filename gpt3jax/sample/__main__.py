@@ -167,7 +167,11 @@ def _continue(
     n_tokens, begin, first, full = 0, time.perf_counter(), 0.0, 0
     for i in range(0, len(rows), options.batch_size):
         batch = rows[i : i + options.batch_size]
-        texts = [row_text.RowText(text, (), options.choice.ignore_eod) for _ in batch]
+        limits = [generator.limit(ids[prompt], options.choice) for prompt, _ in batch]
+        texts = [
+            row_text.RowText(text, ids[prompt], limit, ignore_eod=options.choice.ignore_eod)
+            for (prompt, _), limit in zip(batch, limits, strict=True)
+        ]
         told = [prompt for prompt, _ in batch]
         live = len(batch) == 1  # else rows would mix on the terminal
         if live:
@@ -183,9 +187,8 @@ def _continue(
             told = [t + a for t, a in zip(told, added, strict=True)]
             if live:
                 print(added[0], end="", flush=True)
-        for row, (prompt, _), start in zip(texts, batch, told, strict=True):
-            rest = row.end()
-            print(rest if live else start + rest, flush=True)
+        for row, (prompt, _), whole in zip(texts, batch, told, strict=True):
+            print("" if live else whole, flush=True)
             n_tokens += len(row.tokens)
             full += row.reason == "length" and len(row.tokens) == generator.room(ids[prompt])
     seconds = time.perf_counter() - begin

@@ -15,6 +15,7 @@ from jax import Array
 from gpt3jax import config
 
 Mode = Literal["greedy", "random", "filtered"]
+N_LIKELIEST = 5  # tokens that a score names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Options:
             UserError: it names the field, the value and the range.
         """
         ranges: dict[str, tuple[float, float]] = {
-            "max_new_tokens": (1, 2**31 - 1), "temperature": (0, 100), "top_k": (0, 2**31 - 1),
+            "max_new_tokens": (0, 2**31 - 1), "temperature": (0, 100), "top_k": (0, 2**31 - 1),
             "top_p": (0, 1), "seed": (0, 2**32 - 1),
         }  # fmt: skip
         for name, (least, most) in ranges.items():
@@ -95,7 +96,9 @@ def choose(logits_BV: Array, positions_B: Array, choice: Choice, mode: Mode) -> 
     if mode == "greedy":
         return greedy_B
     temperature_B1 = choice.temperature_B[:, None]
-    scaled_BV = logits_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1)
+    # Less their largest, so that no temperature makes two of them infinite.
+    scaled_BV = logits_BV - logits_BV.max(-1, keepdims=True)
+    scaled_BV /= jnp.where(temperature_B1 > 0, temperature_B1, 1)
 
     def draw(key: Any, position: Array) -> Array:
         return jax.random.gumbel(jax.random.fold_in(key, position), logits_BV.shape[1:])
@@ -125,3 +128,26 @@ def allowed(logits_BV: Array, top_k_B: Array, top_p_B: Array) -> Array:
     last_B1 = kept_BV.sum(-1, keepdims=True) - 1
     least_B1, id_B1 = (jnp.take_along_axis(x, last_B1, axis=-1) for x in (sorted_BV, order_BV))
     return (logits_BV > least_B1) | ((logits_BV == least_B1) & (ids_V <= id_B1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of tokens, and of the likeliest N in their places, arrays `[...]`."""
+
+    logprob: Any
+    likeliest_N: Any  # [..., N] ids, the likeliest first
+    logprobs_N: Any
+
+
+def score(logits_V: Array, token: Array, model: config.Model) -> Scores:
+    """Return the scores of tokens `[...]` under the softmax of training, from logits `[..., V]`.
+
+    Temperature and the like change nothing. The likeliest are of the true vocabulary.
+    """
+    ids_V = jnp.arange(logits_V.shape[-1])
+    total = jax.nn.logsumexp(jnp.where(ids_V < model.softmax_size, logits_V, -jnp.inf), axis=-1)
+    own = jnp.take_along_axis(logits_V, token[..., None], axis=-1)[..., 0]
+    true_V = jnp.where(ids_V < model.vocab_size, logits_V, -jnp.inf)
+    largest_N, likeliest_N = jax.lax.top_k(true_V, min(N_LIKELIEST, model.vocab_size))
+    return Scores(own - total, likeliest_N, largest_N - total[..., None])

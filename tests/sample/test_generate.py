@@ -202,7 +202,7 @@ def test_lengths_in_one_bucket_share_their_programs():
         ([1], {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ([1], {"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ([1], {"top_p": float("nan")}, "top_p=nan"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
         ([1], {"seed": -1}, "seed=-1 must be"),
     ],
 )

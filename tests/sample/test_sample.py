@@ -11,7 +11,7 @@ from gpt3jax import checkpoint, config, model, step, trained
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import __main__ as sample
-from gpt3jax.sample import generate, row_text, sampling
+from gpt3jax.sample import generate, sampling
 
 import tiny
 
@@ -120,41 +120,6 @@ def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):
     options = sample.Options(checkpoint=checkpoint_dir, prompt=("x",), source=source)
     with pytest.raises(config.UserError, match="tokens and the model"):
         sample.load(options)
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_streamed_text_is_the_whole_text(bpe, cut):
-    text = "na\u00efve \u65e5\u672c\u8a9e \U0001f680 end\u00e9"
-    text_bpe = tokenizer.from_files(*bpe)
-    ids = text_bpe.encode(text)
-    assert len(ids) == len(text.encode())
-    stream = tokenizer.TextStream(text_bpe)
-    parts = [stream.add(ids[i : i + cut]) for i in range(0, len(ids), cut)]
-    assert "".join(parts) == text and "\ufffd" not in "".join(parts)
-    assert not stream.end()
-    stream.add(ids[:3])
-    assert stream.add([]) == "" and stream.end() == "\ufffd"  # half of the i with two dots
-
-
-def test_bytes_that_are_no_text_do_not_hold_up_the_rest(bpe):
-    text_bpe = tokenizer.from_files(*bpe)
-    stream = tokenizer.TextStream(text_bpe)
-    broken = text_bpe.encode("\u65e5")[1:] * 3  # continuation bytes alone
-    told = stream.add(broken) + stream.add(text_bpe.encode("ok"))
-    assert told.endswith("ok") and told.count("\ufffd") == 6
-
-
-@pytest.mark.parametrize("stops", [("STOP",), ("never", "TOP"), ()])
-def test_text_ends_before_the_first_stop(bpe, stops):
-    text_bpe = tokenizer.from_files(*bpe)
-    row = row_text.RowText(text_bpe, stops)
-    parts = [row.add([i]) for i in text_bpe.encode("go on, STOmp STOP here")]
-    whole = "".join([*parts, row.end()])
-    if not stops:
-        assert whole == "go on, STOmp STOP here" and row.reason == "length"
-    else:
-        assert whole == "go on, STOmp " + ("S" if "TOP" in stops else "")
-        assert row.reason == "stop"
 
 
 @pytest.mark.slow
