@@ -20,7 +20,7 @@ import tyro
 
 from gpt3jax import command, config, trained
 from gpt3jax.data import tokenizer
-from gpt3jax.sample import generate, row_text, sampling
+from gpt3jax.sample import generate, job, row_text, sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def sample(options: Options) -> None:
         from gpt3jax.sample import serve  # in an extra
 
         server = options.server
-        limits = serve.Limits(
+        limits = job.Limits(
             max_rows=options.batch_size,
             max_queue=server.max_queue,
             max_body_bytes=server.max_body_bytes,
@@ -111,11 +111,16 @@ def sample(options: Options) -> None:
 
 def _check(options: Options) -> None:
     options.choice.check("--")
-    for name in ("n", "batch_size"):
-        if getattr(options, name) < 1:
-            raise config.UserError(
-                f"--{name}={getattr(options, name)} must be at least 1: raise it"
-            )
+    counts = {
+        "n": options.n,
+        "batch-size": options.batch_size,
+        "max-new-tokens": options.choice.max_new_tokens,
+        "server.max-queue": options.server.max_queue,
+        "server.max-body-bytes": options.server.max_body_bytes,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise config.UserError(f"--{name}={count} must be at least 1: raise it")
     if bool(options.prompt) + bool(options.prompts) + options.serve > 1:
         raise config.UserError("--prompt, --prompts and --serve exclude each other: give one")
     if options.serve and importlib.util.find_spec("starlette") is None:
@@ -153,6 +158,14 @@ def _ask() -> Iterator[str]:
             yield prompt
 
 
+def _encode(text: tokenizer.Tokenizer, prompt: str) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-in for a byte that is not UTF-8
+        raise config.UserError(f"--prompt is not UTF-8 text: {error}: give it as UTF-8") from None
+    return text.encode(prompt) or [text.eod_id]
+
+
 def _continue(
     options: Options,
     generator: generate.Generator,
@@ -161,7 +174,7 @@ def _continue(
 ) -> None:
     """Print each prompt with its continuations, and how fast they came."""
     rows = [(prompt, number) for prompt in prompts for number in range(options.n)]
-    ids = {prompt: text.encode(prompt) or [text.eod_id] for prompt in prompts}
+    ids = {prompt: _encode(text, prompt) for prompt in prompts}
     for prompt in prompts:
         generator.check(ids[prompt], options.choice)
     n_tokens, begin, first, full = 0, time.perf_counter(), 0.0, 0

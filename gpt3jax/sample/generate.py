@@ -163,7 +163,10 @@ def _scores(scores: sampling.Scores) -> list[list[Score]]:
     """Return the scores of each token of each row, from arrays `[B, T]`."""
     arrays = [np.asarray(x).tolist() for x in jax.tree.leaves(scores)]
     return [
-        [Score(own, tuple(zip(ids, logs, strict=True))) for own, ids, logs in zip(*row, strict=True)]
+        [
+            Score(own, tuple(zip(ids, logs, strict=True)))
+            for own, ids, logs in zip(*row, strict=True)
+        ]
         for row in zip(*arrays, strict=True)
     ]
 

@@ -56,6 +56,13 @@ class RowText:
         return new[: len(new) - n_held]
 
 
+def offsets(text: tokenizer.Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Return where the text of each of these tokens begins (characters)."""
+    row = RowText(text, (), len(ids), ignore_eod=True)
+    row.add(ids)
+    return row.offsets
+
+
 def _n_begun(text: str, stop: str) -> int:
     """Return how many characters at the end of a text may be the beginning of a stop string."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)

@@ -151,6 +151,8 @@ def test_offsets_are_where_each_tokens_text_begins(text):
 
 def test_a_tokens_own_text_keeps_its_space(text):
     [*_, last] = text.encode("sat the")
-    assert text.token_text(last) == text.decode(text.encode("sat the"))[-len(text.token_text(last)) :]
+    assert (
+        text.token_text(last) == text.decode(text.encode("sat the"))[-len(text.token_text(last)) :]
+    )
     if text.decode([last]) == "the":
         assert text.token_text(last) == " the"
