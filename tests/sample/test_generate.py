@@ -264,7 +264,9 @@ def numpy_allowed(logits, top_k, top_p):
     return kept
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.51), (20, 0.9)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.51), (20, 0.9), (99, 0.9)]
+)
 def test_top_k_and_top_p_leave_what_the_definition_says(top_k, top_p):
     rng = np.random.default_rng(1)
     logits_BV = rng.normal(0, 2, (6, 50)).astype(np.float32)

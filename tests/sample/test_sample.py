@@ -6,6 +6,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from gpt3jax import checkpoint, config, model, step, trained
 from gpt3jax.convert import __main__ as convert
@@ -100,6 +102,16 @@ def test_text_that_fills_the_context_says_so(checkpoint_dir, bpe, monkeypatch, c
         ([], "nothing to continue: give --prompt, --prompts or --serve"),
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
         (["--prompt", "x", "--n", "0"], "--n=0 must be at least 1"),
+        (["--prompt", "x", "--top-p", "nan"], "top_p=nan must be above 0 and at most 1"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature=nan must be at least 0"),
+        (["--prompt", "x", "--temperature", "inf"], "temperature=inf must be at least 0"),
+        (["--prompt", "x", "--seed", "-1"], "seed=-1 must be at least 0"),
+        (["--prompt", "x", "--seed", str(2**32)], "seed=4294967296 must be at least 0"),
+        (["--prompt", "x", "--top-k", "-1"], "top_k=-1 must be at least 0"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 must be at least 1"),
+        (["--prompt", "x", "--max-new-tokens", "-1"], "max_new_tokens=-1 must be at least 0"),
+        (["--serve", "--server.max-queue", "0"], "--server.max-queue=0 must be at least 1"),
+        (["--serve", "--server.max-body-bytes", "-1"], "--server.max-body-bytes=-1 must be"),
         (["--prompt", "x", "--mesh.tensor", "3"], "mesh: "),
         (["--prompt", "x" * 64, "BPE"], "a prompt has 64 tokens, and model.seq_len=64"),
         (["--serve", "--seed", "1"], "--serve takes how to sample from each request"),
@@ -110,6 +122,39 @@ def test_what_cannot_be_done_is_one_line(checkpoint_dir, bpe, monkeypatch, capsy
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
     status, out, err = run(monkeypatch, capsys, "--checkpoint", checkpoint_dir, *args)
     assert status == 2 and message in err and len(err.splitlines()) == 1 and not out
+
+
+class Sat(generate.Generator):
+    """Continues every prompt with one word, without a network."""
+
+    def __init__(self):
+        self.model, self.eod_id = tiny.make_config().model, 0
+
+    def stream_with_scores(self, prompts, options, rows, scored=True):  # noqa: D102
+        yield [[3]] * len(prompts), [[]] * len(prompts)
+        yield [[0]] * len(prompts), [[]] * len(prompts)
+
+
+@pytest.fixture
+def sat(monkeypatch):
+    """Load a tokenizer of SentencePiece's kind, whose words begin with their space."""
+    words = {tokenizer.END_OF_TEXT: 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3}
+    rust = tokenizers.Tokenizer(models.WordLevel(words, unk_token=tokenizer.END_OF_TEXT))
+    rust.pre_tokenizer, rust.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    text = tokenizer.Tokenizer(rust, tokenizer.END_OF_TEXT, splits_at_blanks=False)
+    monkeypatch.setattr(sample, "load", lambda options: (Sat(), text))
+
+
+@pytest.mark.parametrize("prompts", [["the cat"], ["the cat", ""]])
+def test_the_space_behind_the_prompt_is_printed(sat, monkeypatch, capsys, prompts):
+    """As it comes, and in a batch; an empty prompt is continued from the end-of-text token."""
+    status, out, _ = run(monkeypatch, capsys, "--checkpoint", "x", "--prompt", *prompts)
+    assert status == 0 and out.splitlines() == ["the cat sat", " sat"][: len(prompts)]
+
+
+def test_a_prompt_that_is_no_text_is_one_line(sat, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "--checkpoint", "x", "--prompt", "a\udcff")
+    assert status == 2 and "--prompt is not UTF-8 text" in err and len(err.splitlines()) == 1
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
 
 from gpt3jax import config, model
 from gpt3jax.data import tokenizer
@@ -73,16 +75,18 @@ def port(params, text):
 class Letters(generate.Generator):
     """Gives one letter after another without a network, and counts them."""
 
-    def __init__(self, eod_id, seconds):
-        self.model, self.eod_id, self.seconds = CFG, eod_id, seconds
+    def __init__(self, eod_id, seconds, tokens=range(65, 91)):
+        self.model, self.eod_id, self._seconds, self._tokens = CFG, eod_id, seconds, tokens
         self.n_steps = 0
 
     def stream_with_scores(self, prompts, options, rows, scored=True):  # noqa: D102
         limits = [self.limit(p, o) for p, o in zip(prompts, options, strict=True)]
         for i in range(max(limits)):
             self.n_steps += 1
-            time.sleep(self.seconds)
-            tokens = [[65 + i % 26] if i < limit else [] for limit in limits]
+            time.sleep(self._seconds)
+            tokens = [
+                [self._tokens[i % len(self._tokens)]] if i < limit else [] for limit in limits
+            ]
             yield tokens, [[SCORE] * len(t) if scored else [] for t in tokens]
 
     def score(self, prompts):  # noqa: D102
@@ -279,6 +283,24 @@ def test_a_short_answer_does_not_wait_for_a_long_one(text):
         long = pool.submit(complete, port, prompt="a", max_tokens=30)
         pool.submit(complete, port, prompt="a", max_tokens=2).result()
         assert not long.done()
+
+
+def test_the_space_behind_the_prompt_is_told():
+    """By a tokenizer of SentencePiece's kind, whose words begin with their space."""
+    words = {tokenizer.END_OF_TEXT: 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3}
+    rust = tokenizers.Tokenizer(models.WordLevel(words, unk_token=tokenizer.END_OF_TEXT))
+    rust.pre_tokenizer, rust.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    text = tokenizer.Tokenizer(rust, tokenizer.END_OF_TEXT, splits_at_blanks=False)
+    with serving(Letters(0, 0, [3, 1]), text) as port:
+        for prompt in ("the cat", [1, 2]):
+            asked = {"prompt": prompt, "max_tokens": 2}
+            assert complete(port, **asked)["choices"][0]["text"] == " sat the"
+            parts = events(port, echo=True, **asked)
+            assert "".join(p["choices"][0]["text"] for p in parts) == "the cat sat the"
+        body = {"prompts": ["the cat"], "tokens_to_generate": 1}
+        answer = json.loads(ask(port, "PUT", "/api", body)[1])
+    assert answer["text"] == ["the cat sat"]
+    assert answer["segments"] == [["the", " cat", " sat"]]
 
 
 def test_megatrons_schema(port):
