@@ -169,29 +169,24 @@ def decode(
 ) -> tuple[Progress, New]:
     """Decode up to CHUNK tokens; return the progress and the new tokens `[B, N]`."""
 
-    def step(progress: Progress) -> tuple[Progress, New]:
+    def unfinished(carry: tuple[Array, Progress, New]) -> Array:
+        return (carry[0] < CHUNK) & (carry[1].left_B > 0).any()
+
+    def one(carry: tuple[Array, Progress, New]) -> tuple[Array, Progress, New]:
+        n, progress, news = carry
         logits_BV, cache = next_logits(weights, progress)
         taken, new = _take(weights.cfg, progress, logits_BV, choice, mode, scored)
         # Never true, but it makes the write wait for all reads of the cache: else XLA's CPU
         # compiler copies the whole cache for every token.
         slot = progress.slot + (new.token.min() < -1)
-        return extend(taken, cache, slot), new
+        news = jax.tree.map(lambda all_news, x: all_news.at[:, n].set(x), news, new)
+        return n + 1, extend(taken, cache, slot), news
 
-    def unfinished(carry: tuple[Array, Progress, New]) -> Array:
-        return (carry[0] < CHUNK) & (carry[1].left_B > 0).any()
-
-    def one(carry: tuple[Array, Progress, New]) -> tuple[Array, Progress, New]:
-        n, progress, so_far = carry
-        progress, new = step(progress)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=n, axis=1)
-        return n + 1, progress, jax.tree.map(put, so_far, new)
-
-    def none(x: Any) -> Array:
-        return jnp.full((x.shape[0], CHUNK, *x.shape[1:]), -1, x.dtype)
-
-    new = jax.tree.map(none, jax.eval_shape(step, progress)[1])
-    _, progress, new = jax.lax.while_loop(unfinished, one, (jnp.int32(0), progress, new))
-    return progress, new
+    token_BN = jnp.full((progress.token_B.size, CHUNK), -1, jnp.int32)
+    scores = sampling.no_scores(token_BN.shape) if scored else None
+    carry = jnp.int32(0), progress, New(token_BN, scores)
+    _, progress, news = jax.lax.while_loop(unfinished, one, carry)
+    return progress, news
 
 
 def prompt_scores(weights: Weights, tokens_BT: Array, padding_B: Array) -> sampling.Scores:

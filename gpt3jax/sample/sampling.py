@@ -149,5 +149,11 @@ def score(logits_V: Array, token: Array, model: config.Model) -> Scores:
     total = jax.nn.logsumexp(jnp.where(ids_V < model.softmax_size, logits_V, -jnp.inf), axis=-1)
     own = jnp.take_along_axis(logits_V, token[..., None], axis=-1)[..., 0]
     true_V = jnp.where(ids_V < model.vocab_size, logits_V, -jnp.inf)
-    largest_N, likeliest_N = jax.lax.top_k(true_V, min(N_LIKELIEST, model.vocab_size))
+    largest_N, likeliest_N = jax.lax.top_k(true_V, N_LIKELIEST)
     return Scores(own - total, likeliest_N, largest_N - total[..., None])
+
+
+def no_scores(shape: tuple[int, ...]) -> Scores:
+    """Return the scores of places without tokens."""
+    n_shape = (*shape, N_LIKELIEST)
+    return Scores(jnp.zeros(shape), jnp.zeros(n_shape, jnp.int32), jnp.zeros(n_shape))
