@@ -112,6 +112,7 @@ class Completion:
         self._served, self._job = served, asked
         self._rows = job.Rows(served, asked)
         self._begun = False
+        self._choices: list[dict[str, Any]] = []
         self._names: dict[int, str] = {}
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -130,13 +131,16 @@ class Completion:
         if not self._begun:  # the first part tells of the prompts alone
             self._begun = True
             self._rows.add(part)
-            return list(self._beginnings())
-        return list(self._additions(part))
+            choices = list(self._beginnings())
+        else:
+            choices = list(self._additions(part))
+        self._choices += choices
+        return choices
 
-    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the answer that has all choices of a stream in one of each row."""
+    def whole(self) -> dict[str, Any]:
+        """Return the answer that has all choices of a row in one."""
         merged: dict[int, dict[str, Any]] = {}
-        for choice in choices:
+        for choice in self._choices:
             row = merged.setdefault(choice["index"], choice)
             if row is not choice:
                 row["text"] += choice["text"]

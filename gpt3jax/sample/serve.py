@@ -103,30 +103,14 @@ class _Server:
         if asked.stream:
             return _EventStream(parts, _events(answer, parts, asked.usage_in_stream))
 
-        async def told() -> dict[str, Any]:
-            choices = []
-            async for part in parts:
-                choices += answer.add(part)
-                if answer.done:
-                    break
-            return answer.whole(choices)
-
-        return await _while_there(request, parts, told())
+        return await _while_there(request, parts, _whole(answer, parts))
 
     async def megatron(self, request: requests.Request) -> responses.Response:
         body = await self._body(request, megatron.FIELDS)
         asked = megatron.read(self._served, body)
         parts = _Parts(asked, self.batcher)
         answer = megatron.Answer(self._served, asked)
-
-        async def told() -> dict[str, Any]:
-            async for part in parts:
-                answer.add(part)
-                if answer.done:
-                    break
-            return answer.whole()
-
-        return await _while_there(request, parts, told())
+        return await _while_there(request, parts, _whole(answer, parts))
 
     def _model(self) -> dict[str, Any]:
         entry = {"id": self._served.name, "object": "model", "created": self._created}
@@ -190,6 +174,14 @@ def run(app: applications.Starlette, host: str, port: int) -> None:
     options = uvicorn.Config(app, timeout_keep_alive=30)
     with listening:
         uvicorn.Server(options).run(sockets=[listening])
+
+
+async def _whole(answer: completions.Completion | megatron.Answer, parts: _Parts) -> dict[str, Any]:
+    async for part in parts:
+        answer.add(part)
+        if answer.done:
+            break
+    return answer.whole()
 
 
 async def _while_there(
