@@ -110,7 +110,6 @@ def sample(options: Options) -> None:
 
 
 def _check(options: Options) -> None:
-    options.choice.check("--")
     counts = {
         "n": options.n,
         "batch-size": options.batch_size,
@@ -121,6 +120,7 @@ def _check(options: Options) -> None:
     for name, count in counts.items():
         if count < 1:
             raise config.UserError(f"--{name}={count} must be at least 1: raise it")
+    options.choice.check("--")
     if bool(options.prompt) + bool(options.prompts) + options.serve > 1:
         raise config.UserError("--prompt, --prompts and --serve exclude each other: give one")
     if options.serve and importlib.util.find_spec("starlette") is None:

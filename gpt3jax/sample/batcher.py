@@ -131,8 +131,7 @@ class Batcher:
         options = [option for request in batch for option in request.options]
         rows = [row for request in batch for row in range(len(request.prompts))]
         scored = any(request.scored for request in batch)
-        stream = self._generator.stream_with_scores(prompts, options, rows, scored)
-        for tokens, scores in stream:
+        for tokens, scores in self._generator.steps(prompts, options, rows, scored=scored):
             for request in batch:
                 n = len(request.prompts)
                 request.on_part(Part(tokens=tokens[:n], scores=scores[:n], prompt_scores=[]))

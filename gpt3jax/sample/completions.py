@@ -176,7 +176,7 @@ class Completion:
         new = self._rows.add(part)
         for i, (n, ended) in enumerate(before):
             text, scores = self._rows.texts[i], self._rows.scores[i][n:]
-            if not ended and (new[i] or text.reason or scores):
+            if not ended and (new[i] or text.reason or (self._job.scored and scores)):
                 n_echoed = len(self._job.prompts[i].text) if self._job.echo else 0
                 offsets = [n_echoed + offset for offset in text.offsets[n:]]
                 yield self._choice(i, new[i], text.tokens[n:], offsets, scores, text.reason)

@@ -82,17 +82,18 @@ class Generator:
         Raises:
             UserError: as `check`.
         """
-        for tokens, _ in self.stream_with_scores(prompts, options, rows, scored=False):
+        for tokens, _ in self.steps(prompts, options, rows, scored=False):
             yield tokens
 
-    def stream_with_scores(
+    def steps(
         self,
         prompts: list[list[int]],
         options: list[sampling.Options],
         rows: list[int],
-        scored: bool = True,
+        *,
+        scored: bool,
     ) -> Iterator[tuple[list[list[int]], list[list[Score]]]]:
-        """Yield tokens as `stream`, and the score of each, or none if they are not asked for.
+        """Yield tokens as `stream`, and beside them the score of each if these are asked for.
 
         Raises:
             UserError: as `check`.

@@ -98,18 +98,17 @@ class _Server:
     async def completions(self, request: requests.Request) -> responses.Response:
         body = await self._body(request, completions.FIELDS)
         asked = completions.read(self._served, body)
-        parts = _Parts(asked, self.batcher)
         answer = completions.Completion(self._served, asked)
+        parts = _Parts(asked, self.batcher)
         if asked.stream:
             return _EventStream(parts, _events(answer, parts, asked.usage_in_stream))
-
         return await _while_there(request, parts, _whole(answer, parts))
 
     async def megatron(self, request: requests.Request) -> responses.Response:
         body = await self._body(request, megatron.FIELDS)
         asked = megatron.read(self._served, body)
-        parts = _Parts(asked, self.batcher)
         answer = megatron.Answer(self._served, asked)
+        parts = _Parts(asked, self.batcher)
         return await _while_there(request, parts, _whole(answer, parts))
 
     def _model(self) -> dict[str, Any]:

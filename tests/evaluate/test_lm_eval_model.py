@@ -181,7 +181,7 @@ class Sat(generate.Generator):
     def __init__(self, model):
         self.model, self.eod_id = model, 0
 
-    def stream_with_scores(self, prompts, options, rows, scored=True):  # noqa: D102
+    def steps(self, prompts, options, rows, *, scored):  # noqa: D102
         yield [[3]] * len(prompts), [[]] * len(prompts)
         yield [[0]] * len(prompts), [[]] * len(prompts)
 

@@ -227,7 +227,7 @@ def test_scores_are_the_training_networks_log_softmax(mask_padded_vocab):
     params = make_params(mask_padded_vocab=mask_padded_vocab)
     generator = make_generator(params)
     tokens, scores = [[] for _ in PROMPTS], generator.score(PROMPTS)
-    for new in generator.stream_with_scores(PROMPTS, MIXED, [0, 0, 0, 2]):
+    for new in generator.steps(PROMPTS, MIXED, [0, 0, 0, 2], scored=True):
         for row, row_scores, ids, added in zip(tokens, scores, *new, strict=True):
             row += ids
             row_scores += added

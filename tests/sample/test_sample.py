@@ -109,7 +109,7 @@ def test_text_that_fills_the_context_says_so(checkpoint_dir, bpe, monkeypatch, c
         (["--prompt", "x", "--seed", str(2**32)], "seed=4294967296 must be at least 0"),
         (["--prompt", "x", "--top-k", "-1"], "top_k=-1 must be at least 0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 must be at least 1"),
-        (["--prompt", "x", "--max-new-tokens", "-1"], "max_new_tokens=-1 must be at least 0"),
+        (["--prompt", "x", "--max-new-tokens", "-1"], "--max-new-tokens=-1 must be at least 1"),
         (["--serve", "--server.max-queue", "0"], "--server.max-queue=0 must be at least 1"),
         (["--serve", "--server.max-body-bytes", "-1"], "--server.max-body-bytes=-1 must be"),
         (["--prompt", "x", "--mesh.tensor", "3"], "mesh: "),
@@ -130,7 +130,7 @@ class Sat(generate.Generator):
     def __init__(self):
         self.model, self.eod_id = tiny.make_config().model, 0
 
-    def stream_with_scores(self, prompts, options, rows, scored=True):  # noqa: D102
+    def steps(self, prompts, options, rows, *, scored):  # noqa: D102
         yield [[3]] * len(prompts), [[]] * len(prompts)
         yield [[0]] * len(prompts), [[]] * len(prompts)
 

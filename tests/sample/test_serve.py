@@ -79,7 +79,7 @@ class Letters(generate.Generator):
         self.model, self.eod_id, self._seconds, self._tokens = CFG, eod_id, seconds, tokens
         self.n_steps = 0
 
-    def stream_with_scores(self, prompts, options, rows, scored=True):  # noqa: D102
+    def steps(self, prompts, options, rows, *, scored):  # noqa: D102
         limits = [self.limit(p, o) for p, o in zip(prompts, options, strict=True)]
         for i in range(max(limits)):
             self.n_steps += 1
@@ -257,7 +257,7 @@ def test_what_clients_send_without_effect_is_taken(letters_port):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions stream", "/api"])
 def test_a_client_that_goes_away_holds_nothing_up(text, path):
     """Nor does one that went before its turn, or before the first token."""
-    generator = Letters(text.eod_id, 0.02)
+    generator = Letters(text.eod_id, 0.05)
     path, _, stream = path.partition(" ")
     body = {"prompt": "a", "max_tokens": 30, "ignore_eos": True, "stream": bool(stream)}
     if path == "/api":
@@ -278,8 +278,8 @@ def test_a_short_answer_does_not_wait_for_a_long_one(text):
     """Both are in one batch."""
     generator = Letters(text.eod_id, 0.02)
     with serving(generator, text) as port, concurrent.futures.ThreadPoolExecutor(3) as pool:
-        pool.submit(complete, port, prompt="a", max_tokens=3)  # the others wait together
-        time.sleep(0.02)
+        pool.submit(complete, port, prompt="a", max_tokens=20)  # the others wait together
+        time.sleep(0.1)
         long = pool.submit(complete, port, prompt="a", max_tokens=30)
         pool.submit(complete, port, prompt="a", max_tokens=2).result()
         assert not long.done()
