@@ -20,6 +20,8 @@ LAYERS = [
     ["evaluate.lm_eval_model"],
     ["evaluate.scoring"],
     ["sample.serve"],
+    ["sample.completions", "sample.megatron"],
+    ["sample.job"],
     ["sample.batcher", "sample.row_text"],
     ["sample.generate"],
     ["sample.decoding"],

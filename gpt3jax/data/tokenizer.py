@@ -22,6 +22,7 @@ _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 _LONE_BLANK = re.compile(r"(?<=\S)[ \n](?=\S)")
 _CUT_WINDOW = 4096  # characters
 _HALF_CHARACTER = 3  # bytes at most, each of which may be decoded as a U+FFFD
+_CONTEXT = 32  # tokens before a stream at most that decide how its first ones are decoded
 _GPT2_DIGEST = "9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d"
 MIN_VOCAB_SIZE = 257  # a token for each byte, and the end of a document
 
@@ -72,6 +73,10 @@ class Tokenizer:
         text: str = self._rust.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def token_text(self, token: int) -> str:
+        """Return the text of a token as it is inside of a text: with the space before a word."""
+        return self.decode([self.eod_id, token]).removeprefix(self.decode([self.eod_id]))
+
     def use_tiktoken(self, vocab: dict[str, int]) -> bool:
         """Encode batches by tiktoken, 5 times as fast, if it is installed; return whether it is.
 
@@ -93,34 +98,59 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text from token ids that come one after another: what may still change is held back."""
+    """Text from token ids that come one after another: what may still change is held back.
 
-    def __init__(self, tokenizer: Tokenizer):
-        """Begin with no text."""
+    A token's text may depend on those before it: SentencePiece's decoders drop the space of the
+    first one. So each is decoded behind the last that were told.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
+        """Begin behind the ids `before`, whose text is told already but for half a character."""
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # what was told last, which may decide how to go on, and the rest
-        self._n_context = 0
-        self._told = ""  # of their text
+        self._context: list[int] = []
+        self._context_text = ""
+        self._held: list[int] = []  # what follows the context, and is not told to its end
+        self._n_told = 0  # characters of its text
+        self.add(_last_text(tokenizer, before))
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that these ids complete; bytes of half a character wait for the rest."""
-        if not ids:
-            return ""
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        whole = text.rstrip("\ufffd")
-        if len(text) - len(whole) > _HALF_CHARACTER:  # it is no character at all
-            whole = text
-        new, self._told = whole[len(self._told) :], whole
-        if whole == text:
-            self._ids = self._ids[self._n_context :]
-            self._n_context = len(self._ids)
-            self._told = self._tokenizer.decode(self._ids)
-        return new
+        return "".join([self._add(token) for token in ids])
 
     def end(self) -> str:
         """Return what was held back."""
-        return self._tokenizer.decode(self._ids)[len(self._told) :]
+        return self._held_text()[self._n_told :]
+
+    def _add(self, token: int) -> str:
+        self._held.append(token)
+        text = self._held_text()
+        n_half = len(text) - len(text.rstrip("\ufffd"))
+        if n_half > _HALF_CHARACTER:  # it is no character at all
+            n_half = 0
+        whole = text[: len(text) - n_half]
+        new, self._n_told = whole[self._n_told :], len(whole)
+        if not n_half:
+            text = self._tokenizer.decode(self._held)
+            # Ids without a text of their own hide nothing, so what is before them stays.
+            self._context = self._held if text else self._context + self._held
+            self._context_text = self._tokenizer.decode(self._context)
+            self._held, self._n_told = [], 0
+        return new
+
+    def _held_text(self) -> str:
+        text = self._tokenizer.decode(self._context + self._held)
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        # ByteFallback decodes bytes in a row together: half a character spoils those before it.
+        return self._tokenizer.decode(self._held)
+
+
+def _last_text(tokenizer: Tokenizer, ids: Sequence[int]) -> Sequence[int]:
+    """Return the fewest of the last ids whose text begins with a whole character."""
+    for n in range(1, min(len(ids), _CONTEXT) + 1):
+        if tokenizer.decode(ids[-n:])[:1] not in ("", "\ufffd"):
+            return ids[-n:]
+    return ids[-_CONTEXT:]
 
 
 def from_files(vocab_file: str, merge_file: str) -> Tokenizer:

@@ -209,14 +209,17 @@ class CheckpointLM(TemplateLM):
         jobs: list[tuple[list[int], text_options.Options, tuple[str, ...]]],
         numbers: list[int],
     ) -> list[str]:
-        texts = [row_text.RowText(self._text, stops) for _, _, stops in jobs]
+        texts = [
+            row_text.RowText(self._text, prompt, generator.limit(prompt, choice), stops)
+            for prompt, choice, stops in jobs
+        ]
         told = [""] * len(jobs)
         stream = generator.stream([job[0] for job in jobs], [job[1] for job in jobs], numbers)
         for new in stream:
             told = [t + row.add(ids) for t, row, ids in zip(told, texts, new, strict=True)]
             if all(row.reason for row in texts):
                 break
-        return [t + row.end() for t, row in zip(told, texts, strict=True)]
+        return told
 
 
 def run(

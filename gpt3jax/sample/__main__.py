@@ -93,10 +93,10 @@ def sample(options: Options) -> None:
     given = _prompts(options)
     generator, text = load(options)
     if options.serve:
-        from gpt3jax.sample import serve  # in an extra
+        from gpt3jax.sample import job, serve  # in an extra
 
         server = options.server
-        limits = serve.Limits(
+        limits = job.Limits(
             max_rows=options.batch_size,
             max_queue=server.max_queue,
             max_body_bytes=server.max_body_bytes,
@@ -118,6 +118,8 @@ def sample(options: Options) -> None:
 def _check(options: Options) -> None:
     if bool(options.prompt) + bool(options.prompts) + options.serve > 1:
         raise config.UserError("--prompt, --prompts and --serve exclude each other: give one")
+    if options.choice.max_new_tokens < 1:
+        raise config.UserError("--max-new-tokens=0 must be at least 1: raise it")
     if options.serve and importlib.util.find_spec("starlette") is None:
         raise config.UserError("--serve needs the extra: pip install 'gpt3jax[serve]'")
     if options.serve and options.choice != text_options.Options():
@@ -153,6 +155,14 @@ def _ask() -> Iterator[str]:
             yield prompt
 
 
+def _encode(text: tokenizer.Tokenizer, prompt: str) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-in for a byte that is not UTF-8
+        raise config.UserError(f"--prompt is not UTF-8 text: {error}: give it as UTF-8") from None
+    return text.encode(prompt) or [text.eod_id]
+
+
 def _continue(
     options: Options,
     generator: "generate.Generator",
@@ -161,13 +171,17 @@ def _continue(
 ) -> None:
     """Print each prompt with its continuations, and how fast they came."""
     rows = [(prompt, number) for prompt in prompts for number in range(options.n)]
-    ids = {prompt: text.encode(prompt) or [text.eod_id] for prompt in prompts}
+    ids = {prompt: _encode(text, prompt) for prompt in prompts}
     for prompt in prompts:
         generator.check(ids[prompt], options.choice)
     n_tokens, begin, first, full = 0, time.perf_counter(), 0.0, 0
     for i in range(0, len(rows), options.batch_size):
         batch = rows[i : i + options.batch_size]
-        texts = [row_text.RowText(text, (), options.choice.ignore_eod) for _ in batch]
+        limits = [generator.limit(ids[prompt], options.choice) for prompt, _ in batch]
+        texts = [
+            row_text.RowText(text, ids[prompt], limit, ignore_eod=options.choice.ignore_eod)
+            for (prompt, _), limit in zip(batch, limits, strict=True)
+        ]
         told = [prompt for prompt, _ in batch]
         live = len(batch) == 1  # else rows would mix on the terminal
         if live:
@@ -183,9 +197,8 @@ def _continue(
             told = [t + a for t, a in zip(told, added, strict=True)]
             if live:
                 print(added[0], end="", flush=True)
-        for row, (prompt, _), start in zip(texts, batch, told, strict=True):
-            rest = row.end()
-            print(rest if live else start + rest, flush=True)
+        for row, (prompt, _), whole in zip(texts, batch, told, strict=True):
+            print("" if live else whole, flush=True)
             n_tokens += len(row.tokens)
             full += row.reason == "length" and len(row.tokens) == generator.room(ids[prompt])
     seconds = time.perf_counter() - begin

@@ -4,6 +4,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from gpt3jax.sample import generate, text_options
 
@@ -14,19 +15,35 @@ class Full(Exception):
     """The queue has no room, or the batcher is closed: try again later."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one step gave to a request: of each row its new tokens and their scores, if asked for.
+
+    The first part comes before any token, and has the scores of the prompts instead, if asked for.
+    """
+
+    tokens: list[list[int]]
+    scores: list[list[generate.Score]]
+    prompt_scores: list[list[generate.Score]]
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """Rows to generate, and what becomes of them.
 
     Attributes:
-        on_tokens: called in the batcher's thread with the new tokens of each row, with None at
-            the end, or with what went wrong.
+        on_part: called in the batcher's thread with each part, with None at the end, or with what
+            went wrong.
+        scored: the new tokens' scores are asked for.
+        prompts_scored: those of the prompts' tokens are, too.
         cancelled: set it, and no more is generated.
     """
 
     prompts: list[list[int]]
     options: list[text_options.Options]
-    on_tokens: Callable[[list[list[int]] | Exception | None], None]
+    on_part: Callable[[Part | Exception | None], None]
+    scored: bool = False
+    prompts_scored: bool = False
     cancelled: bool = False
 
 
@@ -86,19 +103,38 @@ class Batcher:
         batch = [request for request in batch if not request.cancelled]
         if not batch:
             return
+        try:
+            self._score_prompts(batch)
+            self._generate(batch)
+        except Exception as error:  # whatever it is, the server goes on
+            for request in batch:
+                request.on_part(error)
+            return
+        for request in batch:
+            request.on_part(None)
+
+    def _score_prompts(self, batch: list[Request]) -> None:
+        """Begin each request, with the scores of its prompts where it asks for them."""
+        asking = [request for request in batch if request.prompts_scored]
+        prompts = [prompt for request in asking for prompt in request.prompts]
+        scores = self._generator.score(prompts) if prompts else []
+        for request in batch:
+            n = len(request.prompts)
+            none: list[list[Any]] = [[] for _ in range(n)]
+            own = none
+            if request.prompts_scored:
+                own, scores = scores[:n], scores[n:]
+            request.on_part(Part(tokens=none, scores=none, prompt_scores=own))
+
+    def _generate(self, batch: list[Request]) -> None:
         prompts = [prompt for request in batch for prompt in request.prompts]
         options = [option for request in batch for option in request.options]
         rows = [row for request in batch for row in range(len(request.prompts))]
-        try:
-            for new in self._generator.stream(prompts, options, rows):
-                for request in batch:
-                    request.on_tokens(new[: len(request.prompts)])
-                    new = new[len(request.prompts) :]
-                if all(request.cancelled for request in batch):
-                    return
-        except Exception as error:  # whatever it is, the server goes on
+        scored = any(request.scored for request in batch)
+        for tokens, scores in self._generator.steps(prompts, options, rows, scored=scored):
             for request in batch:
-                request.on_tokens(error)
-            return
-        for request in batch:
-            request.on_tokens(None)
+                n = len(request.prompts)
+                request.on_part(Part(tokens=tokens[:n], scores=scores[:n], prompt_scores=[]))
+                tokens, scores = tokens[n:], scores[n:]
+            if all(request.cancelled for request in batch):
+                return

@@ -8,6 +8,7 @@ same slot of the cache, and a row's position is the slot less its padding.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from gpt3jax import attention, config, lookup, model, sharding
 from gpt3jax.sample import sampling
 
 CHUNK = 8  # tokens that one call decodes: amortises its start, and paces what is streamed
+_LOGITS_AT_ONCE = 64  # positions of each prompt whose logits are held
 _CACHE_AXES = ("batch", "heads", None, "head_dim")
 
 Cache = tuple[tuple[Any, Any], ...]  # of each layer: k_BHSK, v_BHSK
@@ -65,6 +67,15 @@ class Progress:
     token_B: Any  # the row's last, which is not in the cache yet
     left_B: Any  # tokens that the row may still get; 0 when it is done
     eod_B: Any  # the token that ends a row, -1 for none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class New:
+    """Tokens that rows get, `[...]`, -1 for none; and their scores, where these are asked for."""
+
+    token: Any
+    scores: sampling.Scores | None
 
 
 def prepare(params: model.GPT, compute: model.Compute) -> Weights:
@@ -129,10 +140,11 @@ def prefill(
     *,
     n_slots: int,
     mode: sampling.Mode,
-) -> tuple[Progress, Array]:
+    scored: bool,
+) -> tuple[Progress, New]:
     """Read prompts, padded on the left; return the progress and the first new tokens `[B]`.
 
-    The cache gets `n_slots`. A new token is -1 where the row gets none.
+    The cache gets `n_slots`.
     """
     logits_BV, cache = prompt_logits(weights, tokens_BT, padding_B, n_slots)
     progress = Progress(
@@ -143,37 +155,71 @@ def prefill(
         left_B=left_B,
         eod_B=eod_B,
     )
-    progress, new_B = _take(progress, logits_BV, choice, mode)
-    return dataclasses.replace(progress, slot=progress.slot + 1), new_B
+    progress, new = _take(weights.cfg, progress, logits_BV, choice, mode, scored)
+    return dataclasses.replace(progress, slot=progress.slot + 1), new
 
 
 def decode(
-    weights: Weights, progress: Progress, choice: sampling.Choice, *, mode: sampling.Mode
-) -> tuple[Progress, Array]:
-    """Decode up to CHUNK tokens; return the progress and new tokens `[B, N]`, -1 for none."""
+    weights: Weights,
+    progress: Progress,
+    choice: sampling.Choice,
+    *,
+    mode: sampling.Mode,
+    scored: bool,
+) -> tuple[Progress, New]:
+    """Decode up to CHUNK tokens; return the progress and the new tokens `[B, N]`."""
 
-    def unfinished(carry: tuple[Array, Progress, Array]) -> Array:
+    def unfinished(carry: tuple[Array, Progress, New]) -> Array:
         return (carry[0] < CHUNK) & (carry[1].left_B > 0).any()
 
-    def one(carry: tuple[Array, Progress, Array]) -> tuple[Array, Progress, Array]:
-        n, progress, new_BN = carry
-        logits_BV, new = next_logits(weights, progress)
-        taken, new_B = _take(progress, logits_BV, choice, mode)
+    def one(carry: tuple[Array, Progress, New]) -> tuple[Array, Progress, New]:
+        n, progress, news = carry
+        logits_BV, cache = next_logits(weights, progress)
+        taken, new = _take(weights.cfg, progress, logits_BV, choice, mode, scored)
         # Never true, but it makes the write wait for all reads of the cache: else XLA's CPU
         # compiler copies the whole cache for every token.
-        slot = progress.slot + (new_B.min() < -1)
-        progress = extend(taken, new, slot)
-        return n + 1, progress, new_BN.at[:, n].set(new_B)
+        slot = progress.slot + (new.token.min() < -1)
+        news = jax.tree.map(lambda all_news, x: all_news.at[:, n].set(x), news, new)
+        return n + 1, extend(taken, cache, slot), news
 
-    new_BN = jnp.full((progress.token_B.size, CHUNK), -1, jnp.int32)
-    _, progress, new_BN = jax.lax.while_loop(unfinished, one, (jnp.int32(0), progress, new_BN))
-    return progress, new_BN
+    token_BN = jnp.full((progress.token_B.size, CHUNK), -1, jnp.int32)
+    scores = sampling.no_scores(token_BN.shape) if scored else None
+    carry = jnp.int32(0), progress, New(token_BN, scores)
+    _, progress, news = jax.lax.while_loop(unfinished, one, carry)
+    return progress, news
+
+
+def prompt_scores(weights: Weights, tokens_BT: Array, padding_B: Array) -> sampling.Scores:
+    """Return the scores `[B, T - 1]` of prompts' tokens but the first; padded on the left."""
+    x_BTD, _ = _read(weights, tokens_BT, padding_B, tokens_BT.shape[1])
+    n_shared = math.gcd(tokens_BT.shape[1], _LOGITS_AT_ONCE)
+    x_CBTD, targets_CBT = (
+        jnp.moveaxis(x.reshape(x.shape[0], -1, n_shared, *x.shape[2:]), 1, 0)
+        for x in (x_BTD, jnp.roll(tokens_BT, -1, axis=1))
+    )
+
+    def chunk(part: tuple[Array, Array]) -> sampling.Scores:
+        return sampling.score(_logits(weights, part[0]), part[1], weights.cfg)
+
+    def joined(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :-1]
+
+    return jax.tree.map(joined, jax.lax.map(chunk, (x_CBTD, targets_CBT)))
 
 
 def prompt_logits(
     weights: Weights, tokens_BT: Array, padding_B: Array, n_slots: int
 ) -> tuple[Array, Cache]:
     """Return the logits after each prompt, `[B, V]`, and a cache of `n_slots` that holds it."""
+    x_BTD, cache = _read(weights, tokens_BT, padding_B, n_slots)
+    return _logits(weights, x_BTD[:, -1]), cache
+
+
+def _read(
+    weights: Weights, tokens_BT: Array, padding_B: Array, n_slots: int
+) -> tuple[Array, Cache]:
+    """Return what `_logits` takes of each prompt's tokens, `[B, T, D]`, and their cache."""
     n_empty = n_slots - tokens_BT.shape[1]
     places_BT = jnp.arange(tokens_BT.shape[1]) - padding_B[:, None]
     segments_BT = (places_BT >= 0).astype(jnp.int32)  # keeps what is padding apart
@@ -207,7 +253,9 @@ def next_logits(weights: Weights, progress: Progress) -> tuple[Array, Cache]:
         out_BHK = _attend_one(q_BHK, k_BHK, v_BHK, k_BHSK, v_BHSK, visible_BS)
         return out_BHK[:, None], (k_BHK[:, :, None], v_BHK[:, :, None])
 
-    return _network(weights, progress.token_B[:, None], (slot - padding_B)[:, None], attend)
+    places_B1 = (slot - padding_B)[:, None]
+    x_BTD, cache = _network(weights, progress.token_B[:, None], places_B1, attend)
+    return _logits(weights, x_BTD[:, -1]), cache
 
 
 def extend(progress: Progress, new: Cache, slot: Array) -> Progress:
@@ -239,10 +287,7 @@ def _attend_one(
 def _network(
     weights: Weights, tokens_BT: Array, places_BT: Array, attend: Any
 ) -> tuple[Array, Cache]:
-    """Return the logits after the last tokens, fp32 `[B, V]`, and what `attend` gives to cache.
-
-    Entries that only pad the vocabulary have -inf.
-    """
+    """Return the output of the last layer, `[B, T, D]`, and what `attend` gives to cache."""
     dtype, cache = weights.compute.dtype, []
     windows = model.layer_windows(weights.cfg)
     places_BT = jnp.maximum(places_BT, 0)
@@ -256,12 +301,25 @@ def _network(
         out_BTD = _mlp(layer, layer.norm_2(x_BTD, dtype), weights.cfg)
         x_BTD = sharding.constrain(x_BTD + out_BTD, "batch", None, None)
         cache.append(tuple(sharding.constrain(x_BHSK, *_CACHE_AXES) for x_BHSK in kv))
-    x_BD = weights.norm(x_BTD[:, -1], dtype)
-    logits_BV = jax.lax.dot_general(
-        weights.head_VD, x_BD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    ).T
-    true_V = jnp.arange(logits_BV.shape[1]) < weights.cfg.vocab_size
-    return sharding.constrain(jnp.where(true_V, logits_BV, -jnp.inf), "batch", None), tuple(cache)
+    return x_BTD, tuple(cache)
+
+
+def _logits(weights: Weights, x_BD: Array) -> Array:
+    """Return the logits, fp32 `[..., V]`, of outputs of the last layer, `[..., D]`.
+
+    Entries that take no part in training's softmax have -inf.
+    """
+    x_BD = weights.norm(x_BD, weights.compute.dtype)
+    logits_VB = jax.lax.dot_general(
+        weights.head_VD,
+        x_BD,
+        (((1,), (x_BD.ndim - 1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    logits_BV = jnp.moveaxis(logits_VB, 0, -1)
+    counted_V = jnp.arange(logits_BV.shape[-1]) < weights.cfg.softmax_size
+    axes = ("batch", *[None] * (x_BD.ndim - 1))
+    return sharding.constrain(jnp.where(counted_V, logits_BV, -jnp.inf), *axes)
 
 
 def _attention(layer: Layer, x_BTD: Array, core: Any) -> tuple[Array, Any]:
@@ -291,11 +349,18 @@ def _product(w: Array, x: Array, n_summed: int) -> Array:
 
 
 def _take(
-    progress: Progress, logits_BV: Array, choice: sampling.Choice, mode: sampling.Mode
-) -> tuple[Progress, Array]:
-    """Choose the token after `slot` of each row that is not done; return it, -1 for none."""
+    model: config.Model,
+    progress: Progress,
+    logits_BV: Array,
+    choice: sampling.Choice,
+    mode: sampling.Mode,
+    scored: bool,
+) -> tuple[Progress, New]:
+    """Choose the token after `slot` of each row that is not done."""
     places_B = progress.slot + 1 - progress.padding_B
-    token_B = sampling.choose(logits_BV, places_B, choice, mode)
+    true_V = jnp.arange(logits_BV.shape[1]) < model.vocab_size
+    token_B = sampling.choose(jnp.where(true_V, logits_BV, -jnp.inf), places_B, choice, mode)
+    scores = sampling.score(logits_BV, token_B, model) if scored else None
     active_B = progress.left_B > 0
     ended_B = token_B == progress.eod_B
     progress = dataclasses.replace(
@@ -303,4 +368,4 @@ def _take(
         token_B=jnp.where(active_B, token_B, progress.token_B),
         left_B=jnp.where(active_B & ~ended_B, progress.left_B - 1, 0),
     )
-    return progress, jnp.where(active_B, token_B, -1)
+    return progress, New(jnp.where(active_B, token_B, -1), scores)

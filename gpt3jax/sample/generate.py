@@ -4,13 +4,20 @@ Batch, prompts and cache are rounded up (`bucket`), so programs are compiled for
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from gpt3jax import config, model, sharding
 from gpt3jax.sample import decoding, sampling, text_options
+
+
+class Score(NamedTuple):
+    """A token's log-probability under the model; the likeliest tokens there, and theirs."""
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
 
 
 class Generator:
@@ -28,8 +35,11 @@ class Generator:
         self.model, self.eod_id, self._mesh = params.model, eod_id, mesh
         with jax.set_mesh(mesh):
             self._weights = decoding.prepare(params, compute)
-        self._prefill = jax.jit(decoding.prefill, static_argnames=("n_slots", "mode"))
-        self._decode = jax.jit(decoding.decode, static_argnames="mode", donate_argnums=1)
+        self._prefill = jax.jit(decoding.prefill, static_argnames=("n_slots", "mode", "scored"))
+        self._decode = jax.jit(
+            decoding.decode, static_argnames=("mode", "scored"), donate_argnums=1
+        )
+        self._prompt_scores = jax.jit(decoding.prompt_scores)
 
     def check(self, prompt: list[int], options: text_options.Options) -> None:
         """Check that a prompt can be continued.
@@ -41,10 +51,11 @@ class Generator:
         options.check()
         if not prompt:
             raise config.UserError("a prompt is empty: give at least one token")
-        if self.room(prompt) < 1:
+        most = self.model.seq_len - min(options.max_new_tokens, 1)
+        if len(prompt) > most:
             raise config.UserError(
                 f"a prompt has {len(prompt)} tokens, and model.seq_len={self.model.seq_len} leaves "
-                f"no room for more: give at most {self.model.seq_len - 1}"
+                f"no room for more: give at most {most}"
             )
         if not 0 <= min(prompt) <= max(prompt) < self.model.vocab_size:
             raise config.UserError(
@@ -56,13 +67,33 @@ class Generator:
         """Return how many tokens fit behind a prompt: positions are learned up to seq_len."""
         return self.model.seq_len - len(prompt)
 
+    def limit(self, prompt: list[int], options: text_options.Options) -> int:
+        """Return how many new tokens a row gets at most."""
+        return min(options.max_new_tokens, self.room(prompt))
+
     def stream(
         self, prompts: list[list[int]], options: list[text_options.Options], rows: list[int]
     ) -> Iterator[list[list[int]]]:
         """Yield the new tokens of each row, some at a time, until all rows are done.
 
-        A row ends with the end-of-text token, which is yielded too, after `max_new_tokens`, or
-        where the context is full. `rows` number the rows in their request (see `sampling`).
+        A row ends with the end-of-text token, which is yielded too, or at its `limit`. `rows`
+        number the rows in their request (see `sampling`).
+
+        Raises:
+            UserError: as `check`.
+        """
+        for tokens, _ in self.steps(prompts, options, rows, scored=False):
+            yield tokens
+
+    def steps(
+        self,
+        prompts: list[list[int]],
+        options: list[text_options.Options],
+        rows: list[int],
+        *,
+        scored: bool,
+    ) -> Iterator[tuple[list[list[int]], list[list[Score]]]]:
+        """Yield tokens as `stream`, and beside them the score of each if these are asked for.
 
         Raises:
             UserError: as `check`.
@@ -71,35 +102,53 @@ class Generator:
             self.check(prompt, option)
         n = len(prompts)
         spare = self._n_rows(n) - n
-        length = bucket(max(map(len, prompts)))
-        limits = [
-            min(o.max_new_tokens, self.room(p)) for p, o in zip(prompts, options, strict=True)
-        ]
+        limits = [self.limit(p, o) for p, o in zip(prompts, options, strict=True)]
+        if not any(limits):
+            return
         eods = [-1 if o.ignore_eod else self.eod_id for o in options]
         choice, mode = sampling.make_choice(
             [*options, *[text_options.Options(temperature=0.0)] * spare], [*rows, *[0] * spare]
         )
-        prompts = [*prompts, *[[0]] * spare]
-        tokens_BT = np.zeros((len(prompts), length), np.int32)
-        for row, prompt in zip(tokens_BT, prompts, strict=True):
-            row[length - len(prompt) :] = prompt
-        arrays = [[length - len(p) for p in prompts], limits + [0] * spare, eods + [-1] * spare]
-        progress, new_B = self._call(
+        tokens_BT, padding_B = self._padded(prompts)
+        static = {"mode": mode, "scored": scored}
+        progress, new = self._call(
             self._prefill,
             tokens_BT,
-            *(np.asarray(array, np.int32) for array in arrays),
+            padding_B,
+            np.asarray(limits + [0] * spare, np.int32),
+            np.asarray(eods + [-1] * spare, np.int32),
             choice,
-            n_slots=bucket(length + max(limits)),
-            mode=mode,
+            n_slots=bucket(tokens_BT.shape[1] + max(limits)),
+            **static,
         )
-        new_BN = np.asarray(new_B)[:, None]
+        new = jax.tree.map(lambda x: x[:, None], new)
         while True:
             more = bool(np.asarray(progress.left_B).any())
-            yield [[token for token in row if token >= 0] for row in new_BN[:n].tolist()]
+            tokens_BN = np.asarray(new.token)[:n]
+            tokens = [[token for token in row if token >= 0] for row in tokens_BN.tolist()]
+            scores = _scores(new.scores)[:n] if scored else [[] for _ in tokens]
+            yield tokens, [row[: len(t)] for row, t in zip(scores, tokens, strict=True)]
             if not more:
                 return
-            progress, new_BN = self._call(self._decode, progress, choice, mode=mode)
-            new_BN = np.asarray(new_BN)
+            progress, new = self._call(self._decode, progress, choice, **static)
+
+    def score(self, prompts: list[list[int]]) -> list[list[Score]]:
+        """Return the scores of each prompt's tokens but the first, which nothing is before.
+
+        Prompts are checked before, and have up to seq_len tokens.
+        """
+        found = self._call(self._prompt_scores, *self._padded(prompts))
+        scores = _scores(found)[: len(prompts)]
+        return [row[len(row) - len(p) + 1 :] for row, p in zip(scores, prompts, strict=True)]
+
+    def _padded(self, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return prompts padded on the left, `[B, T]`, and by how much, `[B]`; spare rows last."""
+        length = bucket(max(map(len, prompts)))
+        rows = [*prompts, *[[0]] * (self._n_rows(len(prompts)) - len(prompts))]
+        tokens_BT = np.zeros((len(rows), length), np.int32)
+        for row, prompt in zip(tokens_BT, rows, strict=True):
+            row[length - len(prompt) :] = prompt
+        return tokens_BT, np.asarray([length - len(row) for row in rows], np.int32)
 
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         with jax.set_mesh(self._mesh):
@@ -109,6 +158,18 @@ class Generator:
         """Return a power of two that is not below n, or the next multiple of the data axes."""
         parallel = sharding.data_parallel_size(self._mesh)
         return -(-(1 << (n - 1).bit_length()) // parallel) * parallel
+
+
+def _scores(scores: sampling.Scores) -> list[list[Score]]:
+    """Return the scores of each token of each row, from arrays `[B, T]`."""
+    arrays = [np.asarray(x).tolist() for x in jax.tree.leaves(scores)]
+    return [
+        [
+            Score(own, tuple(zip(ids, logs, strict=True)))
+            for own, ids, logs in zip(*row, strict=True)
+        ]
+        for row in zip(*arrays, strict=True)
+    ]
 
 
 def bucket(n: int) -> int:

@@ -1,4 +1,6 @@
-"""The text of one generated row as it grows, up to a stop string or the end of text."""
+"""The text of one generated row as it grows, up to a stop string, the end of text or its limit."""
+
+from collections.abc import Sequence
 
 from gpt3jax.data import tokenizer
 
@@ -7,40 +9,61 @@ class RowText:
     """Turns a row's tokens into text that can be shown at once.
 
     Attributes:
-        tokens: the row's tokens so far, the end-of-text token included.
+        tokens: the row's tokens so far, up to those that ended it; the end-of-text token included.
+        offsets: where each token's text begins (characters behind the prompt).
         reason: why it ended, "stop" or "length"; empty before.
     """
 
     def __init__(
-        self, text: tokenizer.Tokenizer, stops: tuple[str, ...] = (), ignore_eod: bool = False
+        self,
+        text: tokenizer.Tokenizer,
+        prompt: Sequence[int],
+        limit: int,
+        stops: Sequence[str] = (),
+        ignore_eod: bool = False,
     ):
-        """Begin; the text ends before the first of `stops`, or with the end-of-text token."""
+        """Begin behind a prompt.
+
+        The text ends before the first of `stops`, with the end-of-text token, or after `limit`
+        tokens.
+        """
         self.tokens: list[int] = []
-        self.reason = ""
-        self._stream, self._stops = tokenizer.TextStream(text), stops
+        self.offsets: list[int] = []
+        self.reason = "" if limit else "length"
+        self._stream, self._limit, self._stops = tokenizer.TextStream(text, prompt), limit, stops
         self._eod_id = -1 if ignore_eod else text.eod_id
+        self._n_decoded = 0
         self._held = ""  # may be the beginning of a stop string
 
-    def add(self, tokens: list[int]) -> str:
-        """Return what the tokens add to the text."""
-        if self.reason:
-            return ""
-        self.tokens += tokens
-        ended = tokens[-1:] == [self._eod_id]
-        new = self._held + self._stream.add(tokens[:-1] if ended else tokens)
-        new += self._stream.end() if ended else ""
-        places = [new.find(stop) for stop in self._stops if stop in new]
-        if places or ended:
-            self.reason, self._held = "stop", ""
-            return new[: min(places)] if places else new
-        lengths = [n for s in self._stops for n in range(1, len(s)) if new.endswith(s[:n])]
-        n_told = len(new) - max(lengths, default=0)
-        self._held = new[n_told:]
-        return new[:n_told]
+    def add(self, tokens: Sequence[int]) -> str:
+        """Return what the tokens add to the text; those after its end add nothing."""
+        return "".join([self._add(token) for token in tokens if not self.reason])
 
-    def end(self) -> str:
-        """Return what was held back, where nothing but its length ended the text."""
-        if self.reason:
-            return ""
-        self.reason = "length"
-        return self._held + self._stream.end()
+    def _add(self, token: int) -> str:
+        self.tokens.append(token)
+        self.offsets.append(self._n_decoded)
+        ended, full = token == self._eod_id, len(self.tokens) == self._limit
+        new = "" if ended else self._stream.add([token])
+        new += self._stream.end() if ended or full else ""
+        self._n_decoded += len(new)
+        new = self._held + new
+        places = [new.find(stop) for stop in self._stops if stop in new]
+        if places or ended or full:
+            self.reason = "stop" if places or ended else "length"
+            return new[: min(places)] if places else new
+        n_held = max((_n_begun(new, stop) for stop in self._stops), default=0)
+        self._held = new[len(new) - n_held :]
+        return new[: len(new) - n_held]
+
+
+def offsets(text: tokenizer.Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Return where the text of each of these tokens begins (characters)."""
+    row = RowText(text, (), len(ids), ignore_eod=True)
+    row.add(ids)
+    return row.offsets
+
+
+def _n_begun(text: str, stop: str) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop string."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gpt3jax import config
 from gpt3jax.sample import text_options
 
 Mode = Literal["greedy", "random", "filtered"]
+N_LIKELIEST = 5  # tokens that a score names
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +60,9 @@ def choose(logits_BV: Array, positions_B: Array, choice: Choice, mode: Mode) -> 
     if mode == "greedy":
         return greedy_B
     temperature_B1 = choice.temperature_B[:, None]
-    scaled_BV = logits_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1)
+    # Less their largest, so that no temperature makes two of them infinite.
+    scaled_BV = logits_BV - logits_BV.max(-1, keepdims=True)
+    scaled_BV /= jnp.where(temperature_B1 > 0, temperature_B1, 1)
 
     def draw(key: Any, position: Array) -> Array:
         return jax.random.gumbel(jax.random.fold_in(key, position), logits_BV.shape[1:])
@@ -88,3 +92,32 @@ def allowed(logits_BV: Array, top_k_B: Array, top_p_B: Array) -> Array:
     last_B1 = kept_BV.sum(-1, keepdims=True) - 1
     least_B1, id_B1 = (jnp.take_along_axis(x, last_B1, axis=-1) for x in (sorted_BV, order_BV))
     return (logits_BV > least_B1) | ((logits_BV == least_B1) & (ids_V <= id_B1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of tokens, and of the likeliest N in their places, arrays `[...]`."""
+
+    logprob: Any
+    likeliest_N: Any  # [..., N] ids, the likeliest first
+    logprobs_N: Any
+
+
+def score(logits_V: Array, token: Array, model: config.Model) -> Scores:
+    """Return the scores of tokens `[...]` under the softmax of training, from logits `[..., V]`.
+
+    Temperature and the like change nothing. The likeliest are of the true vocabulary.
+    """
+    ids_V = jnp.arange(logits_V.shape[-1])
+    total = jax.nn.logsumexp(jnp.where(ids_V < model.softmax_size, logits_V, -jnp.inf), axis=-1)
+    own = jnp.take_along_axis(logits_V, token[..., None], axis=-1)[..., 0]
+    true_V = jnp.where(ids_V < model.vocab_size, logits_V, -jnp.inf)
+    largest_N, likeliest_N = jax.lax.top_k(true_V, N_LIKELIEST)
+    return Scores(own - total, likeliest_N, largest_N - total[..., None])
+
+
+def no_scores(shape: tuple[int, ...]) -> Scores:
+    """Return the scores of places without tokens."""
+    n_shape = (*shape, N_LIKELIEST)
+    return Scores(jnp.zeros(shape), jnp.zeros(n_shape, jnp.int32), jnp.zeros(n_shape))

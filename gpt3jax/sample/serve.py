@@ -1,276 +1,136 @@
 """Generation over HTTP: OpenAI's completions, and Megatron's `PUT /api`.
 
-A request is checked here, in the event loop, and answered by the thread of a `batcher.Batcher`.
+A request is read here, in the event loop, and answered by the thread of a `batcher.Batcher`.
 Whatever is asked for and not supported is refused with 400, never left out.
 """
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import socket
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import uvicorn
-from starlette import applications, requests, responses, routing
+from starlette import applications, exceptions, requests, responses, routing, types
 
 from gpt3jax import config
 from gpt3jax.data import tokenizer
-from gpt3jax.sample import batcher, generate, row_text, text_options
+from gpt3jax.sample import batcher, completions, generate, job, megatron
 
-# Fields that change nothing at these values, which clients send; at others they are refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1), "frequency_penalty": (None, 0), "presence_penalty": (None, 0),
-    "logit_bias": (None, {}), "logprobs": (None, False), "suffix": (None, ""),
-    "stream_options": (None,),
-}  # fmt: skip
-_COMPLETION_FIELDS = {
-    "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "echo",
-    "stream", "user", "ignore_eos", *_NEUTRAL,
-}  # fmt: skip
-_MEGATRON_FIELDS = {
-    "prompts", "tokens_to_generate", "temperature", "top_k", "top_p", "add_BOS", "random_seed",
-    "logprobs", "echo_prompts",
-}  # fmt: skip
+_MEGATRON_PATH = "/api"
+_CLIENT_GONE = 499  # nginx's word for it; nobody reads it
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request may ask for, and how many may wait."""
+class _Parts:
+    """The parts of a request under way, as they come; leaving it cancels the rest."""
 
-    max_rows: int = 8
-    max_queue: int = 32
-    max_body_bytes: int = 1_000_000
-    max_stops: int = 4
+    def __init__(self, asked: job.Job, answering: batcher.Batcher):
+        """Queue the request; it is waited for in the loop that runs.
+
+        Raises:
+            RefusedError: too many wait.
+        """
+        self._loop, self._come = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        self._request = batcher.Request(
+            [prompt.ids for prompt in asked.prompts],
+            [asked.options] * len(asked.prompts),
+            self._put,
+            scored=asked.scored,
+            prompts_scored=asked.scored and asked.echo,
+        )
+        try:
+            answering.submit(self._request)
+        except batcher.Full:
+            message = "too many requests wait: try again later"
+            raise job.RefusedError(message, status=503) from None
+
+    def __enter__(self) -> "_Parts":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._request.cancelled = True
+
+    async def __aiter__(self) -> AsyncIterator[batcher.Part]:
+        while (part := await self._come.get()) is not None:
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+    def _put(self, part: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._come.put_nowait, part)
 
 
-class _RefusedError(Exception):
-    """What becomes an answer with an error status."""
+class _EventStream(responses.StreamingResponse):
+    """Server-sent events; the rest is cancelled even where the client leaves before the first."""
 
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
+    def __init__(self, parts: _Parts, events: AsyncIterator[str]):
+        super().__init__(events, media_type="text/event-stream")
+        self._parts = parts
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What both schemas come to: rows, and how each is told."""
-
-    prompts: list[str]
-    ids: list[list[int]]
-    options: text_options.Options
-    stops: tuple[str, ...] = ()
-    echo: bool = False
-    n: int = 1
-    stream: bool = False
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        with self._parts:
+            await super().__call__(scope, receive, send)
 
 
 class _Server:
     """The answers to each path."""
 
-    def __init__(
-        self, generator: generate.Generator, text: tokenizer.Tokenizer, name: str, limits: Limits
-    ):
-        self._generator, self._text, self._name, self._limits = generator, text, name, limits
+    def __init__(self, served: job.Served):
+        self._served = served
         self._created = int(time.time())
-        self.batcher = batcher.Batcher(generator, limits.max_rows, limits.max_queue)
+        limits = served.limits
+        self.batcher = batcher.Batcher(served.generator, limits.max_rows, limits.max_queue)
 
     async def health(self, request: requests.Request) -> responses.Response:
         return responses.JSONResponse({"status": "ok"})
 
     async def models(self, request: requests.Request) -> responses.Response:
-        entry = {"id": self._name, "object": "model", "created": self._created}
-        return responses.JSONResponse({"object": "list", "data": [entry | {"owned_by": "gpt3jax"}]})
+        return responses.JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: requests.Request) -> responses.Response:
+        if request.path_params["name"] != self._served.name:
+            raise completions.unknown_model(self._served)
+        return responses.JSONResponse(self._model())
 
     async def completions(self, request: requests.Request) -> responses.Response:
-        try:
-            body = await _read(request, self._limits.max_body_bytes, _COMPLETION_FIELDS)
-            job = self._completion_job(body)
-            parts = self._start(job)
-        except _RefusedError as error:
-            kind = "server_error" if error.status >= 500 else "invalid_request_error"
-            content = {"error": {"message": str(error), "type": kind, "code": None, "param": None}}
-            return responses.JSONResponse(content, error.status, headers=_retry(error.status))
-        head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self._name,
-        }
-        texts = self._texts(job)
-        if job.stream:
-            events = _events(head, job, texts, parts)
-            return responses.StreamingResponse(events, media_type="text/event-stream")
-        try:
-            told = await _collect(job, texts, parts)
-        except Exception as error:  # reported to the client; the server goes on
-            content = {"error": {"message": str(error), "type": "server_error"}}
-            return responses.JSONResponse(content, 500)
-        n_prompt = sum(map(len, job.ids[:: job.n]))
-        n_new = sum(len(text.tokens) for text in texts)
-        usage = {
-            "prompt_tokens": n_prompt,
-            "completion_tokens": n_new,
-            "total_tokens": n_prompt + n_new,
-        }
-        choices = [
-            _choice(i, t, text.reason) for i, (t, text) in enumerate(zip(told, texts, strict=True))
-        ]
-        return responses.JSONResponse(head | {"choices": choices, "usage": usage})
+        body = await self._body(request, completions.FIELDS)
+        asked = completions.read(self._served, body)
+        answer = completions.Completion(self._served, asked)
+        parts = _Parts(asked, self.batcher)
+        if asked.stream:
+            return _EventStream(parts, _events(answer, parts, asked.usage_in_stream))
+        return await _while_there(request, parts, _whole(answer, parts))
 
     async def megatron(self, request: requests.Request) -> responses.Response:
-        try:
-            body = await _read(request, self._limits.max_body_bytes, _MEGATRON_FIELDS)
-            job = self._megatron_job(body)
-            parts = self._start(job)
-            texts = self._texts(job)
-            told = await _collect(job, texts, parts)
-        except _RefusedError as error:
-            return responses.JSONResponse(str(error), error.status, headers=_retry(error.status))
-        except Exception as error:  # as above
-            return responses.JSONResponse(str(error), 500)
-        segments = [
-            [self._text.decode([token]) for token in [*ids, *text.tokens]]
-            for ids, text in zip(job.ids, texts, strict=True)
-        ]
-        return responses.JSONResponse({"text": told, "segments": segments, "logprobs": None})
+        body = await self._body(request, megatron.FIELDS)
+        asked = megatron.read(self._served, body)
+        answer = megatron.Answer(self._served, asked)
+        parts = _Parts(asked, self.batcher)
+        return await _while_there(request, parts, _whole(answer, parts))
 
-    def _completion_job(self, body: dict[str, Any]) -> _Job:
-        for name, values in _NEUTRAL.items():
-            if name in body and body[name] not in values:
-                raise _RefusedError(400, f"{name} is not supported: leave it out")
-        if body.get("model", self._name) != self._name:
-            raise _RefusedError(404, f"model must be {self._name!r}, the one that is served")
-        n = _field(body, "n", int, 1)
-        if n < 1:
-            raise _RefusedError(400, f"n={n} must be at least 1")
-        given = body.get("prompt", "")
-        prompts = given if isinstance(given, list) and given else [given]
-        if all(type(token) is int for token in prompts):
-            prompts = [prompts]
-        self._check_rows(len(prompts) * n)
-        ids = [self._encode(prompt, "prompt") for prompt in prompts]
-        stops = body.get("stop") or []
-        stops = [stops] if isinstance(stops, str) else stops
-        if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-            raise _RefusedError(400, "stop must be a text, or a list of texts that are not empty")
-        if len(stops) > self._limits.max_stops:
-            raise _RefusedError(
-                400, f"stop has {len(stops)} texts: at most {self._limits.max_stops}"
-            )
-        options = text_options.Options(
-            max_new_tokens=_field(body, "max_tokens", int, 16),
-            temperature=_field(body, "temperature", float, 1.0),
-            top_k=_field(body, "top_k", int, 0),
-            top_p=_field(body, "top_p", float, 1.0),
-            seed=_field(body, "seed", int, uuid.uuid4().int % 2**32),
-            ignore_eod=_field(body, "ignore_eos", bool, False),
-        )
-        texts = [p if isinstance(p, str) else self._text.decode(p) for p in prompts]
-        job = _Job(
-            prompts=[t for t in texts for _ in range(n)],
-            ids=[i for i in ids for _ in range(n)],
-            options=options,
-            stops=tuple(stops),
-            echo=_field(body, "echo", bool, False),
-            n=n,
-            stream=_field(body, "stream", bool, False),
-        )
-        self._check(job)
-        return job
+    def _model(self) -> dict[str, Any]:
+        entry = {"id": self._served.name, "object": "model", "created": self._created}
+        return entry | {"owned_by": "gpt3jax"}
 
-    def _megatron_job(self, body: dict[str, Any]) -> _Job:
-        prompts = body.get("prompts")
-        if not isinstance(prompts, list) or not prompts:
-            raise _RefusedError(400, "prompts must be a list of texts")
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise _RefusedError(400, "prompts must be a list of texts")
-        self._check_rows(len(prompts))
-        if _field(body, "logprobs", bool, False):
-            raise _RefusedError(400, "logprobs is not supported: leave it out")
-        top_k, top_p = _field(body, "top_k", int, 0), _field(body, "top_p", float, 0.0)
-        temperature = _field(body, "temperature", float, 1.0)
-        options = text_options.Options(
-            max_new_tokens=_field(body, "tokens_to_generate", int, 64),
-            # Megatron's top_k=1 is its way to ask for greedy decoding, and 0 means no top_p.
-            temperature=0.0 if top_k == 1 else temperature,
-            top_k=top_k,
-            top_p=top_p or 1.0,
-            seed=_field(body, "random_seed", int, uuid.uuid4().int % 2**32),
-        )
-        first = [self._text.eod_id] if _field(body, "add_BOS", bool, False) else []
-        ids = [first + self._encode(prompt, "prompts") for prompt in prompts]
-        echo = _field(body, "echo_prompts", bool, True)
-        job = _Job(prompts=prompts, ids=ids, options=options, echo=echo)
-        self._check(job)
-        return job
-
-    def _check(self, job: _Job) -> None:
-        n_new, seq_len = job.options.max_new_tokens, self._generator.model.seq_len
-        for prompt in job.ids:
-            try:
-                self._generator.check(prompt, job.options)
-            except config.UserError as error:
-                raise _RefusedError(400, str(error)) from None
-            if n_new > self._generator.room(prompt):
-                raise _RefusedError(
-                    400,
-                    f"a prompt of {len(prompt)} tokens and {n_new} more do not fit the context of "
-                    f"{seq_len}: ask for fewer",
-                )
-
-    def _texts(self, job: _Job) -> list[row_text.RowText]:
-        ignore = job.options.ignore_eod
-        return [row_text.RowText(self._text, job.stops, ignore) for _ in job.ids]
-
-    def _check_rows(self, n: int) -> None:
-        if n > self._limits.max_rows:
-            raise _RefusedError(400, f"{n} texts in one request: at most {self._limits.max_rows}")
-
-    def _encode(self, prompt: Any, name: str) -> list[int]:
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:  # half of a surrogate pair
-                raise _RefusedError(400, f"{name} is not text: {error}") from None
-            return self._text.encode(prompt) or [self._text.eod_id]
-        if isinstance(prompt, list) and all(type(token) is int for token in prompt):
-            return prompt
-        raise _RefusedError(400, f"{name} must be a text or a list of texts")
-
-    def _start(self, job: _Job) -> AsyncIterator[list[list[int]]]:
-        loop, parts = asyncio.get_running_loop(), asyncio.Queue[Any]()
-
-        def on_tokens(part: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(parts.put_nowait, part)
-
-        request = batcher.Request(job.ids, [job.options] * len(job.ids), on_tokens)
-        try:
-            self.batcher.submit(request)
-        except batcher.Full:
-            raise _RefusedError(503, "too many requests wait: try again later") from None
-
-        async def follow() -> AsyncIterator[list[list[int]]]:
-            try:
-                while (part := await parts.get()) is not None:
-                    if isinstance(part, Exception):
-                        raise part
-                    yield part
-            finally:
-                request.cancelled = True  # also where the client went away
-
-        return follow()
+    async def _body(self, request: requests.Request, known: set[str]) -> dict[str, Any]:
+        content, n_bytes, most = bytearray(), 0, self._served.limits.max_body_bytes
+        async for part in request.stream():
+            n_bytes += len(part)
+            if n_bytes <= most:
+                content += part
+        if n_bytes > most:  # and read to its end: most clients write all before they read
+            raise job.RefusedError(f"the request has more than {most} bytes", status=413)
+        return job.parse(bytes(content), known)
 
 
 def make_app(
-    generator: generate.Generator, text: tokenizer.Tokenizer, name: str, limits: Limits
+    generator: generate.Generator, text: tokenizer.Tokenizer, name: str, limits: job.Limits
 ) -> applications.Starlette:
     """Return the application; its batcher's thread ends with it."""
-    server = _Server(generator, text, name, limits)
+    server = _Server(job.Served(generator=generator, text=text, name=name, limits=limits))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: applications.Starlette) -> AsyncIterator[None]:
@@ -283,9 +143,16 @@ def make_app(
         routes=[
             route("/health", server.health),
             route("/v1/models", server.models),
+            route("/v1/models/{name:path}", server.model),
             route("/v1/completions", server.completions, methods=["POST"]),
-            route("/api", server.megatron, methods=["PUT"]),
+            route(_MEGATRON_PATH, server.megatron, methods=["PUT"]),
         ],
+        exception_handlers={
+            job.RefusedError: _refused,
+            exceptions.HTTPException: _no_such_path,
+            requests.ClientDisconnect: _gone,
+            Exception: _failed,
+        },
     )
 
 
@@ -298,7 +165,7 @@ def run(app: applications.Starlette, host: str, port: int) -> None:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise config.UserError(
             f"--server.host={host} --server.port={port} cannot be listened on ({error}): choose "
             "another"
@@ -308,85 +175,86 @@ def run(app: applications.Starlette, host: str, port: int) -> None:
         uvicorn.Server(options).run(sockets=[listening])
 
 
-async def _read(request: requests.Request, max_bytes: int, known: set[str]) -> dict[str, Any]:
-    content = b""
-    async for part in request.stream():
-        content += part
-        if len(content) > max_bytes:
-            raise _RefusedError(413, f"the request has more than {max_bytes} bytes")
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _RefusedError(400, f"the request is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise _RefusedError(400, "the request must be a JSON object")
-    unknown = sorted(body.keys() - known)
-    if unknown:
-        raise _RefusedError(400, f"{unknown[0]!r} is not supported: leave it out")
-    return body
+async def _whole(answer: completions.Completion | megatron.Answer, parts: _Parts) -> dict[str, Any]:
+    async for part in parts:
+        answer.add(part)
+        if answer.done:
+            break
+    return answer.whole()
 
 
-def _field(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
-    """Return a field, or the default where it is absent or null."""
-    value = body.get(name)
-    if value is None:
-        return default
-    right = isinstance(value, bool) == (kind is bool) and isinstance(value, kind)
-    if kind is float and type(value) is int:
-        right = True
-    if not right:
-        words = {int: "an integer", float: "a number", bool: "true or false"}
-        raise _RefusedError(400, f"{name} must be {words[kind]}")
-    return value
+async def _while_there(
+    request: requests.Request, parts: _Parts, answer: Coroutine[Any, Any, dict[str, Any]]
+) -> responses.Response:
+    """Return the answer, or nothing much as soon as the client has gone away."""
 
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
-def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-
-
-async def _collect(
-    job: _Job, texts: list[row_text.RowText], parts: AsyncIterator[list[list[int]]]
-) -> list[str]:
-    """Return each row's text."""
-    told = [prompt if job.echo else "" for prompt in job.prompts]
-    async with contextlib.aclosing(parts):  # type: ignore[type-var]
-        async for new in parts:
-            for i, (text, tokens) in enumerate(zip(texts, new, strict=True)):
-                told[i] += text.add(tokens)
-            if all(text.reason for text in texts):
-                break
-    return [t + text.end() for t, text in zip(told, texts, strict=True)]
+    with parts:
+        tasks = [asyncio.create_task(answer), asyncio.create_task(leave())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()  # which is nothing to one that is done
+        told, _ = await asyncio.gather(*tasks, return_exceptions=True)
+    if isinstance(told, asyncio.CancelledError):
+        return responses.Response(status_code=_CLIENT_GONE)
+    if isinstance(told, BaseException):
+        raise told
+    return responses.JSONResponse(told)
 
 
 async def _events(
-    head: dict[str, Any],
-    job: _Job,
-    texts: list[row_text.RowText],
-    parts: AsyncIterator[list[list[int]]],
+    answer: completions.Completion, parts: _Parts, with_usage: bool
 ) -> AsyncIterator[str]:
-    """Yield server-sent events: text as it comes, then why each row ended, then [DONE]."""
+    """Yield server-sent events: choices as they come, with why each ended, then [DONE]."""
 
-    def event(index: int, new: str, reason: str | None) -> str:
-        return f"data: {json.dumps(head | {'choices': [_choice(index, new, reason)]})}\n\n"
+    def event(content: dict[str, Any]) -> str:
+        return f"data: {json.dumps(content)}\n\n"
 
-    if job.echo:
-        for i, prompt in enumerate(job.prompts):
-            yield event(i, prompt, None)
+    head = answer.head | ({"usage": None} if with_usage else {})
     try:
-        async with contextlib.aclosing(parts):  # type: ignore[type-var]
-            async for new in parts:
-                for i, (text, tokens) in enumerate(zip(texts, new, strict=True)):
-                    if told := text.add(tokens):
-                        yield event(i, told, None)
-                if all(text.reason for text in texts):
-                    break
-        for i, text in enumerate(texts):
-            rest = text.end()
-            yield event(i, rest, text.reason)
+        async for part in parts:
+            for choice in answer.add(part):
+                yield event(head | {"choices": [choice]})
+            if answer.done:
+                break
+        if with_usage:
+            yield event(head | {"choices": [], "usage": answer.usage()})
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is sent already
-        yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n"
+        yield event(_error(str(error), "server_error"))
 
 
-def _retry(status: int) -> dict[str, str] | None:
-    return {"Retry-After": "1"} if status == 503 else None
+def _error(message: str, kind: str, field: str = "", code: str = "") -> dict[str, Any]:
+    """Return OpenAI's body of an error."""
+    content = {"message": message, "type": kind, "param": field or None, "code": code or None}
+    return {"error": content}
+
+
+async def _refused(request: requests.Request, error: job.RefusedError) -> responses.Response:
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    headers = {"Retry-After": "1"} if error.status == 503 else None
+    content = _error(str(error), kind, error.field, error.code)
+    if request.scope["path"] == _MEGATRON_PATH:
+        content["message"] = str(error)  # where Megatron's client looks
+    return responses.JSONResponse(content, error.status, headers=headers)
+
+
+async def _no_such_path(
+    request: requests.Request, error: exceptions.HTTPException
+) -> responses.Response:
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
+    content = _error(message, "invalid_request_error")
+    return responses.JSONResponse(content, error.status_code, headers=error.headers)
+
+
+async def _gone(request: requests.Request, error: Exception) -> responses.Response:
+    return responses.Response(status_code=_CLIENT_GONE)
+
+
+async def _failed(request: requests.Request, error: Exception) -> responses.Response:
+    return responses.JSONResponse(_error(str(error), "server_error"), 500)

@@ -10,7 +10,7 @@ from gpt3jax import ranges, validation
 class Options:
     """How the text of one row is chosen, and where it ends."""
 
-    max_new_tokens: ranges.Positive = 128
+    max_new_tokens: ranges.Count = 128
     """Length of the text at most (tokens); it also ends where the model's context is full."""
     temperature: Annotated[float, ranges.Range(0, 100)] = 1.0
     """Divides the logits: below 1 bolder, above 1 more varied; 0 always takes the likeliest."""

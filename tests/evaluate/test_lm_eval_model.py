@@ -8,11 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from gpt3jax import config, trained
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer
 from gpt3jax.evaluate import measuring, options, scoring
+from gpt3jax.sample import generate
 
 import tiny
 
@@ -169,6 +172,30 @@ def test_generated_text_ends_before_the_stop(lm, bpe, scorer):
     assert len(bpe.encode(long)) <= 3 * 32
     with pytest.raises(config.UserError, match="num_beams=3 in generating"):
         text_of(context, num_beams=3)
+
+
+class Sat(generate.Generator):
+    """Continues every prompt with one word, without a network."""
+
+    def __init__(self, model):
+        self.model, self.eod_id = model, 0
+
+    def steps(self, prompts, options, rows, *, scored):  # noqa: D102
+        yield [[3]] * len(prompts), [[]] * len(prompts)
+        yield [[0]] * len(prompts), [[]] * len(prompts)
+
+
+def test_generated_text_keeps_its_first_space(source):
+    """With a tokenizer of SentencePiece's kind, whose words begin with their space."""
+    words = {tokenizer.END_OF_TEXT: 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3}
+    rust = tokenizers.Tokenizer(models.WordLevel(words, unk_token=tokenizer.END_OF_TEXT))
+    rust.pre_tokenizer, rust.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    text = tokenizer.Tokenizer(rust, tokenizer.END_OF_TEXT, splits_at_blanks=False)
+    lm = lm_eval_model.CheckpointLM(source, text)
+    lm._generator = Sat(source.cfg.model)
+    ask = [("the cat", {}), ("the cat", {"until": [" sat"]}), ("the cat", {"max_gen_toks": 0})]
+    answers = lm.generate_until(requests("generate_until", *ask), disable_tqdm=True)
+    assert answers == [" sat", "", ""]
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def test_lengths_in_one_bucket_share_their_programs():
         ([1], {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ([1], {"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ([1], {"top_p": float("nan")}, "top_p=nan"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
         ([1], {"seed": -1}, "seed=-1 must be"),
     ],
 )
@@ -211,6 +211,44 @@ def test_what_cannot_be_generated_is_refused(prompt, changes, message):
     generator.model = tiny.make_config().model
     with pytest.raises(config.UserError, match=message):
         generator.check(prompt, dataclasses.replace(GREEDY, **changes))
+
+
+def log_softmax(params, tokens):
+    """Return the training network's log-probabilities after each token, `[T, V]`."""
+    padded = [*tokens, *[0] * (32 - len(tokens))]
+    logits = np.asarray(hidden(params, jnp.asarray([padded])))[0, : len(tokens)]
+    logits = logits @ np.asarray(params.embedding_VD[...]).T[:, : params.model.softmax_size]
+    return logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("mask_padded_vocab", [True, False])
+def test_scores_are_the_training_networks_log_softmax(mask_padded_vocab):
+    """Of prompts and of new tokens, whatever chooses these."""
+    params = make_params(mask_padded_vocab=mask_padded_vocab)
+    generator = make_generator(params)
+    tokens, scores = [[] for _ in PROMPTS], generator.score(PROMPTS)
+    for new in generator.steps(PROMPTS, MIXED, [0, 0, 0, 2], scored=True):
+        for row, row_scores, ids, added in zip(tokens, scores, *new, strict=True):
+            row += ids
+            row_scores += added
+    assert tokens == run(generator, options=MIXED, rows=[0, 0, 0, 2])
+    for prompt, row, row_scores in zip(PROMPTS, tokens, scores, strict=True):
+        whole = prompt + row
+        expected = log_softmax(params, whole)
+        assert len(row_scores) == len(whole) - 1
+        for after, token, score in zip(expected, whole[1:], row_scores, strict=False):
+            likeliest = np.argsort(-after[: tiny.VOCAB])[:5]
+            assert [i for i, _ in score.likeliest] == likeliest.tolist()
+            found = [score.logprob, *(logprob for _, logprob in score.likeliest)]
+            np.testing.assert_allclose(found, after[[token, *likeliest]], atol=5e-4)
+
+
+@pytest.mark.parametrize("mode", ["random", "filtered"])
+def test_the_least_temperature_takes_the_likeliest(mode):
+    logits_BV = jnp.asarray([[1.0, 9e3, 1e4, -jnp.inf]] * 8)
+    options = [text_options.Options(temperature=1e-37, top_p=0.9)] * 8
+    choice, _ = sampling.make_choice(options, list(range(8)))
+    assert (sampling.choose(logits_BV, jnp.arange(8), choice, mode) == 2).all()
 
 
 def numpy_allowed(logits, top_k, top_p):
@@ -226,7 +264,9 @@ def numpy_allowed(logits, top_k, top_p):
     return kept
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.51), (20, 0.9)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.51), (20, 0.9), (99, 0.9)]
+)
 def test_top_k_and_top_p_leave_what_the_definition_says(top_k, top_p):
     rng = np.random.default_rng(1)
     logits_BV = rng.normal(0, 2, (6, 50)).astype(np.float32)

@@ -6,13 +6,15 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from gpt3jax import config, model, step, trained
 from gpt3jax.checkpoint import checkpoints, metadata
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import __main__ as sample
-from gpt3jax.sample import generate, row_text, text_options
+from gpt3jax.sample import generate, text_options
 
 import tiny
 
@@ -101,6 +103,16 @@ def test_text_that_fills_the_context_says_so(checkpoint_dir, bpe, monkeypatch, c
         ([], "nothing to continue: give --prompt, --prompts or --serve"),
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
         (["--prompt", "x", "--n", "0"], "--n=0 must be at least 1"),
+        (["--prompt", "x", "--top-p", "nan"], "top_p=nan must be above 0 and at most 1"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature=nan must be at least 0"),
+        (["--prompt", "x", "--temperature", "inf"], "temperature=inf must be at least 0"),
+        (["--prompt", "x", "--seed", "-1"], "seed=-1 must be at least 0"),
+        (["--prompt", "x", "--seed", str(2**32)], "seed=4294967296 must be at least 0"),
+        (["--prompt", "x", "--top-k", "-1"], "top_k=-1 must be at least 0"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 must be at least 1"),
+        (["--prompt", "x", "--max-new-tokens", "-1"], "--max-new-tokens=-1 must be at least 1"),
+        (["--serve", "--server.max-queue", "0"], "--server.max-queue=0 must be at least 1"),
+        (["--serve", "--server.max-body-bytes", "-1"], "--server.max-body-bytes=-1 must be"),
         (["--prompt", "x", "--mesh.tensor", "3"], "mesh: "),
         (["--prompt", "x" * 64, "BPE"], "a prompt has 64 tokens, and model.seq_len=64"),
         (["--serve", "--seed", "1"], "--serve takes how to sample from each request"),
@@ -113,6 +125,39 @@ def test_what_cannot_be_done_is_one_line(checkpoint_dir, bpe, monkeypatch, capsy
     assert status == 2 and message in err and len(err.splitlines()) == 1 and not out
 
 
+class Sat(generate.Generator):
+    """Continues every prompt with one word, without a network."""
+
+    def __init__(self):
+        self.model, self.eod_id = tiny.make_config().model, 0
+
+    def steps(self, prompts, options, rows, *, scored):  # noqa: D102
+        yield [[3]] * len(prompts), [[]] * len(prompts)
+        yield [[0]] * len(prompts), [[]] * len(prompts)
+
+
+@pytest.fixture
+def sat(monkeypatch):
+    """Load a tokenizer of SentencePiece's kind, whose words begin with their space."""
+    words = {tokenizer.END_OF_TEXT: 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3}
+    rust = tokenizers.Tokenizer(models.WordLevel(words, unk_token=tokenizer.END_OF_TEXT))
+    rust.pre_tokenizer, rust.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    text = tokenizer.Tokenizer(rust, tokenizer.END_OF_TEXT, splits_at_blanks=False)
+    monkeypatch.setattr(sample, "load", lambda options: (Sat(), text))
+
+
+@pytest.mark.parametrize("prompts", [["the cat"], ["the cat", ""]])
+def test_the_space_behind_the_prompt_is_printed(sat, monkeypatch, capsys, prompts):
+    """As it comes, and in a batch; an empty prompt is continued from the end-of-text token."""
+    status, out, _ = run(monkeypatch, capsys, "--checkpoint", "x", "--prompt", *prompts)
+    assert status == 0 and out.splitlines() == ["the cat sat", " sat"][: len(prompts)]
+
+
+def test_a_prompt_that_is_no_text_is_one_line(sat, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "--checkpoint", "x", "--prompt", "a\udcff")
+    assert status == 2 and "--prompt is not UTF-8 text" in err and len(err.splitlines()) == 1
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):
     golden = GOLDEN / "gpt2"
     source = tokenizer.Source(
@@ -121,41 +166,6 @@ def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):
     options = sample.Options(checkpoint=checkpoint_dir, prompt=("x",), source=source)
     with pytest.raises(config.UserError, match="tokens and the model"):
         sample.load(options)
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_streamed_text_is_the_whole_text(bpe, cut):
-    text = "na\u00efve \u65e5\u672c\u8a9e \U0001f680 end\u00e9"
-    text_bpe = tokenizer.from_files(*bpe)
-    ids = text_bpe.encode(text)
-    assert len(ids) == len(text.encode())
-    stream = tokenizer.TextStream(text_bpe)
-    parts = [stream.add(ids[i : i + cut]) for i in range(0, len(ids), cut)]
-    assert "".join(parts) == text and "\ufffd" not in "".join(parts)
-    assert not stream.end()
-    stream.add(ids[:3])
-    assert stream.add([]) == "" and stream.end() == "\ufffd"  # half of the i with two dots
-
-
-def test_bytes_that_are_no_text_do_not_hold_up_the_rest(bpe):
-    text_bpe = tokenizer.from_files(*bpe)
-    stream = tokenizer.TextStream(text_bpe)
-    broken = text_bpe.encode("\u65e5")[1:] * 3  # continuation bytes alone
-    told = stream.add(broken) + stream.add(text_bpe.encode("ok"))
-    assert told.endswith("ok") and told.count("\ufffd") == 6
-
-
-@pytest.mark.parametrize("stops", [("STOP",), ("never", "TOP"), ()])
-def test_text_ends_before_the_first_stop(bpe, stops):
-    text_bpe = tokenizer.from_files(*bpe)
-    row = row_text.RowText(text_bpe, stops)
-    parts = [row.add([i]) for i in text_bpe.encode("go on, STOmp STOP here")]
-    whole = "".join([*parts, row.end()])
-    if not stops:
-        assert whole == "go on, STOmp STOP here" and row.reason == "length"
-    else:
-        assert whole == "go on, STOmp " + ("S" if "TOP" in stops else "")
-        assert row.reason == "stop"
 
 
 @pytest.mark.slow
