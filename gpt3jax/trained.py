@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gpt3jax import array_blocks, checkpoint, config, distributed, sharding, step
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer, tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,23 +143,32 @@ def open_tokenizer(
 ) -> tokenizer.Tokenizer:
     """Return the tokenizer that a command names, else the one that the folder's checkpoint does.
 
+    Files that are no longer where the checkpoint says are looked for in its folder.
+
     Raises:
         UserError: none is named, it cannot be read, or it has more tokens than the model.
     """
-    if not (source.tokenizer or source.vocab_file or source.merge_file):
-        if not cfg.data.vocab_file:
-            raise config.UserError(
-                f"--checkpoint={folder} names no tokenizer (data.vocab_file): give "
-                "--vocab-file and --merge-file, or --tokenizer"
-            )
-        source = tokenizer.Source(vocab_file=cfg.data.vocab_file, merge_file=cfg.data.merge_file)
-    found = source.open()
+    given = source.tokenizer or source.vocab_file or source.merge_file
+    found = source.open() if given else _own_tokenizer(folder, cfg, source.eod_token)
     if found.vocab_size > cfg.model.vocab_size:
         raise config.UserError(
             f"the tokenizer has {found.vocab_size} tokens and the model "
             f"model.vocab_size={cfg.model.vocab_size}: give the one it was trained with"
         )
     return found
+
+
+def _own_tokenizer(folder: str, cfg: config.Config, eod_token: str) -> tokenizer.Tokenizer:
+    data = tokenizer_files.moved(cfg.data, pathlib.Path(folder))
+    if not (data.vocab_file or data.tokenizer):
+        raise config.UserError(
+            f"--checkpoint={folder} names no tokenizer (data.vocab_file, data.tokenizer): give "
+            "--vocab-file and --merge-file, or --tokenizer"
+        )
+    if data.tokenizer and eod_token == tokenizer.END_OF_TEXT and data.eod_id < cfg.model.vocab_size:
+        return tokenizer.of_config(data)
+    names = {"vocab_file": data.vocab_file, "merge_file": data.merge_file}
+    return tokenizer.Source(**names, tokenizer=data.tokenizer, eod_token=eod_token).open()
 
 
 def new_store(folder: str) -> checkpoint.Checkpoints:

@@ -39,6 +39,7 @@ LAYERS = [
     ["pipeline"],
     [
         "convert.hf_gpt2",
+        "convert.hf_tokenizer",
         "metrics",
         "model",
         "loss",
@@ -50,10 +51,12 @@ LAYERS = [
     ["plan.memory_model"],
     ["attention", "remat", "sample.sampling", "data.splits"],
     ["data.text", "data.blend", "evaluate.stream"],
-    ["data.samples", "data.tokenizer", "data.documents", "dropout", "zigzag", "skipping"],
+    ["data.samples", "data.tokenizer", "dropout", "zigzag", "skipping"],
     [
         "data.indexed",
         "data.index_cache",
+        "data.documents",
+        "data.tokenizer_files",
         "data.mock",
         "sharding",
         "flops",

@@ -29,8 +29,8 @@ class Options:
     """What `gpt3jax.data.prepare` is asked to do."""
 
     input: tuple[str, ...]
-    """Files, globs or folders, read in this order: .jsonl or .json (one object a line), .txt (one
-    document a file), each also with .gz or .zst, and .parquet."""
+    """Files, globs or folders (hidden files left out), read in this order: .jsonl or .json (one
+    object a line), .txt (one document a file), each also with .gz or .zst, and .parquet."""
     output_prefix: str
     """The corpus becomes OUTPUT_PREFIX_KEY_document.bin and .idx."""
     json_key: str = "text"
@@ -111,7 +111,8 @@ def prepare(options: Options) -> Report:
                 _show(bar, done + encoded.chunk.position, report)
             done += sizes[path]
         if not report.n_tokens:
-            raise config.UserError(f"{' '.join(options.input)}: there is no text to encode")
+            bad = f": {report.n_bad:,} bad lines, {report.bad[0]} first" if report.bad else ""
+            raise config.UserError(f"{' '.join(options.input)}: there is no text to encode{bad}")
     return report
 
 
