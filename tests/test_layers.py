@@ -39,6 +39,7 @@ LAYERS = [
     ["pipeline"],
     [
         "convert.hf_gpt2",
+        "convert.torch_files",
         "convert.hf_tokenizer",
         "metrics",
         "model",
@@ -67,7 +68,6 @@ LAYERS = [
         "xla_flags",
         "convert.mcore",
         "convert.tensor_files",
-        "convert.torch_files",
     ],
     ["gpus", "microbatches"],
     ["recipe", "command"],

@@ -77,7 +77,7 @@ def to_hf(options: ToHf) -> str:
 
     Raises:
         UserError: no checkpoint, a damaged one, a model that GPT-2's config cannot express, or an
-            output that is not empty.
+            output that is not empty, or weights that are not finite.
     """
     output = pathlib.Path(options.output)
     source = trained.open_newest(options.checkpoint, sharding.make_mesh(config.Mesh()))
@@ -95,6 +95,7 @@ def to_hf(options: ToHf) -> str:
     writer = tensor_files.Writer(output)
     for name in hf_gpt2.NAMES:
         for theirs, tensor in _gpt2_tensors(source, name):
+            tensor_files.check_finite(options.checkpoint, theirs, tensor)
             writer.add(theirs, tensor.reshape(hf_gpt2.flat_shape(theirs, tensor.shape)))
     writer.close()
     special = tokenizer_files.special_ids(output, vocab)

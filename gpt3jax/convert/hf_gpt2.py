@@ -185,7 +185,8 @@ class Weights:
         The first dimension is the layers' where there are any.
 
         Raises:
-            UserError: a tensor has another shape than config.json says.
+            UserError: a tensor has another shape than config.json says, a format that fp32 does not
+                hold, or values that are not finite.
         """
         out = np.zeros((stop - first, *shape[1:]), np.float32)
         if name.startswith("blocks/"):
@@ -209,7 +210,8 @@ class Weights:
                 f"{self._reader.file(stored)}: {stored} has the shape {list(found)}, and "
                 f"config.json says {list(as_stored)}"
             )
-        return self._reader.rows(stored, first, stop)
+        array = self._reader.rows(stored, first, stop)
+        return tensor_files.check_finite(str(self._reader.file(stored)), stored, array)
 
     def _check_names(self, folder: pathlib.Path) -> None:
         layers = range(self._model.n_layers)

@@ -166,6 +166,7 @@ class _Rows:
                 f"{self._path}: {theirs} has the shape {list(tensor.shape)}, and its arguments say "
                 f"{list(expected)}"
             )
+        tensor_files.check_finite(str(self._path), theirs, tensor)
         return mcore.to_ours(name, tensor, shape)
 
 
@@ -267,12 +268,17 @@ def _tensors(source: trained.Trained, layers: range) -> Iterator[tuple[str, str,
     """Yield (our name, Megatron's, tensor) of these layers, and of what is outside of layers.
 
     All layers are read, so that what was damaged is noticed.
+
+    Raises:
+        UserError: a tensor has values that are not finite.
     """
+    where = str(source.store.folder)
     for name, theirs in mcore.NAMES.items():
         if not name.startswith("blocks/"):
-            yield name, theirs, source.whole(name)
+            yield name, theirs, tensor_files.check_finite(where, theirs, source.whole(name))
             continue
         for i, layer in enumerate(itertools.chain.from_iterable(source.blocks(name))):
+            tensor_files.check_finite(where, theirs.format(i), layer)
             if i in layers:
                 yield name, theirs.format(i - layers.start), mcore.to_theirs(name, layer)
 
