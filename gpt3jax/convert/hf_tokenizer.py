@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 from gpt3jax import config
 from gpt3jax.data import tokenizer, tokenizer_files
@@ -56,9 +57,10 @@ def write(files: dict[str, str], folder: pathlib.Path, seq_len: int, eod_id: int
         tokenizer_files.copy_files(files, folder)
     vocab = tokenizer.vocabulary(folder)
     if not (folder / tokenizer_files.CONFIG).is_file():
-        kind = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": seq_len}
+        kind: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": seq_len}
         if "tokenizer" in files:
             kind["tokenizer_class"] = "PreTrainedTokenizerFast"
-            kind |= {"eos_token": token for token, number in vocab.items() if number == eod_id}
+            ends = [token for token, number in vocab.items() if number == eod_id]
+            kind |= {"eos_token": ends[0]} if ends else {}
         (folder / tokenizer_files.CONFIG).write_text(json.dumps(kind, indent=2) + "\n")
     return vocab

@@ -54,9 +54,7 @@ class Reader:
         """
         with _opened(self._files[name]) as file:
             whole = first == 0 and stop is None
-            found: np.ndarray = (
-                file.get_tensor(name) if whole else file.get_slice(name)[first:stop]
-            )
+            found: np.ndarray = file.get_tensor(name) if whole else file.get_slice(name)[first:stop]
         check_format(self._files[name], name, str(found.dtype))
         return found
 

@@ -51,10 +51,11 @@ class Chunk:
     """The last record is whole."""
 
 
-def find(inputs: Sequence[str]) -> list[pathlib.Path]:
+def find(inputs: Sequence[str], left_out: list[pathlib.Path]) -> list[pathlib.Path]:
     """Return the files that are meant by files, globs and folders (searched through), in order.
 
-    Of a folder, hidden files and what lies in hidden folders (`.ipynb_checkpoints`) are left out.
+    Of a folder, hidden files and what lies in hidden folders (`.ipynb_checkpoints`) are left out,
+    and files of an unknown kind, which `left_out` gets.
 
     Raises:
         UserError: one of them leads to no file, or to one of an unknown kind.
@@ -63,8 +64,9 @@ def find(inputs: Sequence[str]) -> list[pathlib.Path]:
     for word in inputs:
         path = pathlib.Path(word)
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
-            found = sorted(p for p in inside if _format(p))
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
+            found = [p for p in inside if _format(p)]
+            left_out += [p for p in inside if not _format(p)]
         else:
             matches = [word] if path.is_file() else sorted(glob.glob(word, recursive=True))
             found = [pathlib.Path(match) for match in matches if pathlib.Path(match).is_file()]
@@ -101,7 +103,7 @@ def text_lines(content: bytes) -> list[str]:
 
 def _format(path: pathlib.Path) -> str:
     """Return the format by the name of a file, "" if unknown."""
-    name = path.name
+    name = path.name.lower()
     for compression in COMPRESSIONS:
         for known in FORMATS:
             if name.endswith(known + compression) and not (compression and known == ".parquet"):
@@ -198,10 +200,11 @@ def _parse(line: bytes, key: str, max_bytes: int) -> Any:
 
 @contextlib.contextmanager
 def _decompressed(raw: IO[bytes], path: pathlib.Path) -> Iterator[IO[bytes]]:
-    if path.suffix == ".gz":
+    compression = path.suffix.lower()
+    if compression == ".gz":
         with gzip.open(raw) as file:
             yield io.BufferedReader(file, CHUNK_BYTES)
-    elif path.suffix == ".zst":
+    elif compression == ".zst":
         zstd = _zstd(path)
         try:
             window = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
@@ -231,7 +234,8 @@ def _missing(package: str, path: pathlib.Path) -> config.UserError:
 def _lines(path: pathlib.Path, file: IO[bytes], raw: IO[bytes], max_bytes: int) -> Iterator[Chunk]:
     number = 1
     while True:
-        lines, size = [], 0
+        lines: list[bytes] = []
+        size = 0
         while size < CHUNK_BYTES and (line := file.readline(max_bytes + 1)):
             lines.append(line.removeprefix(_BOM) if number == 1 and not lines else line)
             size += len(line)

@@ -26,8 +26,8 @@ def ensure_corpus(data: config.Data, model: config.Model) -> None:
 
     One document a file, each with an end-of-document token behind it. The tokenizer is
     `data.tokenizer`, or `data.vocab_file` and `data.merge_file`; where both of these are absent it
-    is trained first, with `model.vocab_size` tokens. Interrupted, it starts anew the next time. Of several processes on
-    a machine one makes it and the others wait.
+    is trained first, with `model.vocab_size` tokens. Interrupted, it starts anew the next time. Of
+    several processes on a machine one makes it and the others wait.
 
     Raises:
         UserError: there is no text, or the tokenizer does not fit the model.
@@ -86,8 +86,9 @@ def _locked(path: str) -> Iterator[None]:
 def text_files(source: str) -> list[pathlib.Path]:
     """Return the files of a folder in an order by hash, so that each split is like the others.
 
-    Hidden ones, and those in hidden folders, are no text of the user's. In the order of their paths the last ones, test and validation, would be unlike the first. Of
-    Python's library it is the first PYTHON_BYTES.
+    Hidden ones, and those in hidden folders, are left out. In the order of their paths the last
+    ones, test and validation, would be unlike the first. Of Python's library it is the first
+    PYTHON_BYTES.
 
     Raises:
         UserError: the folder is missing or empty.
@@ -113,9 +114,7 @@ def text_files(source: str) -> list[pathlib.Path]:
     return [path for path, size in zip(files, sizes, strict=True) if size <= PYTHON_BYTES]
 
 
-def read(
-    files: list[pathlib.Path], doing: str, left_out: list[pathlib.Path]
-) -> Iterator[str]:
+def read(files: list[pathlib.Path], doing: str, left_out: list[pathlib.Path]) -> Iterator[str]:
     """Yield the text of each file that is UTF-8 and not empty, under a progress bar.
 
     `left_out` gets those that are not UTF-8.

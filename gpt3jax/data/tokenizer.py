@@ -50,7 +50,7 @@ class Tokenizer:
             UserError: it has no such end-of-document token.
         """
         vocab = rust.get_vocab()
-        eod_id = vocab.get(eod) if isinstance(eod, str) else eod
+        eod_id = vocab.get(eod, -1) if isinstance(eod, str) else eod
         if eod_id not in vocab.values():
             raise config.UserError(
                 f"the tokenizer has no token {eod!r} for the end of a document: name the one "
@@ -68,7 +68,17 @@ class Tokenizer:
     @property
     def vocab(self) -> dict[str, int]:
         """All tokens and their ids."""
-        return self._rust.get_vocab()
+        found: dict[str, int] = self._rust.get_vocab()
+        return found
+
+    @property
+    def drops_characters(self) -> bool:
+        """Whether characters that it does not know have no token at all."""
+        bpe = self._rust.model
+        if not isinstance(bpe, models.BPE) or bpe.unk_token is not None:
+            return False  # other models have a token for them, or refuse them
+        has_bytes = set(pre_tokenizers.ByteLevel.alphabet()) <= self.vocab.keys()
+        return not (bpe.byte_fallback or has_bytes)
 
     @property
     def added(self) -> dict[int, str]:
@@ -225,7 +235,7 @@ def of_config(data: config.Data) -> Tokenizer:
 
 
 def _gpt2(vocab_file: str, merge_file: str, eod: str | int) -> Tokenizer:
-    """Read GPT-2's two files; another end of a document than theirs has no effect, so is refused."""
+    """Read GPT-2's two files; refuse another end of a document, which would have no effect."""
     found = from_files(vocab_file, merge_file)
     if eod not in (END_OF_TEXT, found.eod_id):
         raise config.UserError(

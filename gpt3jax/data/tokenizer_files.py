@@ -54,7 +54,7 @@ def read_merges(path: str) -> list[tuple[str, str]]:
     return merges
 
 
-def find(folder: pathlib.Path) -> dict[str, str]:
+def find(folder: pathlib.Path) -> dict[str, Any]:
     """Return the fields of `config.Data` that name the tokenizer of a folder; none if it has none.
 
     `tokenizer.json` goes before GPT-2's two files, which lack the tokens that it adds.
@@ -73,7 +73,7 @@ def moved(data: config.Data, folder: pathlib.Path) -> config.Data:
     """
     names = ("tokenizer", "vocab_file", "merge_file")
     here = {name: folder / pathlib.Path(getattr(data, name)).name for name in names}
-    gone = {
+    gone: dict[str, Any] = {
         name: str(path)
         for name, path in here.items()
         if path.is_file() and not pathlib.Path(getattr(data, name)).is_file()
@@ -86,7 +86,7 @@ def pair(folder: pathlib.Path) -> tuple[str, str]:
     return str(folder / VOCAB), str(folder / MERGES)
 
 
-def copy_folder(source: pathlib.Path, target: pathlib.Path) -> dict[str, str]:
+def copy_folder(source: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:
     """Copy all of a folder's tokenizer as it is; return what `find` does of the copies."""
     for name in _NAMES:
         if (source / name).is_file():
@@ -130,7 +130,7 @@ def special_ids(folder: pathlib.Path, vocab: Mapping[str, int]) -> dict[str, int
     for name in ("bos_token", "eos_token", "pad_token"):
         token = named.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        if token in vocab:
+        if isinstance(token, str) and token in vocab:
             found[name] = vocab[token]
     return found
 

@@ -263,13 +263,16 @@ def test_a_path_of_another_system_is_a_name_alone(tmp_path, module, kind):
     torch = pytest.importorskip("torch")
     content = {"args": argparse.Namespace(save=pathlib.PurePosixPath("runs", "a"))}
     torch.save(content, tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as old, zipfile.ZipFile(
-        tmp_path / "other.pt", "w"
-    ) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as old,
+        zipfile.ZipFile(tmp_path / "other.pt", "w") as new,
+    ):
         for entry in old.infolist():
             data = old.read(entry)
             if entry.filename.endswith("data.pkl"):
-                data = re.sub(rb"cpathlib(\._local)?\nPurePosixPath\n", f"c{module}\n{kind}\n".encode(), data)
+                data = re.sub(
+                    rb"cpathlib(\._local)?\nPurePosixPath\n", f"c{module}\n{kind}\n".encode(), data
+                )
             new.writestr(entry, data)
     saved = torch_files._load(tmp_path / "other.pt")["args"].save
     assert saved.parts == ("runs", "a") and isinstance(saved, pathlib.PurePath)
@@ -352,9 +355,9 @@ TENSORS = {
     "has an unknown tensor decoder.layers.0.self_attention.q_layernorm.weight": lambda t: t.update(
         {"decoder.layers.0.self_attention.q_layernorm.weight": np.ones(16, np.float32)}
     ),
-    "decoder.layers.1.mlp.linear_fc2.weight has 2 of 16384 values that are NaN or inf": lambda t: (
-        t["decoder.layers.1.mlp.linear_fc2.weight"].put([3, 700], [np.nan, -np.inf])
-    ),
+    "decoder.layers.1.mlp.linear_fc2.weight has 2 of 16384 values that are NaN or inf": lambda t: t[
+        "decoder.layers.1.mlp.linear_fc2.weight"
+    ].put([3, 700], [np.nan, -np.inf]),
     "decoder.final_layernorm.bias is float64, which fp32 does not hold as it is": lambda t: (
         t.update({"decoder.final_layernorm.bias": np.zeros(64, np.float64)})
     ),

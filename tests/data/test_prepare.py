@@ -13,6 +13,7 @@ import unicodedata
 import numpy as np
 import pyarrow
 import pytest
+import tokenizers
 from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
@@ -269,6 +270,39 @@ def test_hidden_files_of_a_folder_are_left_out(tmp_path, files, bpe):
     assert read(tmp_path / "out_text_document")[0] == [bpe.encode("a.txt")]
     prepare.prepare(options(files, tmp_path, tmp_path / ".data" / ".b.txt"))  # asked for by name
     assert read(tmp_path / "out_text_document")[0] == [bpe.encode(".b.txt")]
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path, files, bpe, monkeypatch, capsys):
+    """A kind is known by its name in either case."""
+    for name in ("B.TXT", "C.txt.GZ", "d.csv", ".hidden", "sub/e.jsonl.bz2"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        content = name.encode()
+        (tmp_path / "in" / name).write_bytes(gzip.compress(content) if "GZ" in name else content)
+    words = ["prepare", "--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / "out")]
+    words += ["--vocab-file", files[0], "--merge-file", files[1]]
+    monkeypatch.setattr(sys, "argv", words)
+    assert prepare.main() == 0
+    assert read(tmp_path / "out_text_document")[0] == [bpe.encode("B.TXT"), bpe.encode("C.txt.GZ")]
+    told = capsys.readouterr().out
+    assert f"2 files in folders are of other kinds and were left out, {tmp_path}/in/d.csv" in told
+    assert "WARNING" not in told
+
+
+def test_a_tokenizer_that_drops_characters_is_told(tmp_path, files, bpe):
+    words = {"a": 0, "b": 1, "<|endoftext|>": 2}
+    (tmp_path / "a.txt").write_text("axb")
+    for model, ids, drops in (
+        (tokenizers.models.BPE(words, []), [0, 1], True),
+        (tokenizers.models.BPE(words, [], unk_token="<|endoftext|>"), [0, 2, 1], False),
+        (bpe._rust.model, bpe.encode("axb"), False),
+    ):
+        rust = tokenizers.Tokenizer(model)
+        rust.save(str(tmp_path / "tokenizer.json"))
+        source = tokenizer.Source(tokenizer=str(tmp_path / "tokenizer.json"))
+        made = options(files, tmp_path, tmp_path / "a.txt", source=source)
+        report = prepare.prepare(made)
+        assert ("left out" in "".join(prepare._lines(report, made))) == drops
+        assert read(tmp_path / "out_text_document")[0] == [ids]
 
 
 def test_a_zstandard_window_of_any_size_is_read(tmp_path, files, bpe):

@@ -147,12 +147,17 @@ def saved(bpe, path, **changes):
     return path
 
 
-TEMPLATE = {
+END = "<|endoftext|>"
+TEMPLATE = {  # a document's end before and behind each text
     "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "single": [
+        {"SpecialToken": {"id": END, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": END, "type_id": 0}},
+    ],
     "pair": [],
-    "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-}  # fmt: skip
+    "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+}
 TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
     "strategy": {"Fixed": 300}, "direction": "Left", "pad_to_multiple_of": 8,
