@@ -165,10 +165,7 @@ def _own_tokenizer(folder: str, cfg: config.Config, eod_token: str) -> tokenizer
             f"--checkpoint={folder} names no tokenizer (data.vocab_file, data.tokenizer): give "
             "--vocab-file and --merge-file, or --tokenizer"
         )
-    if data.tokenizer and eod_token == tokenizer.END_OF_TEXT and data.eod_id < cfg.model.vocab_size:
-        return tokenizer.of_config(data)
-    names = {"vocab_file": data.vocab_file, "merge_file": data.merge_file}
-    return tokenizer.Source(**names, tokenizer=data.tokenizer, eod_token=eod_token).open()
+    return tokenizer.of_config(data, eod_token)
 
 
 def new_store(folder: str) -> checkpoint.Checkpoints:

@@ -52,6 +52,7 @@ def write(files: dict[str, str], folder: pathlib.Path, seq_len: int, eod_id: int
         return {}
     beside = pathlib.Path(next(iter(files.values()))).parent
     if tokenizer_files.find(beside) == {field: str(pathlib.Path(f)) for field, f in files.items()}:
+        tokenizer.vocabulary(beside)  # checks, before anything is written
         tokenizer_files.copy_folder(beside, folder)
     else:
         tokenizer_files.copy_files(files, folder)

@@ -181,7 +181,7 @@ def joined(
     parts = [piece() for piece in pieces]
     if dim is not None:
         return np.concatenate(parts, axis=min(dim, parts[0].ndim - 1))
-    if not all(np.array_equal(part, parts[0]) for part in parts):
+    if not all(np.array_equal(part, parts[0], equal_nan=True) for part in parts):
         raise config.UserError(
             f"{path}: {name} is not the same on all tensor ranks: the files are not of one "
             "checkpoint"
@@ -257,7 +257,7 @@ def _check_names(path: pathlib.Path, pieces: _Pieces, model: config.Model) -> No
                 f"GPT with {model.n_layers} layers of its arguments"
             )
     heads = zip(pieces.get(mcore.HEAD, ()), pieces[mcore.EMBEDDING], strict=False)
-    if not all(np.array_equal(head(), table()) for head, table in heads):
+    if not all(np.array_equal(head(), table(), equal_nan=True) for head, table in heads):
         raise config.UserError(
             f"{path}: {mcore.HEAD} is not {mcore.EMBEDDING}: this GPT has an output layer of its "
             "own, ours is tied to the embedding"

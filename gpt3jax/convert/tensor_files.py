@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from gpt3jax import config
 
-FORMATS = ("float32", "bfloat16", "float16")
+FORMATS = ("float32", "bfloat16", "float16")  # of weights: fp32 holds each value of them
 FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 

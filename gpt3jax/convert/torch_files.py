@@ -2,7 +2,7 @@
 
 The only file that imports torch, which is an extra. Files are pickles, which can name any code to
 run; they are read by torch's restricted reader, which allows tensors, plain containers and what is
-listed here, and refuses the rest.
+listed here, and refuses the rest. In place of Megatron's own types stand ones that do nothing.
 """
 
 import argparse
@@ -194,7 +194,7 @@ def _read_restricted(path: pathlib.Path, allowed: list[Any]) -> Any:
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except Exception as error:  # as above
+    except Exception as error:  # torch has no type for this one alone
         name = _refused_type(error)
         if not name.startswith(_OF_NO_USE):
             raise

@@ -150,7 +150,7 @@ def check_vocabulary(data: config.Data, model: config.Model) -> None:
         )
     if bpe.eod_id != data.eod_id:
         raise config.UserError(
-            f"{data.vocab_file} has {tokenizer.END_OF_TEXT} as {bpe.eod_id}, but "
+            f"{data.tokenizer or data.vocab_file} has {tokenizer.END_OF_TEXT} as {bpe.eod_id}, but "
             f"data.eod_id={data.eod_id}: set data.eod_id={bpe.eod_id}"
         )
     if data.tokenizer and bpe.added and data.eod_id not in bpe.added:

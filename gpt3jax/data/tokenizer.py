@@ -54,7 +54,7 @@ class Tokenizer:
         if eod_id not in vocab.values():
             raise config.UserError(
                 f"the tokenizer has no token {eod!r} for the end of a document: name the one "
-                "it has with --eod-token"
+                "it has with --eod-token (for training, its id with data.eod_id)"
             )
         rust.no_truncation()
         rust.no_padding()
@@ -186,24 +186,24 @@ def from_files(vocab_file: str, merge_file: str) -> Tokenizer:
     return tokenizer
 
 
-def from_pretrained(source: str, eod: str | int = END_OF_TEXT) -> Tokenizer:
+def from_pretrained(source: str, eod_token: str = END_OF_TEXT) -> Tokenizer:
     """Read a `tokenizer.json`, a folder with one or with GPT-2's two files, or ask the HF hub.
 
     Args:
         source: a file, a folder, or a name on the hub (which needs a network).
-        eod: the end-of-document token, as text or as id.
+        eod_token: the text of the end-of-document token.
 
     Raises:
         UserError: there is no tokenizer there, it cannot be read, or files of the folder disagree.
     """
     folder = pathlib.Path(source)
     if not folder.is_dir():
-        return Tokenizer(_load(source), eod, splits_at_blanks=False)
+        return Tokenizer(_load(source), eod_token, splits_at_blanks=False)
     file = folder / tokenizer_files.TOKENIZER
     if file.is_file():
-        found = Tokenizer(_load(str(file)), eod, splits_at_blanks=False)
+        found = Tokenizer(_load(str(file)), eod_token, splits_at_blanks=False)
     else:
-        found = _gpt2(*tokenizer_files.pair(folder), eod)
+        found = _gpt2(*tokenizer_files.pair(folder), eod_token)
     tokenizer_files.check(folder, found.vocab)
     return found
 
@@ -223,24 +223,31 @@ def vocabulary(folder: pathlib.Path) -> dict[str, int]:
     return vocab
 
 
-def of_config(data: config.Data) -> Tokenizer:
-    """Read the tokenizer that a config names; of `data.tokenizer`, data.eod_id ends a document.
+def of_config(data: config.Data, eod_token: str = END_OF_TEXT) -> Tokenizer:
+    """Read the tokenizer that a config names.
+
+    Of `data.tokenizer`, data.eod_id ends a document, unless it has no such token or eod_token names
+    another.
 
     Raises:
         UserError: it cannot be read, or has no such token.
     """
-    if data.tokenizer:
-        return from_pretrained(data.tokenizer, data.eod_id)
-    return from_files(data.vocab_file, data.merge_file)
+    if not data.tokenizer:
+        return _gpt2(data.vocab_file, data.merge_file, eod_token)
+    if not pathlib.Path(data.tokenizer).is_file():
+        raise config.UserError(f"data.tokenizer={data.tokenizer}: no such file (a tokenizer.json)")
+    rust = _load(data.tokenizer)
+    by_id = eod_token == END_OF_TEXT and rust.id_to_token(data.eod_id) is not None
+    return Tokenizer(rust, data.eod_id if by_id else eod_token, splits_at_blanks=False)
 
 
-def _gpt2(vocab_file: str, merge_file: str, eod: str | int) -> Tokenizer:
+def _gpt2(vocab_file: str, merge_file: str, eod_token: str) -> Tokenizer:
     """Read GPT-2's two files; refuse another end of a document, which would have no effect."""
     found = from_files(vocab_file, merge_file)
-    if eod not in (END_OF_TEXT, found.eod_id):
+    if eod_token != END_OF_TEXT:
         raise config.UserError(
-            f"{eod!r} cannot be the end-of-document token of {vocab_file}, which has {END_OF_TEXT} "
-            f"({found.eod_id}) for it: leave --eod-token out"
+            f"{eod_token!r} cannot be the end-of-document token of {vocab_file}, which has "
+            f"{END_OF_TEXT} ({found.eod_id}) for it: leave --eod-token out"
         )
     return found
 

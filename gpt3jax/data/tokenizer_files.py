@@ -111,7 +111,7 @@ def check(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
     Raises:
         UserError: another file of the folder has other tokens or merges; it names both.
     """
-    for name, added in ((_ADDED, _added(folder)), (CONFIG, _decoder(folder))):
+    for name, added in ((_ADDED, _read(folder / _ADDED)), (CONFIG, _decoder(folder))):
         for token, number in added.items():
             if vocab.get(token) != number:
                 raise config.UserError(
@@ -148,10 +148,6 @@ def _check_pair(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
             f"{folder / differ[0]} is not of the same tokenizer as {TOKENIZER} beside it: remove "
             "the one that the model was not trained with"
         )
-
-
-def _added(folder: pathlib.Path) -> dict[str, Any]:
-    return _read(folder / _ADDED)
 
 
 def _decoder(folder: pathlib.Path) -> dict[str, Any]:

@@ -81,6 +81,11 @@ def test_a_tokenizer_json_serves_in_place_of_the_two_files(data, folder, tmp_pat
     assert (ours[-1], theirs[-1]) == (0, end)
     with pytest.raises(config.UserError, match=r"tokenizer.json has \d+ tokens, more than model"):
         text.check_vocabulary(again, dataclasses.replace(MODEL, vocab_size=end))
+    message = r"tokenizer.json has <\|endoftext\|> as 0, but data.eod_id=50256: set data.eod_id=0"
+    with pytest.raises(config.UserError, match=message):
+        text.check_vocabulary(dataclasses.replace(again, eod_id=50_256), model)
+    with pytest.raises(config.UserError, match=r"data.tokenizer=no: no such file"):
+        text.check_vocabulary(dataclasses.replace(again, tokenizer="no"), model)
     message = r"eod_id=65 is an ordinary token of .* of 0 \(<\|endoftext\|>\), \d+ \(<end>\)"
     with pytest.raises(config.UserError, match=message):
         text.check_vocabulary(dataclasses.replace(again, eod_id=65), model)
