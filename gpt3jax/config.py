@@ -179,6 +179,8 @@ class Data:
     """GPT-2 vocabulary (vocab.json); checked against model.vocab_size and data.eod_id."""
     merge_file: str = ""
     """GPT-2 merges (merges.txt)."""
+    tokenizer: str = ""
+    """In place of these two: a tokenizer.json, of which data.eod_id ends a document."""
     split: str = "949,50,1"
     """Shares of documents for training, validation and test, also as "90/5/5" or "90 5 5"."""
     eod_id: Annotated[int, ranges.Range(0, 2**30)] = 50_256

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt3jax import array_blocks, config, distributed, sharding, step
 from gpt3jax.checkpoint import checkpoints, metadata
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer, tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,23 +144,29 @@ def open_tokenizer(
 ) -> tokenizer.Tokenizer:
     """Return the tokenizer that a command names, else the one that the folder's checkpoint does.
 
+    Files that are no longer where the checkpoint says are looked for in its folder.
+
     Raises:
         UserError: none is named, it cannot be read, or it has more tokens than the model.
     """
-    if not (source.tokenizer or source.vocab_file or source.merge_file):
-        if not cfg.data.vocab_file:
-            raise config.UserError(
-                f"--checkpoint={folder} names no tokenizer (data.vocab_file): give "
-                "--vocab-file and --merge-file, or --tokenizer"
-            )
-        source = tokenizer.Source(vocab_file=cfg.data.vocab_file, merge_file=cfg.data.merge_file)
-    found = source.open()
+    given = source.tokenizer or source.vocab_file or source.merge_file
+    found = source.open() if given else _own_tokenizer(folder, cfg, source.eod_token)
     if found.vocab_size > cfg.model.vocab_size:
         raise config.UserError(
             f"the tokenizer has {found.vocab_size} tokens and the model "
             f"model.vocab_size={cfg.model.vocab_size}: give the one it was trained with"
         )
     return found
+
+
+def _own_tokenizer(folder: str, cfg: config.Config, eod_token: str) -> tokenizer.Tokenizer:
+    data = tokenizer_files.moved(cfg.data, pathlib.Path(folder))
+    if not (data.vocab_file or data.tokenizer):
+        raise config.UserError(
+            f"--checkpoint={folder} names no tokenizer (data.vocab_file, data.tokenizer): give "
+            "--vocab-file and --merge-file, or --tokenizer"
+        )
+    return tokenizer.of_config(data, eod_token)
 
 
 def new_store(folder: str) -> checkpoints.Checkpoints:

@@ -277,6 +277,11 @@ def _check_data(data: config.Data) -> None:
         raise config.UserError(
             "data.vocab_file and data.merge_file go together: give both or neither"
         )
+    if data.tokenizer and data.vocab_file:
+        raise config.UserError(
+            f"data.tokenizer={data.tokenizer} and data.vocab_file={data.vocab_file} each name a "
+            "tokenizer: keep one"
+        )
 
 
 def without_effect(cfg: config.Config) -> list[str]:

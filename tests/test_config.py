@@ -284,6 +284,10 @@ REFUSED = [
     ("--data.test-paths=t", "data.test_paths go with data.train_paths", "in place of data.paths"),
     ("--data.vocab-file=v", "data.vocab_file and data.merge_file", "give both or neither"),
     ("--data.merge-file=m", "data.vocab_file and data.merge_file", "give both or neither"),
+    (
+        "--data.tokenizer=t --data.vocab-file=v --data.merge-file=m",
+        "data.tokenizer=t and data.vocab_file=v each name a tokenizer", "keep one",
+    ),
     ("--log.profile-steps 3 2 --log.dir=x", "log.profile_steps=3 2", "a first and a last step"),
     ("--log.profile-steps 2 3", "log.profile_steps=2 3", "needs log.dir"),
     ("--log.profile-steps 0 3 --log.dir=x", "log.profile_steps=0 3", "from 1 on"),

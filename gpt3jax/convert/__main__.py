@@ -11,9 +11,7 @@ All are exact, run on the CPU, whatever the machine has, and read and write laye
 
 import dataclasses
 import itertools
-import json
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +20,8 @@ import numpy as np
 import tyro
 
 from gpt3jax import command, config, validation
-from gpt3jax.convert import hf_gpt2, megatron, tensor_files
-from gpt3jax.data import tokenizer
+from gpt3jax.convert import hf_gpt2, hf_tokenizer, megatron, tensor_files
+from gpt3jax.data import tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
     from gpt3jax import trained
@@ -36,7 +34,7 @@ class FromHf:
     folder: tyro.conf.Positional[str]
     """The folder, as transformers' save_pretrained writes it."""
     output: str
-    """Folder for the checkpoint, and for a copy of vocab.json and merges.txt."""
+    """Folder for the checkpoint, and for a copy of the tokenizer's files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +49,8 @@ class ToHf:
     """GPT-2 vocabulary (vocab.json) to put beside the weights; else the checkpoint's own."""
     merge_file: str = ""
     """GPT-2 merges (merges.txt), with vocab_file."""
+    tokenizer: str = ""
+    """In place of these two: a folder with a tokenizer, all of whose files are put there."""
 
 
 def from_hf(options: FromHf) -> str:
@@ -63,14 +63,16 @@ def from_hf(options: FromHf) -> str:
     from gpt3jax import trained  # after parsing: JAX takes seconds
 
     folder, output = pathlib.Path(options.folder), pathlib.Path(options.output).absolute()
-    model, eod_id = hf_gpt2.read_config(folder)
+    vocab = tokenizer.vocabulary(folder) if tokenizer_files.find(folder) else {}
+    special = tokenizer_files.special_ids(folder, vocab)
+    own_eod = special.get("eos_token", vocab.get(tokenizer.END_OF_TEXT))
+    model, eod_id = hf_gpt2.read_config(folder, own_eod)
     validation.check_model(model, config.Data())
     weights = hf_gpt2.Weights(folder, model)
     store = trained.new_store(str(output))
-    files = _copy_tokenizer([folder / name for name in hf_gpt2.TOKENIZER_FILES], output)
-    data = config.Data(vocab_file=files[0], merge_file=files[1], eod_id=eod_id)
+    data = config.Data(**tokenizer_files.copy_folder(folder, output), eod_id=eod_id)
     trained.write(store, trained.untrained(model, data), weights.rows)
-    told = "its tokenizer" if files[0] else "no vocab.json and merges.txt there"
+    told = "its tokenizer" if vocab else "no tokenizer.json, nor vocab.json and merges.txt there"
     return f"{output}: GPT-2 of {model.n_layers} x {model.d_model} x {model.n_heads}, {told}"
 
 
@@ -79,7 +81,7 @@ def to_hf(options: ToHf) -> str:
 
     Raises:
         UserError: no checkpoint, a damaged one, a model that GPT-2's config cannot express, or an
-            output that is not empty.
+            output that is not empty, or weights that are not finite.
     """
     from gpt3jax import sharding, trained  # as in from_hf
 
@@ -89,23 +91,22 @@ def to_hf(options: ToHf) -> str:
     stored = trained.find(options.checkpoint)[2].model  # with its dropout
     if output.is_dir() and any(output.iterdir()):
         raise config.UserError(f"--output={output} is not empty: give a new folder")
-    if bool(options.vocab_file) != bool(options.merge_file):
-        raise config.UserError("--vocab-file and --merge-file go together: give both or neither")
     hf_gpt2.check(model)
+    if options.tokenizer or options.vocab_file or options.merge_file:
+        files = hf_tokenizer.asked_for(options.tokenizer, options.vocab_file, options.merge_file)
+    else:
+        files = hf_tokenizer.named(data, pathlib.Path(options.checkpoint))
     output.mkdir(parents=True, exist_ok=True)
-    files = (options.vocab_file, options.merge_file)
-    files = files if any(files) else (data.vocab_file, data.merge_file)
-    copied = _copy_tokenizer([pathlib.Path(file) for file in files], output)
-    if copied[0]:
-        kind = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model.seq_len}
-        (output / "tokenizer_config.json").write_text(json.dumps(kind, indent=2) + "\n")
+    vocab = hf_tokenizer.write(files, output, model.seq_len, data.eod_id)
     writer = tensor_files.Writer(output)
     for name in hf_gpt2.NAMES:
         for theirs, tensor in _gpt2_tensors(source, name):
+            tensor_files.check_finite(options.checkpoint, theirs, tensor)
             writer.add(theirs, tensor.reshape(hf_gpt2.flat_shape(theirs, tensor.shape)))
     writer.close()
-    hf_gpt2.write_config(output, stored, data.eod_id)  # last: it completes the folder
-    told = "with its tokenizer" if copied[0] else "without a tokenizer"
+    special = tokenizer_files.special_ids(output, vocab)
+    hf_gpt2.write_config(output, stored, data.eod_id, special)  # last: it completes the folder
+    told = "with its tokenizer" if vocab else "without a tokenizer"
     return f"{output}: GPT2LMHeadModel of step {source.step}, {told}"
 
 
@@ -118,17 +119,6 @@ def _gpt2_tensors(source: "trained.Trained", name: str) -> Iterator[tuple[str, n
         return
     for i, layer in enumerate(itertools.chain.from_iterable(source.blocks(name))):
         yield hf_gpt2.tensor_name(name, i), layer
-
-
-def _copy_tokenizer(files: list[pathlib.Path], folder: pathlib.Path) -> tuple[str, str]:
-    """Copy GPT-2's two files, if they are there; return the copies' paths, or empty ones."""
-    if not all(file.is_file() for file in files):
-        return "", ""
-    tokenizer.from_files(*map(str, files))
-    copies = [folder / name for name in hf_gpt2.TOKENIZER_FILES]
-    for file, copy in zip(files, copies, strict=True):
-        shutil.copyfile(file, copy)
-    return str(copies[0]), str(copies[1])
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ of its tensors is one of ours reshaped: a layer's slice, or the vocabulary's tru
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ NAMES = {
     "norm/scale_D": "ln_f.weight",
     "norm/bias_D": "ln_f.bias",
 }
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
 _PREFIX = "transformer."
 _HEAD, _EMBEDDING = "lm_head.weight", "wte.weight"
 _HEAD_ROWS = 4096  # compared at a time
@@ -48,8 +48,11 @@ _DEFAULTS: dict[str, Any] = {
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
 
 
-def read_config(folder: pathlib.Path) -> tuple[config.Model, int]:
+def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[config.Model, int]:
     """Return the model that a `config.json` describes, and its end-of-text token.
+
+    Where it names none of the vocabulary, this is own_eod, that of the tokenizer; if there is none
+    either, it is vocab_size, which no token is.
 
     Raises:
         UserError: there is none, or it is not a GPT-2 that our network can be.
@@ -86,8 +89,22 @@ def read_config(folder: pathlib.Path) -> tuple[config.Model, int]:
         init_std=found["initializer_range"],
         norm_eps=found["layer_norm_epsilon"],
     )
-    eos = found["eos_token_id"]
-    return model, eos if isinstance(eos, int) else model.vocab_size - 1
+    return model, _eod_id(path, found["eos_token_id"], model.vocab_size, own_eod)
+
+
+def _eod_id(path: pathlib.Path, eos: Any, vocab_size: int, own_eod: int | None) -> int:
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise config.UserError(f"{path}: eos_token_id={eos!r} is not supported: it must be an id")
+    known = [i for i in ids if i < vocab_size]
+    if own_eod is not None and own_eod < vocab_size and (not known or own_eod in known):
+        return own_eod
+    if len(known) > 1:
+        raise config.UserError(
+            f"{path}: eos_token_id={eos!r} is several tokens, of which the tokenizer names none as "
+            "its eos_token: leave the one that ends a document"
+        )
+    return known[0] if known else vocab_size
 
 
 def check(model: config.Model) -> None:
@@ -103,9 +120,16 @@ def check(model: config.Model) -> None:
         )
 
 
-def write_config(folder: pathlib.Path, model: config.Model, eod_id: int) -> None:
-    """Write the `config.json` of a model that passes `check`."""
-    eod = eod_id if eod_id < model.softmax_size else None
+def write_config(
+    folder: pathlib.Path, model: config.Model, eod_id: int, special: Mapping[str, int]
+) -> None:
+    """Write the `config.json` of a model that passes `check`.
+
+    `special` has the ids of the tokenizer's `bos_token` and `pad_token`, where it names them.
+    """
+    eod = eod_id if eod_id < model.vocab_size else None
+    special = {name: number for name, number in special.items() if number < model.vocab_size}
+    padding = {"pad_token_id": special["pad_token"]} if "pad_token" in special else {}
     content = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -124,8 +148,9 @@ def write_config(folder: pathlib.Path, model: config.Model, eod_id: int) -> None
         "initializer_range": model.init_std,
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
-        "bos_token_id": eod,
+        "bos_token_id": special.get("bos_token", eod),
         "eos_token_id": eod,
+        **padding,
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -160,7 +185,8 @@ class Weights:
         The first dimension is the layers' where there are any.
 
         Raises:
-            UserError: a tensor has another shape than config.json says.
+            UserError: a tensor has another shape than config.json says, a format that fp32 does not
+                hold, or values that are not finite.
         """
         out = np.zeros((stop - first, *shape[1:]), np.float32)
         if name.startswith("blocks/"):
@@ -184,7 +210,8 @@ class Weights:
                 f"{self._reader.file(stored)}: {stored} has the shape {list(found)}, and "
                 f"config.json says {list(as_stored)}"
             )
-        return self._reader.rows(stored, first, stop)
+        array = self._reader.rows(stored, first, stop)
+        return tensor_files.check_finite(str(self._reader.file(stored)), stored, array)
 
     def _check_names(self, folder: pathlib.Path) -> None:
         layers = range(self._model.n_layers)

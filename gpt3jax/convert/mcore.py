@@ -147,6 +147,8 @@ def theirs_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def model_of(where: str, args: Mapping[str, Any], vocab_size: int) -> tuple[config.Model, int]:
     """Return the model that a checkpoint's arguments describe, and its end-of-document token.
 
+    The latter is vocab_size, which no token is, where arguments do not tell.
+
     `vocab_size` is the true one, for arguments that do not say it (0: what they say).
 
     Raises:
@@ -176,8 +178,7 @@ def model_of(where: str, args: Mapping[str, Any], vocab_size: int) -> tuple[conf
         norm_eps=args.get("layernorm_epsilon", args.get("norm_epsilon", 1e-5)),
         attention=_attention(where, args),
     )
-    eod = args.get("null_tokenizer_eod_id")
-    return model, vocab_size - 1 if eod is None else eod
+    return model, _eod_id(args, vocab_size)
 
 
 def check(where: str, args: Mapping[str, Any]) -> None:
@@ -273,6 +274,15 @@ def _number(where: str, args: Mapping[str, Any], name: str) -> int:
 
 def _tokenizers_size(args: Mapping[str, Any], padded: int) -> int:
     return 50_257 if args.get("tokenizer_type") == "GPT2BPETokenizer" else padded
+
+
+def _eod_id(args: Mapping[str, Any], vocab_size: int) -> int:
+    """Return the end-of-document token; vocab_size, which none is, where arguments do not tell."""
+    eod = args.get("null_tokenizer_eod_id")
+    if eod is not None:
+        return eod
+    ends_with_it = args.get("tokenizer_type") in ("GPT2BPETokenizer", "NullTokenizer")
+    return vocab_size - 1 if ends_with_it else vocab_size
 
 
 def _vocab_multiple(args: Mapping[str, Any], vocab_size: int, padded: int) -> int:

@@ -173,6 +173,7 @@ class _Rows:
                 f"{self._path}: {theirs} has the shape {list(tensor.shape)}, and its arguments say "
                 f"{list(expected)}"
             )
+        tensor_files.check_finite(str(self._path), theirs, tensor)
         return mcore.to_ours(name, tensor, shape)
 
 
@@ -187,7 +188,7 @@ def joined(
     parts = [piece() for piece in pieces]
     if dim is not None:
         return np.concatenate(parts, axis=min(dim, parts[0].ndim - 1))
-    if not all(np.array_equal(part, parts[0]) for part in parts):
+    if not all(np.array_equal(part, parts[0], equal_nan=True) for part in parts):
         raise config.UserError(
             f"{path}: {name} is not the same on all tensor ranks: the files are not of one "
             "checkpoint"
@@ -263,7 +264,7 @@ def _check_names(path: pathlib.Path, pieces: _Pieces, model: config.Model) -> No
                 f"GPT with {model.n_layers} layers of its arguments"
             )
     heads = zip(pieces.get(mcore.HEAD, ()), pieces[mcore.EMBEDDING], strict=False)
-    if not all(np.array_equal(head(), table()) for head, table in heads):
+    if not all(np.array_equal(head(), table(), equal_nan=True) for head, table in heads):
         raise config.UserError(
             f"{path}: {mcore.HEAD} is not {mcore.EMBEDDING}: this GPT has an output layer of its "
             "own, ours is tied to the embedding"
@@ -274,12 +275,17 @@ def _tensors(source: "trained.Trained", layers: range) -> Iterator[tuple[str, st
     """Yield (our name, Megatron's, tensor) of these layers, and of what is outside of layers.
 
     All layers are read, so that what was damaged is noticed.
+
+    Raises:
+        UserError: a tensor has values that are not finite.
     """
+    where = str(source.store.folder)
     for name, theirs in mcore.NAMES.items():
         if not name.startswith("blocks/"):
-            yield name, theirs, source.whole(name)
+            yield name, theirs, tensor_files.check_finite(where, theirs, source.whole(name))
             continue
         for i, layer in enumerate(itertools.chain.from_iterable(source.blocks(name))):
+            tensor_files.check_finite(where, theirs.format(i), layer)
             if i in layers:
                 yield name, theirs.format(i - layers.start), mcore.to_theirs(name, layer)
 

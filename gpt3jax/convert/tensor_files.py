@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from gpt3jax import config
 
+FORMATS = ("float32", "bfloat16", "float16")  # of weights: fp32 holds each value of them
 FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -49,14 +50,13 @@ class Reader:
         """Return a tensor, or some rows of its first dimension, in its own format.
 
         Raises:
-            UserError: the file is missing or damaged by now.
+            UserError: the file is missing or damaged by now, or the format is none of `FORMATS`.
         """
         with _opened(self._files[name]) as file:
-            if first == 0 and stop is None:
-                whole: np.ndarray = file.get_tensor(name)
-                return whole
-            part: np.ndarray = file.get_slice(name)[first:stop]
-            return part
+            whole = first == 0 and stop is None
+            found: np.ndarray = file.get_tensor(name) if whole else file.get_slice(name)[first:stop]
+        check_format(self._files[name], name, str(found.dtype))
+        return found
 
 
 class Writer:
@@ -123,12 +123,40 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         UserError: it cannot be read, or is not an object.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise config.UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise config.UserError(f"{path} is not a JSON object")
     return content
+
+
+def check_format(path: pathlib.Path, name: str, found: str) -> None:
+    """Check that fp32 can hold each value of a tensor.
+
+    Raises:
+        UserError: its format is none of `FORMATS`.
+    """
+    if found not in FORMATS:
+        raise config.UserError(
+            f"{path}: {name} is {found}, which fp32 does not hold as it is: write it as one of "
+            f"{', '.join(FORMATS)}"
+        )
+
+
+def check_finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
+    """Return a tensor, all of whose values are numbers.
+
+    Raises:
+        UserError: some are NaN or infinite; it names the tensor.
+    """
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise config.UserError(
+            f"{where}: {name} has {array.size - finite.sum()} of {array.size} values that are NaN "
+            "or infinite, so that the model computes nothing: take a checkpoint from before that"
+        )
+    return array
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 The only file that imports torch, which is an extra. Files are pickles, which can name any code to
 run; they are read by torch's restricted reader, which allows tensors, plain containers and what is
-listed here, and refuses the rest.
+listed here, and refuses the rest. In place of Megatron's own types stand ones that do nothing.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import io
 import pathlib
 import re
 import signal
+import types
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,18 +21,16 @@ from typing import Any
 import numpy as np
 
 from gpt3jax import config
+from gpt3jax.convert import tensor_files
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = "model_optim_rng.pt"
-# Enums among the arguments of a checkpoint; their values are of no use here.
-_ENUMS = (
-    "megatron.core.enums.ModelType",
-    "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.transformer.enums.CudaGraphModule",
-    "megatron.core.transformer.enums.CudaGraphScope",
-    "megatron.core.transformer.enums.InferenceCudaGraphScope",
-)
+# Values of these packages' types, as enums among the arguments, are of no use here.
+_OF_NO_USE = ("megatron.", "transformer_engine.")
 _NUMPY_CORES = ("_core", "core")  # as NumPy 2 and 1 name it
+_NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
+_POSIX_PATHS = ("PosixPath", "PurePosixPath")
+_WINDOWS_PATHS = ("WindowsPath", "PureWindowsPath")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,10 @@ def read(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], list[Shard
     iteration = _newest(folder)
     ranks = _ranks(iteration)
     loaded = {rank: _load(path) for rank, path in ranks.items()}
-    args = vars(loaded[0, 0]["args"])
+    args = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in vars(loaded[0, 0]["args"]).items()
+    }
     n_tensor, n_pipeline = (max(rank[i] for rank in ranks) + 1 for i in (0, 1))
     sizes = {"tensor_model_parallel_size": n_tensor, "pipeline_model_parallel_size": n_pipeline}
     for name, found in sizes.items():
@@ -128,6 +130,7 @@ def _torch() -> Any:
 
 def _newest(folder: pathlib.Path) -> pathlib.Path:
     tracker = folder / _TRACKER
+    _check_format(folder)
     if list(folder.glob("mp_rank_*")):
         return folder
     if not tracker.is_file():
@@ -138,12 +141,16 @@ def _newest(folder: pathlib.Path) -> pathlib.Path:
     newest = tracker.read_text().strip()
     name = newest if newest == "release" else f"iter_{newest.zfill(7)}"
     iteration = folder / name
+    _check_format(iteration)
+    return iteration
+
+
+def _check_format(iteration: pathlib.Path) -> None:
     if (iteration / ".metadata").is_file() or (iteration / "metadata.json").is_file():
         raise config.UserError(
             f"{iteration} is not in the torch format: write it once more from Megatron with "
             "--ckpt-convert-format torch --ckpt-convert-save FOLDER"
         )
-    return iteration
 
 
 def _ranks(iteration: pathlib.Path) -> dict[tuple[int, int], pathlib.Path]:
@@ -161,31 +168,56 @@ def _ranks(iteration: pathlib.Path) -> dict[tuple[int, int], pathlib.Path]:
 
 
 def _load(path: pathlib.Path) -> dict[str, Any]:
-    torch = _torch()
-    allowed: list[Any] = [argparse.Namespace, signal.Signals, io.BytesIO]
-    allowed += [np.ndarray, np.dtype, np.dtypes.UInt32DType]  # of a random state
-    reconstruct = importlib.import_module("numpy._core.multiarray")._reconstruct
-    allowed += [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in _NUMPY_CORES]
-    allowed += [(_stand_in(name), name) for name in _ENUMS]
     try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+        content = _read_restricted(path, _allowed())
     except OSError as error:
         raise config.UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # a damaged file makes torch raise anything
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named:
+        name = _refused_type(error)
+        if name:
             raise config.UserError(
-                f"{path} is not loaded: it wants {named[1]}, which could run code, and which no "
+                f"{path} is not loaded: it wants {name}, which could run code, and which no "
                 "weights need"
             ) from None
-        lines = str(error).strip().splitlines() or [""]
-        raise config.UserError(f"{path} cannot be read: {lines[0][:200]}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):
+        line = str(error).strip().split("\n")[0]
+        raise config.UserError(f"{path} cannot be read: {line[:200]}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("args"), _NAMESPACES):
         raise config.UserError(f"{path} has no args: it is no checkpoint of Megatron's training")
     return content
+
+
+def _read_restricted(path: pathlib.Path, allowed: list[Any]) -> Any:
+    """Return what a file holds, stand-ins in place of what is `_OF_NO_USE`."""
+    torch = _torch()
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as error:  # torch has no type for this one alone
+        name = _refused_type(error)
+        if not name.startswith(_OF_NO_USE):
+            raise
+    return _read_restricted(path, [*allowed, (_stand_in(name), name)])
+
+
+def _refused_type(error: Exception) -> str:
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    return match[1] if match else ""
+
+
+def _allowed() -> list[Any]:
+    """Return the types, besides torch's own, that a file may hold: none of them does anything."""
+    allowed: list[Any] = [*_NAMESPACES, signal.Signals, io.BytesIO]
+    for module in ("pathlib", "pathlib._local"):  # as Python 3.13 names it
+        allowed += [(pathlib.PurePosixPath, f"{module}.{name}") for name in _POSIX_PATHS]
+        allowed += [(pathlib.PureWindowsPath, f"{module}.{name}") for name in _WINDOWS_PATHS]
+    allowed += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
+    multiarray = importlib.import_module("numpy._core.multiarray")
+    for name in ("_reconstruct", "scalar"):
+        function = getattr(multiarray, name)
+        allowed += [(function, f"numpy.{core}.multiarray.{name}") for core in _NUMPY_CORES]
+    return allowed
 
 
 def _virtual_stages(content: dict[str, Any]) -> list[Any]:
@@ -197,14 +229,15 @@ def _virtual_stages(content: dict[str, Any]) -> list[Any]:
 def _tensors(path: pathlib.Path, model: Any) -> dict[str, Callable[[], np.ndarray]]:
     torch = _torch()
 
-    def reader(tensor: Any) -> Callable[[], np.ndarray]:
+    def reader(name: str, tensor: Any) -> Callable[[], np.ndarray]:
         # NumPy has no bfloat16; each 16-bit value is a float32 value.
+        tensor_files.check_format(path, name, str(tensor.dtype).removeprefix("torch."))
         return lambda: tensor.detach().to(torch.float32).numpy()
 
     found = {}
     for name, value in model.items() if isinstance(model, Mapping) else ():
         if torch.is_tensor(value) and not name.endswith("_extra_state"):
-            found[name] = reader(value)
+            found[name] = reader(name, value)
         elif isinstance(value, Mapping):
             raise config.UserError(
                 f"{path}: its model has {name}: it is of Megatron's legacy model; convert it with "
@@ -214,5 +247,5 @@ def _tensors(path: pathlib.Path, model: Any) -> dict[str, Callable[[], np.ndarra
 
 
 def _stand_in(name: str) -> type:
-    """Return a class that takes any arguments and does nothing, for an enum of Megatron's."""
+    """Return a class that takes any arguments and does nothing."""
     return type(name.rpartition(".")[2], (), {"__new__": lambda cls, *_: object.__new__(cls)})

@@ -22,6 +22,11 @@ from gpt3jax import config
 CHUNK_BYTES = 1 << 20
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
+_BOM = codecs.BOM_UTF8  # a mark of the encoding, no text
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_WINDOW_LOG = 31  # the largest window that a zstd file can ask for (--long=31): 2 GiB
+_ROWS = 16  # of a Parquet file, at a time
+_ONE_A_LINE = "the file must have one object a line"
 KNOWN = ", ".join(FORMATS) + ", the first three also with .gz or .zst"
 
 
@@ -35,7 +40,7 @@ class Chunk:
 
     path: pathlib.Path
     records: Sequence[Any]
-    """JSON lines (bytes), texts (str or a list of them), or what is wrong (BadError)."""
+    """JSON lines (bytes), texts (str, or a list of anything), or what is wrong (BadError)."""
     first: int
     """Number of the first record: a line or a row, from 1."""
     position: int
@@ -46,8 +51,11 @@ class Chunk:
     """The last record is whole."""
 
 
-def find(inputs: Sequence[str]) -> list[pathlib.Path]:
+def find(inputs: Sequence[str], left_out: list[pathlib.Path]) -> list[pathlib.Path]:
     """Return the files that are meant by files, globs and folders (searched through), in order.
+
+    Of a folder, hidden files and what lies in hidden folders (`.ipynb_checkpoints`) are left out,
+    and files of an unknown kind, which `left_out` gets.
 
     Raises:
         UserError: one of them leads to no file, or to one of an unknown kind.
@@ -56,7 +64,9 @@ def find(inputs: Sequence[str]) -> list[pathlib.Path]:
     for word in inputs:
         path = pathlib.Path(word)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
+            found = [p for p in inside if _format(p)]
+            left_out += [p for p in inside if not _format(p)]
         else:
             matches = [word] if path.is_file() else sorted(glob.glob(word, recursive=True))
             found = [pathlib.Path(match) for match in matches if pathlib.Path(match).is_file()]
@@ -68,9 +78,32 @@ def find(inputs: Sequence[str]) -> list[pathlib.Path]:
     return files
 
 
+def is_hidden(path: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Return whether a file of a folder, or a folder that it lies in there, is hidden."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def decode(content: bytes) -> str:
+    """Return a file's text, without the mark of UTF-8 that may stand before it.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return content.decode("utf-8-sig")
+
+
+def text_lines(content: bytes) -> list[str]:
+    """Return a file's lines, which end in a line feed, or in CR LF, and in nothing else.
+
+    Raises:
+        UnicodeDecodeError: as `decode`.
+    """
+    return [line.removesuffix("\r") for line in decode(content).split("\n")]
+
+
 def _format(path: pathlib.Path) -> str:
     """Return the format by the name of a file, "" if unknown."""
-    name = path.name
+    name = path.name.lower()
     for compression in COMPRESSIONS:
         for known in FORMATS:
             if name.endswith(known + compression) and not (compression and known == ".parquet"):
@@ -126,12 +159,12 @@ def text_of(record: Any, key: str, max_bytes: int) -> list[str]:
     """
     if isinstance(record, BadError):
         raise record
-    if isinstance(record, bytes | str) and len(record) > max_bytes:
-        raise BadError(f"larger than --max-document-mb={max_bytes >> 20}")
-    value = _parse(record, key) if isinstance(record, bytes) else record
+    value = _parse(record, key, max_bytes) if isinstance(record, bytes) else record
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise BadError(f"{key!r} is not a string")
+    if sum(map(len, texts)) > max_bytes:
+        raise _too_large(max_bytes)
     for text in texts:
         try:
             text.encode()
@@ -140,9 +173,19 @@ def text_of(record: Any, key: str, max_bytes: int) -> list[str]:
     return texts
 
 
-def _parse(line: bytes, key: str) -> Any:
+def _too_large(max_bytes: int) -> BadError:
+    return BadError(f"larger than --max-document-mb={max_bytes >> 20}")
+
+
+def _parse(line: bytes, key: str, max_bytes: int) -> Any:
     if not line.strip():
         raise BadError("a blank line")
+    if line.lstrip().startswith(b"["):
+        raise BadError(f"a JSON array; {_ONE_A_LINE}, which jq -c '.[]' FILE writes")
+    if len(line) > max_bytes:
+        raise _too_large(max_bytes)
+    if line.strip() == b"{":
+        raise BadError(f"not JSON: an object of several lines; {_ONE_A_LINE}, as jq -c . FILE does")
     try:
         entry = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -157,13 +200,15 @@ def _parse(line: bytes, key: str) -> Any:
 
 @contextlib.contextmanager
 def _decompressed(raw: IO[bytes], path: pathlib.Path) -> Iterator[IO[bytes]]:
-    if path.suffix == ".gz":
+    compression = path.suffix.lower()
+    if compression == ".gz":
         with gzip.open(raw) as file:
             yield io.BufferedReader(file, CHUNK_BYTES)
-    elif path.suffix == ".zst":
+    elif compression == ".zst":
         zstd = _zstd(path)
         try:
-            with zstd.ZstdFile(raw) as file:
+            window = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
+            with zstd.ZstdFile(raw, options=window) as file:
                 yield io.BufferedReader(file, CHUNK_BYTES)
         except zstd.ZstdError as error:
             raise OSError(str(error)) from error
@@ -189,9 +234,10 @@ def _missing(package: str, path: pathlib.Path) -> config.UserError:
 def _lines(path: pathlib.Path, file: IO[bytes], raw: IO[bytes], max_bytes: int) -> Iterator[Chunk]:
     number = 1
     while True:
-        lines, size = [], 0
+        lines: list[bytes] = []
+        size = 0
         while size < CHUNK_BYTES and (line := file.readline(max_bytes + 1)):
-            lines.append(line)
+            lines.append(line.removeprefix(_BOM) if number == 1 and not lines else line)
             size += len(line)
             if len(line) > max_bytes:
                 while line and not line.endswith(b"\n"):
@@ -210,7 +256,7 @@ def _texts(
     last_cut: Callable[[str], int] | None,
 ) -> Iterator[Chunk]:
     """Yield pieces of a text file, each to where it may be cut; or the whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text, continues = "", False
     while block := file.read(CHUNK_BYTES):
         text += decoder.decode(block)
@@ -237,7 +283,8 @@ def _check_utf8(file: IO[bytes]) -> BadError | None:
             decoder.decode(block)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        return BadError(f"not UTF-8: {error.reason}")
+        is_utf16 = error.object.startswith(_UTF16)
+        return BadError(f"not UTF-8: {'UTF-16' if is_utf16 else error.reason}")
     return None
 
 
@@ -248,16 +295,53 @@ def _rows(path: pathlib.Path, key: str) -> Iterator[Chunk]:
     except ImportError:
         raise _missing("pyarrow", path) from None
     try:
-        with parquet.ParquetFile(path) as file:
+        # Without pre-buffering and threads it is read page by page, not row group by row group.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
             if key not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise config.UserError(f"{path}: no column {key!r} (--json-key); it has {names}")
+            batches = file.iter_batches(batch_size=_ROWS, columns=[key], use_threads=False)
+            columns = (_without_checks(batch.column(0)) for batch in batches)
+            values = (value for column in columns for value in column.to_pylist())
             n_rows, size = file.metadata.num_rows, path.stat().st_size
-            number = 1
-            for batch in file.iter_batches(batch_size=256, columns=[key]):
-                rows = batch.column(0).to_pylist()
-                position = size * (number - 1 + len(rows)) // max(1, n_rows)
-                yield Chunk(path=path, records=rows, first=number, position=position)
-                number += len(rows)
-    except pyarrow.ArrowException as error:
+            for first, rows in _grouped(values):
+                position = size * (first - 1 + len(rows)) // n_rows
+                yield Chunk(path=path, records=rows, first=first, position=position)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise OSError(str(error)) from error
+
+
+def _without_checks(column: Any) -> Any:
+    """Return a column of texts as bytes: nothing has checked that the texts are UTF-8."""
+    import pyarrow
+
+    types = pyarrow.types
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return column.cast(pyarrow.large_binary())
+    return column
+
+
+def _grouped(values: Iterator[Any]) -> Iterator[tuple[int, list[Any]]]:
+    """Yield values as records, about CHUNK_BYTES at a time, with the number of the first."""
+    first, rows, size = 1, [], 0
+    for value in values:
+        rows.append(_as_text(value))
+        parts = value if isinstance(value, list) else [value]
+        size += sum(len(part) for part in parts if isinstance(part, str | bytes))
+        if size >= CHUNK_BYTES:
+            yield first, rows
+            first, rows, size = first + len(rows), [], 0
+    if rows:
+        yield first, rows
+
+
+def _as_text(value: Any) -> Any:
+    """Return a value of a column, bytes (also those in a list) as text or as what is wrong."""
+    if isinstance(value, list):
+        parts = [_as_text(part) for part in value]
+        return next((part for part in parts if isinstance(part, BadError)), parts)
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        return BadError(f"not UTF-8: {error.reason} at byte {error.start}")

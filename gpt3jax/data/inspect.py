@@ -77,10 +77,11 @@ def inspect(options: Options) -> list[str]:
     data = cfg.data if cfg else _data(options)
     prefixes, _ = blend.parse(data.paths or data.train_paths)
     corpora = [indexed.IndexedCorpus(prefix) for prefix in prefixes]
-    source = options.source
-    if cfg and not (source.tokenizer or source.vocab_file):
-        source = tokenizer.Source(vocab_file=data.vocab_file, merge_file=data.merge_file)
-    text = source.open() if source.tokenizer or source.vocab_file else None
+    text = None
+    if options.source != tokenizer.Source():
+        text = options.source.open()
+    elif data.vocab_file or data.tokenizer:
+        text = tokenizer.of_config(data)
     lines = [line for corpus in corpora for line in describe(corpus)]
     if options.document is not None:
         if not corpora:

@@ -29,8 +29,8 @@ class Options:
     """What `gpt3jax.data.prepare` is asked to do."""
 
     input: tuple[str, ...]
-    """Files, globs or folders, read in this order: .jsonl or .json (one object a line), .txt (one
-    document a file), each also with .gz or .zst, and .parquet."""
+    """Files, globs or folders (hidden files left out), read in this order: .jsonl or .json (one
+    object a line), .txt (one document a file), each also with .gz or .zst, and .parquet."""
     output_prefix: str
     """The corpus becomes OUTPUT_PREFIX_KEY_document.bin and .idx."""
     json_key: str = "text"
@@ -77,6 +77,10 @@ class Report:
     n_bad: int = 0
     bad: list[str] = dataclasses.field(default_factory=list)
     """The first bad ones, by file and line."""
+    left_out: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    """Files of folders that are of an unknown kind."""
+    drops_characters: bool = False
+    """The tokenizer leaves out what it does not know."""
 
 
 def prepare(options: Options) -> Report:
@@ -86,10 +90,15 @@ def prepare(options: Options) -> Report:
         UserError: input, tokenizer or output that cannot be used, or a bad document that is not to
             be skipped. Nothing has the corpus's name then, unless it was there before.
     """
-    files = documents.find(options.input)
+    left_out: list[pathlib.Path] = []
+    files = documents.find(options.input, left_out)
     encoder = options.source.open()
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # of the library tokenizers
-    report = Report(prefix=f"{options.output_prefix}_{options.json_key}_document")
+    report = Report(
+        prefix=f"{options.output_prefix}_{options.json_key}_document",
+        left_out=left_out,
+        drops_characters=encoder.drops_characters,
+    )
     max_bytes = options.max_document_mb << 20
     last_cut = tokenizer.last_cut if encoder.splits_at_blanks else None
     sizes = {path: path.stat().st_size for path in files}
@@ -109,7 +118,8 @@ def prepare(options: Options) -> Report:
                 _show(bar, done + encoded.chunk.position, report)
             done += sizes[path]
         if not report.n_tokens:
-            raise config.UserError(f"{' '.join(options.input)}: there is no text to encode")
+            bad = f": {report.n_bad:,} bad lines, {report.bad[0]} first" if report.bad else ""
+            raise config.UserError(f"{' '.join(options.input)}: there is no text to encode{bad}")
     return report
 
 
@@ -197,6 +207,14 @@ def _lines(report: Report, options: Options) -> list[str]:
     ]
     if report.n_empty:
         lines.append(f"{report.n_empty:,} empty documents ({options.on_empty_document})")
+    if report.left_out:
+        n_files = f"{len(report.left_out):,} files in folders"
+        lines.append(f"{n_files} are of other kinds and were left out, {report.left_out[0]} first")
+    if report.drops_characters:
+        lines.append(
+            "WARNING: the tokenizer has neither a token for each byte nor one for what it does not "
+            "know: characters outside of its vocabulary were left out"
+        )
     if report.n_bad:
         lines += [f"{report.n_bad:,} bad lines were left out:", *report.bad]
     return lines

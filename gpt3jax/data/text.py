@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import itertools
 import pathlib
+import sys
 import sysconfig
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ import numpy as np
 import tqdm
 
 from gpt3jax import config
-from gpt3jax.data import indexed, tokenizer
+from gpt3jax.data import documents, indexed, tokenizer
 
 PYTHON = "python"  # data.from_text: the sources of Python's own library, on every machine
 PYTHON_BYTES = 12_000_000  # of them: enough for a short run, some 20 s of work on a slow core
@@ -24,34 +25,35 @@ def ensure_corpus(data: config.Data, model: config.Model) -> None:
     """Make the corpus `data.paths[0]` from `data.from_text`, unless it is there already.
 
     One document a file, each with an end-of-document token behind it. The tokenizer is
-    `data.vocab_file` and `data.merge_file`; where both are absent it is trained first, with
-    `model.vocab_size` tokens. Interrupted, it starts anew the next time. Of several processes on
-    a machine one makes it and the others wait.
+    `data.tokenizer`, or `data.vocab_file` and `data.merge_file`; where both of these are absent it
+    is trained first, with `model.vocab_size` tokens. Interrupted, it starts anew the next time. Of
+    several processes on a machine one makes it and the others wait.
 
     Raises:
         UserError: there is no text, or the tokenizer does not fit the model.
     """
     if not data.from_text or _exists(data.paths[0]):
         return
-    if not data.vocab_file:
+    if not (data.vocab_file or data.tokenizer):
         raise config.UserError(
             "data.from_text needs data.vocab_file and data.merge_file: the tokenizer, which is "
-            "trained and written there if the files are absent"
+            "trained and written there if the files are absent; or data.tokenizer"
         )
     files = text_files(data.from_text)
     with _locked(data.paths[0] + ".lock"):
         if _exists(data.paths[0]):
             return
-        if not tokenizer.exists(data.vocab_file, data.merge_file):
-            texts = read(files, "training the tokenizer")
+        if data.vocab_file and not tokenizer.exists(data.vocab_file, data.merge_file):
+            texts = read(files, "training the tokenizer", [])
             tokenizer.train(texts, model.vocab_size, data.vocab_file, data.merge_file)
         check_vocabulary(data, model)
         _write(files, data)
 
 
 def _write(files: list[pathlib.Path], data: config.Data) -> None:
-    bpe = tokenizer.from_files(data.vocab_file, data.merge_file)
-    texts = read(files, f"writing {data.paths[0]}")
+    bpe = tokenizer.of_config(data)
+    left_out: list[pathlib.Path] = []
+    texts = read(files, f"writing {data.paths[0]}", left_out)
     with indexed.Writer(data.paths[0], indexed.token_dtype(bpe.vocab_size)) as writer:
         while chunk := list(itertools.islice(texts, _ENCODE_AT_ONCE)):
             for ids in bpe.encode_batch(chunk):
@@ -60,6 +62,11 @@ def _write(files: list[pathlib.Path], data: config.Data) -> None:
             raise config.UserError(
                 f"data.from_text={data.from_text!r}: none of its {len(files)} files is UTF-8 text"
             )
+    if left_out:
+        sys.stderr.write(
+            f"WARNING: data.from_text={data.from_text!r}: {len(left_out)} of {len(files)} files "
+            f"are not UTF-8 and were left out, {left_out[0]} among them\n"
+        )
 
 
 def _exists(prefix: str) -> bool:
@@ -79,8 +86,9 @@ def _locked(path: str) -> Iterator[None]:
 def text_files(source: str) -> list[pathlib.Path]:
     """Return the files of a folder in an order by hash, so that each split is like the others.
 
-    In the order of their paths the last ones, test and validation, would be unlike the first. Of
-    Python's library it is the first PYTHON_BYTES.
+    Hidden ones, and those in hidden folders, are left out. In the order of their paths the last
+    ones, test and validation, would be unlike the first. Of Python's library it is the first
+    PYTHON_BYTES.
 
     Raises:
         UserError: the folder is missing or empty.
@@ -91,6 +99,7 @@ def text_files(source: str) -> list[pathlib.Path]:
         path
         for path in folder.rglob(pattern)
         if path.is_file()
+        and not documents.is_hidden(path, folder)
         and not (source == PYTHON and _LEFT_OUT & set(path.relative_to(folder).parts))
     ]
     if not files:
@@ -105,16 +114,19 @@ def text_files(source: str) -> list[pathlib.Path]:
     return [path for path, size in zip(files, sizes, strict=True) if size <= PYTHON_BYTES]
 
 
-def read(files: list[pathlib.Path], doing: str) -> Iterator[str]:
+def read(files: list[pathlib.Path], doing: str, left_out: list[pathlib.Path]) -> Iterator[str]:
     """Yield the text of each file that is UTF-8 and not empty, under a progress bar.
+
+    `left_out` gets those that are not UTF-8.
 
     Raises:
         UserError: a file cannot be read.
     """
     for path in tqdm.tqdm(files, desc=doing, unit=" files"):
         try:
-            text = path.read_bytes().decode()
+            text = documents.decode(path.read_bytes())
         except UnicodeDecodeError:
+            left_out.append(path)
             continue
         except OSError as error:
             raise config.UserError(f"data.from_text: {path}: {error}") from error
@@ -123,23 +135,29 @@ def read(files: list[pathlib.Path], doing: str) -> Iterator[str]:
 
 
 def check_vocabulary(data: config.Data, model: config.Model) -> None:
-    """Check that the vocabulary, if one is given, fits `model.vocab_size` and `data.eod_id`.
+    """Check that the tokenizer, if one is named, fits `model.vocab_size` and `data.eod_id`.
 
     Raises:
         UserError: it does not; it says what to set.
     """
-    if not data.vocab_file:
+    if not (data.vocab_file or data.tokenizer):
         return
-    bpe = tokenizer.from_files(data.vocab_file, data.merge_file)
+    bpe = tokenizer.of_config(data)
     if bpe.vocab_size > model.vocab_size:
         raise config.UserError(
-            f"{data.vocab_file} has {bpe.vocab_size} tokens, more than "
+            f"{data.tokenizer or data.vocab_file} has {bpe.vocab_size} tokens, more than "
             f"model.vocab_size={model.vocab_size}: set model.vocab_size={bpe.vocab_size}"
         )
     if bpe.eod_id != data.eod_id:
         raise config.UserError(
-            f"{data.vocab_file} has {tokenizer.END_OF_TEXT} as {bpe.eod_id}, but "
+            f"{data.tokenizer or data.vocab_file} has {tokenizer.END_OF_TEXT} as {bpe.eod_id}, but "
             f"data.eod_id={data.eod_id}: set data.eod_id={bpe.eod_id}"
+        )
+    if data.tokenizer and bpe.added and data.eod_id not in bpe.added:
+        known = ", ".join(f"{number} ({token})" for number, token in sorted(bpe.added.items())[:8])
+        raise config.UserError(
+            f"data.eod_id={data.eod_id} is an ordinary token of data.tokenizer={data.tokenizer}: "
+            f"set it to the one that ends a document, of {known}"
         )
 
 

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt3jax import config
+from gpt3jax.data import tokenizer_files
 
 END_OF_TEXT = "<|endoftext|>"
 # How GPT-2 cuts text before merging, as tiktoken writes it; and its vocabulary and merges.
@@ -30,31 +31,73 @@ MIN_VOCAB_SIZE = 257  # a token for each byte, and the end of a document
 class Tokenizer:
     """Text to token ids and back; the end-of-document token inside a text becomes the one token.
 
+    The ids are a function of the whole text alone: none are cut off, and none added.
+
     Attributes:
         vocab_size: number of tokens; their ids are below it.
         eod_id: the end-of-document token.
         splits_at_blanks: its pre-tokenizer is GPT-2's, so that a text may be cut by `last_cut`.
     """
 
-    def __init__(self, rust: tokenizers.Tokenizer, eod_token: str, splits_at_blanks: bool):
+    def __init__(self, rust: tokenizers.Tokenizer, eod: str | int, splits_at_blanks: bool):
         """Use a tokenizer of the library; see `from_files` and `from_pretrained`.
+
+        Args:
+            rust: the tokenizer; what would cut, pad or vary its tokens is switched off.
+            eod: the end-of-document token, as text or as id.
+            splits_at_blanks: see the class.
 
         Raises:
             UserError: it has no such end-of-document token.
         """
         vocab = rust.get_vocab()
-        if eod_token not in vocab:
+        eod_id = vocab.get(eod, -1) if isinstance(eod, str) else eod
+        if eod_id not in vocab.values():
             raise config.UserError(
-                f"the tokenizer has no token {eod_token!r} for the end of a document: name the one "
-                "it has with --eod-token"
+                f"the tokenizer has no token {eod!r} for the end of a document: name the one "
+                "it has with --eod-token (for training, its id with data.eod_id)"
             )
+        rust.no_truncation()
+        rust.no_padding()
+        if isinstance(rust.model, models.BPE):
+            rust.model.dropout = None  # of merges, at random
         self._rust = rust
         self._fast: Any = None  # tiktoken, where it serves
-        self.vocab_size, self.eod_id = max(vocab.values()) + 1, vocab[eod_token]
+        self.vocab_size, self.eod_id = max(vocab.values()) + 1, eod_id
         self.splits_at_blanks = splits_at_blanks
 
+    @property
+    def vocab(self) -> dict[str, int]:
+        """All tokens and their ids."""
+        found: dict[str, int] = self._rust.get_vocab()
+        return found
+
+    @property
+    def drops_characters(self) -> bool:
+        """Whether characters that it does not know have no token at all."""
+        bpe = self._rust.model
+        if not isinstance(bpe, models.BPE) or bpe.unk_token is not None:
+            return False  # other models have a token for them, or refuse them
+        has_bytes = set(pre_tokenizers.ByteLevel.alphabet()) <= self.vocab.keys()
+        return not (bpe.byte_fallback or has_bytes)
+
+    @property
+    def added(self) -> dict[int, str]:
+        """The tokens that are found in a text before any merges, as that of a document's end."""
+        return {i: t.content for i, t in self._rust.get_added_tokens_decoder().items()}
+
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
+        """Return the token ids of a text.
+
+        Raises:
+            UserError: it has bytes that are not UTF-8, or half a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise config.UserError(
+                f"the text {text[:40]!r} is not UTF-8 at character {error.start}: mend it"
+            ) from None
         ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -160,7 +203,7 @@ def from_files(vocab_file: str, merge_file: str) -> Tokenizer:
         UserError: a file is missing or is not what it should be; it names the file.
     """
     vocab = _read_vocab(vocab_file)
-    merges = _read_merges(merge_file)
+    merges = tokenizer_files.read_merges(merge_file)
     try:
         bpe = models.BPE(vocab=vocab, merges=merges)
     except Exception as error:  # the library raises bare Exception
@@ -181,24 +224,75 @@ def from_pretrained(source: str, eod_token: str = END_OF_TEXT) -> Tokenizer:
         eod_token: the text of the end-of-document token.
 
     Raises:
-        UserError: there is no tokenizer there, or it cannot be read.
+        UserError: there is no tokenizer there, it cannot be read, or files of the folder disagree.
     """
-    path = pathlib.Path(source)
-    if path.is_dir() and not (path / "tokenizer.json").is_file():
-        return from_files(str(path / "vocab.json"), str(path / "merges.txt"))
-    file = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        if file.is_file():
-            rust = tokenizers.Tokenizer.from_file(str(file))
-        else:
-            rust = tokenizers.Tokenizer.from_pretrained(source)
-    except Exception as error:  # as above
-        told = str(error).strip().splitlines()[:1]
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        return Tokenizer(_load(source), eod_token, splits_at_blanks=False)
+    file = folder / tokenizer_files.TOKENIZER
+    if file.is_file():
+        found = Tokenizer(_load(str(file)), eod_token, splits_at_blanks=False)
+    else:
+        found = _gpt2(*tokenizer_files.pair(folder), eod_token)
+    tokenizer_files.check(folder, found.vocab)
+    return found
+
+
+def vocabulary(folder: pathlib.Path) -> dict[str, int]:
+    """Return all tokens of the tokenizer in a folder, added ones included, and their ids.
+
+    Raises:
+        UserError: there is none, it cannot be read, or files of the folder disagree.
+    """
+    file = folder / tokenizer_files.TOKENIZER
+    if file.is_file():
+        vocab: dict[str, int] = _load(str(file)).get_vocab()
+    else:
+        vocab = from_files(*tokenizer_files.pair(folder)).vocab
+    tokenizer_files.check(folder, vocab)
+    return vocab
+
+
+def of_config(data: config.Data, eod_token: str = END_OF_TEXT) -> Tokenizer:
+    """Read the tokenizer that a config names.
+
+    Of `data.tokenizer`, data.eod_id ends a document, unless it has no such token or eod_token names
+    another.
+
+    Raises:
+        UserError: it cannot be read, or has no such token.
+    """
+    if not data.tokenizer:
+        return _gpt2(data.vocab_file, data.merge_file, eod_token)
+    if not pathlib.Path(data.tokenizer).is_file():
+        raise config.UserError(f"data.tokenizer={data.tokenizer}: no such file (a tokenizer.json)")
+    rust = _load(data.tokenizer)
+    by_id = eod_token == END_OF_TEXT and rust.id_to_token(data.eod_id) is not None
+    return Tokenizer(rust, data.eod_id if by_id else eod_token, splits_at_blanks=False)
+
+
+def _gpt2(vocab_file: str, merge_file: str, eod_token: str) -> Tokenizer:
+    """Read GPT-2's two files; refuse another end of a document, which would have no effect."""
+    found = from_files(vocab_file, merge_file)
+    if eod_token != END_OF_TEXT:
         raise config.UserError(
-            f"--tokenizer={source}: {''.join(told)}: give a tokenizer.json, a folder with one, or "
+            f"{eod_token!r} cannot be the end-of-document token of {vocab_file}, which has "
+            f"{END_OF_TEXT} ({found.eod_id}) for it: leave --eod-token out"
+        )
+    return found
+
+
+def _load(source: str) -> tokenizers.Tokenizer:
+    try:
+        if pathlib.Path(source).is_file():
+            return tokenizers.Tokenizer.from_file(source)
+        return tokenizers.Tokenizer.from_pretrained(source)
+    except Exception as error:  # as above
+        told = str(error).strip().split("\n")[0]
+        raise config.UserError(
+            f"--tokenizer={source}: {told}: give a tokenizer.json, a folder with one, or "
             "a name on the Hugging Face hub, which needs a network"
         ) from error
-    return Tokenizer(rust, eod_token, splits_at_blanks=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,7 +319,7 @@ class Source:
             raise config.UserError("give --vocab-file and --merge-file together, or --tokenizer")
         if self.tokenizer:
             return from_pretrained(self.tokenizer, self.eod_token)
-        return from_files(*files)
+        return _gpt2(*files, self.eod_token)
 
 
 def last_cut(text: str) -> int:
@@ -285,7 +379,7 @@ def exists(vocab_file: str, merge_file: str) -> bool:
 
 def _read_vocab(path: str) -> dict[str, int]:
     try:
-        vocab = json.loads(_read(path))
+        vocab = json.loads(tokenizer_files.read_text(path))
     except json.JSONDecodeError as error:
         raise config.UserError(f"{path} is not JSON, as GPT-2's vocab.json is: {error}") from error
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
@@ -304,20 +398,6 @@ def _read_vocab(path: str) -> dict[str, int]:
     return vocab
 
 
-def _read_merges(path: str) -> list[tuple[str, str]]:
-    merges = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if line.startswith("#version") or not line:
-            continue
-        left, _, right = line.rstrip("\r").partition(" ")
-        if not right or " " in right:
-            raise config.UserError(
-                f"{path}:{number}: {line!r} is not a merge: two tokens and a space between them"
-            )
-        merges.append((left, right))
-    return merges
-
-
 def _digest(vocab: dict[str, int], merges: list[tuple[str, str]]) -> str:
     lines = [*sorted(vocab, key=vocab.__getitem__), *map(" ".join, merges)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -328,15 +408,6 @@ def _byte_alphabet() -> list[str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (0x100 + i for i in itertools.count())
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _read(path: str) -> str:
-    if not pathlib.Path(path).is_file():
-        raise config.UserError(f"{path}: no such file (GPT-2's vocab.json and merges.txt)")
-    try:
-        return pathlib.Path(path).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise config.UserError(f"{path}: {error}") from error
 
 
 def _byte_level(bpe: models.BPE) -> tokenizers.Tokenizer:

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from gpt3jax import config
-from gpt3jax.data import indexed, tokenizer
+from gpt3jax.data import documents, indexed, tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ def of_file(path: str, text: tokenizer.Tokenizer, max_tokens: int) -> Stream:
         UserError: it cannot be read, is empty, or is not UTF-8.
     """
     try:
-        content = pathlib.Path(path).read_bytes().decode()
+        content = documents.decode(pathlib.Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise config.UserError(f"--text={path} cannot be read: {error}") from error
     if not content:

@@ -87,7 +87,7 @@ def corpus(data: config.Data) -> dict[str, str]:
     """Return a fingerprint, or an error, of each file that the data is read from."""
     if data.from_text:  # made at the first start
         return {}
-    files = [f for f in (data.vocab_file, data.merge_file) if f]
+    files = [f for f in (data.vocab_file, data.merge_file, data.tokenizer) if f]
     for paths in (data.paths, data.train_paths, data.validation_paths, data.test_paths):
         for prefix in blend.parse(paths)[0] if paths else []:
             files += [f"{prefix}.idx", f"{prefix}.bin"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gpt3jax import command, config, ranges
-from gpt3jax.data import tokenizer
+from gpt3jax.data import documents, tokenizer
 from gpt3jax.sample import row_text, text_options
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _prompts(options: Options) -> list[str]:
     if not options.prompts:
         return list(options.prompt)
     try:
-        lines = pathlib.Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        lines = documents.text_lines(pathlib.Path(options.prompts).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise config.UserError(f"--prompts={options.prompts} cannot be read: {error}") from error
     if not any(lines):

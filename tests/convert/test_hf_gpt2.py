@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tensorstore
+import tokenizers
 
 from gpt3jax import config, phases, setup, sharding, step, trained
 from gpt3jax.checkpoint import checkpoints, metadata
 from gpt3jax.convert import __main__ as convert
-from gpt3jax.convert import hf_gpt2, tensor_files
-from gpt3jax.data import indexed
+from gpt3jax.convert import hf_gpt2, hf_tokenizer, megatron, tensor_files
+from gpt3jax.data import indexed, tokenizer
 
 import tiny
 
@@ -119,15 +121,156 @@ def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, optio
     assert np.isfinite(metrics["loss"]) and state.step == 1
 
 
-def test_the_tokenizers_files_travel_along(gpt2, tmp_path):
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(GOLDEN / "gpt2" / name, gpt2 / name)
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """Return a folder with all of a tokenizer's files: 257 tokens, and 3 that are added."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.train(["no merges"], 257, str(folder / "vocab.json"), str(folder / "merges.txt"))
+    rust = tokenizer.from_pretrained(str(folder))._rust
+    rust.add_special_tokens(["<s>", "<pad>"])
+    rust.add_tokens(["<extra>"])
+    rust.enable_truncation(4)
+    rust.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<s>", "pad_token": {"content": "<pad>"}, "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | {"model_max_length": 7}))
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    (folder / "added_tokens.json").write_text('{"<extra>": 259, "<s>": 257, "<pad>": 258}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def with_260_tokens(gpt2, tokenizer_folder, names):
+    """Give a GPT-2 of 257 tokens 3 more, and files of their tokenizer."""
+    spoil_config(gpt2, vocab_size=260, eos_token_id=0)
+    embedding = "transformer.wte.weight"
+    spoil_tensors(gpt2, lambda t: t.update({embedding: np.pad(t[embedding], ((0, 3), (0, 0)))}))
+    for name in names:
+        shutil.copy(tokenizer_folder / name, gpt2 / name)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["tokenizer.json alone", "all files"])
+def test_the_tokenizers_files_travel_along(gpt2, tokenizer_folder, tmp_path, alone):
+    """As they are, and the same text has the same ids at both ends, although the folder moves."""
+    names = [p.name for p in tokenizer_folder.iterdir()]
+    names = ["tokenizer.json", "tokenizer_config.json"] if alone else names
+    with_260_tokens(gpt2, tokenizer_folder, names)
     ours, out = tmp_path / "checkpoint", tmp_path / "out"
+    convert.from_hf(convert.FromHf(folder=str(gpt2), output=str(tmp_path / "made")))
+    (tmp_path / "made").rename(ours)
+    told = convert.to_hf(convert.ToHf(checkpoint=str(ours), output=str(out)))
+    assert told.endswith("with its tokenizer")
+    for name in names:
+        assert (out / name).read_bytes() == (tokenizer_folder / name).read_bytes(), name
+    assert {p.name for p in out.iterdir()} == {*names, "config.json", "model.safetensors"}
+    theirs = json.loads((out / "config.json").read_text())
+    ids = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert ids == {"bos_token_id": 257, "eos_token_id": 0, "pad_token_id": 258}
+    cfg = trained.find(str(ours))[2]
+    found = trained.open_tokenizer(str(ours), cfg, tokenizer.Source())
+    assert (found.vocab_size, found.eod_id) == (260, 0)
+    text = "no<extra> merges here<s>"
+    expected = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    expected.no_truncation()
+    assert found.encode(text) == expected.encode(text).ids and 259 in found.encode(text)
+    assert found.decode([259, 257]) == "<extra><s>"
+    other = trained.open_tokenizer(str(ours), cfg, tokenizer.Source(eod_token="<s>"))
+    assert other.eod_id == 257
+
+
+def test_gpt2s_two_files_travel_along(gpt2, converted, tokenizer_folder, tmp_path):
+    pair = {"vocab_file": "vocab.json", "merge_file": "merges.txt"}
+    files = {field: str(tokenizer_folder / name) for field, name in pair.items()}
+    for name in pair.values():
+        shutil.copy(tokenizer_folder / name, gpt2 / name)
+    ours, out, asked = tmp_path / "checkpoint", tmp_path / "out", tmp_path / "asked"
     convert.from_hf(convert.FromHf(folder=str(gpt2), output=str(ours)))
     convert.to_hf(convert.ToHf(checkpoint=str(ours), output=str(out)))
-    for name in ("vocab.json", "merges.txt"):
-        assert (out / name).read_bytes() == (GOLDEN / "gpt2" / name).read_bytes()
+    convert.to_hf(convert.ToHf(checkpoint=str(converted), output=str(asked), **files))
+    for name in pair.values():
+        for folder in (out, asked):
+            assert (folder / name).read_bytes() == (tokenizer_folder / name).read_bytes()
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 64
+    assert sorted(p.name for p in asked.iterdir()) == sorted(p.name for p in out.iterdir())
+
+
+def test_a_tokenizer_is_written_under_the_names_that_are_looked_for(tokenizer_folder, tmp_path):
+    (tmp_path / "mine.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "out").mkdir()
+    data = config.Data(tokenizer=str(tmp_path / "mine.json"), eod_id=257)
+    files = hf_tokenizer.named(data, tmp_path)
+    vocab = hf_tokenizer.write(files, tmp_path / "out", 64, 257)
+    assert vocab["<extra>"] == 259
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "eos_token": "<s>"
+    }  # fmt: skip
+    assert hf_tokenizer.asked_for(str(tokenizer_folder), "", "") == {
+        "tokenizer": str(tokenizer_folder / "tokenizer.json")
+    }
+    for wrong in (("", "v", ""), (str(tokenizer_folder), "v", "m")):
+        with pytest.raises(config.UserError, match="--vocab-file and --merge-file together, or"):
+            hf_tokenizer.asked_for(*wrong)
+    with pytest.raises(config.UserError, match="mine: no such file"):
+        hf_tokenizer.asked_for("", "mine", "m")
+    with pytest.raises(config.UserError, match=r"has no tokenizer\.json, nor vocab\.json and"):
+        hf_tokenizer.asked_for(str(tmp_path), "", "")
+
+
+def test_a_tokenizer_whose_files_disagree_is_refused(gpt2, tokenizer_folder, tmp_path):
+    with_260_tokens(gpt2, tokenizer_folder, ["tokenizer.json", "vocab.json"])
+    (gpt2 / "added_tokens.json").write_text('{"<other>": 259}')
+    with pytest.raises(config.UserError, match=r"added_tokens\.json adds the token '<other>'"):
+        convert.from_hf(convert.FromHf(folder=str(gpt2), output=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("eos", "own", "expected"),
+    [
+        (5, None, 5),
+        (5, 7, 5),
+        (None, 7, 7),
+        (None, None, 257),
+        (50_256, 7, 7),
+        (50_256, None, 257),
+        ([5], None, 5),
+        ([5, 7], 7, 7),
+        ([5, 7], None, "is several tokens, of which the tokenizer names none as its eos_token"),
+        ("x", None, "eos_token_id='x' is not supported: it must be an id"),
+        (True, None, "eos_token_id=True is not supported"),
+        (-1, None, "eos_token_id=-1 is not supported"),
+    ],
+)
+def test_the_end_of_a_document_is_a_token_that_is_one_or_none(gpt2, eos, own, expected):
+    """257, the size of the vocabulary, is none; own is that of the tokenizer."""
+    spoil_config(gpt2, eos_token_id=eos)
+    if isinstance(expected, int):
+        model, eod_id = hf_gpt2.read_config(gpt2, own)
+        assert eod_id == expected
+        hf_gpt2.write_config(gpt2, model, eod_id, {})
+        written = json.loads((gpt2 / "config.json").read_text())
+        assert written["eos_token_id"] == (None if expected == 257 else expected)
+    else:
+        with pytest.raises(config.UserError, match=re.escape(expected)):
+            hf_gpt2.read_config(gpt2, own)
+
+
+def test_weights_that_are_not_finite_do_not_go_out(tmp_path):
+    def rows(name, shape, first, stop):
+        out = np.ones((stop - first, *shape[1:]), np.float32)
+        if name == "blocks/mlp/b_in_F" and first <= 1 < stop:
+            out[1 - first, 3:5] = np.nan, np.inf
+        return out
+
+    cfg = tiny.make_config()
+    trained.write(trained.new_store(str(tmp_path / "ours")), cfg, rows)
+    options = {"checkpoint": str(tmp_path / "ours"), "output": str(tmp_path / "out")}
+    message = r"ours: transformer\.h\.1\.mlp\.c_fc\.bias has 2 of 256 values that are NaN or inf"
+    with pytest.raises(config.UserError, match=message):
+        convert.to_hf(convert.ToHf(**options))
+    assert not (tmp_path / "out" / "config.json").exists()
+    message = r"ours: decoder\.layers\.1\.mlp\.linear_fc1\.bias has 2 of"
+    options |= {"output": str(tmp_path / "megatron"), "format": "safetensors"}
+    with pytest.raises(config.UserError, match=message):
+        megatron.to_megatron(megatron.ToMegatron(**options))
 
 
 def test_padded_entries_that_take_part_in_the_softmax_go_out_too(tmp_path):
@@ -244,6 +387,15 @@ SPOILED = {
     ),
     "has a head of its own": lambda f: spoil_tensors(
         f, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1})
+    ),
+    "transformer.h.1.ln_1.bias has 1 of 64 values that are NaN or infinite": lambda f: (
+        spoil_tensors(f, lambda t: t["transformer.h.1.ln_1.bias"].put(5, -np.inf))
+    ),
+    "transformer.wpe.weight has 1 of 4096 values that are NaN": lambda f: spoil_tensors(
+        f, lambda t: t["transformer.wpe.weight"].put(0, np.nan)
+    ),
+    "transformer.ln_f.bias is float64, which fp32 does not hold as it is": lambda f: spoil_tensors(
+        f, lambda t: t.update({"transformer.ln_f.bias": np.zeros(64, np.float64)})
     ),
     "model.safetensors cannot be read": cut,
     "has neither model.safetensors nor": lambda f: (f / "model.safetensors").unlink(),

@@ -1,12 +1,17 @@
 """Megatron's weights in and out: the same network, the same bytes, or a clear refusal."""
 
+import argparse
 import dataclasses
+import enum
 import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
+import types
+import zipfile
 
 import jax
 import numpy as np
@@ -209,6 +214,86 @@ def test_what_real_files_hold_besides_is_read_over(ours, tmp_path):
         np.testing.assert_array_equal(found[name], rounded, err_msg=name)
 
 
+def named_as(name):
+    """Return a class that a pickle takes for one of another module, as an enum of Megatron's."""
+    module, _, attribute = name.rpartition(".")
+    return enum.Enum(attribute, ["a"], module=module)
+
+
+def test_types_that_arguments_may_have_are_read(ours, tmp_path, monkeypatch):
+    """Paths, scalars of NumPy, namespaces, dtypes, and Megatron's enums, whatever their names."""
+    torch = pytest.importorskip("torch")
+    folder, expected = ours
+    kinds = named_as("megatron.core.enums.Unheard")
+    for name in ("megatron", "megatron.core", "megatron.core.enums"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["megatron.core.enums"].Unheard = kinds
+    given = {
+        "save": tmp_path, "data_path": [pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("b")],
+        "kind": kinds.a, "other": types.SimpleNamespace(lr=np.float64(0.1), flag=np.bool_(True)),
+        "params_dtype": torch.bfloat16, "size": torch.Size([2]), "device": torch.device("cpu"),
+        "num_layers": np.int64(MODEL.n_layers), "layernorm_epsilon": np.float64(MODEL.norm_eps),
+        "nested": argparse.Namespace(hidden=np.float32(2)), "half": np.float16(0.5),
+    }  # fmt: skip
+    out = to_megatron(folder, tmp_path / "out")
+    edit(out, lambda content: vars(content["args"]).update(given))
+    for name in ("megatron.core.enums", "megatron.core", "megatron"):
+        monkeypatch.delitem(sys.modules, name)
+    source = from_megatron(out, tmp_path / "back")
+    found = tiny.leaves(source.params())
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert source.cfg.model.norm_eps == MODEL.norm_eps
+    assert "megatron" not in sys.modules
+    _, args, _ = torch_files.read(out)
+    assert type(args["num_layers"]) is int and args["save"] == pathlib.PurePosixPath(tmp_path)
+
+    def in_a_simple_namespace(content):
+        content["args"] = types.SimpleNamespace(**vars(content["args"]), extra=1)
+        del content["args"].kind
+
+    edit(out, in_a_simple_namespace)
+    assert torch_files.read(out)[1]["extra"] == 1
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("kind", ["PosixPath", "WindowsPath"])
+def test_a_path_of_another_system_is_a_name_alone(tmp_path, module, kind):
+    """Python 3.13 calls the module by another name; a path that is read can open nothing."""
+    torch = pytest.importorskip("torch")
+    content = {"args": argparse.Namespace(save=pathlib.PurePosixPath("runs", "a"))}
+    torch.save(content, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as old,
+        zipfile.ZipFile(tmp_path / "other.pt", "w") as new,
+    ):
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                data = re.sub(
+                    rb"cpathlib(\._local)?\nPurePosixPath\n", f"c{module}\n{kind}\n".encode(), data
+                )
+            new.writestr(entry, data)
+    saved = torch_files._load(tmp_path / "other.pt")["args"].save
+    assert saved.parts == ("runs", "a") and isinstance(saved, pathlib.PurePath)
+    assert not isinstance(saved, pathlib.Path)
+
+
+def test_an_end_of_document_that_is_not_known_is_no_token():
+    padded = ARGS | {"vocab_size": None}
+    for args, expected in (
+        (ARGS, 251),
+        (ARGS | {"tokenizer_type": "HuggingFaceTokenizer"}, 251),
+        (ARGS | {"tokenizer_type": "GPT2BPETokenizer"}, 250),
+        (ARGS | {"tokenizer_type": "HuggingFaceTokenizer", "null_tokenizer_eod_id": 7}, 7),
+        (padded, 256),
+    ):
+        model, eod_id = mcore.model_of("", args, 0)
+        assert eod_id == expected, args
+        written = mcore.args_of(model, eod_id, 1, 1, "local")
+        assert mcore.model_of("", written, 0)[1] == expected
+
+
 def refused(monkeypatch, capsys, tmp_path, *args):
     """Run the command; return its one line of complaint."""
     argv = ["convert", *map(str, args), "--output", str(tmp_path / "refused")]
@@ -270,6 +355,16 @@ TENSORS = {
     "has an unknown tensor decoder.layers.0.self_attention.q_layernorm.weight": lambda t: t.update(
         {"decoder.layers.0.self_attention.q_layernorm.weight": np.ones(16, np.float32)}
     ),
+    "decoder.layers.1.mlp.linear_fc2.weight has 2 of 16384 values that are NaN or inf": lambda t: t[
+        "decoder.layers.1.mlp.linear_fc2.weight"
+    ].put([3, 700], [np.nan, -np.inf]),
+    "embedding.word_embeddings.weight has 1 of 16384 values that are NaN or infinite": lambda t: (
+        t["embedding.word_embeddings.weight"].put(9, np.nan),
+        t.update({"output_layer.weight": t["embedding.word_embeddings.weight"]}),
+    ),
+    "decoder.final_layernorm.bias is float64, which fp32 does not hold as it is": lambda t: (
+        t.update({"decoder.final_layernorm.bias": np.zeros(64, np.float64)})
+    ),
     "output_layer.weight is not embedding.word_embeddings.weight: this GPT has": lambda t: t.update(
         {"output_layer.weight": t["embedding.word_embeddings.weight"] + 1}
     ),
@@ -320,6 +415,12 @@ def distribute(folder):
     (folder / "iter_0000001" / "metadata.json").write_text("{}")
 
 
+def distribute_itself(folder):
+    """Make the folder that is named an iteration in torch_dist."""
+    shutil.rmtree(folder / "iter_0000001")
+    (folder / ".metadata").touch()
+
+
 SPOILED = {
     "system, which could run code": harm,
     "mp_rank_00_001/model_optim_rng.pt cannot be read": damage,
@@ -328,6 +429,7 @@ SPOILED = {
     ),
     "do not hold the same tensors": mix,
     "is not in the torch format: write it once more from Megatron": distribute,
+    "in is not in the torch format: write it once more from Megatron": distribute_itself,
     "has neither latest_checkpointed_iteration.txt nor mp_rank_*": lambda f: (
         f / "latest_checkpointed_iteration.txt"
     ).unlink(),

@@ -107,6 +107,20 @@ def test_the_samples_of_a_step_are_those_that_it_trains_on(tmp_path, monkeypatch
         np.testing.assert_array_equal(dumped["tokens"], step_4["tokens"][0])
 
 
+def test_the_tokenizer_of_a_config_shows_texts(tmp_path, monkeypatch, capsys):
+    files = [str(tmp_path / name) for name in ("vocab.json", "merges.txt")]
+    tokenizer.train([], 257, *files)
+    bpe = tokenizer.from_files(*files)
+    bpe._rust.save(str(tmp_path / "tokenizer.json"))
+    with indexed.Writer(str(tmp_path / "texts"), np.uint16) as writer:
+        writer.add_document([bpe.encode("Friends, Romans")])
+    data = {"paths": (str(tmp_path / "texts"),), "tokenizer": str(tmp_path / "tokenizer.json")}
+    cfg = tiny.make_config(data={**data, "eod_id": 0})
+    (tmp_path / "config.json").write_text(json.dumps(config.flatten(cfg)))
+    assert call(monkeypatch, "--config", str(tmp_path / "config.json"), "--document", "0") == 0
+    assert capsys.readouterr().out.endswith("Friends, Romans\n")
+
+
 @pytest.mark.parametrize(
     "words, told",
     [

@@ -13,6 +13,7 @@ import unicodedata
 import numpy as np
 import pyarrow
 import pytest
+import tokenizers
 from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,8 +182,11 @@ def test_long_texts_are_cut_at_their_last_blank():
 
 
 BAD = {
-    b"{": "not JSON",
-    b'["text"]': "no key 'text'",
+    b"{": "not JSON: an object of several lines; the file must have one object a line",
+    b"{5}": "not JSON: Expecting property name",
+    b'[{"text": "a"}]': "a JSON array; the file must have one object a line, which jq -c '.[]'",
+    b"[": "a JSON array",
+    b"5": "no key 'text'",
     b'{"a": 1, "b": 2}': "no key 'text'; its keys are a, b",
     b'{"text": 5}': "'text' is not a string",
     b'{"text": ["a", null]}': "'text' is not a string",
@@ -190,6 +194,7 @@ BAD = {
     b'{"text": "\\ud800"}': "half a surrogate pair",
     b"": "a blank line",
     b'{"text": "' + b"x" * (1 << 20) + b'"}': "larger than --max-document-mb=1",
+    b"[" + b'{"text": "x"},' * (1 << 17): "a JSON array",
 }
 
 
@@ -228,6 +233,145 @@ def test_an_empty_document_is_kept_left_out_or_fatal(tmp_path, files, policy, co
         return
     assert prepare.prepare(made).n_empty == 1
     assert read(tmp_path / "out_text_document")[1] == counts
+
+
+def test_a_mark_of_utf8_is_no_text(tmp_path, files, bpe):
+    """Windows programs write it before the text; behind that it is a character like others."""
+    mark = "\ufeff".encode()
+    (tmp_path / "a.jsonl").write_bytes(mark + lines_of(["one", "\ufefftwo"]))
+    (tmp_path / "b.txt").write_bytes(mark + "three\ufeff".encode())
+    prepare.prepare(options(files, tmp_path, tmp_path / "a.jsonl", tmp_path / "b.txt"))
+    expected = [bpe.encode(text) for text in ("one", "\ufefftwo", "three\ufeff")]
+    assert read(tmp_path / "out_text_document")[0] == expected
+
+
+def test_utf16_is_called_by_its_name(tmp_path, files):
+    (tmp_path / "a.txt").write_text("text", encoding="utf-16")
+    with pytest.raises(config.UserError, match=r"a\.txt:1: not UTF-8: UTF-16"):
+        prepare.prepare(options(files, tmp_path, tmp_path / "a.txt"))
+
+
+def test_characters_that_only_look_like_line_ends_stay_in_their_document(tmp_path, files, bpe):
+    text = "a\u2028b\x0cc\x85d\x1ee\rf\r\ng"
+    lines = json.dumps({"text": text}, ensure_ascii=False) + "\n" + json.dumps({"text": "two"})
+    (tmp_path / "a.jsonl").write_bytes(lines.encode())
+    (tmp_path / "b.txt").write_bytes(text.encode())
+    prepare.prepare(options(files, tmp_path, tmp_path / "a.jsonl", tmp_path / "b.txt"))
+    expected = [bpe.encode(text), bpe.encode("two"), bpe.encode(text)]
+    assert read(tmp_path / "out_text_document")[0] == expected
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path, files, bpe):
+    for name in ("a.txt", ".b.txt", ".ipynb_checkpoints/a.txt", "sub/.git/c.txt", "a.txt~"):
+        path = tmp_path / ".data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    prepare.prepare(options(files, tmp_path, tmp_path / ".data"))
+    assert read(tmp_path / "out_text_document")[0] == [bpe.encode("a.txt")]
+    prepare.prepare(options(files, tmp_path, tmp_path / ".data" / ".b.txt"))  # asked for by name
+    assert read(tmp_path / "out_text_document")[0] == [bpe.encode(".b.txt")]
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path, files, bpe, monkeypatch, capsys):
+    """A kind is known by its name in either case."""
+    for name in ("B.TXT", "C.txt.GZ", "d.csv", ".hidden", "sub/e.jsonl.bz2"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        content = name.encode()
+        (tmp_path / "in" / name).write_bytes(gzip.compress(content) if "GZ" in name else content)
+    words = ["prepare", "--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / "out")]
+    words += ["--vocab-file", files[0], "--merge-file", files[1]]
+    monkeypatch.setattr(sys, "argv", words)
+    assert prepare.main() == 0
+    assert read(tmp_path / "out_text_document")[0] == [bpe.encode("B.TXT"), bpe.encode("C.txt.GZ")]
+    told = capsys.readouterr().out
+    assert f"2 files in folders are of other kinds and were left out, {tmp_path}/in/d.csv" in told
+    assert "WARNING" not in told
+
+
+def test_a_tokenizer_that_drops_characters_is_told(tmp_path, files, bpe):
+    words = {"a": 0, "b": 1, "<|endoftext|>": 2}
+    (tmp_path / "a.txt").write_text("axb")
+    for model, ids, drops in (
+        (tokenizers.models.BPE(words, []), [0, 1], True),
+        (tokenizers.models.BPE(words, [], unk_token="<|endoftext|>"), [0, 2, 1], False),
+        (bpe._rust.model, bpe.encode("axb"), False),
+    ):
+        rust = tokenizers.Tokenizer(model)
+        rust.save(str(tmp_path / "tokenizer.json"))
+        source = tokenizer.Source(tokenizer=str(tmp_path / "tokenizer.json"))
+        made = options(files, tmp_path, tmp_path / "a.txt", source=source)
+        report = prepare.prepare(made)
+        assert ("left out" in "".join(prepare._lines(report, made))) == drops
+        assert read(tmp_path / "out_text_document")[0] == [ids]
+
+
+def test_a_zstandard_window_of_any_size_is_read(tmp_path, files, bpe):
+    """The window is the whole frame's, as `zstd --long=31` asks for; the default limit is 27."""
+    parameters = zstd.CompressionParameter
+    long = {parameters.window_log: 28, parameters.compression_level: 1}
+    content = zstd.ZstdCompressor(options=long)  # streamed, so that the size is not known
+    data = content.compress(lines_of(["one"])) + content.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    prepare.prepare(options(files, tmp_path, tmp_path / "a.jsonl.zst"))
+    assert read(tmp_path / "out_text_document")[0] == [bpe.encode("one")]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([b"one", "Ωμ".encode()]),
+        pyarrow.array([b"one", "Ωμ".encode()], pyarrow.large_binary()),
+        pyarrow.array(["one", "Ωμ"], pyarrow.large_string()),
+        pyarrow.array(["one", "Ωμ"]).dictionary_encode(),
+        pyarrow.array([[b"one"], ["Ωμ".encode()]]),
+    ],
+    ids=lambda column: str(column.type).split("<")[0],
+)
+def test_a_column_of_any_kind_of_text_is_read_as_text(tmp_path, files, bpe, column):
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    prepare.prepare(options(files, tmp_path, tmp_path / "a.parquet"))
+    assert read(tmp_path / "out_text_document")[0] == [bpe.encode("one"), bpe.encode("Ωμ")]
+
+
+def test_a_column_of_bytes_is_no_column_of_json(tmp_path, files, bpe):
+    rows = [b'{"text": "one"}', b"\xff", b"two"]
+    unchecked = pyarrow.array(rows).buffers()  # Parquet's texts are checked by nobody
+    for column in (
+        pyarrow.array(rows),
+        pyarrow.Array.from_buffers(pyarrow.string(), len(rows), unchecked),
+    ):
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        made = options(files, tmp_path, tmp_path / "a.parquet", on_bad_line="skip")
+        assert prepare.prepare(made).bad == [
+            f"{tmp_path}/a.parquet:2: not UTF-8: invalid start byte at byte 0"
+        ]
+        expected = [bpe.encode('{"text": "one"}'), bpe.encode("two")]
+        assert read(tmp_path / "out_text_document")[0] == expected
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path):
+    """48 MiB of text in one row group, read from Arrow's pool of a few MiB."""
+    text = np.random.default_rng(0).integers(97, 123, 4096, np.uint8).tobytes().decode()
+    table = pyarrow.table({"text": [f"{i}{text}" for i in range(12_000)]})
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table, path, use_dictionary=False, compression="none")
+    assert parquet.ParquetFile(path).num_row_groups == 1
+    told = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    n_rows, n_chunks, peak = map(int, told.split())
+    assert n_rows == 12_000 and n_chunks > 40
+    assert peak < 24 << 20, peak
+
+
+# The largest sum of Arrow's buffers, in a process of its own.
+PEAK = """
+import pathlib, sys
+import pyarrow
+from gpt3jax.data import documents
+counts = [len(c.records) for c in documents.read(pathlib.Path(sys.argv[1]), "text", 1 << 28, None)]
+print(sum(counts), len(counts), pyarrow.default_memory_pool().max_memory())
+"""
 
 
 def test_rows_without_text_are_bad(tmp_path, files):
@@ -276,6 +420,9 @@ def test_input_without_any_text_makes_no_corpus(tmp_path, files):
     (tmp_path / "a.jsonl").write_bytes(lines_of(["", ""]))
     with pytest.raises(config.UserError, match="there is no text"):
         prepare.prepare(options(files, tmp_path, tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text('[\n{"text": "one"},\n]')
+    with pytest.raises(config.UserError, match=r"no text.*: 3 bad lines, .*:1: a JSON array"):
+        prepare.prepare(options(files, tmp_path, tmp_path / "a.jsonl", on_bad_line="skip"))
     assert not list(tmp_path.glob("out*"))
 
 

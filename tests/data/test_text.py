@@ -55,6 +55,42 @@ def test_each_text_is_a_document_with_its_end(data, folder):
     assert left == ["corpus.bin", "corpus.idx", "merges.txt", "vocab.json"]
 
 
+def test_hidden_files_are_no_text_and_others_are_not_dropped_without_a_word(data, folder, capsys):
+    for name in (".git/config", "sub/.c.md.swp"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("hidden")
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + (folder / "a.txt").read_bytes())
+    text.ensure_corpus(data, MODEL)
+    assert len(documents(data)) == 3
+    assert not any("hidden" in t or "\ufeff" in t for t in documents(data))
+    assert "1 of 5 files are not UTF-8 and were left out" in capsys.readouterr().err
+
+
+def test_a_tokenizer_json_serves_in_place_of_the_two_files(data, folder, tmp_path):
+    text.ensure_corpus(data, MODEL)
+    rust = tokenizer.from_files(data.vocab_file, data.merge_file)._rust
+    rust.add_special_tokens(["<end>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    end = rust.token_to_id("<end>")
+    one = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_file": "", "merge_file": ""}
+    again = dataclasses.replace(data, **one, eod_id=end, paths=(str(tmp_path / "again"),))
+    model = dataclasses.replace(MODEL, vocab_size=end + 1)
+    text.ensure_corpus(again, model)
+    ours, theirs = (indexed.IndexedCorpus(d.paths[0]).read(0) for d in (data, again))
+    np.testing.assert_array_equal(ours[:-1], theirs[:-1])
+    assert (ours[-1], theirs[-1]) == (0, end)
+    with pytest.raises(config.UserError, match=r"tokenizer.json has \d+ tokens, more than model"):
+        text.check_vocabulary(again, dataclasses.replace(MODEL, vocab_size=end))
+    message = r"tokenizer.json has <\|endoftext\|> as 0, but data.eod_id=50256: set data.eod_id=0"
+    with pytest.raises(config.UserError, match=message):
+        text.check_vocabulary(dataclasses.replace(again, eod_id=50_256), model)
+    with pytest.raises(config.UserError, match=r"data.tokenizer=no: no such file"):
+        text.check_vocabulary(dataclasses.replace(again, tokenizer="no"), model)
+    message = r"eod_id=65 is an ordinary token of .* of 0 \(<\|endoftext\|>\), \d+ \(<end>\)"
+    with pytest.raises(config.UserError, match=message):
+        text.check_vocabulary(dataclasses.replace(again, eod_id=65), model)
+
+
 def test_the_order_depends_on_relative_names_alone(data, folder, tmp_path, monkeypatch):
     text.ensure_corpus(data, MODEL)
     moved = folder.rename(tmp_path / "elsewhere")

@@ -139,6 +139,122 @@ def test_training_that_was_interrupted_does_not_count(files, tmp_path, monkeypat
     assert tokenizer.exists(*paths)  # half of a user's pair: to be mended, not overwritten
 
 
+def saved(bpe, path, **changes):
+    """Write a tokenizer as a `tokenizer.json` with other values; return the file."""
+    content = json.loads(bpe._rust.to_str())
+    content["model"] |= changes.pop("model", {})
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+END = "<|endoftext|>"
+TEMPLATE = {  # a document's end before and behind each text
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": END, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": END, "type_id": 0}},
+    ],
+    "pair": [],
+    "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+}
+TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 300}, "direction": "Left", "pad_to_multiple_of": 8,
+    "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"truncation": TRUNCATION},
+        {"padding": PADDING},
+        {"truncation": TRUNCATION, "padding": PADDING},
+        {"post_processor": TEMPLATE},
+        {"model": {"dropout": 0.5}},
+    ],
+    ids=["truncation", "padding", "both", "template", "dropout"],
+)
+def test_tokens_are_those_of_the_whole_text_and_no_others(bpe, tmp_path, change):
+    """What a tokenizer.json cuts, pads, adds or varies at random is for training by batches."""
+    found = tokenizer.from_pretrained(str(saved(bpe, tmp_path / "tokenizer.json", **change)))
+    text = "".join(TEXT)
+    for _ in range(3):
+        assert found.encode(text) == bpe.encode(text)
+        batch = found.encode_batch([text, "the"])
+        assert [ids.tolist() for ids in batch] == [bpe.encode(text), bpe.encode("the")]
+
+
+def test_text_that_is_not_utf8_is_refused(bpe):
+    with pytest.raises(config.UserError, match="is not UTF-8 at character 1: mend it"):
+        bpe.encode("a\udcffb")  # as a shell passes the byte 0xff
+
+
+def folder_of(files, folder):
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        (folder / pathlib.Path(file).name).write_bytes(pathlib.Path(file).read_bytes())
+    return folder
+
+
+def test_tokens_that_a_tokenizer_json_adds_go_before_gpt2s_files(files, bpe, tmp_path):
+    folder = folder_of(files, tmp_path / "both")
+    rust = type(bpe._rust).from_str(bpe._rust.to_str())
+    rust.add_tokens(["<extra>"])
+    rust.save(str(folder / "tokenizer.json"))
+    found = tokenizer.from_pretrained(str(folder))
+    assert found.vocab_size == bpe.vocab_size + 1
+    assert found.encode("the<extra>") == [*bpe.encode("the"), bpe.vocab_size]
+    assert found.decode([bpe.vocab_size]) == "<extra>"
+
+
+def other_merges(folder):
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    (folder / "merges.txt").write_text("\n".join(lines[:-2]), encoding="utf-8")
+
+
+def other_words(folder):
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    words = list(vocab)
+    words[-2:] = words[-1], words[-2]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+
+
+def added(folder):
+    (folder / "added_tokens.json").write_text('{"<extra>": 999}')
+
+
+def decoded(folder):
+    entry = {"added_tokens_decoder": {"999": {"content": "<extra>", "special": True}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(entry))
+
+
+@pytest.mark.parametrize(
+    ("change", "with_json", "message"),
+    [
+        (other_merges, True, "merges.txt is not of the same tokenizer as tokenizer.json beside it"),
+        (other_words, True, "vocab.json is not of the same tokenizer as tokenizer.json beside it"),
+        (added, True, "added_tokens.json adds the token '<extra>' as 999, which the tokenizer"),
+        (added, False, "added_tokens.json adds the token '<extra>' as 999.*write a whole tokenize"),
+        (decoded, False, "tokenizer_config.json adds the token '<extra>' as 999"),
+    ],
+)
+def test_a_folder_whose_files_disagree_is_refused(files, bpe, tmp_path, change, with_json, message):
+    folder = folder_of(files, tmp_path / "folder")
+    if with_json:
+        bpe._rust.save(str(folder / "tokenizer.json"))
+    tokenizer.from_pretrained(str(folder))
+    change(folder)
+    with pytest.raises(config.UserError, match=message):
+        tokenizer.from_pretrained(str(folder))
+
+
+def test_an_end_of_document_that_has_no_effect_is_refused(files):
+    with pytest.raises(config.UserError, match="'the' cannot be the end-of-document token"):
+        tokenizer.Source(vocab_file=files[0], merge_file=files[1], eod_token="the").open()
+
+
 def without(vocab, token):
     return {t: i for i, t in enumerate(t for t in vocab if t != token)}
 

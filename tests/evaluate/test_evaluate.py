@@ -105,6 +105,13 @@ def test_a_corpus_is_one_stream_whose_bytes_are_those_of_its_documents(
     assert "bits per byte  not known" in out and "names no tokenizer" in out
 
 
+def test_a_text_is_read_as_it_is_but_for_the_mark_of_utf8(bpe, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes("\ufeffa\r\nb\u2028\ufeff".encode())
+    read = stream.of_file(str(file), bpe, 0)
+    assert bpe.decode(read.tokens.tolist()) == "a\r\nb\u2028\ufeff" and read.n_bytes == 10
+
+
 def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypatch):
     """The same tokens: what stands before the first one here is a token of the corpus there."""
     folder = corpus.write_run(tmp_path)

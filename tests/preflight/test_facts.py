@@ -52,6 +52,7 @@ def test_all_files_of_the_data_are_looked_at(tmp_path):
     found = facts.corpus(data)
     assert list(found) == ["v", "m", f"{prefix}.idx", f"{prefix}.bin", "b.idx", "b.bin"]
     assert facts.corpus(config.Data(mock=True)) == {}
+    assert list(facts.corpus(config.Data(mock=True, tokenizer="t"))) == ["t"]
 
 
 def test_variables_of_one_process_are_left_out():

@@ -51,6 +51,13 @@ def files_of(bpe):
     return ["--vocab-file", bpe[0], "--merge-file", bpe[1]]
 
 
+def test_a_prompt_ends_where_its_line_does_and_nowhere_else(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\u2028two\x0cthree\x85\rfour\r\n\nfive\ufeff".encode())
+    found = sample._prompts(sample.Options(checkpoint="", prompts=str(file)))
+    assert found == ["one\u2028two\x0cthree\x85\rfour", "five\ufeff"]
+
+
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
 
 

@@ -1,0 +1,168 @@
+"""The files that a tokenizer consists of: which lie in a folder, whether they agree, their copies.
+
+`tokenizer` reads them; here they are looked at and carried, as they are.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from gpt3jax import config
+
+TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+CONFIG = "tokenizer_config.json"
+_SPECIAL = "special_tokens_map.json"
+_ADDED = "added_tokens.json"
+# What transformers' save_pretrained may write of a tokenizer.
+_NAMES = (TOKENIZER, VOCAB, MERGES, CONFIG, _SPECIAL, _ADDED, "chat_template.jinja")
+
+
+def read_text(path: str) -> str:
+    """Return the text of one of GPT-2's two files.
+
+    Raises:
+        UserError: it is missing, or not UTF-8.
+    """
+    if not pathlib.Path(path).is_file():
+        raise config.UserError(f"{path}: no such file (GPT-2's vocab.json and merges.txt)")
+    try:
+        return pathlib.Path(path).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise config.UserError(f"{path}: {error}") from error
+
+
+def read_merges(path: str) -> list[tuple[str, str]]:
+    """Return the merges of a `merges.txt`.
+
+    Raises:
+        UserError: as `read_text`, or a line is no merge; it names the line.
+    """
+    merges = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line.startswith("#version") or not line:
+            continue
+        left, _, right = line.partition(" ")
+        if not right or " " in right:
+            raise config.UserError(
+                f"{path}:{number}: {line!r} is not a merge: two tokens and a space between them"
+            )
+        merges.append((left, right))
+    return merges
+
+
+def find(folder: pathlib.Path) -> dict[str, Any]:
+    """Return the fields of `config.Data` that name the tokenizer of a folder; none if it has none.
+
+    `tokenizer.json` goes before GPT-2's two files, which lack the tokens that it adds.
+    """
+    if (folder / TOKENIZER).is_file():
+        return {"tokenizer": str(folder / TOKENIZER)}
+    if all(pathlib.Path(file).is_file() for file in pair(folder)):
+        return dict(zip(("vocab_file", "merge_file"), pair(folder), strict=True))
+    return {}
+
+
+def moved(data: config.Data, folder: pathlib.Path) -> config.Data:
+    """Return a config whose tokenizer's files, where they are gone, are those of their names here.
+
+    So a folder of a checkpoint that has them may be moved.
+    """
+    names = ("tokenizer", "vocab_file", "merge_file")
+    here = {name: folder / pathlib.Path(getattr(data, name)).name for name in names}
+    gone: dict[str, Any] = {
+        name: str(path)
+        for name, path in here.items()
+        if path.is_file() and not pathlib.Path(getattr(data, name)).is_file()
+    }
+    return dataclasses.replace(data, **gone)
+
+
+def pair(folder: pathlib.Path) -> tuple[str, str]:
+    """Return the paths of GPT-2's two files in a folder."""
+    return str(folder / VOCAB), str(folder / MERGES)
+
+
+def copy_folder(source: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:
+    """Copy all of a folder's tokenizer as it is; return what `find` does of the copies."""
+    for name in _NAMES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    return find(target)
+
+
+def copy_files(named: Mapping[str, str], target: pathlib.Path) -> None:
+    """Copy the files that fields of `config.Data` name, under the names that `find` looks for."""
+    names = {"tokenizer": TOKENIZER, "vocab_file": VOCAB, "merge_file": MERGES}
+    for field, file in named.items():
+        shutil.copyfile(file, target / names[field])
+
+
+def check(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
+    """Check that the files of a folder agree with the tokenizer that is read from it.
+
+    Args:
+        folder: the folder.
+        vocab: all tokens of that tokenizer, added ones included, and their ids.
+
+    Raises:
+        UserError: another file of the folder has other tokens or merges; it names both.
+    """
+    for name, added in ((_ADDED, _read(folder / _ADDED)), (CONFIG, _decoder(folder))):
+        for token, number in added.items():
+            if vocab.get(token) != number:
+                raise config.UserError(
+                    f"{folder / name} adds the token {token!r} as {number}, which the tokenizer "
+                    f"there does not: write a whole {TOKENIZER}, as AutoTokenizer"
+                    f".from_pretrained({str(folder)!r}).save_pretrained(...) of transformers does"
+                )
+    if (folder / TOKENIZER).is_file():
+        _check_pair(folder, vocab)
+
+
+def special_ids(folder: pathlib.Path, vocab: Mapping[str, int]) -> dict[str, int]:
+    """Return the ids of the tokens that a folder names `bos_token`, `eos_token` or `pad_token`."""
+    named = _read(folder / _SPECIAL) | _read(folder / CONFIG)
+    found = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = named.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in vocab:
+            found[name] = vocab[token]
+    return found
+
+
+def _check_pair(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
+    """Check that GPT-2's two files beside a `tokenizer.json` have its tokens and merges."""
+    words = _read(folder / VOCAB)
+    differ = [VOCAB] if any(vocab.get(word) != number for word, number in words.items()) else []
+    if (folder / MERGES).is_file():
+        merges = _read(folder / TOKENIZER).get("model", {}).get("merges", [])
+        pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        differ += [MERGES] if pairs != read_merges(str(folder / MERGES)) else []
+    if differ:
+        raise config.UserError(
+            f"{folder / differ[0]} is not of the same tokenizer as {TOKENIZER} beside it: remove "
+            "the one that the model was not trained with"
+        )
+
+
+def _decoder(folder: pathlib.Path) -> dict[str, Any]:
+    """Return the tokens that a `tokenizer_config.json` adds."""
+    entries = _read(folder / CONFIG).get("added_tokens_decoder") or {}
+    return {entry["content"]: int(number) for number, entry in entries.items()}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise config.UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise config.UserError(f"{path} is not a JSON object")
+    return content
