@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from gpt3jax import command, distributed, recipe, replay, train, xla_flags
+from gpt3jax import command, console, distributed, recipe, replay, train, xla_flags
 
 
 def main() -> int:
@@ -26,6 +26,7 @@ def _train() -> int:
 
 
 if __name__ == "__main__":
+    console.outlive()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -66,7 +66,7 @@ LAYERS = [
         "convert.tensor_files",
         "convert.torch_files",
     ],
-    ["gpus", "microbatches"],
+    ["gpus", "microbatches", "launchers", "devices", "console"],
     ["recipe", "command"],
     ["validation"],
     ["config"],
@@ -101,7 +101,7 @@ def test_imports_go_only_down(repository):
 
 def test_config_and_metrics_do_without_jax(repository):
     names = ("config", "recipe", "validation", "metrics", "flops", "batch_schedule", "gpus")
-    for name in (*names, "phases"):
+    for name in (*names, "phases", "launchers", "console"):
         assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
 
 
