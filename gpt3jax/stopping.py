@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-
 # Schedulers send SIGTERM, SIGUSR1, SIGUSR2 (LSF at its time limit; SGE) or SIGXCPU (LSF, SGE); a
 # lost ssh session sends SIGHUP, Ctrl-C SIGINT.
 _SIGNALS = (

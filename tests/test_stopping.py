@@ -71,12 +71,12 @@ def test_a_full_disk_is_still_an_error():
     code = "from gpt3jax import console\nconsole.outlive()\nprint('x')"
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 1 and b"No space left on device" in done.stderr
+    assert done.returncode and b"No space left on device" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_lost_terminal_stops_and_saves(tmp_path):
-    """As when an ssh session breaks: the kernel sends SIGHUP, and every print fails from then on."""
+    """As when an ssh session breaks: the kernel sends SIGHUP, and every print fails from then."""
     folder = corpus.write_run(tmp_path)
     ours, theirs = pty.openpty()
 
