@@ -13,7 +13,7 @@ from typing import Any
 class _Outlet(io.FileIO):
     """A file that takes, and drops, what its lost reader would not."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

@@ -84,8 +84,6 @@ LAUNCHERS = (
 )  # fmt: skip
 # Sizes that are set before anything is started, and what starts it then.
 _AHEAD = {"SLURM_NTASKS": "srun", "WORLD_SIZE": "torchrun"}
-
-
 _PORT = 6000  # where an environment names a host alone; Megatron's
 
 
@@ -114,7 +112,11 @@ def arguments(distributed: config.Distributed, environ: Mapping[str, str]) -> di
     n = _n_processes(distributed, place, environ)
     if n == 1:
         return None
-    known = {"num_processes": n, "process_id": _process_id(distributed, place, n)}
+    known: dict[str, Any] = {
+        "num_processes": n,
+        "process_id": _process_id(distributed, place, n),
+        "local_device_ids": _local_devices(place, environ) if place else None,
+    }
     address = distributed.coordinator_address
     if place and not address and (method := _jax_detection(place, environ)):
         _check_tasks_per_node(environ)
@@ -128,12 +130,8 @@ def arguments(distributed: config.Distributed, environ: Mapping[str, str]) -> di
             "--distributed.coordinator-address HOST:PORT (or JAX_COORDINATOR_ADDRESS), its host "
             "and a free port, the same to all"
         )
-    device = _local_device(place, environ) if place else None
-    return known | {
-        "coordinator_address": address,
-        "local_device_ids": None if device is None else [device],
-        "cluster_detection_method": "deactivate",  # else JAX asks a launcher for the devices
-    }
+    # Deactivated, or JAX would ask a launcher for the devices.
+    return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
 
 
 def _n_processes(
@@ -245,19 +243,19 @@ def _address(place: Place | None, environ: Mapping[str, str]) -> str:
     return f"{host}:{_number(environ, 'MASTER_PORT', _PORT) + taken}"
 
 
-def _local_device(place: Place, environ: Mapping[str, str]) -> int | None:
-    """Return the number of the one device of its node that is this process's; None: all it sees.
+def _local_devices(place: Place, environ: Mapping[str, str]) -> list[int] | None:
+    """Return the number of this process's own device among those it sees; None: they all are.
 
-    A process that is alone on its node has all; so has one that sees a single one.
+    A process that shares its node takes one, unless its launcher hides all others.
     """
     launcher = place.launcher
     if not environ.get(launcher.local_rank) or "JAX_LOCAL_DEVICE_IDS" in environ:  # JAX reads it
         return None
     per_node = environ.get(launcher.local_size, "")  # Slurm's is like 8(x2)
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    if re.fullmatch(r"1(\(x\d+\))?", per_node) or re.fullmatch(r"[^,]+", visible):
+    if re.fullmatch(r"1(\(x\d+\))?", per_node):
         return None
-    return _number(environ, launcher.local_rank, 0)
+    sees_one = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", ""))
+    return [0 if sees_one else _number(environ, launcher.local_rank, 0)]
 
 
 def _check_tasks_per_node(environ: Mapping[str, str]) -> None:

@@ -48,7 +48,12 @@ TOLD = {
 }  # fmt: skip
 WITH_ADDRESS = ("Slurm", "LeaderWorkerSet")
 WITHOUT_SIZE = ("PMIx", "Kubernetes", "PBS")
-BY_JAX = {"num_processes": 4, "process_id": 1, "cluster_detection_method": "slurm"}
+BY_JAX = {
+    "num_processes": 4,
+    "process_id": 1,
+    "local_device_ids": [1],
+    "cluster_detection_method": "slurm",
+}
 SBATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
 ORTE = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
 
@@ -121,6 +126,8 @@ def test_jax_itself_finds_the_first_process_of_slurm_and_of_old_open_mpi():
     assert arguments(TOLD["Slurm"] | ADDRESS) == BY_JAX
     found = arguments(TOLD["Open MPI"] | ORTE)
     assert found == BY_JAX | {"cluster_detection_method": "ompi"}
+    hidden = TOLD["Slurm"] | {"CUDA_VISIBLE_DEVICES": "1"}  # --gpus-per-task
+    assert arguments(hidden) == BY_JAX | {"local_device_ids": [0]}
 
 
 @pytest.mark.parametrize("name", [n for n in TOLD if n not in ("Slurm", *WITHOUT_SIZE)])
@@ -159,7 +166,7 @@ def test_one_task_of_slurm_on_each_node_is_refused():
     [
         ({}, [1]),
         ({"MPI_LOCALNRANKS": "1"}, None),
-        ({"CUDA_VISIBLE_DEVICES": "3"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, [0]),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, [1]),
         ({"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
     ],
