@@ -67,6 +67,7 @@ LAUNCHERS = (
         name="Flux", rank="FLUX_TASK_RANK", size="FLUX_JOB_SIZE",
         local_rank="FLUX_TASK_LOCAL_ID",
     ),
+    Launcher(name="Kubeflow Trainer", rank="JAX_PROCESS_ID", size="JAX_NUM_PROCESSES"),
     Launcher(
         name="LeaderWorkerSet", rank="LWS_WORKER_INDEX",
         size="LWS_GROUP_SIZE", host="LWS_LEADER_ADDRESS",

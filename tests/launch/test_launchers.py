@@ -34,6 +34,9 @@ TOLD = {
         "PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2",
     },
     "Flux": {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "4", "FLUX_TASK_LOCAL_ID": "1"},
+    "Kubeflow Trainer": {
+        "JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "1",
+    },
     "LeaderWorkerSet": {
         "LWS_WORKER_INDEX": "1", "LWS_GROUP_SIZE": "4", "LWS_LEADER_ADDRESS": "leader.svc",
     },
