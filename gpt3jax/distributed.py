@@ -13,9 +13,6 @@ from jax.experimental import multihost_utils
 
 from gpt3jax import config, devices, launchers
 
-# The variables in which gRPC, which JAX's service speaks, looks for a proxy: in lower case alone.
-_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
-
 
 def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
     """Choose the devices and join the processes; call it before anything touches a device.
@@ -141,9 +138,11 @@ def _client() -> Any:
 def _without_proxies() -> Iterator[None]:
     """Hide proxies from a client that is made meanwhile: the first process is in the cluster.
 
-    gRPC would ask the proxy for it, and JAX abort when that does not answer.
+    gRPC, which JAX's service speaks, would ask `grpc_proxy`, `https_proxy` or `http_proxy` for it,
+    and JAX abort when that does not answer; JAX warns of all others.
     """
-    hidden = {name: os.environ.pop(name) for name in _PROXIES if name in os.environ}
+    names = [name for name in os.environ if name.lower().endswith("_proxy")]
+    hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
