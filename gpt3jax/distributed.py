@@ -141,7 +141,7 @@ def _without_proxies() -> Iterator[None]:
     gRPC, which JAX's service speaks, would ask `grpc_proxy`, `https_proxy` or `http_proxy` for it,
     and JAX abort when that does not answer; JAX warns of all others.
     """
-    names = [name for name in os.environ if name.lower().endswith("_proxy")]
+    names = [name for name in os.environ if "_proxy" in name.lower()]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
