@@ -245,16 +245,17 @@ def _address(place: Place | None, environ: Mapping[str, str]) -> str:
 
 
 def _local_devices(place: Place, environ: Mapping[str, str]) -> list[int] | None:
-    """Return the number of this process's own device among those it sees; None: they all are.
+    """Return the number of this process's own device among those it sees.
 
-    A process that shares its node takes one, unless its launcher hides all others.
+    A process that shares its node takes one; the one that it sees, where its launcher hides all
+    others. None is for JAX's own way, and [] for all, also where JAX detects a launcher.
     """
     launcher = place.launcher
     if not environ.get(launcher.local_rank) or "JAX_LOCAL_DEVICE_IDS" in environ:  # JAX reads it
         return None
     per_node = environ.get(launcher.local_size, "")  # Slurm's is like 8(x2)
     if re.fullmatch(r"1(\(x\d+\))?", per_node):
-        return None
+        return []
     sees_one = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", ""))
     return [0 if sees_one else _number(environ, launcher.local_rank, 0)]
 

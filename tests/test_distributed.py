@@ -12,7 +12,8 @@ from gpt3jax import config, distributed
 
 import corpus
 
-PROXIES = dict.fromkeys(("grpc_proxy", "https_proxy", "http_proxy"), "http://127.0.0.1:9")
+NAMES = ("grpc_proxy", "https_proxy", "http_proxy", "HTTP_PROXY", "A_PROXY_ID")
+PROXIES = dict.fromkeys(NAMES, "http://127.0.0.1:9")
 OF_TWO = config.Distributed(n_processes=2, process_id=0, coordinator_address="node0:6000")
 
 

@@ -4,6 +4,7 @@ import inspect
 
 import jax
 import pytest
+from jax._src import clusters
 
 from gpt3jax import config, launchers
 
@@ -168,7 +169,7 @@ def test_one_task_of_slurm_on_each_node_is_refused():
     "change, device",
     [
         ({}, [1]),
-        ({"MPI_LOCALNRANKS": "1"}, None),
+        ({"MPI_LOCALNRANKS": "1"}, []),
         ({"CUDA_VISIBLE_DEVICES": "3"}, [0]),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, [1]),
         ({"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
@@ -217,6 +218,17 @@ def test_contradictions_are_named(environ, options, words):
 
 
 def test_jax_takes_these_arguments():
-    """Of the newest and the oldest that is supported: CI has both."""
     taken = set(inspect.signature(jax.distributed.initialize).parameters)
     assert set(arguments(TOLD["torchrun"] | ADDRESS)) <= taken
+
+
+def test_jax_leaves_all_devices_to_a_process_that_is_alone_on_its_node(monkeypatch):
+    """Its detection would take one: here Open MPI 4, one process a node."""
+    alone = TOLD["Open MPI"] | ORTE | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_VERSION": "4.1"}
+    given = arguments(alone)
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    place = given["num_processes"], given["process_id"], given["local_device_ids"]
+    found = detect(None, *place, given["cluster_detection_method"], 1)
+    assert found[0].startswith("10.96.0.1:") and found[1:] == (4, 1, [])
