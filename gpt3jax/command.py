@@ -22,7 +22,10 @@ def run(action: Callable[[], int | None]) -> int:
     """Return the exit status of a command that does this: its own, `DONE`, or an error's."""
     try:
         return action() or DONE
-    except config.UserError as error:
+    except (config.UserError, RuntimeError) as raised:
+        error = raised if isinstance(raised, config.UserError) else _no_devices(raised)
+        if error is None:
+            raise
         sys.stderr.write(f"gpt3jax: error: {error}\n")
         return RETRY if isinstance(error, config.TransientError) else REFUSED
 
@@ -54,3 +57,17 @@ def parse_beside_config(
     )  # fmt: skip
     validation.check_ranges(options, "--")
     return options, rest
+
+
+def _no_devices(error: RuntimeError) -> config.UserError | None:
+    """Return what to tell where JAX could not start the GPUs; None for any other error."""
+    told = str(error).partition(" (set JAX")[0].rstrip(".")
+    if not told.startswith("Unable to initialize backend"):
+        return None
+    if "list of known backends" in told:  # its plugin did not load, and said so above
+        return config.UserError(
+            f"{told}: CUDA's libraries are missing or do not fit JAX, as it says above; pip "
+            "install 'gpt3jax[cuda13]' (cuda12 for drivers before 580; the extra plan has the "
+            "compiler alone), or set JAX_PLATFORMS=cpu to use the CPU"
+        )
+    return config.TransientError(f"{told}: see nvidia-smi, or set JAX_PLATFORMS=cpu for the CPU")

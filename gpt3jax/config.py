@@ -343,10 +343,10 @@ class Watchdog:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distributed:
-    """The processes of the run; under srun or mpirun they are found, else say all three."""
+    """The processes of the run: what no launcher tells of them."""
 
     n_processes: Annotated[int, ranges.Range(0, 2**20)] = 0
-    """Processes expected; fewer are an error (0: as Slurm or Open MPI says, else 1)."""
+    """Processes expected; fewer are an error (0: as the launcher says, else 1)."""
     coordinator_address: str = ""
     """host:port of process 0, where no launcher tells."""
     process_id: Annotated[int, ranges.Range(-1, 2**20)] = -1

@@ -1,8 +1,9 @@
 """Joining the processes of a run, so that none trains alone by mistake."""
 
+import contextlib
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -10,13 +11,7 @@ import numpy as np
 from jax._src import distributed as _service  # its client is the way to talk without collectives
 from jax.experimental import multihost_utils
 
-from gpt3jax import config
-
-# (variable of the launcher that tells the number of processes, variable that tells which one)
-_LAUNCHERS = {
-    "Slurm": ("SLURM_NTASKS", "SLURM_PROCID"),
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-}
+from gpt3jax import config, devices, launchers
 
 
 def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
@@ -26,11 +21,9 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
         UserError: more processes are expected than this one can find.
         TransientError: they did not come in time.
     """
-    if mesh.cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", mesh.cpu_devices)
-    launcher, expected = _expected(distributed)
-    if expected == 1:
+    devices.choose(mesh.cpu_devices)
+    where = launchers.arguments(distributed, os.environ)
+    if where is None:
         return
     timeouts: dict[str, Any] = {
         "initialization_timeout": distributed.start_timeout,
@@ -38,22 +31,12 @@ def start(distributed: config.Distributed, mesh: config.Mesh) -> None:
         "shutdown_timeout_seconds": distributed.heartbeat_timeout,
     }
     try:
-        if _is_explicit(distributed):
-            where = (distributed.coordinator_address, expected, distributed.process_id)
-            jax.distributed.initialize(*where, **timeouts)
-        else:
-            jax.distributed.initialize(**timeouts)
+        with _without_proxies():
+            jax.distributed.initialize(**where, **timeouts)
     except (ValueError, RuntimeError) as error:
         raise config.TransientError(
-            f"{expected} processes were expected ({launcher}) and could not be joined: {error}. "
-            "Start with srun or mpirun, or give --distributed.n-processes, "
-            "--distributed.coordinator-address and --distributed.process-id"
+            f"{where['num_processes']} processes were expected and could not be joined: {error}"
         ) from error
-    found = process()[1]  # of the service: asking JAX would start the devices
-    if found != expected:
-        raise config.UserError(
-            f"{expected} processes were expected and {found} found: check the launcher's settings"
-        )
 
 
 def of_first_process(answer: bool) -> bool:
@@ -151,65 +134,16 @@ def _client() -> Any:
     return _service.global_state.client
 
 
-def _expected(distributed: config.Distributed) -> tuple[str, int]:
-    """Return which launcher started this process, and how many processes there must be."""
-    launcher, found = _launcher()
-    alone = found == 1 and not distributed.n_processes
-    if alone and (distributed.coordinator_address or distributed.process_id >= 0):
-        raise config.UserError(
-            "distributed.coordinator_address or distributed.process_id is given without "
-            "distributed.n_processes, and this process would train alone: give all three"
-        )
-    expected = distributed.n_processes or found
-    if found == 1 and not distributed.n_processes and _count("WORLD_SIZE") > 1:
-        raise config.UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, as torchrun sets it, but this process would "
-            "train alone: start it with srun or mpirun, or give --distributed.n-processes, "
-            "--distributed.coordinator-address and --distributed.process-id"
-        )
-    if found not in (1, expected):
-        raise config.UserError(
-            f"distributed.n_processes={expected}, but {launcher} started {found}: make them equal"
-        )
-    if found == 1 and expected > 1 and not _is_explicit(distributed):
-        raise config.UserError(
-            f"distributed.n_processes={expected}, but this process sees no other and would train "
-            "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
-            "HOST:PORT and --distributed.process-id to each process"
-        )
-    if distributed.process_id >= expected > 1:
-        raise config.UserError(
-            f"distributed.process_id={distributed.process_id}, but the {expected} processes of "
-            f"distributed.n_processes are numbered 0 to {expected - 1}: correct one of them"
-        )
-    return launcher, expected
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Hide proxies from a client that is made meanwhile: the first process is in the cluster.
 
-
-def _is_explicit(distributed: config.Distributed) -> bool:
-    return bool(distributed.coordinator_address) and distributed.process_id >= 0
-
-
-def _launcher() -> tuple[str, int]:
-    """Return which launcher started this process, and how many it started."""
-    n_nodes, n_gpus = _count("SLURM_NNODES"), _count("SLURM_GPUS_ON_NODE")
-    if "SLURM_PROCID" in os.environ and n_gpus > 1 and _count("SLURM_NTASKS") == n_nodes > 1:
-        raise config.UserError(
-            f"srun started one task on each of {n_nodes} nodes, to use one GPU of {n_gpus}: "
-            f"start one per GPU, with --ntasks-per-node={n_gpus}"
-        )
-    for name, (count, rank) in _LAUNCHERS.items():
-        if rank in os.environ and _count(count) > 1:
-            return name, _count(count)
-    if _count("SLURM_NTASKS") > 1:
-        raise config.UserError(
-            f"SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but this process was not started by srun "
-            "and would train alone: start it with srun, or unset SLURM_NTASKS"
-        )
-    return "no launcher", 1
-
-
-def _count(variable: str) -> int:
-    text = os.environ.get(variable, "1")
-    if not text.isdecimal():
-        raise config.UserError(f"{variable}={text} is not a number of processes: correct it")
-    return int(text)
+    gRPC, which JAX's service speaks, would ask `grpc_proxy`, `https_proxy` or `http_proxy` for it,
+    and JAX abort when that does not answer; JAX warns of all others.
+    """
+    names = [name for name in os.environ if "_proxy" in name.lower()]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

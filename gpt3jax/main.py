@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from gpt3jax import command, recipe, xla_flags
+from gpt3jax import command, console, recipe, xla_flags
 
 
 def main() -> int:
@@ -28,6 +28,7 @@ def _train() -> int:
 
 
 if __name__ == "__main__":
+    console.outlive()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,12 +8,24 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+# Schedulers send SIGTERM, SIGUSR1, SIGUSR2 (LSF at its time limit; SGE) or SIGXCPU (LSF, SGE); a
+# lost ssh session sends SIGHUP, Ctrl-C SIGINT.
+_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+    signal.SIGHUP,
+    signal.SIGINT,
+)
+
 
 class Stop(contextlib.AbstractContextManager["Stop"]):
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request to stop after the step.
+    """Turns the signals of schedulers, of a lost terminal and Ctrl-C into a request to stop.
 
-    A second Ctrl-C kills. With several processes one that is asked tells JAX's service, which
-    watches for SIGTERM and asks all of them.
+    A run stops after the step. A second Ctrl-C kills. Under nohup SIGHUP stays ignored. With
+    several processes one that is asked tells JAX's service, which watches for SIGTERM and asks all
+    of them.
     """
 
     def __init__(self) -> None:
@@ -23,8 +35,11 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
 
     def __enter__(self) -> "Stop":
         alone = jax.process_count() == 1
-        for number in (signal.SIGUSR1, signal.SIGINT, *((signal.SIGTERM,) if alone else ())):
-            self._before[number] = signal.signal(number, self._ask if alone else self._pass_on)
+        for number in _SIGNALS:
+            is_jax_own = number == signal.SIGTERM and not alone
+            is_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not is_jax_own and not is_nohup:
+                self._before[number] = signal.signal(number, self._ask if alone else self._pass_on)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -40,6 +40,11 @@ def variables(n_stages: int) -> tuple[Setting, ...]:
     )
     return (
         Setting(
+            "JAX_PLATFORMS",
+            "cuda,cpu",
+            "refuses a machine whose GPUs are not visible: by itself JAX would take its CPU",
+        ),
+        Setting(
             "XLA_PYTHON_CLIENT_MEM_FRACTION",
             str(MEMORY_FRACTION),
             "the allocator's share of the GPU (JAX: 0.75); what is left, 6.3 GiB of an H100, is "

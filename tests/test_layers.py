@@ -71,7 +71,7 @@ LAYERS = [
         "convert.mcore",
         "convert.tensor_files",
     ],
-    ["gpus", "microbatches"],
+    ["gpus", "microbatches", "launchers", "devices", "console"],
     ["plan.options"],
     ["recipe", "command", "sample.text_options"],
     ["validation"],
@@ -109,7 +109,7 @@ def test_imports_go_only_down(repository):
 
 def test_config_and_metrics_do_without_jax(repository):
     names = ("config", "ranges", "recipe", "validation", "command", "batch_schedule")
-    for name in (*names, "metrics", "flops", "gpus", "phases"):
+    for name in (*names, "metrics", "flops", "gpus", "phases", "launchers", "console"):
         assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
 
 

@@ -123,7 +123,7 @@ def test_a_finished_run_is_known_by_all(tmp_path, alone):
     assert told.endswith("nothing left to do: the run ended at step 12\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path, number):
     folder = corpus.write_run(tmp_path)
     processes = start(folder, 2, "--train.n-steps=2000")

@@ -127,6 +127,9 @@ def test_a_container_is_asked_for_where_one_is_named(tmp_path, job):
     job([0, 0], **container, REPOSITORY=str(tmp_path / "repository"))
     for line in told(tmp_path, "srun")[2:]:
         assert "--container-image=gpt3jax.sqsh --container-mounts=/data:/data" in line
+    job([0, 0], CONTAINER_IMAGE="gpt3jax.sqsh", REPOSITORY=str(tmp_path / "repository"))
+    for line in told(tmp_path, "srun")[4:]:  # pyxis refuses an empty list of mounts
+        assert "--container-image=gpt3jax.sqsh" in line and "--container-mounts" not in line
 
 
 def test_a_job_that_cannot_start_is_refused_in_one_line(tmp_path, job):

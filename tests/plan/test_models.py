@@ -148,12 +148,16 @@ def test_communication_that_arithmetic_cannot_hide_is_exposed():
 def test_a_shell_gets_the_settings_and_those_of_the_user_win(repository, capsys):
     recipe_file = f"--config={repository / 'configs' / '175b.py'}"
     assert xla_flags.main([recipe_file, "--data.mock"]) == 0
-    script = capsys.readouterr().out + 'echo "$XLA_FLAGS / $JAX_OPTIMIZATION_LEVEL"'
+    script = (
+        capsys.readouterr().out + 'echo "$XLA_FLAGS / $JAX_OPTIMIZATION_LEVEL / $JAX_PLATFORMS"'
+    )
     environment = {"XLA_FLAGS": "--xla_mine=1", "JAX_OPTIMIZATION_LEVEL": "O0"}
     done = subprocess.run(
         ["bash", "-euc", script], env=environment, text=True, capture_output=True, check=True
     )
-    assert done.stdout.endswith("--xla_mine=1 / O0\n") and "latency_hiding" in done.stdout
+    assert (
+        done.stdout.endswith("--xla_mine=1 / O0 / cuda,cpu\n") and "latency_hiding" in done.stdout
+    )
     assert xla_flags.main([recipe_file, "--data.mock", "--mesh.tensor=5"]) == 2
     assert "mesh.tensor=5" in capsys.readouterr().err
     assert xla_flags.main([recipe_file, "--data.mock", "--mesh.stage=-1", "--mesh.data=1"]) == 2

@@ -1,4 +1,4 @@
-"""The five-argument script under a real mpirun, and without a launcher."""
+"""The five-argument script under real MPIs, and without a launcher."""
 
 import os
 import shutil
@@ -13,9 +13,9 @@ from gpt3jax import command
 
 import corpus
 
-pytestmark = pytest.mark.slow
 SCRIPT = corpus.REPOSITORY / "launch" / "train_gpt3_175b_distributed.sh"
-MPIRUN = shutil.which("mpirun")
+MPIRUN = shutil.which("orterun")  # Open MPI's mpirun, whatever else is called so
+MPIEXEC = shutil.which("mpiexec.hydra")  # MPICH's
 
 
 def start(folder, launcher, n_steps, **variables):
@@ -40,7 +40,14 @@ def mpirun(n):
     return [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(n)]
 
 
-@pytest.mark.skipif(not MPIRUN, reason="not installed: mpirun (apt: openmpi-bin)")
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MPIRUN, reason="not installed: orterun (apt: openmpi-bin)")
 def test_two_processes_under_mpirun_find_each_other_stop_when_asked_and_go_on(tmp_path):
     folder = corpus.write_run(tmp_path)
     first = start(folder, mpirun(2), 2000)
@@ -66,12 +73,35 @@ def test_two_processes_under_mpirun_find_each_other_stop_when_asked_and_go_on(tm
     assert again.returncode != 0
 
 
+@pytest.mark.skipif(not MPIEXEC, reason="not installed: mpiexec.hydra (apt: mpich)")
+def test_mpich_does_not_tell_where_its_first_process_is(tmp_path):
+    folder = corpus.write_run(tmp_path)
+    arguments = ["-m", "gpt3jax.main", "--config=recipe.py", "--mesh.cpu-devices=8"]
+    done = subprocess.run(
+        [MPIEXEC, "-n", "2", sys.executable, *arguments], cwd=folder, capture_output=True,
+        text=True, env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == command.REFUSED
+    assert done.stderr.count("PMI_SIZE=2, as MPICH or Intel MPI sets it") == 2, done.stderr
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MPIEXEC, reason="not installed: mpiexec.hydra (apt: mpich)")
+def test_two_processes_under_mpich_are_told_the_address_alone(tmp_path):
+    folder = corpus.write_run(tmp_path)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    process = start(folder, [MPIEXEC, "-n", "2"], 4, **where)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "2 process(es), 2 device(s)" in out
+    assert "the run is complete: step 4, 32 samples" in out
+
+
+@pytest.mark.slow
 def test_two_processes_without_a_launcher_as_over_ssh(tmp_path):
     folder = corpus.write_run(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    where = {"NUM_NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where = {"NUM_NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [start(folder, [], 4, NODE_RANK=str(i), **where) for i in range(2)]
     told = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told

@@ -1,0 +1,102 @@
+"""Requests to stop, by every signal that schedulers and terminals send; output that is lost."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+
+import jax
+import pytest
+
+from gpt3jax import command, stopping
+
+import corpus
+
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP", "SIGINT")
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_is_a_request_to_stop(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with stopping.Stop() as stop:
+        assert not stop.requested(1)
+        signal.raise_signal(number)
+        assert stop.requested(1)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("name", SIGNALS[1:])
+def test_a_process_of_several_asks_all(monkeypatch, name):
+    """By SIGTERM, which JAX watches for."""
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping.Stop():
+        assert signal.getsignal(signal.SIGTERM) is before
+        signal.raise_signal(getattr(signal, name))
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_nobody_reads_is_dropped():
+    """Both outputs, long and short, and what is left for the end of the process."""
+    code = "import sys\nfrom gpt3jax import console\nconsole.outlive()\nprint('begun')\n"
+    code += "sys.stdin.read()\nprint('x' * 100_000)\nprint('y', file=sys.stderr)\n"
+    code += "sys.stdout.write('z')\nsys.exit(75)"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe)
+    assert process.stdout.readline() == b"begun\n"
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.close()
+    assert process.wait(timeout=60) == 75
+
+
+def test_a_full_disk_is_still_an_error():
+    code = "from gpt3jax import console\nconsole.outlive()\nprint('x')"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode and b"No space left on device" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_lost_terminal_stops_and_saves(tmp_path):
+    """As when an ssh session breaks: the kernel sends SIGHUP, and every print fails from then."""
+    folder = corpus.write_run(tmp_path)
+    ours, theirs = pty.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpt3jax.main", "--config=recipe.py", "--mesh.cpu-devices=8",
+         "--train.n-steps=100000"],
+        cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_terminal,
+        env=os.environ | {
+            "PYTHONPATH": str(corpus.REPOSITORY),
+            "JAX_COMPILATION_CACHE_DIR": str(corpus.REPOSITORY / ".cache" / "jax"),
+        },
+    )  # fmt: skip
+    os.close(theirs)
+    told = b""
+    while len(re.findall(rb"iteration +\d+/", told)) < 3:
+        told += os.read(ours, 1 << 16)
+    os.close(ours)
+    assert process.wait(timeout=120) == command.REQUEUE
+    assert any(name.isdigit() for name in os.listdir(folder / "checkpoints"))
