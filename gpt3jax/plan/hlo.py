@@ -80,7 +80,8 @@ class Instruction:
     def body(self) -> str:
         """The computation that a loop repeats."""
         match = re.search(r"body=%?([\w.\-]+)", self.attributes)
-        assert match, f"{self.name} is not a loop"
+        if not match:
+            raise unreadable(f"what {self.name} repeats was not found")
         return match[1]
 
 
@@ -105,7 +106,10 @@ class Program:
         """Return what a fusion, started or run at once, is made of; nothing for all else."""
         if one.op not in ("fusion", "fusion-start"):
             return []
-        return [part for name in _CALLED.findall(one.attributes) for part in self.body(name)]
+        names = _CALLED.findall(one.attributes)
+        if not names:
+            raise unreadable(f"what {one.name} fuses was not found")
+        return [part for name in names for part in self.body(name)]
 
 
 def parse(text: str) -> Program:

@@ -21,6 +21,7 @@ _MASK = re.compile(r'"mask_type":\s*"(\w+)"')
 COST = re.compile(r'"exec_time_us":([\d.e+-]+),[^{}]*"name":"([^"]*)"')
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _WINDOW = re.compile(r'"sliding_window_length":\s*"?(\d+)')
+_WORKSPACE = re.compile(r"\b[su]8\[\d*\]")  # the last part of a library's result, of any size
 # A cost that is no cost: so many times what operands and result, and 10 us, take. The most that was
 # seen is 9, of dropout's random bits.
 TOO_LONG = 100
@@ -187,7 +188,8 @@ def _call(one: hlo.Instruction, shapes: dict[str, str], rates: Rates, line: Time
         kind, n_flops, rate = "matmul", _matmul_flops(one, shapes), rates.matmul
     else:
         kind, n_flops, rate = "attention", _attention_flops(one, shapes), rates.attention
-    moved = sum(hlo.n_bytes(shapes[name]) for name in one.operands) + hlo.n_bytes(one.shape)
+    moved = hlo.n_bytes(_WORKSPACE.sub("", one.shape))
+    moved += sum(hlo.n_bytes(shapes[name]) for name in one.operands)
     seconds = max(n_flops / rate, moved / rates.memory)
     line.kernels[kind] += seconds
     line.flops += n_flops
@@ -202,7 +204,9 @@ def _moving_seconds(
     if not costs:
         return (_slice_bytes(fused) or hlo.n_bytes(one.shape)) / rates.memory
     # Where it has this entry, for Triton's kernels, the first one is far off.
-    seconds = costs.get("indexing-cost-model", costs.get("", math.inf))
+    seconds = costs.get("indexing-cost-model", costs.get(""))
+    if seconds is None:
+        raise hlo.unreadable(f"{one.name} has no cost that is known, but {', '.join(costs)}")
     moved = hlo.n_bytes(one.shape) + sum(hlo.n_bytes(shapes[name]) for name in one.operands)
     if seconds > TOO_LONG * (moved / rates.memory_peak + 1e-5):
         raise hlo.unreadable(f"{one.name}, which moves {moved:,} bytes, costs {seconds:.3g} s")
