@@ -7,8 +7,8 @@ no time, or a wrong one, so a plan is refused where its parts do not add up.
 from gpt3jax import config
 from gpt3jax.plan import compiler, hlo, memory_model, time_model, timeline
 
-# Least of the model's FLOPs, most of these with what is computed again. Compiled steps have 1.00 to
-# 1.02 of the latter, and 1.10 where XLA computes parts of a layer once more.
+# Of the model's FLOPs with what is computed again: compiled steps have 1.00 to 1.02, 1.10 where XLA
+# computes parts of a layer once more, and idle ticks of a pipeline.
 LEAST, MOST = 0.9, 1.5
 
 
@@ -34,6 +34,8 @@ def check(
         raise hlo.unreadable("no cost of XLA's model was found")
     _check_flops(cfg, layout, time.flops)
     _check_attention(cfg, layout, compiled)
+    if time.traffic and '"is_sync"' not in compiled.text:
+        raise hlo.unreadable("no collective tells whether arithmetic goes on beside it")
     axes = {axis for one in time.traffic for axis in one.axis.split("+")}
     for axis, size in layout.sizes.items():
         if size > 1 and axis not in axes:
@@ -42,18 +44,15 @@ def check(
 
 def _check_flops(cfg: config.Config, layout: memory_model.Layout, found: float) -> None:
     work = time_model.work(cfg, layout)
-    busy = 1 - time_model.schedule(cfg, layout).bubble
-    least = LEAST * work.model_flops / busy
+    needed = work.model_flops + work.recomputed_flops
     # XLA's attention works out whole blocks, of a band many scores that the model does not count:
     # 2 products of 2 FLOPs forward, again where it is recomputed, and 5 backward.
     scores = memory_model.scores(cfg, layout) * layout.n_microbatches * cfg.model.n_layers
     of_xla = 18 * cfg.model.d_head * scores / layout.sizes["stage"]
-    most = MOST * (work.model_flops + work.recomputed_flops + of_xla) / busy
-    if not least <= found <= most:
+    busy = 1 - time_model.schedule(cfg, layout).bubble
+    if not LEAST * needed <= found <= MOST * (needed + of_xla) / busy:
         raise hlo.unreadable(
-            f"products and attention of {found:.3g} FLOPs a GPU were found, and the model has "
-            f"{work.model_flops:.3g}, with what is computed again "
-            f"{work.model_flops + work.recomputed_flops:.3g}"
+            f"products and attention of {found:.3g} FLOPs a GPU were found, and it needs {needed:.3g}"
         )
 
 

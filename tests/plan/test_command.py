@@ -412,6 +412,7 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
         '"lhs_contracting_dimensions"': "no dimensions that it sums over",
         '"exec_time_us"': "no cost of XLA's model was found",
         '"name":""': "has no cost that is known",
+        '"is_sync"': "no collective tells whether",
         "calls=": "was not found",
         "body=": "was not found",
         "replica_groups=": "groups of a collective are written in another way",

@@ -9,11 +9,11 @@ from gpt3jax.plan import compiler, hlo, legible, memory_model, time_model
 
 import tiny
 
-COST = '{"exec_time_us":1,"name":""}'
+COST, IS_SYNC = '{"exec_time_us":1,"name":""}', '{"is_sync":false}'
 COMPILED = compiler.Compiled(
     argument_bytes=3, temp_bytes=4, peak_bytes=7, attention="cudnn", largest_buffers=[{}],
     cudnn={"forward": True, "backward": True}, compile_seconds=1.0, host_bytes=0, versions={},
-    cached=False, text=COST, program=hlo.Program("", {}),
+    cached=False, text=COST + IS_SYNC, program=hlo.Program("", {}),
 )  # fmt: skip
 
 
@@ -44,7 +44,8 @@ def test_what_has_all_its_parts_is_read(axes):
         ({"peak_bytes": 2}, "its peak of 2 bytes does not hold its state and batch of 3"),
         ({"argument_bytes": 0}, "its state and batch of 0"),
         ({"largest_buffers": []}, "no temporary array"),
-        ({"text": "cost 1 us"}, "no cost of XLA's model"),
+        ({"text": IS_SYNC}, "no cost of XLA's model"),
+        ({"text": COST}, "no collective tells whether"),
         ({"cudnn": {"forward": True, "backward": False}}, "cuDNN's attention was not found"),
     ],
 )
@@ -65,7 +66,7 @@ def test_a_step_without_cudnns_attention_needs_none_and_a_banded_one_may_do_with
 
 @pytest.mark.parametrize("share", [0.0, 0.36, 4.0])  # 0.36: of jax 0.12 without its fused products
 def test_products_that_are_not_the_models_are_an_error(share):
-    with pytest.raises(config.UserError, match="FLOPs a GPU were found, and the model has"):
+    with pytest.raises(config.UserError, match="FLOPs a GPU were found, and it needs"):
         check(share_of_flops=share)
 
 
