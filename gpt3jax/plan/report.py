@@ -41,7 +41,8 @@ def build(
         for case in time_model.CASES
     }
     if compiled:
-        legible.check(cfg, layout, compiled, times["expected"])
+        least = time_model.estimate(cfg, layout, target.gpu, target.network, "expected")
+        legible.check(cfg, layout, compiled, times["expected"], least)
     parts = dataclasses.asdict(times["expected"])
     memory = memory_model.memory(cfg, layout)
     estimated_peak = sum(memory.values())

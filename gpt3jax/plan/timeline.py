@@ -25,10 +25,10 @@ _WORKSPACE = re.compile(r"\b[su]8\[\d*\]")  # the last part of a library's resul
 # A cost that is no cost: so many times what operands and result, and 10 us, take. The most that was
 # seen is 9, of dropout's random bits.
 TOO_LONG = 100
-# Operations that take no time of their own: names for what is there already.
+# Operations that take no time of their own: names for what is there already; a copy to the host.
 _FREE = {
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id", "after-all",
-    "add-dependency", "opt-barrier",
+    "add-dependency", "opt-barrier", "copy-start",
 }  # fmt: skip
 
 
@@ -118,9 +118,9 @@ def _walk(
             vars(line).update(vars(max(branches, key=lambda branch: branch.seconds)))
         elif one.callees:
             _walk(program, one.callees[0], axis_sizes, rates, line)
-        elif one.op == "fusion-start" or (
-            one.op not in _FREE and not one.op.endswith(("-start", "-update", "-done"))
-        ):  # those that are left copy beside the arithmetic, or end what was charged above
+        elif one.op not in _FREE and not one.op.endswith(("-update", "-done")):
+            if one.op.endswith("-start") and one.op != "fusion-start":
+                raise hlo.unreadable(f"it starts {one.op}, which is not known")
             _run(one, program.fused(one), shapes, rates, line)
 
 
@@ -232,13 +232,14 @@ def _matmul_flops(one: hlo.Instruction, shapes: dict[str, str]) -> float:
 
 def _attention_flops(one: hlo.Instruction, shapes: dict[str, str]) -> float:
     """Two products of all pairs forward, five backward, of which a causal mask leaves half."""
-    mask = _MASK.search(one.attributes)
-    if not mask or len(hlo.dims(one.shape)) != 4:
-        raise hlo.unreadable(f"the attention {one.name} has no mask_type, or not 4 dimensions")
+    mask, window = _MASK.search(one.attributes), _WINDOW.search(one.attributes)
+    if not mask or not window or len(hlo.dims(one.shape)) != 4:
+        raise hlo.unreadable(
+            f"mask, window or 4 dimensions of the attention {one.name} are missing"
+        )
     b, h, t, k = hlo.dims(one.shape)
     s = math.prod(hlo.dims(shapes[one.operands[1]])) / (b * h * k)
     pairs = t * s / 2 if mask[1] == "CAUSAL" else t * s
-    if window := _WINDOW.search(one.attributes):
-        pairs = min(pairs, t * float(window[1])) if int(window[1]) else pairs
+    pairs = min(pairs, t * float(window[1])) if int(window[1]) else pairs
     products = 5 if hlo.attention_pass(one.target) == "backward" else 2
     return products * 2.0 * b * h * pairs * k

@@ -407,19 +407,23 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
     report.build(cfg, layout, target, whole)
     for written, told in {
         '"__cublas$': "has no cost that is known, but sol",
-        '"__cudnn$fmha': "cuDNN's attention was not found",
-        '"mask_type"': "has no mask_type",
+        '"__cudnn$fmha': "FLOPs a GPU were found",
+        '"mask_type"': "mask, window or 4 dimensions of the attention",
+        '"sliding_window_length"': "mask, window or 4 dimensions of the attention",
         '"lhs_contracting_dimensions"': "no dimensions that it sums over",
         '"exec_time_us"': "no cost of XLA's model was found",
         '"name":""': "has no cost that is known",
         '"is_sync"': "no collective tells whether",
-        "calls=": "was not found",
-        "body=": "was not found",
+        "calls=": "fuses was not found",
+        "body=": "repeats was not found",
+        "condition=": "of which XLA does not tell how often it runs",
         "replica_groups=": "groups of a collective are written in another way",
-        "all-reduce": "no collective over mesh.data=2",
+        "all-gather-start": "which is not known",
+        "all-reduce-start": "which is not known",
+        "while(": "FLOPs a GPU were found",
         "ENTRY ": "no entry computation",
     }.items():
-        text = whole.text.replace(written, f"{written[0]}newer{written[1:]}")
+        text = whole.text.replace(written, f"{written[:2]}newer{written[2:]}")
         assert text != whole.text, written
         with pytest.raises(
             config.UserError, match=f"cannot read .*{re.escape(told)}.*--no-compile"

@@ -24,10 +24,10 @@ def check(compiled=COMPILED, axes=None, attention=None, **of_time):
     cfg = tiny.make_config(mesh=mesh, model=model)
     layout = memory_model.lay_out(cfg, 8, 8)
     h100 = gpus.GPUS["h100"]
-    time = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected")
+    least = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected")
     share = of_time.pop("share_of_flops", 1.0)
-    time = dataclasses.replace(time, flops=share * time.flops, **of_time)
-    legible.check(cfg, layout, compiled, time)
+    time = dataclasses.replace(least, flops=share * least.flops, **of_time)
+    legible.check(cfg, layout, compiled, time, least)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,14 @@ def test_products_that_are_not_the_models_are_an_error(share):
         check(share_of_flops=share)
 
 
-def test_an_axis_without_a_collective_is_an_error():
-    with pytest.raises(config.UserError, match=r"no collective over mesh\.data=2 was found"):
-        check(traffic=[])
+def test_an_axis_without_its_collectives_is_an_error():
+    def traffic(kind, axis, n_bytes):
+        return time_model.Traffic(
+            kind=kind, axis=axis, count=1, bytes_per_step=n_bytes, network="", seconds=0, exposed=0
+        )
+
+    whole = [traffic("all-gather", axis, 1e9) for axis in ("data+fsdp", "tensor")]
+    check(traffic=whole)
+    for left in (whole[1:], [*whole[1:], traffic("all-reduce", "data+fsdp", 1e3)]):
+        with pytest.raises(config.UserError, match=r"collectives over mesh\.(data|fsdp) .* send "):
+            check(traffic=left)

@@ -99,11 +99,12 @@ def test_groups_in_another_spelling_are_not_taken_for_all_devices():
         "call(%p), to_apply=%called",
         "fusion(%p), kind=kLoop, calls=%called",
         "fusion(%p), kind=kLoop",
+        "all-new-start(%p), calls=%called",
         'while(%p), condition=%c, body=%called, backend_config={"known_trip_count":{"n":"2"}}',
     ],
 )
 def test_what_is_run_and_not_found_is_an_error(instruction):
-    with pytest.raises(config.UserError, match=r"cannot read .*not found.*--no-compile"):
+    with pytest.raises(config.UserError, match=r"cannot read .*not (found|known).*--no-compile"):
         walk(f"""
 ENTRY %main (p: bf16[4]) -> bf16[4] {{
   %p = bf16[4]{{0}} parameter(0)
@@ -459,9 +460,10 @@ def test_attention_counts_what_its_mask_leaves(target, mask, window, n_flops):
     assert [name for name, used in hlo.cudnn_attention(call).items() if used] == [way]
 
 
-def test_attention_whose_mask_is_not_told_is_an_error():
-    with pytest.raises(config.UserError, match="the attention a has no mask_type"):
-        attention('custom_call_target="__cudnn$fmhaSoftmax", backend_config={"mask":"CAUSAL"}')
+@pytest.mark.parametrize("told", ['"mask": "CAUSAL"', '"mask_type": "CAUSAL"'])
+def test_attention_whose_mask_or_window_is_not_told_is_an_error(told):
+    with pytest.raises(config.UserError, match="mask, window or 4 dimensions of the attention a"):
+        attention(f'custom_call_target="__cudnn$fmhaSoftmax", backend_config={{{told}}}')
 
 
 @pytest.mark.parametrize("page", ["", " page 0,"])  # from 0.11 on
