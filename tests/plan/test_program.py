@@ -360,6 +360,18 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
     assert list(found.kernels) == [kind]
 
 
+def test_a_workspace_is_not_moved():
+    """Versions give cuBLAS 4 MiB or 32, which would be most of a small product's time."""
+    found = walk(f"""
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+  %x = bf16[10,1000]{{1,0}} parameter(0)
+  %y = bf16[1000,10]{{1,0}} parameter(1)
+  %m = {PRODUCT.replace("bf16[1000,1000]", "bf16[10,10]").replace("s8[4]", "s8[33554432]")}
+}}
+""")
+    assert found.seconds == pytest.approx(2 * (2 * 10_000 + 100) / 1e11)
+
+
 @pytest.mark.parametrize("fusion", ["fusion", "fusion-start"])
 def test_a_product_in_a_fusion_takes_what_it_takes_alone(fusion):
     """Whatever XLA's model says that the fusion costs: what it writes there is for kernels."""
