@@ -72,8 +72,9 @@ def _check_attention(
 def _check_traffic(found: list[time_model.Traffic], least: list[time_model.Traffic]) -> None:
     sent, needed = _bytes_by_axis(found), _bytes_by_axis(least)
     for axis, n_bytes in needed.items():
-        # Of keys and values the closed forms count all, where a band needs few.
-        if sent[axis] < (0.0 if axis == "context" else LEAST_SENT) * n_bytes or not sent[axis]:
+        # Of keys and values a band needs few, and the closed forms count all.
+        share = 0.0 if axis == "context" else LEAST_SENT
+        if not sent[axis] or sent[axis] < share * n_bytes:
             raise hlo.unreadable(
                 f"collectives over mesh.{axis} were found that send {sent[axis]:.3g} bytes a GPU, "
                 f"and it needs {n_bytes:.3g}"
