@@ -438,8 +438,11 @@ def doctored(compiled, text):
 
 @compiles
 @pytest.mark.parametrize("documents", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_attention_over_a_split_sequence_compiles_for_h100(recipe_file, documents):
+def test_attention_over_a_split_sequence_compiles_for_h100(
+    recipe_file, documents, cache, monkeypatch
+):
     """With cuDNN's kernels, whose module is private to JAX."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
     args = [
         "--mesh.data=1", "--mesh.fsdp=1", "--mesh.tensor=1", "--mesh.context=2",
         "--batch.global-batch-size=1", "--model.n-layers=1",
