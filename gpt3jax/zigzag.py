@@ -7,11 +7,14 @@ shard more, an early one with its early chunk (shards before c) or a late one wi
 (shards after c). That is the same n^2 x 2 C on every shard, the least a causal mask allows, and
 three kernels of static shapes. Their outputs are joined by their softmax sums.
 
-The one private module of JAX in the project is used here: its public function neither gives the
-sums in fp32 nor lets the backward kernel be called with the joined output and sums.
+A private module of JAX is used here, `cudnn`, and nowhere else: tried on jax 0.10.2, 0.11.2 and
+0.12.0.1. Public functions would replace it that give the sums in fp32, as
+`jax.nn.dot_product_attention` does not (it rounds them to the format of q), and that run the
+backward kernel with the joined output and sums, which none does.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -20,6 +23,12 @@ from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.ad_checkpoint import checkpoint_name
 
+# From 0.12 on the backward kernel's primitive wants one thing more, which the function has too.
+_NEWER: dict[str, Any] = (
+    {"score_mod": None}
+    if "score_mod" in inspect.signature(cudnn.dot_product_attention).parameters
+    else {}
+)
 SAVED = "zigzag"  # the name of what a backward pass needs so as not to run the kernels again
 
 # Queries, keys, values, and the segments of queries and keys, of one kernel's call.
@@ -182,6 +191,18 @@ def _backward(part: Part, sums: Array, out: Array, d_out: Array, *, causal: bool
         scale=q.shape[-1] ** -0.5, seed=0, dropout_rate=0.0,
         variadic_args=(bias is not None, False),
         mask_type=_mask_type(causal),
-        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None,
+        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None, **_NEWER,
     )  # fmt: skip
     return [grad.reshape(x.shape) for grad, x in zip(grads, arrays, strict=True)]
+
+
+def answer_for(capability: tuple[int, int], version: tuple[int, int, int]) -> None:
+    """Let JAX's checks see this capability and version of cuDNN in place of this machine's."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split("."))
+
+    major, minor, patch = version
+    cudnn.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
+    cudnn.check_compute_capability = lambda least: capability >= numbers(least)
+    cudnn.is_cuda_compute_capability_equal = lambda other: capability == numbers(other)

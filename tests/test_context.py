@@ -158,7 +158,7 @@ def test_three_kernels_a_shard_attend_as_one_device(monkeypatch, context, docume
 @pytest.mark.parametrize("leading", [(), (3,)])
 @pytest.mark.parametrize("documents", [False, True])
 def test_cudnns_kernels_take_and_return_what_is_expected(monkeypatch, leading, documents):
-    """Their module is private to JAX: this fails when it changes."""
+    """Their module is private to JAX: this fails when it changes. Lowering needs no GPU."""
     monkeypatch.setattr(zigzag.cudnn, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(zigzag.cudnn, "check_compute_capability", lambda _: True)
     q, k = (jnp.zeros((*leading, 2, n, 4, 64), jnp.bfloat16) for n in (16, 32))
@@ -169,10 +169,14 @@ def test_cudnns_kernels_take_and_return_what_is_expected(monkeypatch, leading, d
         out, sums = zigzag._forward(part, causal=False)
         return out, sums, zigzag._backward(part, sums, out, out, causal=False)
 
-    out, sums, gradients = jax.eval_shape(both)
+    lowered = jax.jit(both).trace().lower(lowering_platforms=("cuda",))
+    out, sums, gradients = lowered.out_info
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (sums.shape, sums.dtype) == ((*leading, 2, 4, 16), jnp.float32)
     assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+    bias = "ScaleBias" if documents else ""
+    for target in (f"__cudnn$fmha{bias}Softmax", f"__cudnn$fmha{bias}SoftmaxBackward"):
+        assert f"@{target}(" in lowered.as_text()
 
 
 def test_each_shard_has_an_early_and_a_late_chunk():

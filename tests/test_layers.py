@@ -27,6 +27,7 @@ LAYERS = [
     ["sample.decoding"],
     ["plan.page", "plan.terminal"],
     ["plan.report", "plan.rows", "plan.search"],
+    ["plan.legible"],
     ["plan.compiler", "plan.time_model"],
     ["plan.buffers", "plan.timeline"],
     ["train", "replay", "convert.megatron"],

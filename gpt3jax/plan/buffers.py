@@ -10,7 +10,7 @@ import re
 from gpt3jax.plan import hlo
 
 _TEMPORARIES = re.compile(
-    r"^allocation \d+: size \d+, preallocated-temp:\n((?: value: .*\n)*)", re.M
+    r"^allocation \d+: size \d+,.* preallocated-temp:\n((?: value: .*\n)*)", re.M
 )
 _VALUE = re.compile(
     r"^ value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$", re.M

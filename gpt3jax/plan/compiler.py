@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from gpt3jax import batch_schedule, config, gpus, recipe, sharding, step, xla_flags
+from gpt3jax import batch_schedule, config, gpus, recipe, sharding, step, xla_flags, zigzag
 from gpt3jax.plan import buffers, hlo
 from gpt3jax.preflight import program as lowering
 
@@ -160,7 +160,7 @@ def main() -> int:
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
-    _answer_for_target(tuple(request["capability"]))
+    zigzag.answer_for(tuple(request["capability"]), gpus.CUDNN)
     cfg = recipe.parse(request["args"])
     mesh = _target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
@@ -187,19 +187,6 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         "hlo": text,
         "largest_buffers": [dataclasses.asdict(one) for one in found],
     }
-
-
-def _answer_for_target(capability: tuple[int, int]) -> None:
-    """Let JAX's checks for cuDNN's attention see the target in place of this machine."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split("."))
-
-    major, minor, patch = gpus.CUDNN
-    cudnn.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
-    cudnn.check_compute_capability = lambda least: capability >= numbers(least)
-    cudnn.is_cuda_compute_capability_equal = lambda other: capability == numbers(other)
 
 
 def _target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) -> jax.sharding.Mesh:

@@ -1,10 +1,12 @@
 """Reading XLA's scheduled HLO text: instructions, and which mesh axes a collective spans.
 
-Understands what `jax.stages.Compiled.as_text()` gives for GPUs, as of JAX 0.10.
+Understands what `jax.stages.Compiled.as_text()` gives for GPUs, in the versions of JAX in `TRIED`.
+XLA's text has no specification and changes: what does not read as expected is `unreadable`.
 """
 
 import dataclasses
 import functools
+import importlib.metadata
 import math
 import re
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import numpy as np
 
 from gpt3jax import config
 
+TRIED = ("0.10.2", "0.11.2", "0.12.0.1")  # versions of JAX
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -23,10 +26,17 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CALLERS = ("call", "call-start", "async-start", "conditional")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-CUDNN_ATTENTION = {
-    "forward": "__cudnn$fmhaSoftmax",
-    "backward": "__cudnn$fmhaSoftmaxBackward",
-}
+CUBLAS_PRODUCTS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
+# ...ScaleBiasSoftmax where segments mask it.
+_CUDNN_ATTENTION = re.compile(r"__cudnn\$fmha\w*Softmax(Backward)?")
+
+
+def unreadable(what: str) -> config.UserError:
+    """Return the error for a program that does not read as those of the versions in `TRIED`."""
+    return config.UserError(
+        f"the plan cannot read the step that jax {importlib.metadata.version('jax')} compiled: "
+        f"{what}. Use --no-compile, or a version that was tried: {', '.join(TRIED)}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,6 +66,8 @@ class Instruction:
         found = _CALLED.findall(self.attributes)
         if branches := _BRANCHES.search(self.attributes):
             found += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
+        if not found:
+            raise unreadable(f"what {self.name} runs was not found")
         return found
 
     @property
@@ -68,7 +80,8 @@ class Instruction:
     def body(self) -> str:
         """The computation that a loop repeats."""
         match = re.search(r"body=%?([\w.\-]+)", self.attributes)
-        assert match, f"{self.name} is not a loop"
+        if not match:
+            raise unreadable(f"what {self.name} repeats was not found")
         return match[1]
 
 
@@ -78,6 +91,25 @@ class Program:
 
     entry: str
     computations: dict[str, list[Instruction]]
+
+    def body(self, name: str) -> list[Instruction]:
+        """Return a computation's instructions, of the schedule's in its order.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        if name not in self.computations:
+            raise unreadable(f"it runs {name}, which was not found")
+        return self.computations[name]
+
+    def fused(self, one: Instruction) -> list[Instruction]:
+        """Return what a fusion, started or run at once, is made of; nothing for all else."""
+        if one.op not in ("fusion", "fusion-start"):
+            return []
+        names = _CALLED.findall(one.attributes)
+        if not names:
+            raise unreadable(f"what {one.name} fuses was not found")
+        return [part for name in names for part in self.body(name)]
 
 
 def parse(text: str) -> Program:
@@ -90,7 +122,8 @@ def parse(text: str) -> Program:
         elif match := _COMPUTATION.match(line):
             lines = found.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
-    assert entry, "the HLO text has no entry computation"
+    if not entry:
+        raise unreadable("no entry computation was found")
     return Program(entry, found)
 
 
@@ -123,17 +156,14 @@ def trips(program: Program, loop: Instruction) -> int:
     bounds = [_value(one) for one in constants[:1] or _starts(program, loop, carried)]
     if max(bounds, default=0):
         return max(bounds)
-    raise config.UserError(
-        f"the compiled step has a loop, {loop.name}, of which XLA does not tell how often it runs: "
-        "its time cannot be estimated; use --no-compile"
-    )
+    raise unreadable(f"it has a loop, {loop.name}, of which XLA does not tell how often it runs")
 
 
 def _condition(program: Program, loop: Instruction) -> Iterator[Instruction]:
     """Yield the instructions that tell whether the loop goes on."""
     names = re.findall(r"condition=%?([\w.\-]+)", loop.attributes)
     for name in names:
-        for one in program.computations.get(name, []):
+        for one in program.body(name):
             names += re.findall(r"calls=%?([\w.\-]+)", one.attributes)
             yield one
 
@@ -206,9 +236,16 @@ def collective(
     return _collective(one.shape, one.op, one.attributes, axis_sizes, gpus_per_node)
 
 
+def attention_pass(target: str) -> str:
+    """Return "forward" or "backward" for what calls cuDNN's attention, "" for all else."""
+    match = _CUDNN_ATTENTION.fullmatch(target)
+    return ("backward" if match[1] else "forward") if match else ""
+
+
 def cudnn_attention(text: str) -> dict[str, bool]:
     """Tell whether cuDNN's attention is in the program, forward and backward."""
-    return {name: f'"{target}"' in text for name, target in CUDNN_ATTENTION.items()}
+    passes = {attention_pass(target) for target in _TARGET.findall(text)}
+    return {name: name in passes for name in ("forward", "backward")}
 
 
 @functools.cache
@@ -267,7 +304,13 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def _groups(rest: str, n_devices: int) -> np.ndarray:
-    """Return the devices of each group, `[groups, members]`, in any of XLA's spellings."""
+    """Return the devices of each group, `[groups, members]`, in any of XLA's spellings.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if re.search(r"replica_groups=\{\}", rest):
+        return np.arange(n_devices)[None]  # all
     if match := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{[\d,{}]*\})\}", rest):
         listed = re.findall(r"\{([\d,]+)\}", match[1])
         return np.array([[int(d) for d in group.split(",")] for group in listed])
@@ -275,7 +318,7 @@ def _groups(rest: str, n_devices: int) -> np.ndarray:
         return _iota(match[3]).reshape(int(match[1]), int(match[2]))
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
         return _mesh_groups(match[1], match[2], match[3])
-    return np.arange(n_devices)[None]  # {}: all
+    raise unreadable(f"groups of a collective are written in another way: {rest[:80]}")
 
 
 def _iota(text: str) -> np.ndarray:

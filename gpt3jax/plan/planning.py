@@ -112,16 +112,16 @@ def _searched(
         "step_seconds_closed_form": one.seconds,
         "mfu": None,
     }
-    compiled = None
-    if not closed_forms_only:
-        args = [*recipe_args, *one.overrides]
-        try:
+    try:
+        compiled = None
+        if not closed_forms_only:
+            args = [*recipe_args, *one.overrides]
             compiled = compiler.compile_step(
                 one.cfg, args, one.layout.sizes, target.gpu, target.network
             )
-        except config.UserError as error:
-            return row | {"failed": str(error)}
-    built = report.build(one.cfg, one.layout, target, compiled)
+        built = report.build(one.cfg, one.layout, target, compiled)
+    except config.UserError as error:
+        return row | {"failed": str(error)}
     row |= {name: built[name] for name in ("fits", "peak_bytes_per_gpu", "mfu")}
     return row | {"step_seconds": built["step_seconds"]["expected"]}
 

@@ -11,7 +11,7 @@ from gpt3jax import (
     gpus,
     remat,
 )
-from gpt3jax.plan import compiler, memory_model, time_model
+from gpt3jax.plan import compiler, legible, memory_model, time_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,19 @@ def build(
     target: Target,
     compiled: compiler.Compiled | None,
 ) -> dict[str, Any]:
-    """Return all that a plan says; without `compiled` memory and collectives are estimates."""
+    """Return all that a plan says; without `compiled` memory and collectives are estimates.
+
+    Raises:
+        UserError: the compiled program cannot be read.
+    """
     program = compiled.program if compiled else None
     times = {
         case: time_model.estimate(cfg, layout, target.gpu, target.network, case, program)
         for case in time_model.CASES
     }
+    if compiled:
+        least = time_model.estimate(cfg, layout, target.gpu, target.network, "expected")
+        legible.check(cfg, layout, compiled, times["expected"], least)
     parts = dataclasses.asdict(times["expected"])
     memory = memory_model.memory(cfg, layout)
     estimated_peak = sum(memory.values())

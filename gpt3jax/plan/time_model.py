@@ -93,6 +93,8 @@ class StepTime:
     """Communication that no arithmetic hides."""
     bubble: float
     """Of matmul, attention and elementwise, what idle pipeline ticks take."""
+    flops: float
+    """A GPU's products and attention: what is recomputed and what idle ticks do included."""
     traffic: list[Traffic]
     """Largest time first."""
 
@@ -279,6 +281,7 @@ def _by_closed_forms(
         elementwise=elementwise,
         exposed=exposed,
         bubble=arithmetic * bubble,
+        flops=stretch * (done.model_flops + done.recomputed_flops),
         traffic=sorted(sent, key=lambda one: -one.seconds),
     )
 
@@ -349,6 +352,7 @@ def _by_schedule(
         **kernels,
         exposed=found.seconds - sum(kernels.values()),
         bubble=schedule(cfg, layout).bubble * sum(kernels.values()),
+        flops=found.flops,
         traffic=sent,
     )
 

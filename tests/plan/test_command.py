@@ -1,9 +1,8 @@
 """The command: the JSON contract, errors, search, the page, and a step compiled for H100s."""
 
+import dataclasses
 import gzip
 import json
-import os
-import pathlib
 import re
 import tempfile
 
@@ -11,14 +10,23 @@ import pytest
 
 from gpt3jax import config, gpus, recipe
 from gpt3jax.plan import __main__ as plan
-from gpt3jax.plan import compiler, hlo, memory_model, planning, search, timeline
+from gpt3jax.plan import (
+    compiler,
+    hlo,
+    legible,
+    memory_model,
+    planning,
+    report,
+    search,
+    time_model,
+    timeline,
+)
 from gpt3jax.plan import options as plan_options
 
 CONTRACT = {
     "fits", "peak_bytes_per_gpu", "memory", "step_seconds", "mfu", "tokens_per_second_per_gpu",
     "exposed_communication_seconds", "collectives", "compile_seconds", "versions",
 }  # fmt: skip
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "plan" / "small_step.txt"
 compiles = pytest.mark.skipif(bool(compiler.missing_extra()), reason="needs the extra plan")
 
 
@@ -30,7 +38,7 @@ def recipe_file(tmp_path):
         "from gpt3jax.config import *\n"
         "def get_config():\n"
         "    return Config(\n"
-        "        model=Model(n_layers=2, d_model=256, n_heads=4, seq_len=512, vocab_size=1000,\n"
+        "        model=Model(n_layers=2, d_model=256, n_heads=4, seq_len=512, vocab_size=2000,\n"
         "                    attention_dropout=0.0),\n"
         "        optimizer=Optimizer(peak_lr=1e-4),\n"
         "        batch=Batch(global_batch_size=16),\n"
@@ -216,6 +224,7 @@ def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
 
     monkeypatch.setattr(compiler, "missing_extra", lambda: "")
     monkeypatch.setattr(compiler, "compile_step", compile_step)
+    monkeypatch.setattr(legible, "check", lambda *_: None)
     file = tmp_path / "plan.json"
     args = [f"--config={recipe_file}", "--gpus=8", "--search", "--verify", f"--json={file}"]
     assert plan.main([*args, "--n-compiled=1"]) == 0
@@ -232,6 +241,20 @@ def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
     answers[:] = [config.UserError("it broke")]
     assert plan.main(args) == 2
     assert "none of 8 layouts compiled: it broke" in capsys.readouterr().err
+
+
+def test_search_goes_on_where_a_program_cannot_be_read(recipe_file, capsys, monkeypatch):
+    wrong = [hlo.unreadable("it is written in another way")]
+
+    def check(*_):
+        if wrong:
+            raise wrong.pop()
+
+    monkeypatch.setattr(compiler, "missing_extra", lambda: "")
+    monkeypatch.setattr(compiler, "compile_step", lambda *_: compiled(10**9))
+    monkeypatch.setattr(legible, "check", check)
+    assert plan.main([f"--config={recipe_file}", "--gpus=8", "--search", "--n-compiled=2"]) == 0
+    assert "it is written in another way" in capsys.readouterr().out
 
 
 def compile_small(recipe_file, monkeypatch, *options, gpus_per_node=8):
@@ -327,24 +350,44 @@ def test_search_says_so_where_nothing_fits(repository, capsys):
     assert "no layout of this model fits --gpus=8" in capsys.readouterr().err
 
 
+def collectives_of(recipe_file, n_gpus):
+    """Return the bytes that each kind of collective must send over each axis, by closed forms."""
+    cfg, h100 = recipe.parse([f"--config={recipe_file}", "--data.mock"]), gpus.GPUS["h100"]
+    layout = memory_model.lay_out(cfg, n_gpus, 8)
+    found = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected")
+    return {(one.axis, one.kind): one.bytes_per_step for one in found.traffic}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for compiled steps that tests share; XLA_FLAGS must hold it in quotes."""
+    return str(tmp_path_factory.mktemp("plan") / "it's a cache")
+
+
 @compiles
 def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
-    recipe_file, tmp_path, monkeypatch
+    recipe_file, tmp_path, cache, monkeypatch
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "it's a cache"))
-    report, program = tmp_path / "plan.json", tmp_path / "step.hlo"
-    args = [f"--config={recipe_file}", "--gpus=8", "--verify", f"--json={report}"]
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    file, program = tmp_path / "plan.json", tmp_path / "step.hlo"
+    args = [f"--config={recipe_file}", "--gpus=8", "--verify", f"--json={file}"]
     assert plan.main([*args, f"--dump-hlo={program}"]) == 0
-    found = json.loads(report.read_text())
+    found = json.loads(file.read_text())
     assert found.keys() >= CONTRACT
     assert found["compiled"]["cudnn"] == {"forward": True, "backward": True}
-    told = "".join(
-        f"{c['kind']} {c['axis']} {c['count']} x {c['bytes_per_step'] / c['count'] / 1e3:.1f} kB\n"
-        for c in sorted(found["collectives"], key=lambda c: (c["axis"], c["kind"]))
-    )
-    if os.environ.get("GPT3JAX_UPDATE_GOLDENS"):
-        GOLDEN.write_text(told)
-    assert told == GOLDEN.read_text()
+    sent = {(one["axis"], one["kind"]): one["bytes_per_step"] for one in found["collectives"]}
+    needed = collectives_of(recipe_file, 8)
+    # Closed forms leave out embedding and head, as large here as a layer; versions of XLA differ in
+    # how often they gather these.
+    for of, n_bytes in needed.items():
+        assert 0.99 * n_bytes < sent[of] < 2.05 * n_bytes, of
+    assert sent["data", "all-reduce"] == pytest.approx(needed["data", "all-reduce"], rel=0.001)
+    others = sum(n_bytes for of, n_bytes in sent.items() if of not in needed)
+    assert others < 0.01 * sum(sent.values())
+    parts = found["step_parts_expected"]  # of every version that was tried
+    assert parts["matmul"] == pytest.approx(5.04e-5, rel=0.01)
+    assert parts["elementwise"] == pytest.approx(3.47e-4, rel=0.05)
+    assert found["peak_bytes_per_gpu"] == pytest.approx(27.3e6, rel=0.03)
     assert found["compiled"]["largest_buffers"][0]["source"].startswith("gpt3jax/")
     states = sum(found["memory"][name] for name in ("parameters", "optimizer", "batch"))
     assert found["compiled"]["argument_bytes"] == pytest.approx(states, rel=0.01)
@@ -358,9 +401,66 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     # All trips of all loops, with what is recomputed.
     arithmetic = found["model_flops_per_step"] * (1 + found["recomputed_share"])
     assert walked == pytest.approx(arithmetic, rel=0.03)
-    assert not re.search(r"all-gather[^=]*\(.*\[\d+,512,1024\]", text)  # whole logits
+    assert not re.search(r"all-gather[^=]*\(.*\[\d+,512,2048\]", text)  # whole logits
     assert plan.main(args) == 0
-    assert json.loads(report.read_text())["compiled"]["cached"]
+    assert json.loads(file.read_text())["compiled"]["cached"]
+
+
+@compiles
+def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatch):
+    """What a version writes in another way must not be left out of a step's time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    args = [f"--config={recipe_file}", "--data.mock"]
+    cfg, h100 = recipe.parse(args), gpus.GPUS["h100"]
+    target = report.Target(gpu=h100, network=gpus.network_of(h100), price=0.0)
+    layout = memory_model.lay_out(cfg, 8, 8)
+    whole = compiler.compile_step(cfg, args, layout.sizes, h100, target.network)
+    report.build(cfg, layout, target, whole)
+    for written, told in {
+        '"__cublas$': "has no cost that is known, but sol",
+        '"__cudnn$fmha': "FLOPs a GPU were found",
+        '"mask_type"': "mask, window or 4 dimensions of the attention",
+        '"sliding_window_length"': "mask, window or 4 dimensions of the attention",
+        '"lhs_contracting_dimensions"': "no dimensions that it sums over",
+        '"exec_time_us"': "no cost of XLA's model was found",
+        '"name":""': "has no cost that is known",
+        '"is_sync"': "no collective tells whether",
+        "calls=": "fuses was not found",
+        "body=": "repeats was not found",
+        "condition=": "of which XLA does not tell how often it runs",
+        "replica_groups=": "groups of a collective are written in another way",
+        "all-gather-start": "which is not known",
+        "all-reduce-start": "which is not known",
+        "while(": "FLOPs a GPU were found",
+        "ENTRY ": "no entry computation",
+    }.items():
+        text = whole.text.replace(written, f"{written[:2]}newer{written[2:]}")
+        assert text != whole.text, written
+        with pytest.raises(
+            config.UserError, match=f"cannot read .*{re.escape(told)}.*--no-compile"
+        ):
+            report.build(cfg, layout, target, doctored(whole, text))
+
+
+def doctored(compiled, text):
+    cudnn = hlo.cudnn_attention(text)
+    return dataclasses.replace(compiled, text=text, program=hlo.parse(text), cudnn=cudnn)
+
+
+@compiles
+@pytest.mark.parametrize("documents", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_attention_over_a_split_sequence_compiles_for_h100(
+    recipe_file, documents, cache, monkeypatch
+):
+    """With cuDNN's kernels, whose module is private to JAX."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    args = [
+        "--mesh.data=1", "--mesh.fsdp=1", "--mesh.tensor=1", "--mesh.context=2",
+        "--batch.global-batch-size=1", "--model.n-layers=1",
+        *["--data.reset-attention-mask", "--data.eod-id=0"] * documents,
+    ]  # fmt: skip
+    found = plan.plan(plan.Options(config=recipe_file, gpus=2), args, "")
+    assert found["compiled"]["cudnn"] == {"forward": True, "backward": True}
 
 
 @compiles

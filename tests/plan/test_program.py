@@ -29,6 +29,16 @@ INPUTS = """  %p = bf16[25000000]{0} parameter(0)
   %y = bf16[10000,1000]{1,0} parameter(2)"""
 
 
+# As XLA wraps it from 0.11 on where it reads a layer of a stack.
+FUSED_PRODUCT = f"""%sliced (p: bf16[5,1000,10000], q: bf16[10000,1000]) -> bf16[1000,1000] {{
+  %p = bf16[5,1000,10000]{{2,1,0}} parameter(0)
+  %x = bf16[1000,10000]{{1,0}} slice(%p), slice={{[0:1], [0:1000], [0:10000]}}
+  %y = bf16[10000,1000]{{1,0}} parameter(1)
+  ROOT %m = {PRODUCT}
+}}
+"""
+
+
 def walk(text):
     return timeline.walk(hlo.parse(text), AXES, RATES)
 
@@ -75,6 +85,32 @@ def test_collectives_use_the_cards_where_a_group_spans_nodes(op, groups, axes, i
     assert (found.axes, found.in_node) == (axes, in_node)
     network = RATES.network.bandwidth(found.group_size, found.in_node)[0]
     assert network == ("NVLink" if in_node == found.group_size else "NIC")
+
+
+def test_groups_in_another_spelling_are_not_taken_for_all_devices():
+    with pytest.raises(config.UserError, match=f"jax {jax.__version__} .* replica_groups=v4"):
+        hlo._groups(", replica_groups=v4[2,4], dimensions={0}", 8)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "call(%p), runs=%called",
+        "call(%p), to_apply=%called",
+        "fusion(%p), kind=kLoop, calls=%called",
+        "fusion(%p), kind=kLoop",
+        "all-new-start(%p), calls=%called",
+        'while(%p), condition=%c, body=%called, backend_config={"known_trip_count":{"n":"2"}}',
+    ],
+)
+def test_what_is_run_and_not_found_is_an_error(instruction):
+    with pytest.raises(config.UserError, match=r"cannot read .*not (found|known).*--no-compile"):
+        walk(f"""
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+  %p = bf16[4]{{0}} parameter(0)
+  %a = bf16[4]{{0}} {instruction}
+}}
+""")
 
 
 def collectives(text):
@@ -324,10 +360,73 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
     assert list(found.kernels) == [kind]
 
 
+def test_a_workspace_is_not_moved():
+    """Versions give cuBLAS 4 MiB or 32, which would be most of a small product's time."""
+    found = walk(f"""
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+  %x = bf16[10,1000]{{1,0}} parameter(0)
+  %y = bf16[1000,10]{{1,0}} parameter(1)
+  %m = {PRODUCT.replace("bf16[1000,1000]", "bf16[10,10]").replace("s8[4]", "s8[33554432]")}
+}}
+""")
+    assert found.seconds == pytest.approx(2 * (2 * 10_000 + 100) / 1e11)
+
+
+@pytest.mark.parametrize("fusion", ["fusion", "fusion-start"])
+def test_a_product_in_a_fusion_takes_what_it_takes_alone(fusion):
+    """Whatever XLA's model says that the fusion costs: what it writes there is for kernels."""
+    cost = '{"reification_cost":[{"exec_time_us":4.7e9,"name":""}]}'
+    found = walk(f"""{FUSED_PRODUCT}
+ENTRY %main (p: bf16[4]) -> bf16[4] {{
+  %p = bf16[5,1000,10000]{{2,1,0}} parameter(0)
+  %q = bf16[10000,1000]{{1,0}} parameter(1)
+  %f = bf16[1000,1000]{{1,0}} {fusion}(%p, %q), kind=kCustom, calls=%sliced, backend_config={cost}
+}}
+""")
+    assert dict(found.kernels) == {"matmul": pytest.approx(0.02)}
+    assert found.flops == 20e9
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "dynamic-update-slice(%stack, %part, %i, %i)",
+        "dynamic-slice(%stack, %i, %i), dynamic_slice_sizes={1,1000}",
+    ],
+)
+def test_a_copy_that_is_started_takes_the_memory_for_its_slice(made):
+    """From 0.11 on: XLA gives it no cost, and its shape is that of the whole stack."""
+    result = "f32[1,1000]{1,0}" if made.startswith("dynamic-slice") else "f32[50,1000]{1,0}"
+    found = walk(
+        f"""
+%copied (stack: f32[50,1000], i: s32[], part: f32[1,1000]) -> f32[50,1000] {{
+  %stack = f32[50,1000]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %part = f32[1,1000]{{1,0}} parameter(2)
+  ROOT %made = {result} {made}
+}}
+
+ENTRY %main (p: f32[50,1000]) -> f32[50,1000] {{
+  %p = f32[50,1000]{{1,0}} parameter(0)
+  %i = s32[] constant(0)
+  %q = f32[1,1000]{{1,0}} parameter(1)
+  %s = ((f32[50,1000]{{1,0}}, s32[], f32[1,1000]{{1,0}}), {result}, u32[]) \
+fusion-start(%p, %i, %q), kind=kLoop, calls=%copied, backend_config={{"reification_cost":[]}}
+  %done = {result} fusion-done(%s)
+}}
+""".replace("\\\n", "")
+    )
+    assert found.seconds == found.kernels["elementwise"] == pytest.approx(2 * 4000 / 1e11)
+
+
 def test_kernels_that_move_data_take_xlas_cost_at_the_rate_that_is_reached():
     def fusion(costs):
         entries = ",".join(f'{{"exec_time_us":{us},"x":0,"name":"{name}"}}' for name, us in costs)
         return walk(f"""
+%body (p: f32[1000]) -> f32[1000] {{
+  %p = f32[1000]{{0}} parameter(0)
+}}
+
 ENTRY %main (p: bf16[4]) -> bf16[4] {{
   %p = f32[1000]{{0}} parameter(0)
   %f = f32[1000]{{0}} fusion(%p), calls=%body, backend_config={{"reification_cost":[{entries}]}}
@@ -337,32 +436,55 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
     assert fusion([("", 30), ("sol", 1)]) == pytest.approx(60e-6)
     assert fusion([("", 9e9), ("indexing-cost-model", 30), ("sol", 1)]) == pytest.approx(60e-6)
     assert fusion([]) == pytest.approx(4e-8)  # 4,000 bytes at 100 GB/s
+    with pytest.raises(config.UserError, match=r"f, which moves 8,000 bytes, costs 1\.5 s"):
+        fusion([("", 1.5e6), ("sol", 1)])
+    with pytest.raises(config.UserError, match="f has no cost that is known, but sol, other"):
+        fusion([("sol", 30), ("other", 30)])
 
 
-@pytest.mark.parametrize(
-    ("target", "mask", "n_flops"),
-    [("", "CAUSAL", 2.0), ("", "NO_MASK", 4.0), ("Backward", "CAUSAL", 5.0)],
-)
-def test_attention_counts_what_its_mask_leaves(target, mask, n_flops):
-    found = walk(
-        f"""
+def attention(call):
+    """Walk a call of cuDNN's attention with the blanks that JAX writes into its backend_config."""
+    return walk(f"""
 ENTRY %main (p: bf16[4]) -> bf16[4] {{
   %q = bf16[2,64,3,16]{{3,2,1,0}} parameter(0)
   %k = bf16[2,64,3,16]{{3,2,1,0}} parameter(1)
-  %a = (bf16[2,3,64,16]{{3,1,2,0}}, f32[2,3,64]{{2,1,0}}) custom-call(%q, %k), \
-custom_call_target="__cudnn$fmhaSoftmax{target}", backend_config={{"mask_type":"{mask}"}}
+  %a = (bf16[2,3,64,16]{{3,1,2,0}}, f32[2,3,64]{{2,1,0}}) custom-call(%q, %k), {call}
 }}
-""".replace("\\\n", "")
-    )
-    assert found.flops == n_flops * 2 * 3 * 64 * 64 * 16
+""")
 
 
-def test_largest_arrays_share_no_memory_and_name_their_source():
-    assignment = """BufferAssignment:
-allocation 7: size 900, preallocated-temp:
- value: <1 big @0> (size=400,offset=0): f32[100]{0}
- value: <2 same.place @0> (size=300,offset=100): f32[75]{0}
- value: <3 pair{1} @0> (size=200,offset=400): bf16[100]{0}
+@pytest.mark.parametrize(
+    ("target", "mask", "window", "n_flops"),
+    [
+        ("Softmax", "CAUSAL", 0, 2.0),
+        ("Softmax", "NO_MASK", 0, 4.0),
+        ("SoftmaxBackward", "CAUSAL", 0, 5.0),
+        ("Softmax", "CAUSAL", 16, 1.0),  # a quarter of 64, in place of a half
+        ("ScaleBiasSoftmax", "CAUSAL", 0, 2.0),  # with segments
+        ("ScaleBiasSoftmaxBackward", "CAUSAL", 0, 5.0),
+    ],
+)
+def test_attention_counts_what_its_mask_leaves(target, mask, window, n_flops):
+    config_of_it = f'{{"mask_type": "{mask}", "sliding_window_length": {window}}}'
+    call = f'custom_call_target="__cudnn$fmha{target}", backend_config={config_of_it}'
+    assert attention(call).flops == n_flops * 2 * 3 * 64 * 64 * 16
+    way = "backward" if target.endswith("Backward") else "forward"
+    assert [name for name, used in hlo.cudnn_attention(call).items() if used] == [way]
+
+
+@pytest.mark.parametrize("told", ['"mask": "CAUSAL"', '"mask_type": "CAUSAL"'])
+def test_attention_whose_mask_or_window_is_not_told_is_an_error(told):
+    with pytest.raises(config.UserError, match="mask, window or 4 dimensions of the attention a"):
+        attention(f'custom_call_target="__cudnn$fmhaSoftmax", backend_config={{{told}}}')
+
+
+@pytest.mark.parametrize("page", ["", " page 0,"])  # from 0.11 on
+def test_largest_arrays_share_no_memory_and_name_their_source(page):
+    assignment = f"""BufferAssignment:
+allocation 7: size 900,{page} preallocated-temp:
+ value: <1 big @0> (size=400,offset=0): f32[100]{{0}}
+ value: <2 same.place @0> (size=300,offset=100): f32[75]{{0}}
+ value: <3 pair{{1}} @0> (size=200,offset=400): bf16[100]{{0}}
 
 Total bytes used: 900
 """
