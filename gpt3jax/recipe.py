@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from gpt3jax import config, validation
+from gpt3jax import config, paths, validation
 
 
 def parse(args: Sequence[str], command: str = "gpt3jax.main") -> config.Config:
@@ -36,13 +37,14 @@ def parse(args: Sequence[str], command: str = "gpt3jax.main") -> config.Config:
         args=overrides,
         **recipe,
     )
+    cfg = paths.expanded(cfg)
     validation.validate(cfg)
     return cfg
 
 
 def load(path: str) -> config.Config:
     """Return what `get_config()` of a recipe file returns, not yet validated."""
-    file = pathlib.Path(path)
+    file = pathlib.Path(os.path.expanduser(path))
     if not file.is_file():
         near = ", ".join(sorted(p.name for p in file.parent.glob("*.py"))) or "none"
         raise config.UserError(f"--config={path}: no such file (recipes in {file.parent}: {near})")

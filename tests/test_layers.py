@@ -35,7 +35,7 @@ LAYERS = [
     ["preflight.facts"],
     ["setup", "trained", "preflight.program", "preflight.speed", "checkpoint.listing"],
     ["step_log", "step", "checkpoint", "replicas"],
-    ["array_blocks", "stacking", "faults"],
+    ["array_blocks", "stacking", "faults", "checkpoint.keeping", "holding"],
     ["pipeline"],
     [
         "convert.hf_gpt2",
@@ -68,7 +68,7 @@ LAYERS = [
     ],
     ["gpus", "microbatches"],
     ["recipe", "command"],
-    ["validation"],
+    ["validation", "paths"],
     ["config"],
 ]
 LEVEL = {module: len(LAYERS) - i for i, layer in enumerate(LAYERS) for module in layer}

@@ -21,7 +21,7 @@ import tqdm
 import tyro
 from rich import box, console, table
 
-from gpt3jax import checkpoint, command, config, trained
+from gpt3jax import checkpoint, command, config, paths, trained
 from gpt3jax.checkpoint import listing
 
 DAMAGED = 1  # the exit status of verify where one is damaged
@@ -31,7 +31,7 @@ DAMAGED = 1  # the exit status of verify where one is damaged
 class List:
     """Tell of all checkpoints of a folder, and of what is left of others."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     json: bool = False
     """Print JSON."""
@@ -41,7 +41,7 @@ class List:
 class Show:
     """Tell what is in one checkpoint: its position, its config, its arrays."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     step: int = -1
     """Which one (-1: the newest)."""
@@ -53,7 +53,7 @@ class Show:
 class Verify:
     """Read every array and compare it with its digest; exit with 1 if a checkpoint is damaged."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     step: int = -1
     """Which one (-1: the newest)."""
@@ -234,7 +234,7 @@ def main() -> int:
         Show: show,
         Verify: verify,
     }
-    return command.run(lambda: run[type(options)](options, out))
+    return command.run(lambda: run[type(options)](paths.expanded(options, "--"), out))
 
 
 if __name__ == "__main__":

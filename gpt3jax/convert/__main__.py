@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tyro
 
-from gpt3jax import command, config, sharding, trained, validation
+from gpt3jax import command, config, paths, sharding, trained, validation
 from gpt3jax.convert import hf_gpt2, megatron, tensor_files
 from gpt3jax.data import tokenizer
 
@@ -31,9 +31,9 @@ from gpt3jax.data import tokenizer
 class FromHf:
     """A Hugging Face GPT-2 folder (config.json, safetensors, tokenizer) becomes a checkpoint."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """The folder, as transformers' save_pretrained writes it."""
-    output: str
+    output: config.Path
     """Folder for the checkpoint, and for a copy of vocab.json and merges.txt."""
 
 
@@ -41,13 +41,13 @@ class FromHf:
 class ToHf:
     """The newest checkpoint of a folder becomes a Hugging Face GPT-2 folder."""
 
-    checkpoint: str
+    checkpoint: config.Path
     """Folder of checkpoints, as checkpoint.dir."""
-    output: str
+    output: config.Path
     """Folder to write; it must be new or empty."""
-    vocab_file: str = ""
+    vocab_file: config.Path = ""
     """GPT-2 vocabulary (vocab.json) to put beside the weights; else the checkpoint's own."""
-    merge_file: str = ""
+    merge_file: config.Path = ""
     """GPT-2 merges (merges.txt), with vocab_file."""
 
 
@@ -141,7 +141,7 @@ def main() -> int:
         megatron.FromMegatron: megatron.from_megatron,
         megatron.ToMegatron: megatron.to_megatron,
     }
-    return command.run(lambda: print(run[type(options)](options)))
+    return command.run(lambda: print(run[type(options)](paths.expanded(options, "--"))))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from gpt3jax import batch_schedule, command, config, recipe, skipping, validation
+from gpt3jax import batch_schedule, command, config, paths, recipe, skipping, validation
 from gpt3jax.data import blend, indexed, samples, splits, tokenizer
 
+Path = config.Path  # Options has a field of the name `config`
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
 
 
@@ -26,9 +27,9 @@ WHICH = {"train": "train", "valid": "validation", "test": "test"}
 class Options:
     """What `gpt3jax.data.inspect` is asked to show."""
 
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
     """PREFIX of PREFIX.bin and .idx, or WEIGHT PREFIX WEIGHT PREFIX ..."""
-    config: str = ""
+    config: Path = ""
     """In place of paths and of the options down to --reset-attention-mask: a recipe, or the
     config.json of a run's log.dir."""
     split: str = "949,50,1"
@@ -55,7 +56,7 @@ class Options:
     """With --config: show the samples of this training step (the first is 1)."""
     document: int | None = None
     """Show this document of the first corpus."""
-    dump: str = ""
+    dump: Path = ""
     """Write the indices, and the arrays of --samples, to this .npz file."""
     source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
         default_factory=tokenizer.Source
@@ -182,7 +183,7 @@ def _run_samples(
 
 def _load(path: str) -> config.Config:
     if not path.endswith(".json"):
-        return recipe.load(path)
+        return paths.expanded(recipe.load(path))
     try:
         cfg = config.unflatten(config.Config, json.loads(pathlib.Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -238,7 +239,7 @@ def _dump(path: str, arrays: dict[str, np.ndarray]) -> None:
 def main() -> int:
     """Parse, print; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.data.inspect", description=__doc__)
-    return command.run(lambda: print("\n".join(inspect(options))))
+    return command.run(lambda: print("\n".join(inspect(paths.expanded(options, "--")))))
 
 
 if __name__ == "__main__":

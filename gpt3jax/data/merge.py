@@ -6,7 +6,7 @@ import sys
 import tqdm
 import tyro
 
-from gpt3jax import command, config
+from gpt3jax import command, config, paths
 from gpt3jax.data import indexed
 
 
@@ -14,9 +14,9 @@ from gpt3jax.data import indexed
 class Options:
     """What `gpt3jax.data.merge` is asked to do."""
 
-    input: tuple[str, ...]
+    input: tuple[config.Path, ...]
     """Prefixes of the corpora, in the order of their documents."""
-    output_prefix: str
+    output_prefix: config.Path
     """Prefix of the new corpus."""
 
 
@@ -47,7 +47,7 @@ def merge(options: Options) -> str:
 def main() -> int:
     """Parse, merge, tell; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.data.merge", description=__doc__)
-    return command.run(lambda: print(merge(options)))
+    return command.run(lambda: print(merge(paths.expanded(options, "--"))))
 
 
 if __name__ == "__main__":

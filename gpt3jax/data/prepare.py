@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from gpt3jax import command, config
+from gpt3jax import command, config, paths
 from gpt3jax.data import documents, indexed, tokenizer
 
 N_TOLD = 10  # bad records that are named one by one
@@ -28,10 +28,10 @@ N_TOLD = 10  # bad records that are named one by one
 class Options:
     """What `gpt3jax.data.prepare` is asked to do."""
 
-    input: tuple[str, ...]
+    input: tuple[config.Path, ...]
     """Files, globs or folders, read in this order: .jsonl or .json (one object a line), .txt (one
     document a file), each also with .gz or .zst, and .parquet."""
-    output_prefix: str
+    output_prefix: config.Path
     """The corpus becomes OUTPUT_PREFIX_KEY_document.bin and .idx."""
     json_key: str = "text"
     """Key of the text in a JSON object, or column of a Parquet file."""
@@ -207,7 +207,12 @@ def _lines(report: Report, options: Options) -> list[str]:
 def main() -> int:
     """Parse, prepare, tell what was written; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.data.prepare", description=__doc__)
-    return command.run(lambda: print("\n".join(_lines(prepare(options), options))))
+
+    def prepared() -> None:
+        full = paths.expanded(options, "--")
+        print("\n".join(_lines(prepare(full), full)))
+
+    return command.run(prepared)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from gpt3jax import command, config, trained
+from gpt3jax import command, config, paths, trained
 from gpt3jax.data import tokenizer
 from gpt3jax.evaluate import scoring, stream
 
@@ -30,15 +30,15 @@ from gpt3jax.evaluate import scoring, stream
 class Options:
     """What `gpt3jax.evaluate` is asked for."""
 
-    checkpoint: str
+    checkpoint: config.Path
     """Folder of checkpoints, as checkpoint.dir; the newest is used."""
-    text: str = ""
+    text: config.Path = ""
     """A UTF-8 file, scored as one document."""
-    data: str = ""
+    data: config.Path = ""
     """In place of text: PREFIX of a corpus, scored as one stream of its documents."""
     tasks: str = ""
     """In place of text: names of lm-eval's tasks, with commas between them."""
-    task_folder: str = ""
+    task_folder: config.Path = ""
     """With tasks: a folder of YAML files with more tasks."""
     n_fewshot: int = -1
     """With tasks: examples before each question (-1: as the task says)."""
@@ -51,7 +51,7 @@ class Options:
     """Score the first tokens alone, at most this many (0: all)."""
     batch_size: int = 8
     """Windows or questions at a time."""
-    json: str = ""
+    json: config.Path = ""
     """Write what was measured to this file as well."""
     source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
         default_factory=tokenizer.Source
@@ -198,7 +198,7 @@ def _write(path: str, content: str) -> None:
 def main() -> int:
     """Parse, measure; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.evaluate", description=__doc__)
-    return command.run(lambda: print(evaluate(options)))
+    return command.run(lambda: print(evaluate(paths.expanded(options, "--"))))
 
 
 if __name__ == "__main__":

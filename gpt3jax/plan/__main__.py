@@ -18,9 +18,10 @@ from typing import Any
 import tyro
 from rich import console
 
-from gpt3jax import command, config, gpus, recipe
+from gpt3jax import command, config, gpus, paths, recipe
 from gpt3jax.plan import compiler, memory_model, page, report, rows, search, terminal
 
+Path = config.Path  # Options has a field of the name `config`
 MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
 
 
@@ -28,7 +29,7 @@ MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled 
 class Options:
     """What is planned for, and what to write."""
 
-    config: str
+    config: Path
     """The recipe, configs/*.py."""
     gpus: int
     """How many GPUs."""
@@ -40,11 +41,11 @@ class Options:
     """How many of the layouts that --search finds are compiled; if none fits, up to 4 more."""
     compile: bool = True
     """Compile the step; --no-compile gives closed forms only."""
-    json: str = ""
+    json: Path = ""
     """File for the report."""
-    html: str = ""
+    html: Path = ""
     """File for the report as a page."""
-    dump_hlo: str = ""
+    dump_hlo: Path = ""
     """File for the compiled program."""
     verify: bool = False
     """Exit with 1 if the run does not fit or would be refused."""
@@ -70,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
     told = shlex.join(["python", "-m", "gpt3jax.plan", *args])
 
     def verified() -> int:
-        found = plan(options, recipe_args, told)
+        found = plan(paths.expanded(options, "--"), recipe_args, told)
         if options.verify and (found["problems"] or not found["fits"]):
             sys.stderr.write("gpt3jax: --verify: this run would fail, as said above\n")
             return 1

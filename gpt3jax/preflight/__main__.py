@@ -18,9 +18,10 @@ import jax
 import tyro
 from rich import console
 
-from gpt3jax import command, config, distributed, recipe, sharding, xla_flags
+from gpt3jax import command, config, distributed, paths, recipe, sharding, xla_flags
 from gpt3jax.preflight import checks, joint, report, speed
 
+Path = config.Path  # Options has a field of the name `config`
 _LIMIT = 60.0  # seconds for a measurement, compiling included
 
 
@@ -28,9 +29,9 @@ _LIMIT = 60.0  # seconds for a measurement, compiling included
 class Options:
     """What is measured, and what to write."""
 
-    config: str
+    config: Path
     """The recipe, configs/*.py."""
-    json: str = ""
+    json: Path = ""
     """File for the report; the first process writes it."""
     quick: bool = False
     """Measure no speed."""
@@ -51,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
         xla_flags.check(os.environ.get("XLA_FLAGS", ""))
         distributed.start(cfg.distributed, cfg.mesh)
         session = joint.Session(cfg)
-        with _reported(session, options):
+        with _reported(session, paths.expanded(options, "--")):
             _check(session, options.quick)
         distributed.leave()
         warned = any(check.status == "warn" for check in session.checks)

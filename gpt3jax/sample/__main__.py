@@ -18,7 +18,7 @@ from typing import Literal
 
 import tyro
 
-from gpt3jax import command, config, trained
+from gpt3jax import command, config, paths, trained
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import generate, row_text, sampling
 
@@ -41,11 +41,11 @@ class Serve:
 class Options:
     """What `gpt3jax.sample` is asked for."""
 
-    checkpoint: str
+    checkpoint: config.Path
     """Folder of checkpoints, as checkpoint.dir; the newest is used."""
     prompt: tuple[str, ...] = ()
     """Texts to continue."""
-    prompts: str = ""
+    prompts: config.Path = ""
     """In place of prompt: a file with one text a line."""
     n: int = 1
     """Continuations of each prompt."""
@@ -201,7 +201,7 @@ def _continue(
 def main() -> int:
     """Parse, generate; return the exit status."""
     options = tyro.cli(Options, prog="python -m gpt3jax.sample", description=__doc__)
-    return command.run(lambda: sample(options))
+    return command.run(lambda: sample(paths.expanded(options, "--")))
 
 
 if __name__ == "__main__":
