@@ -101,7 +101,7 @@ def test_imports_go_only_down(repository):
 
 def test_config_and_metrics_do_without_jax(repository):
     names = ("config", "recipe", "validation", "metrics", "flops", "batch_schedule", "gpus")
-    for name in (*names, "phases"):
+    for name in (*names, "phases", "paths"):
         assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
 
 

@@ -48,11 +48,12 @@ def main(args: Sequence[str] | None = None) -> int:
     )  # fmt: skip
 
     def checked() -> int:
+        written = paths.expanded(options, "--")
         cfg = recipe.parse([f"--config={options.config}", *recipe_args], "gpt3jax.preflight")
         xla_flags.check(os.environ.get("XLA_FLAGS", ""))
         distributed.start(cfg.distributed, cfg.mesh)
         session = joint.Session(cfg)
-        with _reported(session, paths.expanded(options, "--")):
+        with _reported(session, written):
             _check(session, options.quick)
         distributed.leave()
         warned = any(check.status == "warn" for check in session.checks)
