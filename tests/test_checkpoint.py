@@ -169,6 +169,8 @@ def test_what_was_kept_for_good_stays_whatever_a_later_start_says(tmp_path):
     assert save_one(tmp_path, 50, keep_period=0) == [50, 20]
     assert save_one(tmp_path, 60, keep_period=50) == [60, 50, 20], "50 was there when it began"
     assert save_one(tmp_path, 70, keep_period=0) == [70, 50, 20]
+    store = checkpoint.Checkpoints(str(tmp_path), read_only=True)
+    assert [store.read_meta(n).step for n in store.steps()] == [70, 50, 20]
 
 
 def test_what_a_run_did_not_write_is_kept_for_good(tmp_path):

@@ -53,6 +53,6 @@ def is_kept(path: pathlib.Path) -> bool:
     try:
         meta = json.loads((path / "meta" / "metadata").read_text())
         period = meta["config"].get("checkpoint.keep_period", 0)  # earlier versions had none
-        return meta["only_params"] or (period > 0 and meta["step"] % period == 0)
+        return bool(meta["only_params"] or (period and meta["step"] % period == 0))
     except (OSError, ValueError, KeyError, TypeError):
         return True
