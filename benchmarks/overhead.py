@@ -87,7 +87,7 @@ def watched(run, state, start):
                 cfg, start_step=0, end_step=run.end.step, start_samples=0,
                 end_samples=run.end.samples, n_devices=jax.device_count(), peak_flops=None,
             ) as recorder,
-            stopping.Stop() as stop,
+            stopping.Stop(lambda: "") as stop,
             overseer.clock.during(phases.HOST),
         ):  # fmt: skip
             state, position = train.loop(run, state, start, recorder, stop, overseer)

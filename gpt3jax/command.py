@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from gpt3jax import config, validation
+from gpt3jax import config, paths, validation
 
 Options = TypeVar("Options")
 
@@ -36,11 +36,11 @@ def parse(kind: Any, module: str, description: str | None) -> Any:
     Exits with a message on an unknown or ill-typed option, and on `--help`.
 
     Raises:
-        UserError: a number is out of its range.
+        UserError: a number is out of its range, or a path cannot be one of this machine.
     """
     options = tyro.cli(kind, prog=f"python -m gpt3jax.{module}", description=description)
     validation.check_ranges(options, "--")
-    return options
+    return paths.expanded(options, "--")
 
 
 def parse_beside_config(
@@ -49,14 +49,14 @@ def parse_beside_config(
     """Return the options, as `parse`, and what is left of the arguments for `recipe.parse`.
 
     Raises:
-        UserError: a number is out of its range.
+        UserError: a number is out of its range, or a path cannot be one of this machine.
     """
     options, rest = tyro.cli(
         kind, prog=f"python -m gpt3jax.{module}", description=description, args=args,
         return_unknown_args=True,
     )  # fmt: skip
     validation.check_ranges(options, "--")
-    return options, rest
+    return paths.expanded(options, "--"), rest
 
 
 def _no_devices(error: RuntimeError) -> config.UserError | None:

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from gpt3jax import ranges
 
 Tree = TypeVar("Tree")
+PATH = "a file or a folder"
+Path = Annotated[str, PATH]
+"""What `paths.expanded` knows paths by."""
 
 
 class UserError(ValueError):
@@ -163,23 +166,23 @@ class Batch:
 class Data:
     """The corpus and how samples are cut from it."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[Path, ...] = ()
     """PREFIX of PREFIX.bin and PREFIX.idx; or a blend: WEIGHT PREFIX WEIGHT PREFIX ..."""
-    train_paths: tuple[str, ...] = ()
+    train_paths: tuple[Path, ...] = ()
     """In place of paths and split: corpora of the training split alone, prefixes or a blend."""
-    validation_paths: tuple[str, ...] = ()
+    validation_paths: tuple[Path, ...] = ()
     """With train_paths: those of the validation split."""
-    test_paths: tuple[str, ...] = ()
+    test_paths: tuple[Path, ...] = ()
     """With train_paths: those of the test split."""
     mock: bool = False
     """In place of a corpus: made-up tokens, as Megatron's --mock-data (for benchmarks)."""
-    from_text: str = ""
+    from_text: Path = ""
     """Make the corpus on first use from this folder of text; "python" is Python's own library."""
-    vocab_file: str = ""
+    vocab_file: Path = ""
     """GPT-2 vocabulary (vocab.json); checked against model.vocab_size and data.eod_id."""
-    merge_file: str = ""
+    merge_file: Path = ""
     """GPT-2 merges (merges.txt)."""
-    tokenizer: str = ""
+    tokenizer: Path = ""
     """In place of these two: a tokenizer.json, of which data.eod_id ends a document."""
     split: str = "949,50,1"
     """Shares of documents for training, validation and test, also as "90/5/5" or "90 5 5"."""
@@ -193,7 +196,7 @@ class Data:
     """Hide earlier documents of a sequence from later ones."""
     drop_last_partial_validation_sequence: bool = True
     """Off: the last validation sample may be part of a sequence, padded."""
-    index_cache: str = ""
+    index_cache: Path = ""
     """Folder that keeps the sample indices, shared by the processes of a host ("": each its own, in
     memory; 300B tokens take some 3 GB)."""
     skip_samples: tuple[str, ...] = ()
@@ -285,9 +288,9 @@ class Faults:
 class Checkpoint:
     """Where the run's state is saved and found again."""
 
-    dir: str = ""
+    dir: Path = ""
     """Folder of this run's checkpoints, resumed from if it has one (empty: none are written)."""
-    load: str = ""
+    load: Path = ""
     """Start from this folder's newest checkpoint where checkpoint.dir has none yet."""
     only_params: bool = False
     """Take the parameters alone from checkpoint.load: begin at step 0, with a fresh optimizer."""
@@ -315,7 +318,7 @@ class Checkpoint:
 class Log:
     """What the run tells."""
 
-    dir: str = ""
+    dir: Path = ""
     """Folder for metrics.jsonl, TensorBoard files and the resolved config (empty: none)."""
     interval: Annotated[int, ranges.Range(1, ranges.INT32, "a large number logs little")] = 100
     """Steps between console lines and logged metrics."""

@@ -1,6 +1,7 @@
 """Joining the processes of a run, so that none trains alone by mistake."""
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -53,6 +54,17 @@ def on_any_process(answer: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.bool_(answer))))
 
 
+def refuse_together(problem: str) -> None:
+    """End all processes if one of them has a problem; all must ask.
+
+    Raises:
+        UserError: it says which problem, or that another process does.
+    """
+    if on_any_process(bool(problem)):
+        leave()
+        raise config.UserError(problem or "another process ended the run: its output says why")
+
+
 def process() -> tuple[int, int]:
     """Return (number of this process, how many there are) without touching a device."""
     return _service.global_state.process_id, _service.global_state.num_processes
@@ -92,6 +104,30 @@ def gather(
     return [text] + [
         receive(f"{name}/{i}", end - time.monotonic()) if i in asked else None for i in range(1, n)
     ]
+
+
+def raise_of_first(name: str, error: config.UserError | None, timeout: float) -> None:
+    """Raise in all processes the error of the first one, if it has one; once under each name.
+
+    Raises:
+        UserError, TransientError: that error, or nothing was heard for `timeout` seconds.
+    """
+    me, n = process()
+    if n > 1 and me == 0:
+        told = error and [isinstance(error, config.TransientError), str(error)]
+        publish(name, json.dumps(told))
+    elif n > 1:
+        text = receive(name, timeout)
+        if text is None:
+            raise config.TransientError(
+                f"process {me} heard nothing from process 0 ({name}) for {timeout:.0f} s: look at "
+                "its output"
+            )
+        if told := json.loads(text):
+            error = (config.TransientError if told[0] else config.UserError)(told[1])
+    if error is not None:
+        leave()
+        raise error
 
 
 def post(name: str, text: str) -> None:

@@ -21,7 +21,7 @@ import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from gpt3jax import config, flops
+from gpt3jax import config, flops, paths
 
 FLUSH_SECONDS = 10.0  # TensorBoard files are synced to disk at most this often
 _VALUES = ("loss", "grad_norm", "loss_scale", "interval_loss", "step_time")
@@ -383,6 +383,4 @@ def blaming(log_dir: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise config.UserError(
-            f"log.dir={log_dir} cannot be written ({error}): make room, or choose another folder"
-        ) from error
+        raise paths.not_writable("log.dir", log_dir, error) from error

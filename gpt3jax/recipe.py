@@ -6,6 +6,7 @@ In place of a recipe stands what a run has written down of its own config.
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from gpt3jax import config, validation
+from gpt3jax import config, paths, validation
 
 _META = pathlib.Path("meta", "metadata")  # of a checkpoint
 
@@ -42,6 +43,7 @@ def parse(args: Sequence[str], command: str = "gpt3jax.main") -> config.Config:
         args=overrides,
         **recipe,
     )
+    cfg = paths.expanded(cfg)
     validation.validate(cfg)
     return cfg
 
@@ -55,7 +57,7 @@ def load(path: str) -> config.Config:
     Raises:
         UserError: the file is not there or cannot be read.
     """
-    file = pathlib.Path(path)
+    file = pathlib.Path(os.path.expanduser(path))
     if (file / _META).is_file():
         return _stored(path, file / _META)
     if not file.is_file():

@@ -66,7 +66,12 @@ def save_last(
 def _start_save(
     run: setup.Run, store: checkpoints.Checkpoints, state: Any, position: step_log.Position
 ) -> bool:
-    """Start to save, and tell whether there was anything to save."""
+    """Start to save, and tell whether there was anything to save.
+
+    Raises:
+        UserError: another run is in the folder.
+    """
+    store.check_alone()
     if position.step in store.steps():
         return False
     run.replicas.check(position.step, state.params)

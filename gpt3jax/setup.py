@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,13 +47,16 @@ class Run:
 
 
 def start_or_resume(
-    cfg: config.Config, clock: phases.Phases
+    cfg: config.Config, clock: phases.Phases, lost: Callable[[], str] = lambda: ""
 ) -> tuple[Run, Any, step_log.Position, list[str]]:
-    """Return the run, the state and position to start from, and lines that say where from."""
+    """Return the run, the state and position to start from, and lines that say where from.
+
+    `lost` returns why checkpoint.dir may not be written any more, "" while it may.
+    """
     mesh = sharding.make_mesh(cfg.mesh)
     schedule = schedule_of(cfg, mesh)
     text.ensure_corpus(cfg.data, cfg.model)
-    store = _open_store(cfg)
+    store = _open_store(cfg, lost)
     source = checkpoints.choose_source(store, cfg.checkpoint.load)
     run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
     if source is None:
@@ -97,7 +101,7 @@ def schedule_of(cfg: config.Config, mesh: jax.sharding.Mesh) -> batch_schedule.B
     return schedule
 
 
-def _open_store(cfg: config.Config) -> checkpoints.Checkpoints | None:
+def _open_store(cfg: config.Config, lost: Callable[[], str]) -> checkpoints.Checkpoints | None:
     """Open the run's checkpoints, to read and write; to read those before a step to replay."""
     folder, replayed = cfg.checkpoint.dir, cfg.train.replay_step
     if not folder or (replayed and not pathlib.Path(folder).is_dir()):
@@ -105,7 +109,9 @@ def _open_store(cfg: config.Config) -> checkpoints.Checkpoints | None:
     if replayed:
         return checkpoints.Checkpoints(folder, read_only=True, before=replayed)
     options = cfg.checkpoint
-    return checkpoints.Checkpoints(folder, options.max_to_keep, keep_period=options.keep_period)
+    return checkpoints.Checkpoints(
+        folder, options.max_to_keep, keep_period=options.keep_period, lost=lost
+    )
 
 
 def prepare(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,9 +29,9 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
     of them.
     """
 
-    def __init__(self) -> None:
-        """No request yet."""
-        self._asked = False
+    def __init__(self, lost: Callable[[], str]) -> None:
+        """No request yet; `lost` asks for one when it returns a reason."""
+        self._asked, self._lost = False, lost
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -60,6 +61,10 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
 
     def requested(self, step_number: int) -> bool:
         """Tell whether any process was asked to stop; all processes get the same answer."""
+        if not self._asked and self._lost():
+            self._asked = True
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
         if jax.process_count() == 1:
             return self._asked
         return bool(multihost_utils.reached_preemption_sync_point(step_number))

@@ -17,6 +17,7 @@ from gpt3jax import (
     config,
     distributed,
     flops,
+    holding,
     metrics,
     oversight,
     phases,
@@ -34,20 +35,23 @@ def train(cfg: config.Config) -> bool:
     """Train a config from its newest checkpoint, or from scratch; tell whether it is at its end.
 
     Raises:
-        UserError: what does not fit or cannot be read, before the first step; a loss that is not
-            finite.
+        UserError: what does not fit or cannot be read, or a folder that another run holds, before
+            the first step; one that it has taken since; a loss that is not finite.
         TransientError: a last checkpoint that cannot be written.
     """
     preflight = joint.before_devices(cfg)
-    with oversight.Oversight(cfg) as overseer:
-        return _train(cfg, preflight, overseer)
+    with holding.Hold(cfg) as held, oversight.Oversight(cfg) as overseer:
+        return _train(cfg, preflight, overseer, held)
 
 
 def _train(
-    cfg: config.Config, preflight: joint.Session | None, overseer: oversight.Oversight
+    cfg: config.Config,
+    preflight: joint.Session | None,
+    overseer: oversight.Oversight,
+    held: holding.Hold,
 ) -> bool:
     clock = overseer.clock
-    run, state, start, news = setup.start_or_resume(cfg, clock)
+    run, state, start, news = setup.start_or_resume(cfg, clock, held.lost)
     overseer.begin(start.step)
     news += joint.before_step(preflight, run, start.samples)
     with (
@@ -61,13 +65,14 @@ def _train(
             peak_flops=_peak_flops(cfg),
             active=jax.process_index() == 0,
         ) as recorder,
-        stopping.Stop() as stop,
+        stopping.Stop(held.known_lost) as stop,
     ):
         for line in (*setup.describe(run), *news):
             recorder.say(line)
         try:
             with clock.during(phases.HOST):
                 state, position = loop(run, state, start, recorder, stop, overseer)
+            distributed.refuse_together(held.known_lost())
             with clock.during(phases.SAVE):
                 finish(run, state, start, position, recorder, clock)
         finally:

@@ -151,6 +151,56 @@ def test_some_are_kept_for_good(tmp_path):
     assert store.steps() == [7, 6, 3]
 
 
+def save_one(folder, number, keep_period, max_to_keep=1):
+    """Save as a start with these options does."""
+    store = checkpoints.Checkpoints(str(folder), max_to_keep, keep_period=keep_period)
+    state, said = {"x": jnp.arange(5.0)}, meta(number)
+    said.config["checkpoint.keep_period"] = keep_period
+    store._save(ocp_args(state), array_blocks.digests(state), said)
+    assert store.wait() == ""
+    store.close()
+    return store.steps()
+
+
+def test_what_was_kept_for_good_stays_whatever_a_later_start_says(tmp_path):
+    """The option is left out, another period is given, or fewer of the newest are kept."""
+    for n in (10, 20, 30):
+        save_one(tmp_path, n, keep_period=20)
+    assert save_one(tmp_path, 40, keep_period=0, max_to_keep=3) == [40, 30, 20]
+    assert save_one(tmp_path, 50, keep_period=0) == [50, 20]
+    assert save_one(tmp_path, 60, keep_period=50) == [60, 50, 20], "50 was there when it began"
+    assert save_one(tmp_path, 70, keep_period=0) == [70, 50, 20]
+    store = checkpoints.Checkpoints(str(tmp_path), read_only=True)
+    assert [store.read_meta(n).step for n in store.steps()] == [70, 50, 20]
+
+
+def test_what_a_run_did_not_write_is_kept_for_good(tmp_path):
+    """Parameters alone, which it began from, and what says no more what it is."""
+    for n in (1, 2):
+        save_one(tmp_path, n, keep_period=0, max_to_keep=5)
+    file = tmp_path / "1" / "meta" / "metadata"
+    file.write_text(file.read_text().replace('"only_params": false', '"only_params": true'))
+    (tmp_path / "2" / "meta" / "metadata").write_text("{")
+    assert save_one(tmp_path, 3, keep_period=0) == [3, 2, 1]
+    assert save_one(tmp_path, 4, keep_period=0) == [4, 2, 1]
+
+
+def test_a_step_that_another_run_wrote_is_told(tmp_path):
+    store, state = checkpoints.Checkpoints(str(tmp_path), max_to_keep=1), {"x": jnp.arange(5.0)}
+    for n in (1, 2):
+        store.check_alone()
+        store._save(ocp_args(state), array_blocks.digests(state), meta(n))
+        assert store.wait() == ""
+    store.check_alone()
+    (tmp_path / "damaged-7").mkdir()
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    store.check_alone()
+    (tmp_path / "5").mkdir()
+    with pytest.raises(config.UserError, match="a checkpoint of step 5, which this run did not"):
+        store.check_alone()
+    checkpoints.Checkpoints(str(tmp_path)).check_alone()  # the next start knows it
+
+
 def test_saving_overlaps_the_next_steps(tmp_path):
     """The state may be donated as soon as save returns."""
     cfg, mixed = tiny.make_config(), program("mixed")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import config, sharding, step
+from gpt3jax import config, sharding, step, trained
 from gpt3jax.checkpoint import __main__ as cli
 from gpt3jax.checkpoint import checkpoints, listing, metadata
 
@@ -139,6 +139,23 @@ def test_what_is_not_there_is_told_in_one_line(monkeypatch, capsys, folder, tmp_
     ):
         status, out, err = call(monkeypatch, capsys, *args)
         assert (status, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+def test_one_checkpoint_is_no_folder_of_them(monkeypatch, capsys, folder):
+    """Nothing starts from random weights inside of one; the folder that it is in is named."""
+    before, words = sorted(folder.rglob("*")), f"20 is itself a checkpoint, .* {folder}, whose"
+    for opened in (
+        lambda path: checkpoints.Checkpoints(path),
+        lambda path: checkpoints.choose_source(None, path),
+        trained.find,
+        trained.new_store,
+    ):
+        with pytest.raises(config.UserError, match=words):
+            opened(str(folder / "20"))
+    for name in ("list", "show", "verify"):
+        status, _, err = call(monkeypatch, capsys, name, folder / "20")
+        assert status == 2 and f"{folder / '20'} is itself a checkpoint" in err
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ LAYERS = [
     ["preflight.facts"],
     ["setup", "trained", "preflight.program", "preflight.speed", "checkpoint.listing"],
     ["step_log", "step", "checkpoint.checkpoints", "replicas"],
-    ["array_blocks", "stacking", "faults"],
+    ["array_blocks", "stacking", "faults", "checkpoint.keeping", "holding"],
     ["pipeline"],
     [
         "convert.hf_gpt2",
@@ -75,9 +75,9 @@ LAYERS = [
     ["gpus", "microbatches", "launchers", "devices", "console"],
     ["plan.options"],
     ["recipe", "command", "sample.text_options"],
-    ["validation"],
-    ["batch_schedule", "checkpoint.metadata"],
-    ["config", "preflight.options"],
+    ["validation", "paths"],
+    ["batch_schedule", "checkpoint.metadata", "preflight.options"],
+    ["config"],
     ["ranges"],
 ]
 LEVEL = {module: len(LAYERS) - i for i, layer in enumerate(LAYERS) for module in layer}
@@ -109,7 +109,7 @@ def test_imports_go_only_down(repository):
 
 
 def test_config_and_metrics_do_without_jax(repository):
-    names = ("config", "ranges", "recipe", "validation", "command", "batch_schedule")
+    names = ("config", "ranges", "recipe", "validation", "command", "batch_schedule", "paths")
     for name in (*names, "metrics", "flops", "gpus", "phases", "launchers", "console"):
         assert "import jax" not in (repository / "gpt3jax" / f"{name}.py").read_text()
 

@@ -108,6 +108,20 @@ def test_a_mistyped_option_names_the_nearest(tmp_path, monkeypatch, capfd, optio
         (["--checkpoint.dir=recipe.py/here"], ["recipe.py/here"]),
         (["--checkpoint.dir=recipe.py"], ["recipe.py"]),
         (["--log.dir=recipe.py/here"], ["log.dir=recipe.py/here", "choose another folder"]),
+        (
+            ["--checkpoint.dir=steps/40"],
+            ["steps/40 is itself a checkpoint", "/steps, whose"],
+        ),
+        (["--checkpoint.load=steps/40"], ["steps/40 is itself a checkpoint", "/steps, whose"]),
+        (
+            ["--checkpoint.dir=/proc/self/fdinfo"],
+            ["checkpoint.dir=/proc/self/fdinfo cannot be written", "its permissions or its mount"],
+        ),
+        (["--log.dir=/proc/self/fdinfo"], ["log.dir=/proc/self/fdinfo cannot be written"]),
+        (["--checkpoint.dir=gs://bucket/x"], ["checkpoint.dir=gs://bucket/x", "mount the store"]),
+        (["--checkpoint.load=s3://bucket/x"], ["checkpoint.load=s3://bucket/x"]),
+        (["--log.dir=s3://bucket/x"], ["log.dir=s3://bucket/x is the address of a store"]),
+        (["--data.paths=gs://bucket/x"], ["data.paths=gs://bucket/x"]),
         (["--log.profile-steps", "5", "3"], ["log.profile_steps=5 3"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
@@ -115,8 +129,13 @@ def test_a_mistyped_option_names_the_nearest(tmp_path, monkeypatch, capfd, optio
 def test_options_that_do_not_fit_are_named_with_the_fix(tmp_path, run, options, words):
     files = str(tmp_path / "vocab.json"), str(tmp_path / "other.txt")
     tokenizer.train(["a text"], 300, *files)
+    (tmp_path / "steps" / "40" / "meta").mkdir(parents=True)
+    (tmp_path / "steps" / "40" / "meta" / "metadata").write_text("{}")
+    n_files = len(list(tmp_path.rglob("*")))
     told = run(*options)
     assert all(word in told for word in words), told
+    made = {p.name for p in tmp_path.rglob("*")}
+    assert len(list(tmp_path.rglob("*"))) - n_files <= len(made & {"checkpoints", "logs"})
 
 
 @pytest.mark.parametrize("prefix", ["nothing", "corpus.bin", "corpus.idx"])

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from gpt3jax import command
+from gpt3jax import command, holding
 
 import corpus
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 HEARTBEAT = 10  # seconds
 
 
-def start(folder, n, *args, patch=""):
+def start(folder, n, *args, patch="", patch_all=""):
     """Start n processes of a run that emulate 4 devices together; the last runs `patch` first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -36,7 +36,7 @@ def start(folder, n, *args, patch=""):
             "--train.eval-batches=2",
             "--checkpoint.save-interval=4",
             *args,
-            patch=patch if i == n - 1 else "",
+            patch=patch_all + (patch if i == n - 1 else ""),
         )
         for i in range(n)
     ]
@@ -147,6 +147,44 @@ def test_a_killed_process_ends_the_others_in_time(tmp_path, victim):
     assert statuses[1 - victim] != 0
     named = "coordination service" if victim == 0 else r"stopped sending heartbeats\W+(/\S+:)?1$"
     assert re.search(named, err[1 - victim], re.MULTILINE), err[1 - victim]
+
+
+@pytest.mark.parametrize("preflight", [True, False])
+def test_all_are_refused_where_another_run_holds_the_folder(tmp_path, preflight):
+    """The first process alone finds it; it waits, and so do the others."""
+    folder = corpus.write_run(tmp_path)
+    (folder / "checkpoints").mkdir()
+    lock = holding.Lock("checkpoint.dir", folder / "checkpoints")
+    lock.take()
+    options = [] if preflight else ["--distributed.no-preflight"]
+    shorter = "from gpt3jax import holding; holding.WAIT_SECONDS = 2.0\n"
+    statuses, _, err = finish(start(folder, 2, *options, patch_all=shorter))
+    lock.release()
+    assert statuses == [command.REFUSED] * 2, err
+    assert all(f"is held by process {os.getpid()} on" in text for text in err), err
+
+
+@pytest.mark.parametrize("what", ["step", "folder", "log folder"])
+def test_all_stop_where_another_run_comes_into_the_folder(tmp_path, what):
+    folder = corpus.write_run(tmp_path)
+    options = ["--train.n-steps=2000", "--train.checksum-interval=0"]
+    options += ["--checkpoint.dir="] if what == "log folder" else []
+    looking = "from gpt3jax import holding; holding.LEASE_SECONDS = 3.0\n"
+    processes = start(folder, 2, *options, patch_all=looking)
+    wait_for_steps(folder, processes)
+    if what == "step":
+        (folder / "checkpoints" / "7777").mkdir()
+    else:
+        taken = folder / ("checkpoints" if what == "folder" else "logs")
+        other = holding.Lock("", taken)
+        other._me |= {"system": "another"}
+        (taken / holding.FILE).write_bytes(other._content())
+    begin = time.monotonic()
+    statuses, _, err = finish(processes)
+    assert statuses == [command.REFUSED] * 2, err
+    assert time.monotonic() - begin < 60
+    told = "step 7777, which this run did not write" if what == "step" else "was taken by process"
+    assert told in err[0] and "another process ended the run" in err[1], err
 
 
 def test_an_error_on_one_process_ends_the_others(tmp_path):

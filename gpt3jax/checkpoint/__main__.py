@@ -33,7 +33,7 @@ DAMAGED = 1  # the exit status of verify where one is damaged
 class List:
     """Tell of all checkpoints of a folder, and of what is left of others."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     json: bool = False
     """Print JSON."""
@@ -43,7 +43,7 @@ class List:
 class Show:
     """Tell what is in one checkpoint: its position, its config, its arrays."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     step: Annotated[int, ranges.Range(-1, ranges.INT32)] = -1
     """Which one (-1: the newest)."""
@@ -55,7 +55,7 @@ class Show:
 class Verify:
     """Read every array and compare it with its digest; exit with 1 if a checkpoint is damaged."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     step: Annotated[int, ranges.Range(-1, ranges.INT32)] = -1
     """Which one (-1: the newest)."""

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gpt3jax import array_blocks, config, distributed, sharding, stacking
-from gpt3jax.checkpoint import metadata
+from gpt3jax import array_blocks, config, distributed, paths, sharding, stacking
+from gpt3jax.checkpoint import keeping, metadata
 
 # What must be equal for weights to mean the same network.
 _IDENTITY = (
@@ -55,29 +55,35 @@ class Checkpoints:
         read_only: bool = False,
         keep_period: int = 0,
         before: int | None = None,
+        lost: Callable[[], str] = lambda: "",
     ):
         """Open a folder, made if need be; `max_to_keep` newest ones are kept at each save.
 
-        So are all whose steps are multiples of `keep_period` (0: no others). `read_only` is for
-        another run's folder: nothing in it is changed. With `before` only those of earlier steps
-        are seen.
+        So are all whose steps are multiples of `keep_period` (0: no others), and what was kept so
+        before. `read_only` is for another run's folder: nothing in it is changed. With `before`
+        only those of earlier steps are seen. `lost` returns why the folder may not be written any
+        more, "" while it may.
+
+        Raises:
+            UserError: the folder cannot be made or read, or is one step's.
         """
         self.folder = pathlib.Path(folder).absolute()
         self.n_failed = 0  # saves in a row, as far as `wait` has told
-        self._read_only, self._before = read_only, before
+        self._read_only, self._before, self._lost = read_only, before, lost
         self._pending: int | None = None
         self._failure = ""
         self._outcome = ""  # of the last save, once it is known
         self._counted = True
         _silence_orbax()
+        paths.check_not_a_step(self.folder)
+        keep = keeping.Keep(self.folder, max_to_keep, keep_period)
         try:
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=max_to_keep,
-                    keep_period=keep_period or None,
+                    preservation_policy=keep,
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
                     # Else a folder that cannot be made leaves threads that wait for it 5 minutes.
@@ -87,12 +93,32 @@ class Checkpoints:
             )
         except OSError as error:
             raise config.UserError(f"checkpoint folder {folder}: {error}") from error
+        self._known = set(self._manager.all_steps())  # what may be in the folder
+        if not read_only and jax.process_index() == 0:
+            keep.mark(self._known)
 
     def steps(self) -> list[int]:
         """Return the steps that have a whole checkpoint, newest first."""
         self._manager.reload()
         found = sorted(self._manager.all_steps(), reverse=True)
         return [n for n in found if self._before is None or n < self._before]
+
+    def check_alone(self) -> None:
+        """Check, before a save, that no other run writes to the folder; all processes must ask.
+
+        Raises:
+            UserError: one has taken the folder, or has written a step.
+        """
+        problem = self._lost()
+        if not problem and jax.process_index() == 0:
+            foreign = _steps_in(self.folder) - self._known
+            if foreign:
+                problem = (
+                    f"{self.folder} has a checkpoint of step {max(foreign)}, which this run did "
+                    "not write: another run is in its folder. Find out which, move what is not of "
+                    "this run elsewhere, and start again"
+                )
+        distributed.refuse_together(problem)
 
     def save(self, state: Any, meta: metadata.Meta) -> float:
         """Start to save; arrays are copied before this returns, files are written behind it.
@@ -123,6 +149,7 @@ class Checkpoints:
 
     def _save(self, state: Any, sums: Any, meta: metadata.Meta) -> None:
         self._pending, self._counted = meta.step, False
+        self._known.add(meta.step)
         self._failure = self._unwritable()
         if self._failure:
             return
@@ -319,6 +346,14 @@ class Checkpoints:
         self.poll(wait=True)
         with contextlib.suppress(Exception):  # once more what poll reported
             self._manager.close()
+
+
+def _steps_in(folder: pathlib.Path) -> set[int]:
+    """Return the steps of the checkpoints that are in a folder now."""
+    try:
+        return {int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()}
+    except OSError:  # the store fails: the save that follows tells
+        return set()
 
 
 def choose_source(store: Checkpoints | None, load: str) -> Checkpoints | None:

@@ -10,7 +10,7 @@ import pathlib
 import re
 from typing import Any, Literal
 
-from gpt3jax import config
+from gpt3jax import config, paths
 from gpt3jax.checkpoint import metadata
 
 _KINDS = {
@@ -44,8 +44,9 @@ def entries(folder: str) -> list[Entry]:
     """Return the checkpoints of a folder by step, newest last.
 
     Raises:
-        UserError: the folder is not there or cannot be read.
+        UserError: the folder is not there, cannot be read, or is one checkpoint.
     """
+    paths.check_not_a_step(pathlib.Path(folder))
     found: list[Entry] = []
     try:
         for path in pathlib.Path(folder).iterdir():

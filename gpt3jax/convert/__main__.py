@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class FromHf:
     """A Hugging Face GPT-2 folder (config.json, safetensors, tokenizer) becomes a checkpoint."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """The folder, as transformers' save_pretrained writes it."""
-    output: str
+    output: config.Path
     """Folder for the checkpoint, and for a copy of the tokenizer's files."""
 
 
@@ -41,15 +41,15 @@ class FromHf:
 class ToHf:
     """The newest checkpoint of a folder becomes a Hugging Face GPT-2 folder."""
 
-    checkpoint: str
+    checkpoint: config.Path
     """Folder of checkpoints, as checkpoint.dir."""
-    output: str
+    output: config.Path
     """Folder to write; it must be new or empty."""
-    vocab_file: str = ""
+    vocab_file: config.Path = ""
     """GPT-2 vocabulary (vocab.json) to put beside the weights; else the checkpoint's own."""
-    merge_file: str = ""
+    merge_file: config.Path = ""
     """GPT-2 merges (merges.txt), with vocab_file."""
-    tokenizer: str = ""
+    tokenizer: config.Path = ""
     """In place of these two: a folder with a tokenizer, all of whose files are put there."""
 
 

@@ -24,9 +24,9 @@ _Pieces = dict[str, list[Callable[[], np.ndarray]]]  # a tensor's parts by tenso
 class FromMegatron:
     """A Megatron-LM GPT checkpoint, whatever its tensor and pipeline size, becomes one of ours."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[config.Path]
     """Folder of Megatron's --save (torch format); or a safetensors file or folder of its names."""
-    output: str
+    output: config.Path
     """Folder for the checkpoint."""
     vocab_size: Annotated[int, ranges.Range(0, 2**30)] = 0
     """True vocabulary, where the checkpoint knows only the padded one (0: what it says)."""
@@ -38,9 +38,9 @@ class FromMegatron:
 class ToMegatron:
     """The newest checkpoint of a folder becomes a Megatron-LM one, for any tensor x pipeline."""
 
-    checkpoint: str
+    checkpoint: config.Path
     """Folder of checkpoints, as checkpoint.dir."""
-    output: str
+    output: config.Path
     """Folder to write; it must be new or empty."""
     tensor: Annotated[int, ranges.Range(1, 2**20)] = 1
     """Megatron's --tensor-model-parallel-size."""

@@ -17,6 +17,7 @@ import tyro
 from gpt3jax import batch_schedule, command, config, ranges, recipe, skipping, validation
 from gpt3jax.data import blend, indexed, samples, splits, tokenizer
 
+Path = config.Path  # Options has a field of the name `config`
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
 
 
@@ -24,9 +25,9 @@ WHICH = {"train": "train", "valid": "validation", "test": "test"}
 class Options:
     """What `gpt3jax.data.inspect` is asked to show."""
 
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
     """PREFIX of PREFIX.bin and .idx, or WEIGHT PREFIX WEIGHT PREFIX ..."""
-    config: str = ""
+    config: Path = ""
     """In place of paths and of the options down to --reset-attention-mask: a recipe, the
     config.json of a run's log.dir, or the folder of a checkpoint."""
     split: str = "949,50,1"
@@ -54,7 +55,7 @@ class Options:
     """With --config: show the samples of this training step (the first is 1)."""
     document: Annotated[int, ranges.Range(0, 2**63 - 1)] | None = None
     """Show this document of the first corpus."""
-    dump: str = ""
+    dump: Path = ""
     """Write the indices, and the arrays of --samples, to this .npz file."""
     source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
         default_factory=tokenizer.Source

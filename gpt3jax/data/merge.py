@@ -13,9 +13,9 @@ from gpt3jax.data import indexed
 class Options:
     """What `gpt3jax.data.merge` is asked to do."""
 
-    input: tuple[str, ...]
+    input: tuple[config.Path, ...]
     """Prefixes of the corpora, in the order of their documents."""
-    output_prefix: str
+    output_prefix: config.Path
     """Prefix of the new corpus."""
 
 

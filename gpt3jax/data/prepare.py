@@ -28,10 +28,10 @@ N_TOLD = 10  # bad records that are named one by one
 class Options:
     """What `gpt3jax.data.prepare` is asked to do."""
 
-    input: tuple[str, ...]
+    input: tuple[config.Path, ...]
     """Files, globs or folders (hidden files left out), read in this order: .jsonl or .json (one
     object a line), .txt (one document a file), each also with .gz or .zst, and .parquet."""
-    output_prefix: str
+    output_prefix: config.Path
     """The corpus becomes OUTPUT_PREFIX_KEY_document.bin and .idx."""
     json_key: str = "text"
     """Key of the text in a JSON object, or column of a Parquet file."""

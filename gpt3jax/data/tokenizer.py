@@ -299,11 +299,11 @@ def _load(source: str) -> tokenizers.Tokenizer:
 class Source:
     """Where the command line's tokenizer comes from."""
 
-    vocab_file: str = ""
+    vocab_file: config.Path = ""
     """GPT-2 vocabulary (vocab.json), with merge_file."""
-    merge_file: str = ""
+    merge_file: config.Path = ""
     """GPT-2 merges (merges.txt)."""
-    tokenizer: str = ""
+    tokenizer: config.Path = ""
     """In place of these two: a tokenizer.json, a folder with one, or a name on the HF hub."""
     eod_token: str = END_OF_TEXT
     """The end-of-document token of `tokenizer`."""

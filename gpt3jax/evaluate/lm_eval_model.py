@@ -15,7 +15,7 @@ import tqdm
 from lm_eval.api import registry
 from lm_eval.api.model import TemplateLM
 
-from gpt3jax import config, trained
+from gpt3jax import config, paths, trained
 from gpt3jax.data import tokenizer
 from gpt3jax.evaluate import scoring
 from gpt3jax.sample import generate, row_text, text_options
@@ -56,10 +56,12 @@ class CheckpointLM(TemplateLM):
             UserError: the checkpoint or the tokenizer cannot be used.
         """
         given = {"batch_size": (additional_config or {}).get("batch_size") or 8, **arg_dict}
-        folder, dtype = given.pop("checkpoint"), given.pop("compute_dtype", "auto")
+        folder = paths.full("checkpoint", given.pop("checkpoint"))
+        dtype = given.pop("compute_dtype", "auto")
         size, stride = int(given.pop("batch_size")), int(given.pop("stride", 0))
         source = trained.open_for_use(folder, config.Mesh(), dtype)
-        text = trained.open_tokenizer(folder, source.cfg, tokenizer.Source(**given))
+        files = paths.expanded(tokenizer.Source(**given))
+        text = trained.open_tokenizer(folder, source.cfg, files)
         return cls(source, text, size, stride)
 
     @classmethod

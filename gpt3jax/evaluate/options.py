@@ -15,15 +15,15 @@ from gpt3jax.data import tokenizer
 class Options:
     """What `gpt3jax.evaluate` is asked for."""
 
-    checkpoint: str
+    checkpoint: config.Path
     """Folder of checkpoints, as checkpoint.dir; the newest is used."""
-    text: str = ""
+    text: config.Path = ""
     """A UTF-8 file, scored as one document."""
-    data: str = ""
+    data: config.Path = ""
     """In place of text: PREFIX of a corpus, scored as one stream of its documents."""
     tasks: str = ""
     """In place of text: names of lm-eval's tasks, with commas between them."""
-    task_folder: str = ""
+    task_folder: config.Path = ""
     """With tasks: a folder of YAML files with more tasks."""
     n_fewshot: Annotated[int, ranges.Range(-1, 1000)] = -1
     """With tasks: examples before each question (-1: as the task says)."""
@@ -36,7 +36,7 @@ class Options:
     """Score the first tokens alone, at most this many, as 100000 or 100K (0: all)."""
     batch_size: Annotated[int, ranges.Range(1, 10**6)] = 8
     """Windows or questions at a time."""
-    json: str = ""
+    json: config.Path = ""
     """Write what was measured to this file as well."""
     source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
         default_factory=tokenizer.Source

@@ -3,14 +3,16 @@
 import dataclasses
 from typing import Annotated
 
-from gpt3jax import ranges, recipe
+from gpt3jax import config, ranges, recipe
+
+Path = config.Path  # Options has a field of the name `config`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What is planned for, and what to write."""
 
-    config: str
+    config: Path
     """The recipe, configs/*.py, or the config.json of a run."""
     gpus: Annotated[int, ranges.Range(1, 2**20)]
     """How many GPUs."""
@@ -22,11 +24,11 @@ class Options:
     """How many of the layouts that --search finds are compiled; if none fits, up to 4 more."""
     compile: bool = True
     """Compile the step; --no-compile gives closed forms only."""
-    json: str = ""
+    json: Path = ""
     """File for the report."""
-    html: str = ""
+    html: Path = ""
     """File for the report as a page."""
-    dump_hlo: str = ""
+    dump_hlo: Path = ""
     """File for the compiled program."""
     verify: bool = False
     """Exit with 1 if the run does not fit or would be refused."""

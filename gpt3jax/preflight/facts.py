@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from gpt3jax import config
+from gpt3jax import config, paths
 from gpt3jax.data import blend
 
 _PACKAGES = (
@@ -88,8 +88,8 @@ def corpus(data: config.Data) -> dict[str, str]:
     if data.from_text:  # made at the first start
         return {}
     files = [f for f in (data.vocab_file, data.merge_file, data.tokenizer) if f]
-    for paths in (data.paths, data.train_paths, data.validation_paths, data.test_paths):
-        for prefix in blend.parse(paths)[0] if paths else []:
+    for words in (data.paths, data.train_paths, data.validation_paths, data.test_paths):
+        for prefix in blend.parse(words)[0] if words else []:
             files += [f"{prefix}.idx", f"{prefix}.bin"]
     return {file: fingerprint(file) for file in dict.fromkeys(files)}
 
@@ -121,6 +121,7 @@ def plant(cfg: config.Config, token: str) -> tuple[list[pathlib.Path], dict[str,
     wrong = {}
     for name, folder in _folders(cfg).items():
         try:
+            paths.check_not_a_step(folder)
             made = [p for p in (folder, *folder.parents) if not p.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             planted = [*made, *planted]
@@ -128,6 +129,8 @@ def plant(cfg: config.Config, token: str) -> tuple[list[pathlib.Path], dict[str,
             planted.insert(0, folder / _probe(token))
         except OSError as error:
             wrong[name] = _not_writable(folder, error)
+        except config.UserError as error:
+            wrong[name] = str(error)
     return planted, wrong
 
 
@@ -157,8 +160,7 @@ def folders(cfg: config.Config, token: str) -> dict[str, str]:
 
 def _folders(cfg: config.Config) -> dict[str, pathlib.Path]:
     flat = config.flatten(cfg)
-    given = {name: flat[name] for name in FOLDERS if flat[name]}
-    return {name: pathlib.Path(path) for name, path in given.items() if "://" not in path}
+    return {name: pathlib.Path(flat[name]) for name in FOLDERS if flat[name]}
 
 
 def _appears(file: pathlib.Path) -> bool:

@@ -2,14 +2,18 @@
 
 import dataclasses
 
+from gpt3jax import config
+
+Path = config.Path  # Options has a field of the name `config`
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What is measured, and what to write."""
 
-    config: str
+    config: Path
     """The recipe, configs/*.py, or the config.json of a run."""
-    json: str = ""
+    json: Path = ""
     """File for the report; the first process writes it."""
     quick: bool = False
     """Measure no speed."""

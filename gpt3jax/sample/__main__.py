@@ -44,11 +44,11 @@ class Serve:
 class Options:
     """What `gpt3jax.sample` is asked for."""
 
-    checkpoint: str
+    checkpoint: config.Path
     """Folder of checkpoints, as checkpoint.dir; the newest is used."""
     prompt: tuple[str, ...] = ()
     """Texts to continue."""
-    prompts: str = ""
+    prompts: config.Path = ""
     """In place of prompt: a file with one text a line."""
     n: Annotated[int, ranges.Range(1, 10**6)] = 1
     """Continuations of each prompt."""

@@ -91,6 +91,14 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_folder_that_is_one_checkpoint_is_told(tmp_path):
+    (tmp_path / "a" / "b" / "meta").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "meta" / "metadata").touch()
+    planted, wrong = facts.plant(run_config(tmp_path), "t0")
+    facts.uproot(planted)
+    assert list(wrong) == ["checkpoint.dir"] and "is itself a checkpoint" in wrong["checkpoint.dir"]
+
+
 def test_what_is_used_on_gpus_is_read():
     told = "GPU-1, 1024\nGPU-2, [N/A]\nnonsense\n"
     assert facts.parse_used_gpus(told) == {"GPU-1": 1 << 30}

@@ -1,0 +1,106 @@
+"""Paths that a user gives: put in full, or refused before anything is made there.
+
+A field that is a path has the type `config.Path`, in the config as in the options of a command.
+"""
+
+import dataclasses
+import errno
+import os
+import pathlib
+import re
+import tempfile
+import typing
+from typing import Any, TypeVar
+
+from gpt3jax import config
+
+Options = TypeVar("Options")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_MAY_PASS = (*_NO_ROOM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
+
+def expanded(options: Options, prefix: str = "") -> Options:
+    """Return options with `~` at the start of each path replaced, as a shell does.
+
+    `prefix` is "--" for the options of a command, "" for a config.
+
+    Raises:
+        UserError: a path is an address such as gs://..., or names no user's home.
+    """
+    assert dataclasses.is_dataclass(options) and not isinstance(options, type)
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        name = prefix + (field.name.replace("_", "-") if prefix == "--" else field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = expanded(value, prefix if prefix == "--" else f"{name}.")
+        elif _is_path(hints[field.name]):
+            several = isinstance(value, tuple)
+            changes[field.name] = (
+                tuple(full(name, path) for path in value) if several else full(name, value)
+            )
+    return dataclasses.replace(options, **changes)
+
+
+def _is_path(hint: Any) -> bool:
+    metadata = getattr(hint, "__metadata__", ())
+    return config.PATH in metadata or any(map(_is_path, typing.get_args(hint)))
+
+
+def full(name: str, path: str) -> str:
+    """Return the path of an option, by the option's name, as `expanded` does.
+
+    Raises:
+        UserError: as `expanded`.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise config.UserError(
+            f"{name}={path} is the address of a store, and gpt3jax reads and writes files: mount "
+            "the store (gcsfuse, s3fs) or use a shared file system, and give the path there"
+        )
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise config.UserError(
+            f"{name}={path} names no user of this machine: give the whole path, or ./{path}"
+        )
+    return found
+
+
+def check_not_a_step(folder: pathlib.Path) -> None:
+    """Check that a folder for checkpoints is not one of them.
+
+    Raises:
+        UserError: it is; the folder that it is in is named.
+    """
+    if any((folder / file).is_file() for file in ("meta/metadata", "state/_METADATA")):
+        raise config.UserError(
+            f"{folder} is itself a checkpoint, of one step: give the folder that it is in, "
+            f"{folder.absolute().parent}, whose newest one is taken"
+        )
+
+
+def try_writing(name: str, folder: pathlib.Path) -> None:
+    """Make a folder if need be, and write and remove a small file in it.
+
+    Raises:
+        UserError, TransientError: as `not_writable`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise not_writable(name, folder, error) from error
+
+
+def not_writable(name: str, folder: str | pathlib.Path, error: OSError) -> config.UserError:
+    """Return the error to raise where a folder cannot be written; it says what to do.
+
+    A full disk or a store that fails may be well at the next start: a `TransientError`.
+    """
+    mend = "make room" if error.errno in _NO_ROOM else "mend the path, its permissions or its mount"
+    kind = config.TransientError if error.errno in _MAY_PASS else config.UserError
+    return kind(f"{name}={folder} cannot be written ({error}): {mend}, or choose another folder")
