@@ -69,16 +69,7 @@ def _start_save(
     if position.step in store.steps():
         return False
     run.replicas.check(position.step, state.params)
-    store.save(
-        state,
-        checkpoint.Meta(
-            step=position.step,
-            consumed_samples=position.samples,
-            data_order=run.splits.order,
-            config=config.flatten(run.cfg),
-            faults=run.faults.as_json(),
-        ),
-    )
+    store.save(state, setup.meta_of(run, position))
     return True
 
 

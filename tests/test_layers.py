@@ -34,6 +34,7 @@ LAYERS = [
     ["peers"],
     ["preflight.facts"],
     ["setup", "trained", "preflight.program", "preflight.speed", "checkpoint.listing"],
+    ["resuming"],
     ["step_log", "step", "checkpoint", "replicas"],
     ["array_blocks", "stacking", "faults"],
     ["pipeline"],

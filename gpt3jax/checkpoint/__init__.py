@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +62,11 @@ class Meta:
     """There is no more state than the parameters: a run starts with them, not from there."""
     faults: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What `faults.Faults` goes on from."""
+    history: Sequence[dict[str, Any]] = ()
+    """What starts of the run changed before, as in config.json (`resuming.entry`)."""
+    mesh: str = ""
+    """The mesh that it was written on, in words."""
+    jax_version: str = ""
     version: str = importlib.metadata.version("gpt3jax")
 
 

@@ -18,6 +18,7 @@ CONTRACT = {
     "exposed_communication_seconds", "collectives", "compile_seconds", "versions",
 }  # fmt: skip
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "plan" / "small_step.txt"
+WSD = ["--optimizer.decay=wsd", "--optimizer.wsd-decay-samples=200"]
 compiles = pytest.mark.skipif(bool(compiler.missing_extra()), reason="needs the extra plan")
 
 
@@ -58,6 +59,8 @@ def recipe_file(tmp_path):
         (["--gpus=8", "--dump-hlo=x", "--no-compile"], "--dump-hlo needs"),
         (["--gpus=8", "--batch.schedule=0:4 x"], 'entry "x" must be'),
         (["--gpus=8", "--search", "--batch.schedule=0:4 x"], 'entry "x" must be'),
+        (["--gpus=8", *WSD], "takes 200 samples, which exceeds the run's 160"),
+        (["--gpus=8", "--search", *WSD], "takes 200 samples, which exceeds the run's 160"),
         (["--gpus=12", "--search"], "not a multiple of --gpus-per-node=8"),
         (["--gpus=24", "--search"], "no mesh of --gpus=24 divides batch.global_batch_size=16"),
     ],
