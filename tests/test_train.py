@@ -235,6 +235,7 @@ def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
     train.train(make_config(corpus, tmp_path / "run", MESH_A, train={"n_steps": 1}))
     told = capsys.readouterr().out
     assert ("WARNING: a step needs about 0.0 GiB" in told) == warned
+    assert "WARNING: the warm-up of 64 samples is longer than the run of 16" in told
 
 
 def test_files_are_where_the_docs_say(uninterrupted):
