@@ -129,6 +129,11 @@ class Optimizer:
     clip_norm: Annotated[float, ranges.Range(0, 1e30)] = 1.0
     """Largest global L2 norm of the gradient; what exceeds it is scaled down (0: no clipping)."""
 
+    def schedule(self, run_samples: int) -> tuple[float, int]:
+        """Return the samples of the warm-up, and of warm-up and decay, in a run of so many."""
+        decay_samples = self.decay_samples or run_samples
+        return self.warmup_samples or self.warmup_fraction * decay_samples, decay_samples
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
@@ -146,6 +151,11 @@ class Precision:
     """float16: good steps in a row after which the scale doubles (steps)."""
     loss_scale_hysteresis: ranges.Positive = 2
     """float16: overflows before the scale halves; refilled only when the scale grows."""
+
+    @property
+    def scales_dynamically(self) -> bool:
+        """Tell whether the loss scale changes in the course of a run."""
+        return self.compute_dtype == "float16" and not self.static_loss_scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

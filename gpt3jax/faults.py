@@ -28,8 +28,12 @@ class Faults:
         return {"losses": losses, "skipped_in_row": self._skipped_in_row}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `as_json` gave; from nothing if it is empty."""
-        self._losses = [(int(number), float(loss)) for number, loss in saved.get("losses", ())]
+        """Go on from what `as_json` gave; from nothing if it is empty.
+
+        While spikes are off no loss is kept: the next limits must not come from those before.
+        """
+        losses = saved.get("losses", ()) if self._cfg.faults.spike != "off" else ()
+        self._losses = [(int(number), float(loss)) for number, loss in losses]
         self._skipped_in_row = int(saved.get("skipped_in_row", 0))
 
     def loss_limit(self, step_number: int) -> float:

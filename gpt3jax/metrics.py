@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import tqdm
@@ -70,20 +70,22 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         end_samples: int,
         n_devices: int,
         peak_flops: float | None,
+        history: Sequence[Mapping[str, Any]] = (),
         active: bool = True,
     ) -> None:
         """Open the run's records and write its config; set aside entries that will come again.
 
         Steps `start_step + 1 ... end_step` are to come, from `start_samples` consumed samples to
-        `end_samples`. `peak_flops` is one device's FLOP/s; None leaves the MFU out. Inactive (all
-        processes but one), nothing is opened and nothing told.
+        `end_samples`. `peak_flops` is one device's FLOP/s; None leaves the MFU out. `history` is
+        what starts of the run changed, for config.json. Inactive (all processes but one), nothing
+        is opened and nothing told.
         """
         self._cfg, self._active = cfg, active
         self._end_step, self._end_samples = end_step, end_samples
         self._n_devices, self._peak_flops = n_devices, peak_flops
         self._files = None
         if active and cfg.log.dir:
-            self._files = _Files(cfg, start_step, start_samples)
+            self._files = _Files(cfg, start_step, start_samples, history)
             if self._files.set_aside:
                 self.say(self._files.set_aside)
         self._bar: Any = None
@@ -217,13 +219,20 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
 class _Files:
     """What a run keeps in log.dir: config.json, metrics.jsonl, and TensorBoard's files."""
 
-    def __init__(self, cfg: config.Config, start_step: int, start_samples: int) -> None:
+    def __init__(
+        self,
+        cfg: config.Config,
+        start_step: int,
+        start_samples: int,
+        history: Sequence[Mapping[str, Any]],
+    ) -> None:
         self._log_dir = cfg.log.dir
         folder, flat = pathlib.Path(cfg.log.dir), config.flatten(cfg)
         with blaming(self._log_dir), contextlib.ExitStack() as stack:
             folder.mkdir(parents=True, exist_ok=True)
             self.set_aside = _set_aside(folder / "metrics.jsonl", start_step)
-            replace_file(folder / "config.json", json.dumps(flat, indent=2) + "\n")
+            told = flat | ({"history": history} if history else {})
+            replace_file(folder / "config.json", json.dumps(told, indent=2) + "\n")
             self._jsonl = stack.enter_context(open(folder / "metrics.jsonl", "a"))
             # Purging drops a run's points from one count on. Those over samples are therefore a
             # run of their own: purged by steps, most of them would go.

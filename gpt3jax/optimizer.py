@@ -24,8 +24,7 @@ def learning_rate(optimizer: config.Optimizer, run_samples: int, samples: Any, x
     `run_samples` is the length of the run: the decay's, unless the config says otherwise.
     """
     o = optimizer
-    decay_samples = o.decay_samples or run_samples
-    warmup = o.warmup_samples or o.warmup_fraction * decay_samples
+    warmup, decay_samples = o.schedule(run_samples)
     rising = o.init_lr + (o.peak_lr - o.init_lr) * (samples / max(warmup, 1))
     falling = _decayed(o, decay_samples, warmup, samples, xp)
     return xp.where((samples <= warmup) & (warmup > 0), rising, falling)
@@ -115,18 +114,36 @@ def init_loss_scale(precision: config.Precision) -> LossScale:
     )
 
 
+def resumed_loss_scale(
+    then: config.Precision, now: config.Precision, saved: LossScale
+) -> LossScale:
+    """Return the loss scale that a run goes on with, from the one that another precision left.
+
+    A dynamic scale goes on, with as many overflows counted as there were; every other starts anew.
+    """
+    if not (then.scales_dynamically and now.scales_dynamically):
+        return init_loss_scale(now)
+    more_overflows = now.loss_scale_hysteresis - then.loss_scale_hysteresis
+    return LossScale(
+        scale=jnp.maximum(saved.scale, now.min_loss_scale),
+        good_steps=saved.good_steps,
+        hysteresis=saved.hysteresis + more_overflows,
+    )
+
+
 def next_loss_scale(precision: config.Precision, state: LossScale, finite: Any) -> LossScale:
     """Return the loss scale after a step: doubled after a window of good ones, halved on overflow.
 
     The hysteresis is refilled only when the scale grows, so after the first overflows each
     further one halves at once (Megatron's rule).
     """
-    if precision.compute_dtype != "float16" or precision.static_loss_scale:
+    if not precision.scales_dynamically:
         return state
     hysteresis = jnp.where(finite, state.hysteresis, state.hysteresis - 1)
     halve = ~finite & (hysteresis <= 0)
     good_steps = jnp.where(finite, state.good_steps + 1, 0)
-    double = good_steps == precision.loss_scale_window
+    # A resumed run may have a shorter window than the good steps that it goes on from.
+    double = good_steps >= precision.loss_scale_window
     halved = jnp.maximum(state.scale / 2, precision.min_loss_scale)
     return LossScale(
         scale=jnp.where(double, state.scale * 2, jnp.where(halve, halved, state.scale)),

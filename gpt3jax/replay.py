@@ -41,7 +41,9 @@ def replay(cfg: config.Config) -> int:
             f"train.replay_step={last}, but the run ends at {run.end.step}: choose a step of it"
         )
     if last <= start.step:
-        raise config.UserError(f"train.replay_step={last} lies before the start: {told[-1]}")
+        raise config.UserError(
+            f"train.replay_step={last} lies before the start, which is after step {start.step}"
+        )
     _say(*told, f"taking steps {start.step + 1} to {last} twice; nothing is written")
     first = _take(run, run, state, start)
     del state  # the second must find the memory free

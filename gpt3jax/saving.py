@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from gpt3jax import config, metrics, setup, step_log
-from gpt3jax.checkpoint import checkpoints, metadata
+from gpt3jax.checkpoint import checkpoints
 
 
 def save(
@@ -75,16 +75,7 @@ def _start_save(
     if position.step in store.steps():
         return False
     run.replicas.check(position.step, state.params)
-    store.save(
-        state,
-        metadata.Meta(
-            step=position.step,
-            consumed_samples=position.samples,
-            data_order=run.splits.order,
-            config=config.flatten(run.cfg),
-            faults=run.faults.as_json(),
-        ),
-    )
+    store.save(state, setup.meta_of(run, position))
     return True
 
 

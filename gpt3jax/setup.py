@@ -13,10 +13,12 @@ from gpt3jax import (
     config,
     faults,
     flops,
+    optimizer,
     phases,
     pipeline,
     remat,
     replicas,
+    resuming,
     sharding,
     skipping,
     step,
@@ -44,6 +46,8 @@ class Run:
     faults: faults.Faults
     """What was seen of faulty steps; it and `replicas` alone change."""
     replicas: replicas.Replicas
+    history: tuple[dict[str, Any], ...] = ()
+    """What starts from checkpoints changed so far, this one included: `resuming.entry`."""
 
 
 def start_or_resume(
@@ -80,13 +84,42 @@ def start_or_resume(
     with clock.during(phases.RESTORE):
         state, meta, warnings = checkpoints.restore_newest(source, cfg, expect, only_params)
     start, run = position(meta), run_from(position(meta))
-    if not only_params:
-        run.faults.restore(meta.faults)
-    told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
     if only_params or meta.only_params:
-        state = run.program.adopt(state.params)
         told = f"starting with the parameters of {source.folder}, step {meta.step}"
-    return run, state, start, [*warnings, told]
+        return run, run.program.adopt(state.params), start, [*warnings, told]
+    run, state, changed = _go_on(run, state, start, meta)
+    told = f"resumed from {source.folder} at step {start.step}, {start.samples} samples"
+    return run, state, start, [*warnings, told, *changed]
+
+
+def _go_on(
+    run: Run, saved: Any, start: step_log.Position, meta: metadata.Meta
+) -> tuple[Run, Any, list[str]]:
+    """Return the run and the state that go on from a checkpoint, and a table of what changed."""
+    run.faults.restore(meta.faults)
+    state = resuming.with_own_scale(run.cfg, meta, run.program.abstract_state, saved)
+    found = resuming.changes(meta, saved, meta_of(run, start), state)
+    history = (*meta.history, *resuming.entry(meta, found))
+    return dataclasses.replace(run, history=history), state, resuming.table(found)
+
+
+def meta_of(run: Run, position: step_log.Position) -> metadata.Meta:
+    """Return what a checkpoint of the run at a position says besides the state."""
+    return metadata.Meta(
+        step=position.step,
+        consumed_samples=position.samples,
+        data_order=run.splits.order,
+        config=config.flatten(run.cfg),
+        faults=run.faults.as_json(),
+        history=run.history,
+        mesh=_axes(run.mesh),
+        jax_version=jax.__version__,
+    )
+
+
+def _axes(mesh: jax.sharding.Mesh) -> str:
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return axes or "one device"
 
 
 def schedule_of(cfg: config.Config, mesh: jax.sharding.Mesh) -> batch_schedule.BatchSchedule:
@@ -121,14 +154,10 @@ def prepare(
     store: checkpoints.Checkpoints | None,
     start: step_log.Position,
 ) -> Run:
-    """Build the program, and map the corpus, of a run that goes on from a position.
-
-    Its end depends on the start, because the batch size may have been another one before. Where
-    samples are left out, it is as if they were not: then from the first step on.
-    """
+    """Build the program, and map the corpus, of a run that goes on from a position."""
     stream = skipping.from_config(cfg.data)
-    since = (0, 0) if stream.left_out else start
-    n_steps, n_samples = schedule.end(cfg.train, cfg.model.seq_len, *since)
+    n_steps, n_samples = skipping.run_length(cfg, schedule, *start)
+    validation.check_schedule(cfg.optimizer, n_samples)
     skipping.check(stream, schedule, n_samples)
     program = step.build(cfg, mesh, n_samples)
     params = program.abstract_state.params
@@ -148,16 +177,16 @@ def prepare(
 
 def describe(run: Run) -> list[str]:
     """Return the lines that open a run's log: devices, mesh, model, length."""
-    cfg, shape = run.cfg, run.mesh.shape
-    axes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
-    kind, has_stages = jax.devices()[0].device_kind, shape["stage"] > 1
+    cfg, kind, has_stages = run.cfg, jax.devices()[0].device_kind, run.mesh.shape["stage"] > 1
     lines = [
-        f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), mesh {axes}",
+        f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), "
+        f"mesh {_axes(run.mesh)}",
         f"{flops.n_params(cfg.model):,} parameters, {cfg.precision.compute_dtype}, attention "
         f"{run.program.compute.attention}, remat {remat.in_effect(cfg.model.remat, has_stages)}",
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
         f"{run.splits.told}",
     ]
+    lines += warmup_warnings(cfg.optimizer, run.n_samples)
     lines += pipeline.describe(cfg, run.mesh)
     lines += run.replicas.describe()
     limit = device_memory()
@@ -184,6 +213,19 @@ def beyond_the_end(
         told.append(f"faults.spike_window={faults.spike_window} (faults.spike={faults.spike})")
     where = f"the run ends at step {end.step}, sample {end.samples}"
     return [f"WARNING: {one} has no effect: {where}" for one in told]
+
+
+def warmup_warnings(o: config.Optimizer, run_samples: int) -> list[str]:
+    """Return a line if a run ends before its warm-up, as a short trial of a recipe does."""
+    warmup, _ = o.schedule(run_samples)
+    if warmup <= run_samples:
+        return []
+    last = optimizer.learning_rate(o, run_samples, run_samples)
+    return [
+        f"WARNING: the warm-up of {int(warmup):,} samples is longer than the run of "
+        f"{run_samples:,}: the learning rate only rises, to {last:.6g} where optimizer.peak_lr is "
+        f"{o.peak_lr:g}"
+    ]
 
 
 def device_memory() -> int | None:

@@ -72,6 +72,18 @@ def from_config(data: config.Data) -> Stream:
     return Stream(tuple(merged))
 
 
+def run_length(
+    cfg: config.Config, schedule: batch_schedule.BatchSchedule, step: int = 0, position: int = 0
+) -> tuple[int, int]:
+    """Return the (steps, samples) of a run that goes on from here: what schedules and order follow.
+
+    Its end depends on the start, because the batch size may have been another one before. Where
+    samples are left out, it is as if they were not: then from the first step on.
+    """
+    since = (0, 0) if cfg.data.skip_samples else (step, position)
+    return schedule.end(cfg.train, cfg.model.seq_len, *since)
+
+
 def check(stream: Stream, schedule: batch_schedule.BatchSchedule, n_samples: int) -> None:
     """Check that stretches lie in a run of so many samples and leave something of it.
 

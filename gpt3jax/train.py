@@ -63,6 +63,7 @@ def _train(
             end_samples=run.end.samples,
             n_devices=jax.device_count(),
             peak_flops=_peak_flops(cfg),
+            history=run.history,
             active=jax.process_index() == 0,
         ) as recorder,
         stopping.Stop(held.known_lost) as stop,

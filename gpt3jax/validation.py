@@ -83,15 +83,35 @@ def _check_optimizer(optimizer: config.Optimizer) -> None:
             f"optimizer.decay={o.decay} with optimizer.wsd_decay_samples={o.wsd_decay_samples}: "
             "wsd, and only wsd, needs the length of its final decay: change one of them"
         )
-    if o.decay_samples and o.wsd_decay_samples > o.decay_samples:
-        raise config.UserError(
-            f"optimizer.wsd_decay_samples={o.wsd_decay_samples} exceeds "
-            f"optimizer.decay_samples={o.decay_samples}: shorten it"
-        )
+    if o.decay_samples:
+        check_schedule(o, o.decay_samples)
     if o.weight_decay_growth == "constant" and o.start_weight_decay:
         raise config.UserError(
             f"optimizer.start_weight_decay={o.start_weight_decay} has no effect with "
             "optimizer.weight_decay_growth=constant: choose linear or cosine"
+        )
+
+
+def check_schedule(optimizer: config.Optimizer, run_samples: int) -> None:
+    """Check that warm-up and final decay fit in a run whose length is known by now.
+
+    Else the decay would begin before the warm-up is over, and the learning rate fall at once.
+
+    Raises:
+        UserError: it names what they take, and what there is.
+    """
+    o, (warmup, length) = optimizer, optimizer.schedule(run_samples)
+    needed = int(warmup) + o.wsd_decay_samples
+    if o.decay == "wsd" and needed > length:
+        has = f"optimizer.decay_samples={length}: shorten it, or raise that"
+        if not o.decay_samples:
+            has = (
+                f"the run's {length} (optimizer.decay_samples=0): shorten it, train longer, or "
+                "give the optimizer.decay_samples of the longer run that this one is a part of"
+            )
+        raise config.UserError(
+            f"optimizer.wsd_decay_samples={o.wsd_decay_samples} after a warm-up of {int(warmup)} "
+            f"samples takes {needed} samples, which exceeds {has}"
         )
 
 
@@ -102,6 +122,11 @@ def _check_precision(
         raise config.UserError(
             f"precision.static_loss_scale={precision.static_loss_scale} has no effect with "
             f"precision.compute_dtype={precision.compute_dtype}: only float16 scales the loss"
+        )
+    if precision.scales_dynamically and precision.initial_loss_scale < precision.min_loss_scale:
+        raise config.UserError(
+            f"precision.initial_loss_scale={precision.initial_loss_scale} is below "
+            f"precision.min_loss_scale={precision.min_loss_scale}: raise it, or lower the minimum"
         )
     if attention.implementation == "cudnn" and model.attention_dropout:
         raise config.UserError(

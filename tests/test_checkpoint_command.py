@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -20,6 +21,9 @@ def small_config():
     return tiny.make_config(model={"n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": 8})
 
 
+CHANGED = {"step": 4, "samples": 64, "changes": {"train.n_steps": {"then": 20, "now": 40}}}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return a folder with whole checkpoints of steps 10 and 20 with random arrays."""
@@ -35,7 +39,7 @@ def folder(tmp_path_factory):
     for number in (10, 20):
         meta = metadata.Meta(
             step=number, consumed_samples=16 * number, data_order={"train.seed": 1},
-            config=config.flatten(cfg),
+            config=config.flatten(cfg), history=(CHANGED,),
         )  # fmt: skip
         assert store.save(jax.tree.map(fill, abstract), meta) > 0
         assert store.wait() == ""
@@ -92,6 +96,7 @@ def test_show_tells_every_array_and_the_config(monkeypatch, capsys, folder):
     found = json.loads(out)
     assert status == 0 and (found["step"], found["samples"]) == (10, 160)
     assert found["meta"]["config"]["model.d_model"] == 16
+    assert found["meta"]["history"] == [CHANGED]
     arrays = {array["name"]: array for array in found["arrays"]}
     assert arrays["params/embedding_VD/value"] == {
         "name": "params/embedding_VD/value", "shape": [512, 16], "dtype": "float32",
@@ -100,6 +105,7 @@ def test_show_tells_every_array_and_the_config(monkeypatch, capsys, folder):
     assert arrays["step"]["shape"] == [] and arrays["step"]["dtype"] == "int32"
     status, out, _ = call(monkeypatch, capsys, "show", folder)
     assert status == 0 and "step 20" in out and "512 x 16" in out
+    assert re.search(r"after step 4: train\.n_steps +20 -> 40", out)
 
 
 def test_verify_names_what_is_damaged_and_changes_nothing(monkeypatch, capsys, copy):

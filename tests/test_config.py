@@ -240,10 +240,20 @@ REFUSED = [
         "--optimizer.decay=wsd --optimizer.wsd-decay-samples=9 --optimizer.decay-samples=8",
         "optimizer.wsd_decay_samples=9", "exceeds optimizer.decay_samples=8", "shorten it",
     ),
+    (
+        "--optimizer.decay=wsd --optimizer.wsd-decay-samples=6 --optimizer.warmup-samples=3 "
+        "--optimizer.decay-samples=8",
+        "wsd_decay_samples=6 after a warm-up of 3 samples takes 9 ", "optimizer.decay_samples=8",
+    ),
     ("--optimizer.wsd-decay-samples=9", "decay=cosine", "wsd_decay_samples=9", "only wsd, needs"),
     (
         "--optimizer.start-weight-decay=.5",
         "optimizer.start_weight_decay=0.5", "weight_decay_growth=constant", "linear or cosine",
+    ),
+    (
+        "--precision.compute-dtype=float16 --precision.initial-loss-scale=2 "
+        "--precision.min-loss-scale=4",
+        "precision.initial_loss_scale=2.0", "precision.min_loss_scale=4.0", "raise it",
     ),
     (
         "--precision.static-loss-scale=8",

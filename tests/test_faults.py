@@ -183,6 +183,18 @@ def test_a_limit_does_not_depend_on_what_was_read_already(tmp_path):
     assert math.isfinite(early.loss_limit(40))
 
 
+def test_losses_of_a_stretch_without_limits_do_not_return(tmp_path):
+    """Spikes were watched, then not: when they are again, the old losses are no measure."""
+    watched, off = (make_config(tmp_path / "run", spike=spike) for spike in ("warn", "off"))
+    seen_before, unwatched, again = (faults.Faults(cfg, ()) for cfg in (watched, off, watched))
+    for number in range(1, 10):
+        seen_before.note(number, {"loss": 3.0 + number % 2, "skipped": 0})
+    assert math.isfinite(seen_before.loss_limit(11))
+    unwatched.restore(seen_before.as_json())
+    again.restore(unwatched.as_json())
+    assert again.loss_limit(110) == math.inf
+
+
 def test_a_checkpoint_without_losses_still_loads():
     names = [field.name for field in dataclasses.fields(metadata.Meta)]
     meta = metadata.Meta(step=1, consumed_samples=1, data_order={}, config={})

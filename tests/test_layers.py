@@ -38,6 +38,7 @@ LAYERS = [
     ["peers"],
     ["preflight.facts"],
     ["setup", "trained", "preflight.program", "preflight.speed", "checkpoint.listing"],
+    ["resuming"],
     ["step_log", "step", "checkpoint.checkpoints", "replicas"],
     ["array_blocks", "stacking", "faults", "checkpoint.keeping", "holding"],
     ["pipeline"],

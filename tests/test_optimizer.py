@@ -56,6 +56,28 @@ def test_learning_rate_and_weight_decay_are_megatrons(case):
     np.testing.assert_allclose(in_step + 0 * samples, lr, rtol=2e-6, atol=1e-7 * o.peak_lr)
 
 
+def test_a_schedule_that_fits_reaches_its_peak_and_one_that_does_not_is_refused():
+    """Longer than the run, or than decay_samples, its decay would begin during the warm-up."""
+    for warmup in ({"warmup_samples": 30}, {"warmup_fraction": 0.3}):
+        for length, run in (({}, 100), ({"decay_samples": 100}, 60)):
+            given = {"peak_lr": 1.0, "decay": "wsd", "wsd_decay": "linear", **warmup, **length}
+            o = config.Optimizer(**given, wsd_decay_samples=70)
+            validation.check_schedule(o, run)
+            assert optimizer.learning_rate(o, run, 30) == 1
+            assert optimizer.learning_rate(o, run, 31) > 0.98
+            o = config.Optimizer(**given, wsd_decay_samples=90)
+            assert optimizer.learning_rate(o, run, 31) < 0.8  # it falls at once
+            has = r"optimizer.decay_samples=100: " if length else r"the run's 100 \("
+            told = f"samples=90 after a warm-up of 30 samples takes 120 samples, .* exceeds {has}"
+            with pytest.raises(config.UserError, match=told):
+                validation.check_schedule(o, run)
+
+
+def test_a_part_of_a_sample_is_no_reason_to_refuse():
+    o = config.Optimizer(peak_lr=1.0, decay="wsd", warmup_fraction=0.333, wsd_decay_samples=67)
+    validation.check_schedule(o, 100)  # 33.3 + 67
+
+
 def test_a_run_shorter_than_its_warmup_only_warms_up():
     o = config.Optimizer(peak_lr=1.0, warmup_samples=100)
     for xp in (np, jnp):
@@ -92,6 +114,45 @@ def test_static_loss_scale_stays():
     for finite in (True, False, False):
         state = optimizer.next_loss_scale(precision, state, jnp.asarray(finite))
     assert float(state.scale) == 128
+
+
+def scaled(scale, good_steps=0, hysteresis=2):
+    return optimizer.LossScale(jnp.float32(scale), jnp.int32(good_steps), jnp.int32(hysteresis))
+
+
+HALF = config.Precision(compute_dtype="float16")
+STATIC = config.Precision(compute_dtype="float16", static_loss_scale=128.0)
+BFLOAT16 = config.Precision()
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "saved", "expected"),
+    [
+        (HALF, HALF, (2.0**9, 7, -3), (2.0**9, 7, -3)),
+        (HALF, STATIC, (2.0**9, 7, 1), (128, 0, 2)),
+        (HALF, BFLOAT16, (2.0**9, 7, 1), (1, 0, 2)),
+        (BFLOAT16, HALF, (1, 0, 2), (2.0**32, 0, 2)),
+        (STATIC, HALF, (128, 0, 2), (2.0**32, 0, 2)),
+        (STATIC, dataclasses.replace(STATIC, static_loss_scale=64.0), (128, 0, 2), (64, 0, 2)),
+        # As an earlier version left it, which kept the scale of another format.
+        (BFLOAT16, BFLOAT16, (2.0**16, 0, 2), (1, 0, 2)),
+        # Never below the new minimum; the overflows that were counted stay so.
+        (HALF, dataclasses.replace(HALF, min_loss_scale=2.0**12), (8, 7, 1), (2.0**12, 7, 1)),
+        (HALF, dataclasses.replace(HALF, loss_scale_hysteresis=4), (8, 7, 1), (8, 7, 3)),
+        (dataclasses.replace(HALF, loss_scale_hysteresis=4), HALF, (8, 7, 4), (8, 7, 2)),
+    ],
+)  # fmt: skip
+def test_a_dynamic_scale_goes_on_and_every_other_starts_as_the_config_says(
+    then, now, saved, expected
+):
+    found = optimizer.resumed_loss_scale(then, now, scaled(*saved))
+    assert (float(found.scale), int(found.good_steps), int(found.hysteresis)) == expected
+
+
+def test_a_window_shorter_than_the_good_steps_so_far_ends_with_the_next():
+    precision = dataclasses.replace(HALF, loss_scale_window=100)
+    state = optimizer.next_loss_scale(precision, scaled(8, 300), jnp.asarray(True))
+    assert (float(state.scale), int(state.good_steps)) == (16, 0)
 
 
 def curve_config(c):

@@ -15,9 +15,9 @@ from gpt3jax.checkpoint import __main__ as checkpoint_command
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.convert import megatron
 from gpt3jax.data import inspect, merge, prepare
-from gpt3jax.evaluate import __main__ as evaluate
-from gpt3jax.plan import __main__ as plan
-from gpt3jax.preflight import __main__ as preflight
+from gpt3jax.evaluate import options as evaluate
+from gpt3jax.plan import options as plan
+from gpt3jax.preflight import options as preflight
 from gpt3jax.sample import __main__ as sample
 
 import tiny

@@ -88,11 +88,16 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
     steps, evals = records(folder)
     whole_steps, whole_evals = records(tmp_path / "whole")
     ours, theirs = final_arrays(cfg, 4), final_arrays(uninterrupted, 4)
+    told = json.loads((folder / "logs" / "config.json").read_text()).get("history")
     if second_mesh == MESH_A:
+        assert told is None
         assert steps == whole_steps and evals[-2:] == whole_evals[-2:]
         for name, array in ours.items():
             np.testing.assert_array_equal(array, theirs[name], err_msg=name)
         return
+    [meshes] = [start["changes"]["mesh"] for start in told]
+    assert meshes == {"then": "data 2 x fsdp 2 x tensor 2", "now": "fsdp 4 x tensor 2"}
+    assert checkpoints.Checkpoints(cfg.checkpoint.dir).read_meta(4).history == told
     assert [r["consumed_samples"] for r in steps] == [16, 32, 48, 64]
     for one, other in zip(steps, whole_steps, strict=True):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
@@ -243,6 +248,7 @@ def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
     told = capsys.readouterr().out
     assert "WARNING: faults.spike_window=7 has no effect with faults.spike=off" in told
     assert ("WARNING: a step needs about 0.0 GiB" in told) == warned
+    assert "WARNING: the warm-up of 64 samples is longer than the run of 16" in told
 
 
 def test_what_has_no_effect_before_the_end_of_the_run_is_warned_of():

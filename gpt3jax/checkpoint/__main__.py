@@ -113,7 +113,10 @@ def show(options: Show, out: console.Console) -> int:
     out.print(f"{path}: step {entry.step:,}, {entry.meta.consumed_samples:,} samples")
     out.print(f"{_holds(entry.meta)}, {held}")
     out.print(f"written {_time(entry.written)} by gpt3jax {entry.meta.version}")
-    for title, rows in (("order of samples", entry.meta.data_order), ("config", entry.meta.config)):
+    parts = {"order of samples": entry.meta.data_order, "config": entry.meta.config}
+    if entry.meta.history:
+        parts["changed by starts of the run"] = _changes(entry.meta)
+    for title, rows in parts.items():
         shown = table.Table(box=box.SIMPLE, show_header=False, title=title, title_justify="left")
         for name, value in rows.items():
             shown.add_row(name, str(value))
@@ -200,6 +203,15 @@ def _as_json(entry: listing.Entry) -> dict[str, Any]:
 def _meta(entry: listing.Entry) -> dict[str, Any]:
     assert entry.meta is not None
     return dataclasses.asdict(entry.meta)
+
+
+def _changes(meta: metadata.Meta) -> dict[str, str]:
+    """Return what starts of a run changed, by the step that they went on from."""
+    return {
+        f"after step {start['step']:,}: {name}": f"{change['then']} -> {change['now']}"
+        for start in meta.history
+        for name, change in start["changes"].items()
+    }
 
 
 def _holds(meta: metadata.Meta | None) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from gpt3jax import config
@@ -25,6 +26,11 @@ class Meta:
     """There is no more state than the parameters: a run starts with them, not from there."""
     faults: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What `faults.Faults` goes on from."""
+    history: Sequence[dict[str, Any]] = ()
+    """What starts of the run changed before, as in config.json (`resuming.entry`)."""
+    mesh: str = ""
+    """The mesh that it was written on, in words."""
+    jax_version: str = ""
     version: str = importlib.metadata.version("gpt3jax")
 
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.experimental.topologies
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
@@ -140,11 +139,6 @@ def _read(file: pathlib.Path) -> dict[str, Any] | None:
         return None
 
 
-def abstract_batch(cfg: config.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Return the shapes of a full batch `[M, B, ...]`, as the loader lays it on the devices."""
-    return lowering.abstract_batch(cfg, mesh, cfg.batch.global_batch_size)
-
-
 def main() -> int:
     """Answer the request on standard input; the exit status is 2 for what a user can mend."""
     request = json.load(sys.stdin)
@@ -167,9 +161,8 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     _, run_samples = schedule.end(cfg.train, cfg.model.seq_len)
     program = step.build(cfg, mesh, run_samples)
     with jax.set_mesh(mesh):
-        limit = [jax.ShapeDtypeStruct((), jnp.float32)] * (cfg.faults.spike == "skip")
-        batch = abstract_batch(cfg, mesh)
-        traced = program.train.jitted.trace(program.abstract_state, batch, *limit)
+        args = lowering.abstract_args(program, cfg, cfg.batch.global_batch_size)
+        traced = program.train.jitted.trace(*args)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     # The step's is the largest: what else was compiled on the way has its own.

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import console
 
-from gpt3jax import config, gpus, recipe
+from gpt3jax import batch_schedule, config, gpus, recipe, skipping, validation
 from gpt3jax.plan import compiler, memory_model, options, page, report, rows, search, terminal
 
 MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
@@ -40,7 +40,7 @@ def plan(given: options.Options, overrides: list[str], told: str) -> dict[str, A
     if given.search:
         searched = _search(recipe_args, given, target, bool(missing), out)
         recipe_args = [*recipe_args, *searched[0]["overrides"]]
-    cfg = recipe.parse(recipe_args, "gpt3jax.plan")
+    cfg = _parse(recipe_args)
     layout = memory_model.lay_out(cfg, given.gpus, network.gpus_per_node)
     compiled = None
     if not missing:
@@ -63,6 +63,18 @@ def plan(given: options.Options, overrides: list[str], told: str) -> dict[str, A
     return found
 
 
+def _parse(recipe_args: list[str]) -> config.Config:
+    """Return the config of a run from its first step to its last.
+
+    Raises:
+        UserError: as `recipe.parse`; its schedules do not fit in the run.
+    """
+    cfg = recipe.parse(recipe_args, "gpt3jax.plan")
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    validation.check_schedule(cfg.optimizer, skipping.run_length(cfg, schedule)[1])
+    return cfg
+
+
 def _search(
     recipe_args: list[str],
     given: options.Options,
@@ -75,7 +87,7 @@ def _search(
     Raises:
         UserError: none fits by closed forms, or none compiled.
     """
-    cfg = recipe.parse(recipe_args, "gpt3jax.plan")
+    cfg = _parse(recipe_args)
     found = search.candidates(cfg, given.gpus, target.gpu, target.network)
     queue = search.Queue(found, target.gpu)
     out.print(f"{len(found):,} layouts fit, by closed forms.")

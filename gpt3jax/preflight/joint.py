@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from gpt3jax import config, distributed, setup, step
+from gpt3jax import config, distributed, setup, skipping, step, validation
 from gpt3jax.preflight import checks, facts, program
 
 
@@ -229,8 +229,9 @@ def abstract_program(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[step.
     """Return the program of a run that starts anew, and its first batch size.
 
     Raises:
-        UserError: the config does not fit the devices.
+        UserError: the config does not fit the devices, or its schedules the run.
     """
     schedule = setup.schedule_of(cfg, mesh)
-    samples = schedule.end(cfg.train, cfg.model.seq_len, 0, 0)[1]
+    _, samples = skipping.run_length(cfg, schedule)
+    validation.check_schedule(cfg.optimizer, samples)
     return step.build(cfg, mesh, samples), schedule.size(0)

@@ -27,6 +27,7 @@ CONTRACT = {
     "fits", "peak_bytes_per_gpu", "memory", "step_seconds", "mfu", "tokens_per_second_per_gpu",
     "exposed_communication_seconds", "collectives", "compile_seconds", "versions",
 }  # fmt: skip
+WSD = ["--optimizer.decay=wsd", "--optimizer.wsd-decay-samples=200"]
 compiles = pytest.mark.skipif(bool(compiler.missing_extra()), reason="needs the extra plan")
 
 
@@ -67,6 +68,8 @@ def recipe_file(tmp_path):
         (["--gpus=8", "--dump-hlo=x", "--no-compile"], "--dump-hlo needs"),
         (["--gpus=8", "--batch.schedule=0:4 x"], 'entry "x" must be'),
         (["--gpus=8", "--search", "--batch.schedule=0:4 x"], 'entry "x" must be'),
+        (["--gpus=8", *WSD], "takes 200 samples, which exceeds the run's 160"),
+        (["--gpus=8", "--search", *WSD], "takes 200 samples, which exceeds the run's 160"),
         (["--gpus=12", "--search"], "not a multiple of --gpus-per-node=8"),
         (["--gpus=24", "--search"], "no mesh of --gpus=24 divides batch.global_batch_size=16"),
     ],

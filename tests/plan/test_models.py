@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from gpt3jax import config, flops, gpus, recipe, setup, sharding, step, xla_flags
-from gpt3jax.plan import compiler, hlo, memory_model, time_model
+from gpt3jax.plan import hlo, memory_model, time_model
+from gpt3jax.preflight import program
 
 import tiny
 
@@ -49,7 +50,7 @@ def test_batch_is_the_loaders():
     cfg = tiny.make_config(mesh={"data": 2, "fsdp": 4})
     mesh = sharding.make_mesh(cfg.mesh)
     batch = tiny.make_batch(0, cfg, mesh, 2)
-    planned = compiler.abstract_batch(cfg, mesh)
+    planned = program.abstract_batch(cfg, mesh, cfg.batch.global_batch_size)
     assert planned.keys() == batch.keys()
     for name, array in batch.items():
         assert (planned[name].shape, planned[name].dtype) == (array.shape, array.dtype)

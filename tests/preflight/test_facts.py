@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import config, step
-from gpt3jax.plan import compiler
+from gpt3jax import config, faults, step
 from gpt3jax.preflight import checks, facts, joint, program, speed
 
 import tiny
@@ -117,15 +116,10 @@ def test_the_number_of_the_process_is_not_part_of_its_config(tmp_path):
     assert len(mine["code"]["gpt3jax/model.py"]) == 12 and "jaxlib" in mine["versions"]
 
 
-def test_shapes_are_those_that_the_plan_compiles():
-    mesh = tiny.make_mesh(data=2, fsdp=4)
-    for segments in (False, True):
-        cfg = tiny.make_config(data={"reset_attention_mask": segments})
-        assert program.abstract_batch(cfg, mesh, 16) == compiler.abstract_batch(cfg, mesh)
-
-
-def test_the_program_is_that_of_the_first_step_which_is_not_traced_again(monkeypatch):
-    cfg = tiny.make_config(model={"n_layers": 1})
+@pytest.mark.parametrize("spike", ["off", "skip"])
+def test_the_program_is_that_of_the_first_step_which_is_not_traced_again(monkeypatch, spike):
+    """Where spikes are skipped the step takes one more number."""
+    cfg = tiny.make_config(model={"n_layers": 1}, faults={"spike": spike})
     mesh = tiny.make_mesh(data=2, fsdp=4)
     built = step.build(cfg, mesh, 320)
     program.fingerprint(built, cfg, cfg.batch.global_batch_size)
@@ -134,8 +128,10 @@ def test_the_program_is_that_of_the_first_step_which_is_not_traced_again(monkeyp
         raise AssertionError("traced again")
 
     monkeypatch.setattr(step.loss, "token_weights", fail)
+    batch, limit = tiny.make_batch(0, cfg, mesh, 2), faults.Faults(cfg, ()).step_args(1)
+    assert len(limit) == (spike == "skip")
     with jax.set_mesh(mesh):  # as a call does before it compiles
-        built.train.jitted.lower(built.init(), tiny.make_batch(0, cfg, mesh, 2))
+        built.train.jitted.lower(built.init(), batch, *limit)
     with pytest.raises(AssertionError, match="traced again"):
         program.fingerprint(built, cfg, 8)
 
@@ -148,6 +144,12 @@ def test_programs_of_other_constants_differ():
         built, size = joint.abstract_program(cfg, mesh)
         prints.add(program.fingerprint(built, cfg, size))
     assert len(prints) == 2
+
+
+def test_a_run_whose_schedule_does_not_fit_is_refused():
+    cfg = tiny.make_config(optimizer={"decay": "wsd", "wsd_decay_samples": 300})
+    with pytest.raises(config.UserError, match="takes 364 samples, which exceeds the run's 320"):
+        joint.abstract_program(cfg, tiny.make_mesh(data=8))
 
 
 SMALL = speed.Sizes(matrix=32, products=2, n_bytes=1 << 12, rounds=2)
