@@ -22,7 +22,7 @@ def evaluate(given: options.Options) -> str:
     """
     source = trained.open_for_use(given.checkpoint, given.mesh, given.compute_dtype)
     seq_len = source.cfg.model.seq_len
-    if not 0 <= given.stride <= seq_len:
+    if given.stride > seq_len:
         raise config.UserError(
             f"--stride={given.stride} must be from 1 to model.seq_len={seq_len}, or 0 for its "
             "default: choose a value there"

@@ -155,7 +155,7 @@ def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypa
             ["--text", "text.txt", "--stride", "65"],
             "--stride=65 must be from 1 to model.seq_len=64",
         ),
-        (["--text", "text.txt", "--stride", "-1"], "--stride=-1 must be from 1"),
+        (["--text", "text.txt", "--stride", "-1"], "--stride=-1 must be at least 0"),
         (["--text", "text.txt", "--batch-size", "0"], "--batch-size=0 must be at least 1"),
         (["--text", "text.txt", "--max-tokens", "-1"], "--max-tokens=-1 must be at least 0"),
         (["--text", "text.txt", "--limit", "3"], "--limit has no effect with --text"),

@@ -108,7 +108,7 @@ def test_text_that_fills_the_context_says_so(checkpoint_dir, bpe, monkeypatch, c
         (["--prompt", "x", "--prompts", "f"], "--prompt, --prompts and --serve exclude each other"),
         (["--prompts", "missing.txt"], "--prompts=missing.txt cannot be read"),
         ([], "nothing to continue: give --prompt, --prompts or --serve"),
-        (["--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
+        (["--prompt", "x", "--top-p", "2"], "--top-p=2.0 must be above 0 and at most 1"),
         (["--prompt", "x", "--n", "0"], "--n=0 must be at least 1"),
         (["--prompt", "x", "--top-p", "nan"], "top_p=nan must be above 0 and at most 1"),
         (["--prompt", "x", "--temperature", "nan"], "temperature=nan must be at least 0"),
