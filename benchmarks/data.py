@@ -41,9 +41,7 @@ def parse(args):
     parser.add_argument("--text-mb", type=float, default=20, help="of text to encode")
     parser.add_argument("--documents", type=int, default=10_000_000, help="of the sample index")
     parser.add_argument("--corpus-mb", type=float, default=80, help="of the corpus to read")
-    parser.add_argument(
-        "--samples", type=int, default=8192, help="the loader reads twice as many"
-    )
+    parser.add_argument("--samples", type=int, default=8192, help="the loader reads twice as many")
     return parser.parse_args(args)
 
 

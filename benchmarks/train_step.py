@@ -1,6 +1,6 @@
 """Measure the training step of a config on this machine: tokens/s, compile time, peak memory.
 
-    python benchmarks/train_step.py --config=configs/345m.py [--group.field VALUE ...]
+    python benchmarks/train_step.py --config=configs/345m.py --data.mock [--group.field VALUE ...]
     python benchmarks/train_step.py --cpu-peers [--rounds 2] [--peers gpt3jax]
 
 `--cpu-peers` runs one and the same workload (12 x 512 x 8, sequence 1024, vocabulary 50304, batch

@@ -7,8 +7,8 @@ shard more, an early one with its early chunk (shards before c) or a late one wi
 (shards after c). That is the same n^2 x 2 C on every shard, the least a causal mask allows, and
 three kernels of static shapes. Their outputs are joined by their softmax sums.
 
-The one private module of JAX in the project is used here: its public function neither gives the
-sums in fp32 nor lets the backward kernel be called with the joined output and sums.
+A private module of JAX is used (docs/architecture.md lists them): its public function neither gives
+the sums in fp32 nor lets the backward kernel be called with the joined output and sums.
 """
 
 import functools

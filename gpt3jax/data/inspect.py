@@ -3,7 +3,7 @@
 inspect PREFIX --document 7 --vocab-file vocab.json --merge-file merges.txt
 inspect PREFIX --seq-len 2048 --n-samples 1000 --samples 0:4
 inspect 0.7 PREFIX_1 0.3 PREFIX_2 --seq-len 2048 --n-samples 1000 --dump indices.npz
-inspect --config configs/345m.py --step 1200
+inspect --config runs/345m/logs/config.json --step 1200
 """
 
 import dataclasses
@@ -182,7 +182,13 @@ def _run_samples(
 
 def _load(path: str) -> config.Config:
     if not path.endswith(".json"):
-        return recipe.load(path)
+        cfg = recipe.load(path)
+        if not (cfg.data.paths or cfg.data.train_paths or cfg.data.mock):
+            raise config.UserError(
+                f"--config {path} names no corpus (data.paths): give the config.json that the run "
+                "wrote into its log.dir"
+            )
+        return cfg
     try:
         cfg = config.unflatten(config.Config, json.loads(pathlib.Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:
