@@ -269,6 +269,23 @@ def test_the_readme_has_the_figures_of_every_recipe():
         assert shape in row, f"README.md: {name} is {shape}"
 
 
+def test_figures_behind_a_field_are_its_default():
+    """As in "`faults.spike_window` (100)"; those with a unit are compared without it."""
+    cfg = config.Config(
+        model=config.Model(n_layers=1, d_model=8, n_heads=1, seq_len=8),
+        optimizer=config.Optimizer(peak_lr=1.0),
+        batch=config.Batch(global_batch_size=1),
+        data=config.Data(),
+        train=config.Train(),
+    )
+    defaults, found = config.flatten(cfg), []
+    for document in documents.markdown():
+        for place, match in document.found(r"`(?:--)?([a-z_]+\.[a-z_-]+)`\s\((\d+)(?: s)?[);]"):
+            found.append(float(match[2]))
+            assert defaults[match[1].replace("-", "_")] == found[-1], f"{place}: {match[0]}"
+    assert len(found) > 8
+
+
 def test_the_kinds_of_gpus_are_those_that_are_known():
     for document in documents.markdown():
         for place, span in document.spans():

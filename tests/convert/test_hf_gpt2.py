@@ -118,12 +118,17 @@ def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, optio
     assert np.isfinite(metrics["loss"]) and state.step == 1
 
 
-def test_the_tokenizers_files_travel_along(gpt2, tmp_path):
+def test_the_commands_convert_both_ways_and_the_tokenizers_files_travel_along(
+    gpt2, tmp_path, monkeypatch, capsys
+):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(GOLDEN / "gpt2" / name, gpt2 / name)
-    ours, out = tmp_path / "checkpoint", tmp_path / "out"
-    convert.from_hf(convert.FromHf(folder=str(gpt2), output=str(ours)))
-    convert.to_hf(convert.ToHf(checkpoint=str(ours), output=str(out)))
+    ours, out = str(tmp_path / "checkpoint"), tmp_path / "out"
+    for words in (["from-hf", str(gpt2)], ["to-hf", "--checkpoint", ours]):
+        output = ours if words[0] == "from-hf" else str(out)
+        monkeypatch.setattr(sys, "argv", ["convert", *words, "--output", output])
+        assert convert.main() == 0
+        assert capsys.readouterr().out.startswith(output)
     for name in ("vocab.json", "merges.txt"):
         assert (out / name).read_bytes() == (GOLDEN / "gpt2" / name).read_bytes()
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 64
