@@ -1,6 +1,6 @@
 """Each command of a document is one that its program takes. Nothing is run, only parsed.
 
-Words that stand for others are filled in: RECIPE.py by a recipe, single capitals by a number.
+Words that stand for others are filled in: RECIPE.py by a recipe, N by a number.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import tomllib
 
 import pytest
 
-from gpt3jax import command, config, recipe
+from gpt3jax import command, config, recipe, validation
 from gpt3jax.plan import compiler
 
 import documents
@@ -130,7 +130,7 @@ def arguments(text):
 
 
 def filled_in(value):
-    if re.fullmatch(r"[A-Z]", value):
+    if re.fullmatch(r"[A-Z]|FIRST|LAST", value):
         return "1"
     if value.startswith("configs/"):
         return str(REPOSITORY / value)
@@ -237,12 +237,32 @@ def test_options_that_texts_name_are_options(parse):
     faults = []
     for document in [*documents.markdown(), *documents.docstrings()]:
         of_megatron = document.file.name == "from_megatron.md"
-        for place, span in document.spans():
+        whole = [(document.place(m.start()), m[0]) for m in re.finditer(OPTION, document.text)]
+        of_groups = [(place, option) for place, option in whole if "." in option]
+        for place, span in [*document.spans(), *of_groups]:
             for option in re.findall(OPTION, span):
                 theirs = (of_megatron and "." not in option) or option.startswith("--xla_")
                 if not theirs and option not in known | OTHER_OPTIONS:
                     faults.append(f"{place}: no command has the option {option}")
     assert not faults, documents.told(faults)
+
+
+def test_values_that_texts_give_to_fields_are_of_their_type(parse, monkeypatch):
+    """As in `--mesh.fsdp 512 --model.remat mlp`; whether they go together is not asked."""
+    monkeypatch.setattr(validation, "validate", lambda _: None)
+    given = []
+    for place, span, _ in all_lines():
+        words = arguments(span) if span.startswith("--") else []
+        options = [word for word in words if word.startswith("--")]
+        if len(words) > 1 and all("." in word and "*" not in word for word in options):
+            given.append((place, span, words))
+    assert len(given) > 15, "the documents' options are not found any more"
+    if parse("gpt3jax.main", [RECIPE, *(word for *_, words in given for word in words)]):
+        each = [
+            (place, span, parse("gpt3jax.main", [RECIPE, *words])) for place, span, words in given
+        ]
+        faults = [f"{place}: `{span}`: {refused}" for place, span, refused in each if refused]
+        raise AssertionError(documents.told(faults))
 
 
 def known_options(parse):
