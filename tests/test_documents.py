@@ -269,6 +269,14 @@ def test_the_readme_has_the_figures_of_every_recipe():
         assert shape in row, f"README.md: {name} is {shape}"
 
 
+def test_the_readme_says_how_far_off_the_plan_was_for_every_published_run():
+    plan = (REPOSITORY / "docs" / "plan.md").read_text()
+    table = plan.partition("| run | published s |")[2].partition("\n\n")[0]
+    ratios = [row.split("|")[4].strip() for row in table.splitlines()[2:]]
+    missing = [ratio for ratio in ratios if ratio not in readme().text]
+    assert len(ratios) > 2 and not missing, f"README.md, Plan a run: say {missing}, as docs/plan.md"
+
+
 def test_figures_behind_a_field_are_its_default():
     """As in "`faults.spike_window` (100)"; those with a unit are compared without it."""
     cfg = config.Config(

@@ -174,22 +174,28 @@ def test_what_the_table_of_layers_says_of_imports_is_so(repository):
     assert n_checked > 15
 
 
+def private_modules(path):
+    """Return the private modules of JAX that a file imports or reaches: `jax._src.NAME`."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names.append(ast.unparse(node))
+    return {match[0] for name in names if (match := re.match(r"jax\._\w+\.\w+", name))}
+
+
 def test_private_modules_of_jax_are_those_that_the_document_lists(repository):
     text = (repository / "docs" / "architecture.md").read_text()
     listed = set(re.findall(r"(?m)^\| `(jax\._\S+)` \| `(\S+)` \|", text))
-    used = set()
-    for path in (repository / "gpt3jax").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in getattr(node, "names", []) if alias is not None]
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{name}" for name in names]
-            elif isinstance(node, ast.Attribute):
-                names = [ast.unparse(node)]
-            elif not isinstance(node, ast.Import):
-                continue
-            found = [re.match(r"jax\._\w+\.\w+", name) for name in names]
-            file = path.relative_to(repository / "gpt3jax").as_posix()
-            used |= {(match[0], file) for match in found if match}
+    package = repository / "gpt3jax"
+    used = {
+        (name, path.relative_to(package).as_posix())
+        for path in package.rglob("*.py")
+        for name in private_modules(path)
+    }
     told = "docs/architecture.md, Private modules of JAX: a row for each module and file, no other"
     assert used == listed, told
 
