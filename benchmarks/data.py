@@ -4,10 +4,11 @@
 
 Four things: tokens encoded per CPU second of one worker; the time and memory to build the sample
 index of 10M documents; samples read per second at 2,048 tokens; tokens per second that the loader
-gives a process. `--megatron` runs megatron-core's classes on the same input, in turns with ours
-(`pip install -e '.[benchmark]'`; torch from the CPU index is enough). Its `preprocess_data.py` is
-not on PyPI: its worker's three steps (parse JSON, encode with Hugging Face's GPT-2 tokenizer, add
-to megatron-core's IndexedDatasetBuilder) are timed instead, without its start and its pipes.
+gives a process. Options change their sizes. `--megatron` runs megatron-core's classes on the same
+input, in turns with ours (`pip install -e '.[benchmark]'`; torch from the CPU index is enough). Its
+`preprocess_data.py` is not on PyPI: its worker's three steps (parse JSON, encode with Hugging
+Face's GPT-2 tokenizer, add to megatron-core's IndexedDatasetBuilder) are timed instead, without its
+start and its pipes.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import pathlib
 import resource
 import statistics
+import sys
 import sysconfig
 import tempfile
 import time
@@ -27,23 +29,30 @@ import numpy as np
 from gpt3jax import batch_schedule, config, sharding
 from gpt3jax.data import indexed, loader, prepare, samples, splits, tokenizer
 
-ROUNDS = 3
 SEQ_LEN = 2048
 
 
-def main():
+def parse(args):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab-file", required=True)
     parser.add_argument("--merge-file", required=True)
     parser.add_argument("--megatron", action="store_true")
-    args = parser.parse_args()
-    files = (args.vocab_file, args.merge_file)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--text-mb", type=float, default=20, help="of text to encode")
+    parser.add_argument("--documents", type=int, default=10_000_000, help="of the sample index")
+    parser.add_argument("--corpus-mb", type=float, default=80, help="of the corpus to read")
+    parser.add_argument("--samples", type=int, default=8192, help="the loader reads twice as many")
+    return parser.parse_args(args)
+
+
+def main(args):
+    options = parse(args)
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
-        encoding(root, files, args.megatron)
-        index(args.megatron)
-        reading(root, args.megatron)
-        loading(root)
+        encoding(root, options)
+        index(options)
+        reading(root, options)
+        loading(root, options)
 
 
 def show(what, unit, ours, theirs=()):
@@ -67,29 +76,30 @@ def timed(rates, n, clock=time.perf_counter):
     rates.append(n / (clock() - begin))
 
 
-def encoding(root, files, megatron):
-    """Write 20 MB of Python's own sources as JSON lines, and encode it."""
+def encoding(root, options):
+    """Write Python's own sources as JSON lines, and encode them."""
+    files = options.vocab_file, options.merge_file
     paths = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
     size = 0
     with (root / "text.jsonl").open("w") as file:
         for path in paths:
             text = path.read_bytes().decode(errors="ignore")
-            if size < 20_000_000 and "-packages" not in str(path):
+            if size < options.text_mb * 1e6 and "-packages" not in str(path):
                 size += file.write(json.dumps({"text": text}) + "\n")
     source = tokenizer.Source(vocab_file=files[0], merge_file=files[1])
-    options = prepare.Options(
+    job = prepare.Options(
         input=(str(root / "text.jsonl"),),
         output_prefix=str(root / "ours"),
         source=source,
         append_eod=True,
         workers=1,
     )
-    n = prepare.prepare(options).n_tokens
+    n = prepare.prepare(job).n_tokens
     ours, theirs, wall = [], [], []
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         with timed(wall, n), timed(ours, n, time.process_time):
-            prepare.prepare(options)
-        if megatron:
+            prepare.prepare(job)
+        if options.megatron:
             with timed(theirs, n, time.process_time):
                 megatron_encoding(root, files)
             same = filecmp.cmp(root / "theirs.bin", root / "ours_text_document.bin", shallow=False)
@@ -114,13 +124,13 @@ def megatron_encoding(root, files):
 
 
 class Lengths:
-    """What `SampleMap` needs of a corpus to build its indices: 10M documents, 9.0B tokens."""
+    """What `SampleMap` needs of a corpus to build its indices; 10M documents have 9.0B tokens."""
 
     prefix = "synthetic"
 
-    def __init__(self):
+    def __init__(self, n_documents):
         rng = np.random.default_rng(1234)
-        lengths = rng.lognormal(6.3, 1.0, 10_000_000).clip(1, 200_000)
+        lengths = rng.lognormal(6.3, 1.0, n_documents).clip(1, 200_000)
         self.lengths = lengths.astype(np.int32)
         self.n_tokens = int(self.lengths.sum(dtype=np.int64))
 
@@ -128,15 +138,15 @@ class Lengths:
         return len(self.lengths)
 
 
-def index(megatron):
-    corpus = Lengths()
+def index(options):
+    corpus = Lengths(options.documents)
     whole = samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
     n, total, documents = len(whole), corpus.n_tokens, whole.document_index
     ours, theirs = [], []
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         with timed(ours, n, time.process_time):
             mine = whole._build_sample_index(documents, n, total)
-        if megatron:
+        if options.megatron:
             from megatron.core.datasets import helpers
 
             with timed(theirs, n, time.process_time):
@@ -144,7 +154,7 @@ def index(megatron):
                     corpus.lengths, documents, SEQ_LEN, 1, total, True, True
                 )
             assert (mine == other).all(), "the two built different indices"
-    show("sample index of 10M documents", "samples per CPU second", ours, theirs)
+    show(f"sample index of {options.documents:,} documents", "samples per CPU second", ours, theirs)
     tracemalloc.start()
     whole._build_sample_index(documents, n, total)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
@@ -159,42 +169,48 @@ def index(megatron):
     )
 
 
-def write_corpus(root):
-    """Write 40M random tokens in documents of about 1,000."""
+def write_corpus(root, n_megabytes):
+    """Write random tokens, 2 bytes each, in documents of about 1,000."""
     rng = np.random.default_rng(5)
     with indexed.Writer(str(root / "random"), np.uint16) as writer:
-        for length in rng.integers(1, 2000, 40_000):
+        for length in rng.integers(1, 2000, int(n_megabytes * 500)):
             writer.add_document([rng.integers(0, 50_256, length, dtype=np.uint16)])
     return str(root / "random")
 
 
-def reading(root, megatron):
-    prefix = write_corpus(root)
+def reading(root, options):
+    prefix = write_corpus(root, options.corpus_mb)
     corpus = indexed.IndexedCorpus(prefix)
     source = samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
     data = config.Data(eod_id=50_256)
-    other = megatron_dataset(prefix) if megatron else None
+    other = megatron_dataset(prefix) if options.megatron else None
     rng = np.random.default_rng(2)
     batches, singles, theirs, limit = [], [], [], []
-    for _ in range(ROUNDS):
-        numbers = rng.permutation(len(source))[:8192]
-        with timed(batches, 8192):
-            for batch in np.split(numbers, 64):
+    for _ in range(options.rounds):
+        numbers = rng.permutation(len(source))[: options.samples]
+        with timed(batches, len(numbers)):
+            for batch in cut(numbers):
                 samples.read(source, data, batch)
-        with timed(singles, 2000):
-            for number in numbers[:2000]:
+        few = numbers[:2000]
+        with timed(singles, len(few)):
+            for number in few:
                 samples.read(source, data, number[None])
-        starts = rng.integers(0, corpus.n_tokens - SEQ_LEN - 1, 8192)
-        with timed(limit, 8192):
-            for batch in np.split(starts, 64):
+        starts = rng.integers(0, corpus.n_tokens - SEQ_LEN - 1, len(numbers))
+        with timed(limit, len(starts)):
+            for batch in cut(starts):
                 corpus.tokens[batch[:, None] + np.arange(SEQ_LEN + 1)].astype(np.int32)
         if other is not None:
-            with timed(theirs, 2000):
-                for number in numbers[:2000]:
+            with timed(theirs, len(few)):
+                for number in few:
                     other[int(number)]
     show("samples of 2,048 tokens, in batches of 128", "samples/s", batches, theirs)
     show("  one by one", "samples/s", singles, theirs)
     show("  the memory map alone, gathered by 128", "samples/s", limit)
+
+
+def cut(numbers):
+    """Return batches of 128 of them."""
+    return np.split(numbers, range(128, len(numbers), 128))
 
 
 def megatron_dataset(prefix):
@@ -220,7 +236,7 @@ def megatron_dataset(prefix):
     return gpt_dataset.GPTDataset(low_level, prefix, chosen, None, utils.Split.train, settings)
 
 
-def loading(root):
+def loading(root, options):
     """Read batches of 256 through Grain onto the device of a one-device mesh."""
     cfg = config.Config(
         model=config.Model(n_layers=1, d_model=8, n_heads=1, seq_len=SEQ_LEN),
@@ -231,12 +247,13 @@ def loading(root):
         train=config.Train(n_steps=1, eval_interval=0),
     )
     mesh = sharding.make_mesh(cfg.mesh)
-    opened = splits.open_splits(cfg, 1, 256 * 64)
+    n = -(-2 * options.samples // 256) * 256
+    opened = splits.open_splits(cfg, 1, n)
     schedule = batch_schedule.from_config(cfg.batch, SEQ_LEN)
     rates = []
-    for _ in range(ROUNDS):
-        with timed(rates, 256 * 64 * SEQ_LEN):
-            for batch, _, _ in loader.train_batches(opened, cfg, schedule, mesh, 0, 256 * 64):
+    for _ in range(options.rounds):
+        with timed(rates, n * SEQ_LEN):
+            for batch, _, _ in loader.train_batches(opened, cfg, schedule, mesh, 0, n):
                 batch["tokens"].block_until_ready()
     show("the loader, per process", "tokens/s", rates)
 
@@ -246,4 +263,4 @@ def _peak_mib():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

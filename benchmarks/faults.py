@@ -1,6 +1,6 @@
 """Kill runs at random moments, start them again, and compare with a run that nothing disturbed.
 
-    python benchmarks/faults.py --kills 200
+    python benchmarks/faults.py --kills 200 [--processes 1 2 4] [--steps 120]
 
 A tiny model trains in 1, 2 and 4 processes. Each time `kill -9` strikes one process, at any moment
 of its life or inside a save, and the others a moment later, as a scheduler would. The same command
@@ -45,8 +45,10 @@ def get_config():
         optimizer=config.Optimizer(peak_lr=1e-2, warmup_samples=16, decay_samples=3200),
         batch=config.Batch(global_batch_size=8),
         data=config.Data(mock=True, eod_id=0),
-        train=config.Train(n_steps=120, eval_interval=40, eval_batches=2, max_fruitless_starts=0),
-        checkpoint=config.Checkpoint(dir="checkpoints", save_interval=10),
+        train=config.Train(
+            n_steps={n}, eval_interval={n} // 3, eval_batches=2, max_fruitless_starts=0
+        ),
+        checkpoint=config.Checkpoint(dir="checkpoints", save_interval={n} // 12),
         log=config.Log(dir="logs", interval=1),
     )
 """
@@ -54,12 +56,19 @@ FORKS = multiprocessing.get_context("forkserver")
 CLOCKED = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
 
 
-def main():
+def parse(args):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--processes", type=int, nargs="+", default=list(SHARES))
+    parser.add_argument(
+        "--processes", type=int, nargs="+", choices=list(SHARES), default=list(SHARES)
+    )
+    parser.add_argument("--steps", type=int, default=120, help="of each run, 12 or more")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    args = parser.parse_args()
+    return parser.parse_args(args)
+
+
+def main(args):
+    options = parse(args)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -67,25 +76,25 @@ def main():
     FORKS.set_forkserver_preload(["gpt3jax.main"])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", N_DEVICES)
-    print(f"seed {args.seed}, {os.cpu_count()} cores, jax {jax.__version__}")
-    sys.exit(0 if torment(args.kills, args.processes, args.seed) else 1)
+    print(f"seed {options.seed}, {os.cpu_count()} cores, jax {jax.__version__}")
+    return 0 if torment(options) else 1
 
 
-def torment(n_kills, processes, seed):
+def torment(options):
     """Kill runs of each number of processes; return whether all came out equal."""
-    rng, begin = random.Random(seed), time.monotonic()
+    rng, begin = random.Random(options.seed), time.monotonic()
     told = collections.Counter()
     equal = True
     with tempfile.TemporaryDirectory() as folder:
-        for n in processes:
-            share = SHARES[n] / sum(SHARES[p] for p in processes)
-            reference = new_run(pathlib.Path(folder) / f"{n}-undisturbed")
+        for n in options.processes:
+            share = SHARES[n] / sum(SHARES[p] for p in options.processes)
+            reference = new_run(pathlib.Path(folder) / f"{n}-undisturbed", options.steps)
             life = time.monotonic()
             assert wait(start(reference, n)) == [0] * n, "the undisturbed run failed"
             life = time.monotonic() - life
-            left, number = max(1, round(share * n_kills)), 0
+            left, number = max(1, round(share * options.kills)), 0
             while left > 0:
-                run = new_run(pathlib.Path(folder) / f"{n}-{number}")
+                run = new_run(pathlib.Path(folder) / f"{n}-{number}", options.steps)
                 struck = finish_with_kills(run, n, min(left, MOST_OF_A_RUN), life, rng)
                 differing = differences(run, reference, n)
                 left, number = left - sum(struck.values()), number + 1
@@ -102,9 +111,9 @@ def torment(n_kills, processes, seed):
     return equal
 
 
-def new_run(folder):
+def new_run(folder, n_steps):
     folder.mkdir()
-    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "recipe.py").write_text(RECIPE.format(n=n_steps))
     return folder
 
 
@@ -236,4 +245,4 @@ def state_of(folder, n):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

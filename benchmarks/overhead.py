@@ -1,6 +1,6 @@
 """Measure what watching a run costs a step, in one process, with and without in turns.
 
-    python benchmarks/overhead.py [--devices 4] [--steps 40] [--rounds 5]
+    python benchmarks/overhead.py [--config RECIPE.py] [--devices 4] [--steps 40] [--rounds 5]
 
 "Without" takes the batches from the loader, dispatches the steps and reads the loss one behind.
 "With" is the loop of `gpt3jax.main`: watchdog, metrics to the console, metrics.jsonl and
@@ -13,33 +13,38 @@ import argparse
 import contextlib
 import io
 import statistics
+import sys
 import tempfile
 import time
 
 import jax
 
-from gpt3jax import metrics, oversight, phases, recipe, setup, stopping, train
+from gpt3jax import distributed, metrics, oversight, phases, recipe, setup, stopping, train
 from gpt3jax.data import loader
 
 
-def main():
+def parse(args):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", args.devices)
+    return parser.parse_args(args)
+
+
+def main(args):
+    options = parse(args)
     with tempfile.TemporaryDirectory() as folder:
         cfg = recipe.parse([
-            f"--config={args.config}", "--mesh.data=-1", "--checkpoint.dir=", f"--log.dir={folder}",
+            f"--config={options.config}", "--mesh.data=-1",
+            f"--mesh.cpu-devices={options.devices}", "--checkpoint.dir=", f"--log.dir={folder}",
             "--log.interval=1", "--train.checksum-interval=10", "--train.eval-interval=0",
-            f"--train.n-steps={args.steps}", "--train.n-samples=0", "--train.n-tokens=0",
+            f"--train.n-steps={options.steps}", "--train.n-samples=0", "--train.n-tokens=0",
             "--data.mock", "--data.from-text=", "--data.vocab-file=", "--data.merge-file=",
             "--data.paths",
         ])  # fmt: skip
-        measure(cfg, args.rounds)
+        distributed.start(cfg.distributed, cfg.mesh)
+        measure(cfg, options.rounds)
 
 
 def measure(cfg, rounds):
@@ -95,4 +100,4 @@ def watched(run, state, start):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,21 +1,23 @@
 """The tables of docs/plan.md: layouts, memory and MFU of recipes by number of GPUs; residuals.
 
     python benchmarks/plan.py layouts [--gpus 8 64] [--recipes 345m gpt3/13b] [--rows FILE]
-    python benchmarks/plan.py memory
+    python benchmarks/plan.py memory [--no-compile]
     python benchmarks/plan.py runs
 
-Needs the extra `plan`; runs on a CPU, an hour for all of `layouts`, which keeps its rows in a file
-and goes on from there. Prints Markdown.
+Needs the extra `plan`, but with `--no-compile`, which prints the closed forms' figures. Runs on a
+CPU, an hour for all of `layouts`, which keeps its rows in a file and goes on from there. Prints
+Markdown.
 """
 
 import argparse
 import contextlib
 import io
 import pathlib
+import sys
 
 from gpt3jax import config
+from gpt3jax.plan import compiler, planning
 from gpt3jax.plan import options as plan_options
-from gpt3jax.plan import planning
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = ("345m", "857m", "gpt3/13b", "175b")
@@ -53,37 +55,41 @@ def report(recipe, n_gpus, args, gpu="h100", **options):
         return planning.plan(given, args, "")
 
 
-def layouts(gpus, recipes, file):
+def layouts(options):
     """Print the fastest layout that a search finds, for each recipe and number of GPUs.
 
-    Each row is added to `file` as it comes, and those that it has are printed from there: remove
-    what is to be planned again.
+    Each compiled row is added to the file `--rows` as it comes, and those that it has are printed
+    from there: remove what is to be planned again.
     """
+    file = options.rows if options.compile else None
     had = {tuple(cells(row)[:2]): row for row in lines_of(file)}
     print("| recipe | GPUs | layout | GiB | step s | MFU |\n|---|---|---|---|---|---|")
-    for recipe in recipes:
-        for n in gpus:
+    for recipe in options.recipes:
+        for n in options.gpus:
             row = had.get((recipe, f"{n:,}"))
             if row is None:
-                row = layout_row(recipe, n)
-                with file.open("a") as rows:
-                    rows.write(f"{row}\n")
+                row = layout_row(recipe, n, options.compile)
+                if file:
+                    with file.open("a") as rows:
+                        rows.write(f"{row}\n")
             print(row, flush=True)
 
 
 def lines_of(file):
-    return file.read_text().splitlines() if file.exists() else []
+    return file.read_text().splitlines() if file and file.exists() else []
 
 
 def cells(row):
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def layout_row(recipe, n):
+def layout_row(recipe, n, compile_steps):
     """Return the row of the faster of two layouts that fit once compiled, or why there is none."""
     start = f"| {recipe} | {n:,} |"
     try:
-        found = report(recipe, n, ["--batch.schedule="], search=True, n_compiled=2)
+        found = report(
+            recipe, n, ["--batch.schedule="], search=True, n_compiled=2, compile=compile_steps
+        )
     except config.UserError as error:
         told = str(error).partition(": use more GPUs")[0].replace("|", "/")
         return f"{start} {told} | | | |"
@@ -103,11 +109,11 @@ def layout_row(recipe, n):
     )
 
 
-def memory():
+def memory(options):
     """Print the closed forms' peak and the states' minimum beside the compiler's."""
     print("| layout | states GiB | closed forms | compiled | error |\n|---|---|---|---|---|")
     for recipe, n, args in LAYOUTS:
-        found = report(recipe, n, [*args, *BF16])
+        found = report(recipe, n, [*args, *BF16], compile=options.compile)
         peak, ours = found["peak_bytes_per_gpu"], found["estimated_peak_bytes_per_gpu"]
         states = 16 * found["parameters"] / n  # fp32 weights, gradients, two moments, all cut
         print(
@@ -118,13 +124,13 @@ def memory():
         )
 
 
-def runs():
+def runs(options):
     """Print what the plan says of published runs, and what the estimates consist of (seconds)."""
     parts = ("matmul", "attention", "elementwise", "exposed")
     print(f"| run | published s | estimate s (range) | ratio | {' | '.join(parts)} |")
     print("|---|---|---|---|---|---|---|---|")
     for name, seconds, gpu, recipe, n, args in RUNS:
-        found = report(recipe, n, [*args, *BF16], gpu=gpu)
+        found = report(recipe, n, [*args, *BF16], gpu=gpu, compile=options.compile)
         low, expected, high = found["step_seconds"].values()
         of = " | ".join(f"{found['step_parts_expected'][part]:.2f}" for part in parts)
         print(
@@ -134,19 +140,25 @@ def runs():
         )
 
 
-def main():
-    """Print the table that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(args):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=["layouts", "memory", "runs"])
     parser.add_argument("--gpus", type=int, nargs="*", default=GPUS)
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--rows", type=pathlib.Path, default=pathlib.Path("layouts.md"))
-    options = parser.parse_args()
-    if options.table == "layouts":
-        layouts(options.gpus, options.recipes, options.rows)
-    else:
-        {"memory": memory, "runs": runs}[options.table]()
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    options = parser.parse_args(args)
+    missing = compiler.missing_extra() if options.compile else ""
+    if missing:
+        parser.error(f"{missing}; or give --no-compile")
+    return options
+
+
+def main(args):
+    """Print the table that is asked for."""
+    options = parse(args)
+    {"layouts": layouts, "memory": memory, "runs": runs}[options.table](options)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,14 +1,16 @@
 """Measure decoding on this machine, beside Hugging Face's `generate` with the same weights.
 
-    python benchmarks/sample.py [--threads 1] [--rounds 2]
+    python benchmarks/sample.py [--threads 1] [--rounds 2] [--peers gpt3jax]
 
-12 x 512 x 8, vocabulary 50304, prompts of 64 tokens, 128 new ones, greedy, fp32, batch 1 and 8; on
-the CPU, each in a process of its own, in turns, held to the same number of cores. It needs
-`pip install torch transformers` (the extra `benchmark`). Figures are of whole calls, prefill
-included, after one to warm up; CPU seconds are the figure to compare where the machine is shared.
+12 x 512 x 8, vocabulary 50304, prompts of 64 tokens, 128 new ones, greedy, fp32, batch 1 and 8, all
+of which options change; on the CPU, each peer in processes of its own, in turns, held to the same
+number of cores. Hugging Face's needs `pip install torch transformers` (the extra `benchmark`);
+`--peers gpt3jax` does without. Figures are of whole calls, prefill included, after one to warm up;
+CPU seconds are the figure to compare where the machine is shared.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,106 +21,131 @@ import time
 
 import numpy as np
 
-PROMPT, NEW, BATCHES, CALLS = 64, 128, (1, 8), 2
 PEERS = ("gpt3jax", "hf")
+CALLS = 2
 
 
-def main():
-    parser = argparse.ArgumentParser()
+def parse(args):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--worker", nargs=2, metavar=("PEER", "FOLDER"))
-    args = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # children too
-    if args.worker:
-        peer, folder = args.worker
-        run = {"gpt3jax": load_ours, "hf": load_hf}[peer](pathlib.Path(folder), args.threads)
-        print(json.dumps(measure(run)))
-    else:
-        compare(args)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--vocab-size", type=int, default=50_304)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
+    parser.add_argument("--worker", nargs=2, metavar=("PEER", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args(args)
+    if "hf" in options.peers and not importlib.util.find_spec("transformers"):
+        parser.error("hf needs `pip install torch transformers`: or give --peers gpt3jax")
+    return options
 
 
-def compare(args):
+def main(args):
+    options = parse(args)
+    if not options.worker:
+        compare(options, args)
+        return
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    peer, folder = options.worker
+    run = {"gpt3jax": load_ours, "hf": load_hf}[peer](pathlib.Path(folder), options)
+    print(json.dumps(measure(run, options)))
+
+
+def compare(options, args):
     """Run the peers in turns, so that a busy spell of the machine hits both."""
-    results = {peer: [] for peer in PEERS}
+    results = {peer: [] for peer in options.peers}
     with tempfile.TemporaryDirectory() as folder:
-        write_weights(folder)
-        for _ in range(args.rounds):
-            for peer in PEERS:
-                command = [sys.executable, __file__, "--threads", str(args.threads)]
-                command += ["--worker", peer, folder]
+        write_weights(pathlib.Path(folder), options)
+        for _ in range(options.rounds):
+            for peer in options.peers:
+                command = [sys.executable, __file__, *args, "--worker", peer, folder]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 results[peer].append(json.loads(output.stdout.splitlines()[-1]))
-    for i, size in enumerate(BATCHES):
-        rows = {peer: [r for result in results[peer] for r in result[i]] for peer in PEERS}
-        wall = {peer: size * NEW / min(r["wall"] for r in rows[peer]) for peer in PEERS}
-        cpu = {peer: size * NEW / min(r["cpu"] for r in rows[peer]) for peer in PEERS}
-        for peer in PEERS:
+    for i, size in enumerate(options.batches):
+        rows = {peer: [r for one in results[peer] for r in one[i]] for peer in results}
+        n = size * options.new
+        wall = {peer: n / min(r["wall"] for r in rows[peer]) for peer in results}
+        cpu = {peer: n / min(r["cpu"] for r in rows[peer]) for peer in results}
+        for peer in results:
             print(
                 f"batch {size} {peer:8} {wall[peer]:6.1f} tokens/s (best call), "
                 f"{cpu[peer]:6.1f} tokens per CPU second"
             )
-        print(
-            f"batch {size} gpt3jax / hf: {wall['gpt3jax'] / wall['hf']:.2f} in tokens/s, "
-            f"{cpu['gpt3jax'] / cpu['hf']:.2f} per CPU second"
-        )
-        same = {str(r["tokens"]) for peer in PEERS for r in rows[peer]}
+        if len(results) == len(PEERS):
+            print(
+                f"batch {size} gpt3jax / hf: {wall['gpt3jax'] / wall['hf']:.2f} in tokens/s, "
+                f"{cpu['gpt3jax'] / cpu['hf']:.2f} per CPU second"
+            )
+        same = {str(r["tokens"]) for peer in results for r in rows[peer]}
         print(f"batch {size}: {'the same tokens' if len(same) == 1 else 'DIFFERENT tokens'}")
-    print(f"{args.threads} thread(s), load {os.getloadavg()[0]:.1f}")
+    print(f"{options.threads} thread(s), load {os.getloadavg()[0]:.1f}")
 
 
-def write_weights(folder):
-    import transformers
+def write_weights(folder, options):
+    """Write random weights for each peer: `folder/gpt3jax`, and the same as `folder/hf`."""
+    import jax
 
-    cfg = transformers.GPT2Config(
-        vocab_size=50304, n_positions=1024, n_embd=512, n_layer=12, n_head=8, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.06,
+    jax.config.update("jax_platforms", "cpu")
+    from gpt3jax import config, trained
+    from gpt3jax.convert import __main__ as convert
+
+    model = config.Model(
+        n_layers=options.layers, d_model=options.width, n_heads=options.heads,
+        seq_len=options.seq_len, vocab_size=options.vocab_size,
     )  # fmt: skip
-    transformers.GPT2LMHeadModel(cfg).save_pretrained(folder)
+    rng, weights = np.random.default_rng(0), {}
+
+    def rows(name, shape, first, stop):
+        if name not in weights:
+            array = 0.06 * rng.standard_normal(shape, np.float32)
+            weights[name] = array + 1 if name.endswith("scale_D") else array
+        return weights[name][first:stop]
+
+    ours = str(folder / "gpt3jax")
+    trained.write(trained.new_store(ours), trained.untrained(model, config.Data(eod_id=0)), rows)
+    if "hf" in options.peers:
+        convert.to_hf(convert.ToHf(checkpoint=ours, output=str(folder / "hf")))
 
 
-def measure(run):
+def measure(run, options):
     """Return wall and CPU seconds of the calls, by batch size."""
     results = []
-    for size in BATCHES:
-        prompts = np.random.default_rng(0).integers(0, 50_257, (size, PROMPT))
+    for size in options.batches:
+        shape = size, options.prompt
+        prompts = np.random.default_rng(0).integers(0, options.vocab_size, shape)
         run(prompts)
         rows = []
         for _ in range(CALLS):
             wall, cpu = time.perf_counter(), time.process_time()
             tokens = run(prompts)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            assert len(tokens) == size and all(len(row) == NEW for row in tokens)
+            assert len(tokens) == size and all(len(row) == options.new for row in tokens)
             rows.append({"wall": wall, "cpu": cpu, "tokens": tokens})
         results.append(rows)
     return results
 
 
-def load_ours(folder, threads):
+def load_ours(folder, options):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from gpt3jax import config, model, sharding
-    from gpt3jax.convert import hf_gpt2
+    from gpt3jax import config, trained
     from gpt3jax.sample import generate, text_options
 
-    cfg, _ = hf_gpt2.read_config(folder)
-    weights = hf_gpt2.Weights(folder, cfg)
-
-    def read(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        return jax.numpy.asarray(weights.parameter(name, leaf.shape))
-
-    abstract = jax.eval_shape(lambda: model.GPT(cfg, jax.random.key(0)))
-    params = jax.tree.map_with_path(read, abstract)
-    mesh = sharding.make_mesh(config.Mesh())
-    generator = generate.Generator(params, model.Compute(), mesh, -1)
-    options = text_options.Options(temperature=0.0, max_new_tokens=NEW)
+    source = trained.open_for_use(str(folder / "gpt3jax"), config.Mesh(), "float32")
+    program = source.program
+    generator = generate.Generator(source.params(), program.compute, program.mesh, -1)
+    choice = text_options.Options(temperature=0.0, max_new_tokens=options.new)
 
     def run(prompts):
         out = [[] for _ in prompts]
         rows = list(range(len(prompts)))
-        for new in generator.stream(prompts.tolist(), [options] * len(prompts), rows):
+        for new in generator.stream(prompts.tolist(), [choice] * len(prompts), rows):
             for row, tokens in zip(out, new, strict=True):
                 row.extend(tokens)
         return out
@@ -126,23 +153,25 @@ def load_ours(folder, threads):
     return run
 
 
-def load_hf(folder, threads):
+def load_hf(folder, options):
     import torch
     import transformers
 
-    torch.set_num_threads(threads)
-    model = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    torch.set_num_threads(options.threads)
+    model = transformers.GPT2LMHeadModel.from_pretrained(
+        folder / "hf", attn_implementation="sdpa"
+    ).eval()
 
     def run(prompts):
         with torch.inference_mode():
             out = model.generate(
-                torch.as_tensor(prompts), max_new_tokens=NEW, do_sample=False, use_cache=True,
-                eos_token_id=None, pad_token_id=0,
+                torch.as_tensor(prompts), max_new_tokens=options.new, do_sample=False,
+                use_cache=True, eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
-        return out[:, PROMPT:].tolist()
+        return out[:, options.prompt :].tolist()
 
     return run
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

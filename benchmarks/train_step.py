@@ -1,16 +1,17 @@
 """Measure the training step of a config on this machine: tokens/s, compile time, peak memory.
 
-    python benchmarks/train_step.py --config=configs/345m.py [--group.field VALUE ...]
-    python benchmarks/train_step.py --cpu-peers
+    python benchmarks/train_step.py --config=configs/345m.py --data.mock [--group.field VALUE ...]
+    python benchmarks/train_step.py --cpu-peers [--rounds 2] [--peers gpt3jax]
 
 `--cpu-peers` runs one and the same workload (12 x 512 x 8, sequence 1024, vocabulary 50304, batch
-4, fp32, no dropout; forward, backward, clip, AdamW) with gpt3jax and with Hugging Face's GPT-2 in
-PyTorch, in turns and each in a process of its own, and prints both and their ratio. It needs
-`pip install torch transformers` (the extra `benchmark`). CPU seconds are the figure to compare
-where the machine is shared.
+4, all of which options change; fp32, no dropout; forward, backward, clip, AdamW) with gpt3jax and
+with Hugging Face's GPT-2 in PyTorch, in turns and each in a process of its own, and prints both and
+their ratio. Hugging Face's needs `pip install torch transformers` (the extra `benchmark`);
+`--peers gpt3jax` does without. CPU seconds are the figure to compare where the machine is shared.
 """
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import resource
@@ -29,46 +30,67 @@ from gpt3jax.config import *
 
 def get_config():
     return Config(
-        model=Model(n_layers=12, d_model=512, n_heads=8, seq_len=1024, dropout=0.0,
-                    attention_dropout=0.0, remat="dots", n_loss_chunks=8),
+        model=Model(n_layers={o.layers}, d_model={o.width}, n_heads={o.heads}, seq_len={o.seq_len},
+                    vocab_size={o.vocab_size}, dropout=0.0, attention_dropout=0.0, remat="dots",
+                    n_loss_chunks=8),
         optimizer=Optimizer(peak_lr=1e-4, init_lr=1e-4, decay="constant"),
         precision=Precision(compute_dtype="float32"),
-        batch=Batch(global_batch_size=4, microbatch_size=4),
+        batch=Batch(global_batch_size={o.batch}, microbatch_size={o.batch}),
         data=Data(paths=("random tokens",)),
         train=Train(n_steps=1000),
     )
 """
 
 
-def main():
-    if "--worker" in sys.argv:
-        args = sys.argv[sys.argv.index("--worker") + 1 :]
-        print(json.dumps({"gpt3jax": measure_ours, "hf": measure_hf}[args[0]](args[1:])))
-    elif "--cpu-peers" in sys.argv:
-        compare()
-    else:
-        show("gpt3jax", measure_ours(sys.argv[1:]))
-
-
-def compare():
-    """Run the peers in turns, so that a busy spell of the machine hits both."""
-    parser = argparse.ArgumentParser()
+def parse(args):
+    """Return the options, and those that are the recipe's."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--cpu-peers", action="store_true")
-    parser.add_argument("--rounds", type=int, default=2)
-    rounds = parser.parse_args().rounds
+    of_peers = parser.add_argument_group("with --cpu-peers")
+    of_peers.add_argument("--rounds", type=int, default=2)
+    of_peers.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
+    of_peers.add_argument("--layers", type=int, default=12)
+    of_peers.add_argument("--width", type=int, default=512)
+    of_peers.add_argument("--heads", type=int, default=8)
+    of_peers.add_argument("--seq-len", type=int, default=1024)
+    of_peers.add_argument("--vocab-size", type=int, default=50_304)
+    of_peers.add_argument("--batch", type=int, default=4)
+    of_peers.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    options, recipe_args = parser.parse_known_args(args)
+    if options.cpu_peers and "hf" in options.peers and not importlib.util.find_spec("transformers"):
+        parser.error("hf needs `pip install torch transformers`: or give --peers gpt3jax")
+    return options, recipe_args
+
+
+def main(args):
+    options, recipe_args = parse(args)
+    if options.worker == "hf":
+        print(json.dumps(measure_hf(options)))
+    elif options.worker == "gpt3jax":
+        print(json.dumps(measure_ours(recipe_args)))
+    elif options.cpu_peers:
+        compare(options, args)
+    else:
+        show("gpt3jax", measure_ours(recipe_args))
+
+
+def compare(options, args):
+    """Run the peers in turns, so that a busy spell of the machine hits both."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = pathlib.Path(folder, "workload.py")
-        recipe.write_text(WORKLOAD)
-        results = {peer: [] for peer in PEERS}
-        for _ in range(rounds):
-            for peer in PEERS:
-                args = [f"--config={recipe}"] if peer == "gpt3jax" else []
-                command = [sys.executable, __file__, "--worker", peer, *args]
+        recipe.write_text(WORKLOAD.format(o=options))
+        results = {peer: [] for peer in options.peers}
+        for _ in range(options.rounds):
+            for peer in options.peers:
+                command = [sys.executable, __file__, *args, "--worker", peer]
+                command += [f"--config={recipe}"] if peer == "gpt3jax" else []
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 results[peer].append(json.loads(output.stdout.splitlines()[-1]))
                 show(peer, results[peer][-1])
-    best = {peer: max(r["tokens_per_second"] for r in results[peer]) for peer in PEERS}
-    cpu = {peer: min(r["cpu_seconds_per_step"] for r in results[peer]) for peer in PEERS}
+    if len(results) < len(PEERS):
+        return
+    best = {peer: max(r["tokens_per_second"] for r in results[peer]) for peer in results}
+    cpu = {peer: min(r["cpu_seconds_per_step"] for r in results[peer]) for peer in results}
     print(
         f"gpt3jax / hf: {best['gpt3jax'] / best['hf']:.2f} in tokens/s (best step), "
         f"{cpu['hf'] / cpu['gpt3jax']:.2f} in steps per CPU second"
@@ -143,17 +165,18 @@ def measure_ours(args):
     return result | {"compile_seconds": seconds, "device": jax.devices()[0].device_kind}
 
 
-def measure_hf(args):
+def measure_hf(options):
     import torch
     import transformers
 
     cfg = transformers.GPT2Config(
-        vocab_size=50304, n_positions=1024, n_embd=512, n_layer=12, n_head=8, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa", use_cache=False,
+        vocab_size=options.vocab_size, n_positions=options.seq_len, n_embd=options.width,
+        n_layer=options.layers, n_head=options.heads, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    tokens = torch.randint(0, 50_257, (4, 1024))
+    tokens = torch.randint(0, options.vocab_size, (options.batch, options.seq_len))
 
     def one():
         optimizer.zero_grad(set_to_none=True)
@@ -162,8 +185,9 @@ def measure_hf(args):
         optimizer.step()
 
     one()
-    return timed(one, 4096) | {"compile_seconds": 0.0, "device": "cpu, torch " + torch.__version__}
+    result = timed(one, tokens.numel())
+    return result | {"compile_seconds": 0.0, "device": "cpu, torch " + torch.__version__}
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,7 +2,8 @@
 
 Parameters declare logical axes where they are made (`model`), activations where they are used
 (`constrain`); `state_shardings` turns the declarations into the layout of a whole train state,
-optimizer included. Nothing else in the project names a mesh axis, but for `stage` in `pipeline`.
+optimizer included. No other file names a mesh axis to lay out arrays or to communicate, but for
+`stage` in `pipeline` and `stacking`; others ask for an axis's size, and `plan` reckons with all.
 """
 
 import functools

@@ -3,6 +3,8 @@
 import ast
 import re
 
+from gpt3jax import sharding
+
 LAYERS = [
     [
         "main",
@@ -126,6 +128,104 @@ def test_orbax_grain_and_nnx_stay_behind_their_files(repository):
         for library, files in allowed.items():
             if re.search(rf"\b(import|from) {library}\b", text):
                 assert module in files, f"{module} imports {library}"
+
+
+def table_of_layers(repository):
+    """Return (file, row) of the table in docs/architecture.md, from the top."""
+    text = (repository / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"(?m)^\| \w* ?\|(.*)\|$", text.partition("Beside the package")[0])
+    return [(file, row) for row in rows for file in re.findall(r"`(\S+\.py)`", row.split("|")[0])]
+
+
+def module_named(file):
+    return file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def libraries(path):
+    """Return the libraries that a file imports, inside of functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            found.add(getattr(node.args[0], "value", ""))
+    return found
+
+
+def test_the_table_of_layers_has_every_file_above_those_it_imports(repository):
+    place = {module_named(file): i for i, (file, _) in enumerate(table_of_layers(repository))}
+    with_code = {module: path for module, path in modules(repository) if list(libraries(path))}
+    lacking = with_code.keys() - place.keys()
+    assert not lacking, f"the table of docs/architecture.md lacks {lacking}"
+    for module, path in with_code.items():
+        for imported in set(imports_of(path)) - {"data"}:
+            told = f"docs/architecture.md has {module} below {imported}, which it imports"
+            assert place[module] < place[imported], told
+
+
+def test_what_the_table_of_layers_says_of_imports_is_so(repository):
+    """It says "imports no JAX", "the only file that imports ..."; "the only other file" of two."""
+    package, n_checked = repository / "gpt3jax", 0
+    for file, row in table_of_layers(repository):
+        if re.search(r"imports? no JAX", row):
+            n_checked += 1
+            assert not libraries(package / file) & {"jax", "flax", "optax", "orbax"}, file
+        for other, names in re.findall(r"only (other )?(?:file|one) that imports ([^;,|]+)", row):
+            for name in re.sub(r"\bit\b", "lm_eval", names).strip().split(" and "):
+                n_checked += 1
+                using = {
+                    path.relative_to(package).as_posix()
+                    for path in package.rglob("*.py")
+                    if name.strip().lower() in libraries(path)
+                }
+                assert file in using and len(using) == (2 if other else 1), (name, using)
+    assert n_checked > 15
+
+
+def private_modules(path):
+    """Return the private modules of JAX that a file imports or reaches: `jax._src.NAME`."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names.append(ast.unparse(node))
+    return {match[0] for name in names if (match := re.match(r"jax\._\w+\.\w+", name))}
+
+
+def test_private_modules_of_jax_are_those_that_the_document_lists(repository):
+    text = (repository / "docs" / "architecture.md").read_text()
+    listed = set(re.findall(r"(?m)^\| `(jax\._\S+)` \| `(\S+)` \|", text))
+    package = repository / "gpt3jax"
+    used = {
+        (name, path.relative_to(package).as_posix())
+        for path in package.rglob("*.py")
+        for name in private_modules(path)
+    }
+    told = "docs/architecture.md, Private modules of JAX: a row for each module and file, no other"
+    assert used == listed, told
+
+
+def test_mesh_axes_are_named_where_arrays_are_laid_out_alone(repository):
+    """Elsewhere an axis is named to ask for its size: `shape["stage"]`."""
+    allowed = {"sharding": set(sharding.AXES), "pipeline": {"stage"}, "stacking": {"stage"}}
+    allowed |= {"validation": set(sharding.AXES)}  # the fields of config.mesh
+    allowed |= {"evaluate.__main__": {"data"}, "sample.serve": {"data"}}  # an option, JSON's key
+    for module, path in modules(repository):
+        if module.startswith("plan."):
+            continue
+        tree = ast.parse(path.read_text())
+        sizes = {id(n.slice) for n in ast.walk(tree) if isinstance(n, ast.Subscript)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and node.value in sharding.AXES:
+                told = (
+                    f"{path}:{node.lineno} names the mesh axis {node.value!r}: let sharding do it"
+                )
+                assert id(node) in sizes or node.value in allowed.get(module, set()), told
 
 
 def test_functions_stay_short_and_the_path_to_the_gradient_too(repository):

@@ -3,7 +3,7 @@
 inspect PREFIX --document 7 --vocab-file vocab.json --merge-file merges.txt
 inspect PREFIX --seq-len 2048 --n-samples 1000 --samples 0:4
 inspect 0.7 PREFIX_1 0.3 PREFIX_2 --seq-len 2048 --n-samples 1000 --dump indices.npz
-inspect --config configs/345m.py --step 1200
+inspect --config runs/345m/logs/config.json --step 1200
 """
 
 import dataclasses

@@ -121,6 +121,17 @@ def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, optio
     assert np.isfinite(metrics["loss"]) and state.step == 1
 
 
+def test_the_commands_convert_both_ways(gpt2, tmp_path, monkeypatch, capsys):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(GOLDEN / "gpt2" / name, gpt2 / name)
+    ours, out = str(tmp_path / "checkpoint"), tmp_path / "out"
+    for words in (["from-hf", str(gpt2)], ["to-hf", "--checkpoint", ours]):
+        output = ours if words[0] == "from-hf" else str(out)
+        monkeypatch.setattr(sys, "argv", ["convert", *words, "--output", output])
+        assert convert.main() == 0
+        assert capsys.readouterr().out.startswith(output)
+
+
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     """Return a folder with all of a tokenizer's files: 257 tokens, and 3 that are added."""

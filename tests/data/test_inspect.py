@@ -144,6 +144,12 @@ def test_what_cannot_be_shown_is_said_in_a_line(tmp_path, monkeypatch, capsys, w
     assert line.startswith("gpt3jax: error: ") and told in line
 
 
+def test_a_recipe_without_a_corpus_is_told_what_to_give(repository, monkeypatch, capsys):
+    recipe_file = repository / "configs" / "345m.py"
+    assert call(monkeypatch, "--config", recipe_file, "--step", "1") == 2
+    assert f"--config {recipe_file} names no corpus" in capsys.readouterr().err
+
+
 def test_merged_corpora_follow_each_other(tmp_path, monkeypatch, capsys):
     prefixes = [write(tmp_path / name, seed, n) for name, seed, n in (("a", 1, 9), ("b", 2, 5))]
     with indexed.Writer(str(tmp_path / "c"), np.uint16) as writer:

@@ -1,0 +1,138 @@
+"""Every benchmark runs, at a tiny size; what it measures is not looked at."""
+
+import importlib.util
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gpt3jax.plan import compiler
+
+import corpus
+
+BENCHMARKS = corpus.REPOSITORY / "benchmarks"
+NETWORK = ["--layers=2", "--width=32", "--heads=4", "--vocab-size=300", "--rounds=1"]
+GPT2 = corpus.REPOSITORY / "tests" / "golden" / "gpt2"
+OURS = ["--peers", "gpt3jax"]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name, *args):
+    """Return what a benchmark prints, as a process of its own."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_each_benchmark_has_a_test_here():
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert names == {"data", "faults", "overhead", "plan", "sample", "train_step"}
+
+
+DATA = [
+    f"--vocab-file={GPT2}/vocab.json", f"--merge-file={GPT2}/merges.txt", "--rounds=1",
+    "--text-mb=0.02", "--documents=1000", "--corpus-mb=1.2", "--samples=128",
+]  # fmt: skip
+
+
+def test_data_measures_the_way_from_text_to_batches(capsys):
+    load("data").main(DATA)
+    told = capsys.readouterr().out
+    for words in ("encoding", "sample index of 1,000 documents", "one by one", "the loader"):
+        assert words in told
+
+
+@pytest.mark.slow
+def test_data_is_compared_with_megatrons():
+    pytest.importorskip("megatron.core.datasets")
+    assert run("data", *DATA, "--megatron").count(", Megatron ") == 4
+
+
+def test_overhead_compares_bare_steps_with_watched_ones(tmp_path, capsys):
+    corpus.write_run(tmp_path)
+    args = [f"--config={tmp_path}/recipe.py", f"--devices={jax.device_count()}"]
+    load("overhead").main([*args, "--steps=2", "--rounds=1"])
+    assert "without and" in capsys.readouterr().out
+
+
+def test_train_step_measures_the_step_of_a_recipe(tmp_path, capsys):
+    corpus.write_run(tmp_path)
+    load("train_step").main([f"--config={tmp_path}/recipe.py", "--batch.global-batch-size=16"])
+    assert "tokens/s (best of 4" in capsys.readouterr().out
+
+
+def test_train_step_measures_one_peer_in_a_process_of_its_own(capfd):
+    load("train_step").main(["--cpu-peers", *OURS, *NETWORK, "--seq-len=16", "--batch=2"])
+    assert capfd.readouterr().out.startswith("gpt3jax ")
+
+
+def test_sample_measures_one_peer_in_a_process_of_its_own(capfd):
+    sizes = ["--seq-len=32", "--prompt=4", "--new=3", "--batches", "1", "2"]
+    load("sample").main([*OURS, *NETWORK, *sizes])
+    told = capfd.readouterr().out
+    assert "batch 2 gpt3jax" in told and "DIFFERENT" not in told
+
+
+@pytest.mark.parametrize("name, args", [("sample", []), ("train_step", ["--cpu-peers"])])
+def test_a_peer_that_is_not_installed_is_named_with_the_way_without(
+    monkeypatch, capsys, name, args
+):
+    benchmark = load(name)
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(args)
+    assert stopped.value.code == 2 and "--peers gpt3jax" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, args", [
+    ("sample", [*NETWORK, "--seq-len=32", "--prompt=4", "--new=3", "--batches", "1"]),
+    ("train_step", ["--cpu-peers", *NETWORK, "--seq-len=16", "--batch=2"]),
+])  # fmt: skip
+def test_both_peers_are_compared(name, args):
+    pytest.importorskip("transformers")
+    told = run(name, *args)
+    assert "gpt3jax / hf: " in told and "DIFFERENT" not in told
+
+
+def test_plan_prints_closed_forms_without_the_compiler(capsys, tmp_path):
+    plan = load("plan")
+    plan.main(["runs", "--no-compile"])
+    plan.main(["memory", "--no-compile"])
+    file = tmp_path / "rows.md"
+    plan.main(["layouts", "--no-compile", "--gpus=8", "--recipes=345m", f"--rows={file}"])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 * 3 + len(plan.RUNS) + len(plan.LAYOUTS) + 1
+    assert rows[-1].startswith("| 345m | 8 | ") and not file.exists()
+
+
+def test_plan_says_what_it_needs_to_compile(monkeypatch, capsys):
+    monkeypatch.setattr(compiler, "missing_extra", lambda: "install the extra")
+    with pytest.raises(SystemExit):
+        load("plan").main(["memory"])
+    assert "install the extra; or give --no-compile" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_plan_keeps_the_rows_that_it_compiled(capsys, tmp_path):
+    if compiler.missing_extra():
+        pytest.skip(compiler.missing_extra())
+    args = ["layouts", "--gpus=8", "--recipes=345m", f"--rows={tmp_path / 'rows.md'}"]
+    load("plan").main(args)
+    row = (tmp_path / "rows.md").read_text()
+    load("plan").main(args)
+    assert capsys.readouterr().out.count(row) == 2
+
+
+@pytest.mark.slow
+def test_faults_finds_a_killed_run_equal():
+    told = run("faults", "--kills=1", "--processes=1", "--steps=24", "--seed=1")
+    assert told.splitlines()[-1].endswith("all equal")
