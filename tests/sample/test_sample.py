@@ -104,7 +104,7 @@ def test_text_that_fills_the_context_says_so(checkpoint_dir, bpe, monkeypatch, c
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--prompt", "x"], "names no tokenizer (data.vocab_file): give --vocab-file"),
+        (["--prompt", "x"], "names no tokenizer (data.vocab_file, data.tokenizer): give"),
         (["--prompt", "x", "--prompts", "f"], "--prompt, --prompts and --serve exclude each other"),
         (["--prompts", "missing.txt"], "--prompts=missing.txt cannot be read"),
         ([], "nothing to continue: give --prompt, --prompts or --serve"),
