@@ -54,16 +54,17 @@ def folder(tmp_path_factory):
 
 
 def make_config(folder, **groups):
-    return tiny.make_config(
-        model={"n_layers": 1, "d_model": 32},
-        data={"paths": (str(folder / "corpus"),), "split": "90,5,5"},
-        mesh={"data": 8} | groups.pop("mesh", {}),
-        precision=groups.pop("precision", FLOAT16),
-        train={"n_steps": 20, "eval_interval": 0} | groups.pop("train", {}),
-        optimizer={"peak_lr": 1.2e-3, "min_lr": 2.1e-4} | groups.pop("optimizer", {}),
-        checkpoint={"dir": str(folder / "checkpoints")} | groups.pop("checkpoint", {}),
-        **groups,
-    )
+    """Return the config that the checkpoint is of, or with other groups."""
+    usual = {
+        "model": {"n_layers": 1, "d_model": 32},
+        "data": {"paths": (str(folder / "corpus"),), "split": "90,5,5"},
+        "mesh": {"data": 8},
+        "precision": FLOAT16,
+        "train": {"n_steps": 20},
+        "optimizer": {"peak_lr": 1.2e-3, "min_lr": 2.1e-4},
+        "checkpoint": {"dir": str(folder / "checkpoints")},
+    }
+    return tiny.make_config(**usual | groups)
 
 
 def resume(folder, **groups):
