@@ -62,9 +62,10 @@ def load(path: str) -> config.Config:
         return _stored(path, file / _META)
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
-        near = ", ".join(sorted(p.name for p in folder.glob("*.py"))) or "none"
+        files = (*folder.glob("*.py"), *folder.glob("config.json"))
+        found = ", ".join(sorted(near.name for near in files)) or "none"
         fault = "a folder, but of no checkpoint: name a file" if file.is_dir() else "no such file"
-        raise config.UserError(f"--config={path}: {fault} (recipes in {folder}: {near})")
+        raise config.UserError(f"--config={path}: {fault} (recipes in {folder}: {found})")
     if file.suffix == ".json":
         return _stored(path, file)
     return _of_recipe(path, file)

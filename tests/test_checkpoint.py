@@ -325,6 +325,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 import tiny
 from gpt3jax import array_blocks, step
+from gpt3jax.checkpoint import checkpoints
 cfg = tiny.make_config()
 program = step.build(cfg, tiny.make_mesh(data=1, fsdp=2), 320)
 state = checkpoints.Checkpoints(sys.argv[1]).restore(1, program.abstract_state)

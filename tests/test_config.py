@@ -155,10 +155,11 @@ def test_a_missing_recipe_lists_those_beside_it(recipe_file):
 
 
 def test_a_folder_as_recipe_lists_those_in_it(recipe_file):
+    (recipe_file.parent / "config.json").touch()
     with pytest.raises(config.UserError) as error:
         recipe.load(str(recipe_file.parent))
     assert "a folder, but of no checkpoint: name a file" in str(error.value)
-    assert f"(recipes in {recipe_file.parent}: recipe.py)" in str(error.value)
+    assert f"(recipes in {recipe_file.parent}: config.json, recipe.py)" in str(error.value)
 
 
 @pytest.mark.parametrize(
