@@ -157,6 +157,15 @@ def test_of_many_that_wait_for_a_dead_one_one_gets_the_folder(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_came_in_the_place_of_a_dead_ones_stays(tmp_path):
+    """Another that waited was faster: what is removed is no more what was read."""
+    faster, mine = lock_of(tmp_path), lock_of(tmp_path)
+    assert faster._make()
+    mine._remove(b"of a dead process")
+    assert not mine._make() and faster.lost() == ""
+    assert [path.name for path in tmp_path.iterdir()] == [holding.FILE]
+
+
 def test_one_folder_for_both_is_held_once(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
@@ -200,7 +209,7 @@ def test_a_run_that_is_not_alone_in_its_folder_stops_and_saves_nothing(
         return due(number, interval)
 
     monkeypatch.setattr(train, "_due", due_and_taken)
-    options = ["--train.n-steps=2000", "--checkpoint.save-interval=3", "--log.dir=log.dir"]
+    options = ["--train.n-steps=100", "--checkpoint.save-interval=3", "--log.dir=log.dir"]
     options.append(f"--checkpoint.dir={FOLDERS[taken]}")
     status = corpus.call_main(monkeypatch, folder, *options)
     (error,) = capfd.readouterr().err.splitlines()
