@@ -79,7 +79,7 @@ def test_mpich_does_not_tell_where_its_first_process_is(tmp_path):
     arguments = ["-m", "gpt3jax.main", "--config=recipe.py", "--mesh.cpu-devices=8"]
     done = subprocess.run(
         [MPIEXEC, "-n", "2", sys.executable, *arguments], cwd=folder, capture_output=True,
-        text=True, env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY)}, timeout=120,
+        text=True, env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY)}, timeout=300,
     )  # fmt: skip
     assert done.returncode == command.REFUSED
     assert done.stderr.count("PMI_SIZE=2, as MPICH or Intel MPI sets it") == 2, done.stderr
