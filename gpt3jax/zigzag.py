@@ -7,8 +7,8 @@ shard more, an early one with its early chunk (shards before c) or a late one wi
 (shards after c). That is the same n^2 x 2 C on every shard, the least a causal mask allows, and
 three kernels of static shapes. Their outputs are joined by their softmax sums.
 
-A private module of JAX is used here, `cudnn`, and nowhere else: tried on jax 0.10.2, 0.11.2 and
-0.12.0.1. Public functions would replace it that give the sums in fp32, as
+A private module of JAX is used here, `cudnn` (docs/architecture.md lists them all): tried on jax
+0.10.2, 0.11.2 and 0.12.0.1. Public functions would replace it that give the sums in fp32, as
 `jax.nn.dot_product_attention` does not (it rounds them to the format of q), and that run the
 backward kernel with the joined output and sums, which none does.
 """

@@ -10,7 +10,7 @@ from gpt3jax import config, sharding, step
 import tiny
 
 N_STEPS = 5
-QUICK = {(2, 2, 1, 1, 2), (1, 2, 2, 2, 1)}  # of `make test`; the rest are slow
+QUICK = {(1, 2, 2, 2, 1)}  # of `make test`; the rest are slow
 
 
 def meshes(n, n_axes=5):

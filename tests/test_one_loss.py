@@ -31,7 +31,13 @@ def reference(dropout):
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, marks=() if mesh == "data2-fsdp2-tensor2" else pytest.mark.slow)
+        for mesh in MESHES
+    ],
+)
 def test_losses_do_not_depend_on_the_mesh(mesh, sequence_parallel, dropout):
     axes, n_microbatches = MESHES[mesh]
     if not sequence_parallel and "tensor" not in axes:
