@@ -56,6 +56,7 @@ def test_data_is_compared_with_megatrons():
     assert run("data", *DATA, "--megatron").count(", Megatron ") == 4
 
 
+@pytest.mark.slow
 def test_overhead_compares_bare_steps_with_watched_ones(tmp_path, capsys):
     corpus.write_run(tmp_path)
     args = [f"--config={tmp_path}/recipe.py", f"--devices={jax.device_count()}"]
@@ -63,17 +64,20 @@ def test_overhead_compares_bare_steps_with_watched_ones(tmp_path, capsys):
     assert "without and" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_step_measures_the_step_of_a_recipe(tmp_path, capsys):
     corpus.write_run(tmp_path)
     load("train_step").main([f"--config={tmp_path}/recipe.py", "--batch.global-batch-size=16"])
     assert "tokens/s (best of 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_step_measures_one_peer_in_a_process_of_its_own(capfd):
     load("train_step").main(["--cpu-peers", *OURS, *NETWORK, "--seq-len=16", "--batch=2"])
     assert capfd.readouterr().out.startswith("gpt3jax ")
 
 
+@pytest.mark.slow
 def test_sample_measures_one_peer_in_a_process_of_its_own(capfd):
     sizes = ["--seq-len=32", "--prompt=4", "--new=3", "--batches", "1", "2"]
     load("sample").main([*OURS, *NETWORK, *sizes])

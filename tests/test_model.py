@@ -80,7 +80,9 @@ def test_hugging_face_gpt2_gives_the_same_logits_loss_and_gradients():
 
 
 @pytest.mark.parametrize("n_loss_chunks", [1, 4])
-@pytest.mark.parametrize("seq_len", [32, 600])  # one block of queries, and several
+@pytest.mark.parametrize(  # several blocks of queries, and one
+    "seq_len", [600, pytest.param(32, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("pattern", ["dense", "alternating"])
 def test_numpy_gives_the_same_on_random_weights(pattern, seq_len, n_loss_chunks):
     cfg = dataclasses.replace(
@@ -127,7 +129,13 @@ def trunk(params, x_BTD):
     return block(x_BTD, None, None, None, model.Compute())
 
 
-@pytest.mark.parametrize("name", list(remat.POLICIES)[1:])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("full", "dots") else pytest.mark.slow)
+        for name in list(remat.POLICIES)[1:]
+    ],
+)
 def test_remat_changes_no_gradient(name):
     cfg = dataclasses.replace(TINY, dropout=0.1, attention_dropout=0.1)
     loss, grads, _ = remat_case(dataclasses.replace(cfg, remat=name))

@@ -30,7 +30,7 @@ def reference(dropout):
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
-@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("sequence_parallel", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -53,7 +53,9 @@ def test_losses_do_not_depend_on_the_mesh(mesh, sequence_parallel, dropout):
     assert program.train.jitted._cache_size() == 1, "the step was compiled more than once"
 
 
-@pytest.mark.parametrize("n_microbatches", [2, 4, 16])
+@pytest.mark.parametrize(
+    "n_microbatches", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 16))]
+)
 def test_microbatches_add_up_to_one_batch(n_microbatches):
     cfg = config_of(0.1)
     _, state, metrics = tiny.run(cfg, tiny.make_mesh(), n_microbatches, 3)
@@ -64,7 +66,7 @@ def test_microbatches_add_up_to_one_batch(n_microbatches):
         np.testing.assert_allclose(array, tiny.leaves(whole.params)[name], atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("n_microbatches", [1, 4])
+@pytest.mark.parametrize("n_microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_masked_tokens_count_alike_on_every_mesh(n_microbatches):
     cfg = config_of(0.0)
     _, _, one = tiny.run(cfg, tiny.make_mesh(), n_microbatches, 3, masked=True)
@@ -74,7 +76,7 @@ def test_masked_tokens_count_alike_on_every_mesh(n_microbatches):
     np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("sequence_parallel", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_more_tokens_than_vocabulary_entries_train_alike(sequence_parallel):
     """The partitioners of jaxlib 0.11 and 0.12 abort on a lookup that is left to them here."""
     axes = {"data": 2, "fsdp": 2, "tensor": 2}

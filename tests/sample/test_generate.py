@@ -132,8 +132,8 @@ def test_rows_and_seeds_draw_apart():
 @pytest.mark.parametrize(
     "axes",
     [
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        pytest.param({"data": 4, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        {"data": 4, "tensor": 2},
     ],
 )
 def test_every_mesh_gives_the_text_of_one_device(axes):
@@ -221,7 +221,7 @@ def log_softmax(params, tokens):
     return logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("mask_padded_vocab", [True, False])
+@pytest.mark.parametrize("mask_padded_vocab", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_scores_are_the_training_networks_log_softmax(mask_padded_vocab):
     """Of prompts and of new tokens, whatever chooses these."""
     params = make_params(mask_padded_vocab=mask_padded_vocab)
