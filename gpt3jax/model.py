@@ -309,9 +309,3 @@ def output_std(model: config.Model) -> float:
 def layer_windows(model: config.Model) -> tuple[int | None, ...]:
     """Return what the layers of one period see: earlier positions, or None for all of them."""
     return (None,) if model.attention.pattern == "dense" else (model.attention.band, None)
-
-
-def count_params(model: config.Model) -> int:
-    """Return the number of parameters, the padded vocabulary's included, from the shapes."""
-    abstract = jax.eval_shape(functools.partial(GPT, model), jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))

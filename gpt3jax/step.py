@@ -24,6 +24,7 @@ from gpt3jax import (
     pipeline,
     sharding,
     validation,
+    xla_flags,
 )
 
 Batch = dict[str, jax.Array]
@@ -77,29 +78,18 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     adopt = functools.partial(first_state, cfg)
     train = functools.partial(train_step, cfg, compute, run_samples)
     evaluate = functools.partial(eval_step, cfg, compute)
+    exact = xla_flags.for_equal_weights(mesh.devices.flat[0].platform)
     return Program(
         mesh=mesh,
         compute=compute,
         abstract_state=jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         ),
-        init=_under(
-            mesh, jax.jit(init, out_shardings=shardings, compiler_options=_exact_options(mesh))
-        ),
+        init=_under(mesh, jax.jit(init, out_shardings=shardings, compiler_options=exact)),
         adopt=_under(mesh, jax.jit(adopt, out_shardings=shardings, donate_argnums=0)),
         train=_under(mesh, jax.jit(train, out_shardings=(shardings, replicated), donate_argnums=0)),
         eval=_under(mesh, jax.jit(evaluate, out_shardings=replicated)),
     )
-
-
-def _exact_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Return the compiler's options under which an element does not depend on its array's shape.
-
-    On a CPU, LLVM's vector loops and the scalar ones that finish a row round `normal` differently
-    (jaxlib 0.12), and where a row ends depends on the mesh. Without optimization there is one loop.
-    """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_backend_optimization_level": 0} if on_cpu else {}
 
 
 def choose_compute(cfg: config.Config, mesh: jax.sharding.Mesh) -> model.Compute:

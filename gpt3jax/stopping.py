@@ -29,7 +29,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
     of them.
     """
 
-    def __init__(self, lost: Callable[[], str]) -> None:
+    def __init__(self, lost: Callable[[], str] = lambda: "") -> None:
         """No request yet; `lost` asks for one when it returns a reason."""
         self._asked, self._lost = False, lost
         self._before: dict[int, Any] = {}

@@ -117,6 +117,15 @@ def of_plan(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Settin
     )
 
 
+def for_equal_weights(platform: str) -> dict[str, int]:
+    """Return the compiler's options under which drawn weights do not depend on the mesh.
+
+    On a CPU, LLVM's vector loops and the scalar ones that finish a row round `normal` differently
+    (jaxlib 0.12), and where a row ends depends on the mesh. Without optimization there is one loop.
+    """
+    return {"xla_backend_optimization_level": 0} if platform == "cpu" else {}
+
+
 def text(settings: tuple[Setting, ...]) -> str:
     """Return options as XLA_FLAGS has them."""
     return " ".join(f"--{one.name}={one.value}" for one in settings)

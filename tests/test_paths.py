@@ -15,16 +15,19 @@ from gpt3jax.checkpoint import __main__ as checkpoint_command
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.convert import megatron
 from gpt3jax.data import inspect, merge, prepare
-from gpt3jax.evaluate import options as evaluate
-from gpt3jax.plan import options as plan
-from gpt3jax.preflight import options as preflight
+from gpt3jax.evaluate import __main__ as evaluate
+from gpt3jax.evaluate import options as evaluate_options
+from gpt3jax.plan import __main__ as plan
+from gpt3jax.plan import options as plan_options
+from gpt3jax.preflight import options as preflight_options
 from gpt3jax.sample import __main__ as sample
 
 import tiny
 
 ALL_OPTIONS = [
-    config.Config, sample.Options, evaluate.Options, plan.Options, preflight.Options,
-    inspect.Options, merge.Options, prepare.Options, convert.FromHf, convert.ToHf,
+    config.Config, sample.Options, evaluate_options.Options, plan_options.Options,
+    preflight_options.Options, inspect.Options, merge.Options, prepare.Options, convert.FromHf,
+    convert.ToHf,
     megatron.FromMegatron, megatron.ToMegatron, checkpoint_command.List, checkpoint_command.Show,
     checkpoint_command.Verify,
 ]  # fmt: skip

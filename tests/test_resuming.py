@@ -14,6 +14,7 @@ from gpt3jax import (
     metrics,
     optimizer,
     phases,
+    recipe,
     resuming,
     setup,
     sharding,
@@ -21,7 +22,6 @@ from gpt3jax import (
     step_log,
 )
 from gpt3jax.checkpoint import checkpoints, metadata
-from gpt3jax.data import inspect
 
 import tiny
 
@@ -135,7 +135,7 @@ def test_the_history_is_kept_in_a_config_that_its_readers_still_take(folder, tmp
     kept = json.loads((tmp_path / "config.json").read_text())
     assert kept.pop("history") == [entry]
     assert kept == json.loads(json.dumps(config.flatten(cfg)))
-    assert inspect._load(str(tmp_path / "config.json")) == cfg
+    assert recipe.load(str(tmp_path / "config.json")) == cfg
 
 
 def changes(then, now):

@@ -1,12 +1,10 @@
 """Requests to stop, by every signal that schedulers and terminals send; output that is lost."""
 
-import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
-import termios
 
 import jax
 import pytest
@@ -101,17 +99,16 @@ os._exit(75)
 """
 
 
+TAKE_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+
+
 def test_a_lost_terminal_stops_and_saves():
     """As when an ssh session breaks: the kernel sends SIGHUP, and every print fails from then."""
     ours, theirs = pty.openpty()
 
-    def take_terminal():
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
     process = subprocess.Popen(
-        [sys.executable, "-c", LOOP],
-        stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_terminal,
+        [sys.executable, "-c", TAKE_TERMINAL + LOOP],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY)},
     )  # fmt: skip
     os.close(theirs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -89,6 +90,12 @@ def run(cfg, mesh, n_microbatches, n_steps, masked=False):
         metrics.append(jax.tree.map(np.asarray, m))
     stacked = {k: np.stack([m[k] for m in metrics]) for k in metrics[0]}
     return program, state, stacked
+
+
+def count_params(model_config):
+    """Return the number of parameters, the padded vocabulary's included, from the shapes."""
+    abstract = jax.eval_shape(lambda: model.GPT(model_config, jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
 
 
 def leaves(tree):

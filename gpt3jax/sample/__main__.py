@@ -34,7 +34,7 @@ class Serve:
     """Address to listen on; the default answers this machine alone. There is no password."""
     port: Annotated[int, ranges.Range(0, 65_535)] = 8000
     """Port to listen on (0: any free one)."""
-    max_queue: ranges.Count = 32
+    max_queue: ranges.Positive = 32
     """Requests that may wait; more are answered with 503."""
     max_body_bytes: ranges.Positive = 1_000_000
     """Larger requests are answered with 413."""

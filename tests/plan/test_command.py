@@ -380,17 +380,18 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert found["compiled"]["cudnn"] == {"forward": True, "backward": True}
     sent = {(one["axis"], one["kind"]): one["bytes_per_step"] for one in found["collectives"]}
     needed = collectives_of(recipe_file, 8)
-    # Closed forms leave out embedding and head, as large here as a layer; versions of XLA differ in
-    # how often they gather these.
+    # Closed forms leave out embedding and head, as large here as a layer: of both the gradient is
+    # reduced, and versions of XLA differ in how often they gather them.
     for of, n_bytes in needed.items():
-        assert 0.99 * n_bytes < sent[of] < 2.05 * n_bytes, of
+        assert 0.99 * n_bytes < sent[of] < 2.7 * n_bytes, of
     assert sent["data", "all-reduce"] == pytest.approx(needed["data", "all-reduce"], rel=0.001)
     others = sum(n_bytes for of, n_bytes in sent.items() if of not in needed)
-    assert others < 0.01 * sum(sent.values())
+    # The positions' gradient, summed over tensor, is most of the rest.
+    assert others < 0.015 * sum(sent.values())
     parts = found["step_parts_expected"]  # of every version that was tried
     assert parts["matmul"] == pytest.approx(5.04e-5, rel=0.01)
     assert parts["elementwise"] == pytest.approx(3.47e-4, rel=0.05)
-    assert found["peak_bytes_per_gpu"] == pytest.approx(27.3e6, rel=0.03)
+    assert found["peak_bytes_per_gpu"] == pytest.approx(25.8e6, rel=0.03)
     assert found["compiled"]["largest_buffers"][0]["source"].startswith("gpt3jax/")
     states = sum(found["memory"][name] for name in ("parameters", "optimizer", "batch"))
     assert found["compiled"]["argument_bytes"] == pytest.approx(states, rel=0.01)
@@ -462,7 +463,7 @@ def test_attention_over_a_split_sequence_compiles_for_h100(
         "--batch.global-batch-size=1", "--model.n-layers=1",
         *["--data.reset-attention-mask", "--data.eod-id=0"] * documents,
     ]  # fmt: skip
-    found = plan.plan(plan.Options(config=recipe_file, gpus=2), args, "")
+    found = planning.plan(plan_options.Options(config=recipe_file, gpus=2), args, "")
     assert found["compiled"]["cudnn"] == {"forward": True, "backward": True}
 
 
