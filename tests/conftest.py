@@ -9,6 +9,8 @@ import pathlib
 import jax
 import pytest
 
+import corpus
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 jax.config.update("jax_platforms", "cpu")
@@ -16,11 +18,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 with pytest.MonkeyPatch.context() as patch:
-    # Most of the tests' time is compiling, half of it in LLVM's optimizations, which no test is
-    # about. XLA reads its flags once, at the first look at devices: processes that tests start
-    # do not get this one.
-    patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0", prepend=" ")
-    jax.devices()
+    patch.setenv("XLA_FLAGS", corpus.XLA_FLAGS, prepend=" ")
+    jax.devices()  # XLA reads its flags here, once
 
 
 @pytest.fixture

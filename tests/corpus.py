@@ -13,6 +13,9 @@ from gpt3jax.data import indexed
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 VOCAB = 64
+# Most of the tests' time is compiling, half of it in LLVM's optimizations, which no test is about.
+# With and without them bits may differ: conftest.py sets this for the tests' own process.
+XLA_FLAGS = "--xla_backend_optimization_level=0"
 # What depends on the clock.
 TIMES = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
 
@@ -70,6 +73,7 @@ def start_main(folder, *args, module="gpt3jax.main", patch="", **variables):
     It emulates as many devices as conftest.py does here, so that both compute the same bits.
     `patch` is code that it runs first.
     """
+    variables = {"XLA_FLAGS": XLA_FLAGS} | variables
     variables |= {
         "PYTHONPATH": str(REPOSITORY),
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),

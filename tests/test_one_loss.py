@@ -1,6 +1,9 @@
 """One loss on every mesh: the promise, on 8 emulated devices against one."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -51,6 +54,33 @@ def test_losses_do_not_depend_on_the_mesh(mesh, sequence_parallel, dropout):
         np.testing.assert_allclose(metrics[name][0], expected[name][0], rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, err_msg=name)
     assert program.train.jitted._cache_size() == 1, "the step was compiled more than once"
+
+
+INITIAL = """
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+import tiny
+from gpt3jax import step
+def initial(**axes):
+    cfg = tiny.make_config(model={"n_layers": 8, "d_model": 32, "n_heads": 8}, mesh=axes)
+    return tiny.leaves(step.build(cfg, tiny.make_mesh(**axes), 320).init().params)
+alone = initial()
+for name, array in initial(data=1, tensor=8).items():
+    np.testing.assert_array_equal(array, alone[name], err_msg=name)
+"""
+
+
+@pytest.mark.slow
+def test_initial_weights_are_the_same_bits_where_llvm_optimizes(repository):
+    """As in a run; the tests' own process compiles without. On jaxlib 0.12 they were not."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    paths = os.pathsep.join(str(path) for path in (repository, repository / "tests"))
+    done = subprocess.run(
+        [sys.executable, "-c", INITIAL], env=environment | {"PYTHONPATH": paths},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
