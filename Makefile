@@ -8,7 +8,6 @@ VENV = $(or $(VIRTUAL_ENV),.venv)
 BIN = $(VENV)/bin
 TEST = $(VENV)/.gpt3jax-test
 DEV = $(VENV)/.gpt3jax-dev
-SLOW = tests/test_every_mesh.py tests/test_one_loss.py tests/test_processes.py tests/test_failures.py
 PLAN = $(VENV)/.gpt3jax-plan
 
 .DEFAULT_GOAL = help
@@ -19,10 +18,10 @@ quickstart: $(TEST)  ## train a small GPT on the CPU, in minutes (ARGS="--train.
 	$(BIN)/python -m gpt3jax.main --config=configs/quickstart.py $(ARGS)
 
 test: $(TEST)  ## tests that take seconds (WORKERS=2, ARGS="-k name")
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not slower and not gpu" -n $(WORKERS) $(ARGS)
 
-test-slow: $(TEST)  ## tests of meshes, processes and failures that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu" -n $(WORKERS) $(SLOW) $(ARGS)
+test-slow: $(TEST)  ## more of them: meshes, processes, failures
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $(WORKERS) $(ARGS)
 
 test-all: $(PLAN)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) $(ARGS)

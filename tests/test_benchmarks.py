@@ -50,7 +50,7 @@ def test_data_measures_the_way_from_text_to_batches(capsys):
         assert words in told
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_data_is_compared_with_megatrons():
     pytest.importorskip("megatron.core.datasets")
     assert run("data", *DATA, "--megatron").count(", Megatron ") == 4
@@ -125,7 +125,7 @@ def test_plan_says_what_it_needs_to_compile(monkeypatch, capsys):
     assert "install the extra; or give --no-compile" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_plan_keeps_the_rows_that_it_compiled(capsys, tmp_path):
     if compiler.missing_extra():
         pytest.skip(compiler.missing_extra())

@@ -16,7 +16,7 @@ from gpt3jax.checkpoint import checkpoints, metadata
 
 import tiny
 
-QUICK_PAIRS = [("mixed", "zero")]
+SPEED = {("mixed", "zero"): "slow"}  # the rest are slower
 ORDER = {"corpus": "a corpus", "train.seed": 1234}
 MESHES = {
     "one": {},
@@ -68,9 +68,7 @@ def expect(abstract_state, order=ORDER):
 @pytest.mark.parametrize(
     ("here", "there"),
     [
-        pytest.param(
-            here, there, marks=() if (here, there) in QUICK_PAIRS else pytest.mark.slow
-        )
+        pytest.param(here, there, marks=getattr(pytest.mark, SPEED.get((here, there), "slower")))
         for here in MESHES for there in MESHES
     ],
 )  # fmt: skip
@@ -87,7 +85,7 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, here, there):
         assert leaf.sharding == want.sharding and leaf.dtype == want.dtype
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_digests_do_not_depend_on_the_mesh():
     one = np.asarray(array_blocks.digests(trained("one")))
     for mesh in MESHES:
@@ -99,7 +97,7 @@ def test_digests_do_not_depend_on_the_mesh():
         np.testing.assert_array_equal(array_blocks.digests(moved), one)
 
 
-@pytest.mark.parametrize("mesh", ["mixed", pytest.param("stages", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ["mixed", pytest.param("stages", marks=pytest.mark.slower)])
 def test_an_array_is_read_in_parts_in_the_order_of_its_layers(tmp_path, mesh, monkeypatch):
     """Of any run: with virtual stages as well, whose layers have two dimensions."""
     monkeypatch.setattr(array_blocks, "_BLOCK_BYTES", 2 * 4 * 64 * 3 * 64)

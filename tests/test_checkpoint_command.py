@@ -164,7 +164,7 @@ def test_one_checkpoint_is_no_folder_of_them(monkeypatch, capsys, folder):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("how", ["cut", "flip", "missing", "empty"])

@@ -23,7 +23,7 @@ MODELS = {
 }
 N_STEPS = 5
 N = 32  # positions, where attention is tested alone
-slow = pytest.mark.slow
+slow = pytest.mark.slower
 
 
 def config_of(model, **mesh):

@@ -10,7 +10,7 @@ from gpt3jax import config, sharding, step
 import tiny
 
 N_STEPS = 5
-QUICK = {(1, 2, 2, 2, 1)}  # of `make test`; the rest are slow
+QUICK = {(1, 2, 2, 2, 1)}  # of `make test`; other mixes of three axes are slow, the rest slower
 
 
 def meshes(n, n_axes=5):
@@ -31,11 +31,14 @@ def named(sizes):
     )
 
 
+def marks_of(sizes):
+    if sizes in QUICK:
+        return ()
+    return pytest.mark.slow if sum(size > 1 for size in sizes) == 3 else pytest.mark.slower
+
+
 def params_of(all_meshes):
-    return [
-        pytest.param(m, id=named(m), marks=() if m in QUICK else pytest.mark.slow)
-        for m in all_meshes
-    ]
+    return [pytest.param(m, id=named(m), marks=marks_of(m)) for m in all_meshes]
 
 
 def config_of(sizes, groups):
@@ -106,7 +109,7 @@ def check(sizes, variant, rtol=1e-5, **mesh):
 MIXED = [(2, 2, 1, 1, 2), (1, 2, 2, 2, 1), (2, 1, 2, 2, 1), (1, 4, 1, 1, 2), (1, 1, 2, 2, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 @pytest.mark.parametrize("sizes", MIXED, ids=named)
 @pytest.mark.parametrize(
     ("variant", "rtol"),

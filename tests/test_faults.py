@@ -71,7 +71,8 @@ def rates(cfg, n_good):
     return [optimizer.learning_rate(cfg.optimizer, 72, 8 * n) for n in n_good]
 
 
-@pytest.mark.parametrize("policy", ["stop", pytest.param("skip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_nan_stops_the_run_or_costs_one_step(tmp_path, capsys, spoil, policy):
     cfg = make_config(tmp_path / "run", nonfinite=policy)
     spoil("nan")

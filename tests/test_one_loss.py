@@ -32,7 +32,7 @@ def reference(dropout):
     return tiny.leaves(program.init()), tiny.leaves(state), metrics
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slower), 0.1])
 @pytest.mark.parametrize("sequence_parallel", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "mesh",

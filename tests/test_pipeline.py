@@ -85,7 +85,7 @@ CASES = {
     "data2-stage2-tensor2": ({"data": 2, "stage": 2, "tensor": 2}, 4, 4),
     "stage2-fsdp2-tensor2": ({"data": 1, "stage": 2, "fsdp": 2, "tensor": 2}, 4, 2),
 }
-QUICK, *SLOW = CASES
+SLOW, *SLOWER = CASES
 N_STEPS = 3
 
 
@@ -117,7 +117,13 @@ def reference(n_layers):
     return arrays(program.init().params), arrays(state.opt_state.mu), metrics
 
 
-@pytest.mark.parametrize("case", [QUICK, *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(SLOW, marks=pytest.mark.slow),
+        *(pytest.param(c, marks=pytest.mark.slower) for c in SLOWER),
+    ],
+)
 def test_losses_and_gradients_do_not_depend_on_stages(case, capfd):
     axes, n_layers, n_microbatches = CASES[case]
     initial, gradient, expected = reference(n_layers)
@@ -169,7 +175,7 @@ def with_documents(batch):
     return batch | {"segments": (batch["tokens"] < 30).astype(jnp.int32).cumsum(-1)}
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_masks_documents_banded_layers_and_evaluation_are_the_same_too():
     pattern = config.Attention(pattern="alternating", band=5)
     found = []
@@ -187,7 +193,7 @@ def test_masks_documents_banded_layers_and_evaluation_are_the_same_too():
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 @pytest.mark.parametrize(
     ("remat", "virtual_stages"),
     [
@@ -210,7 +216,7 @@ def test_what_is_saved_for_the_backward_pass_changes_no_loss(remat, virtual_stag
         np.testing.assert_allclose(metrics[name], expected[name][:2], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_an_overflow_skips_the_step_on_all_stages_and_float16_goes_on():
     found = []
     for mesh, n in (({}, 2), ({"data": 4, "stage": 2}, 2)):
@@ -231,7 +237,7 @@ def test_an_overflow_skips_the_step_on_all_stages_and_float16_goes_on():
     np.testing.assert_allclose(found[1], found[0], rtol=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_gradients_are_summed_over_replicas_once_a_step():
     cfg = config_of({"data": 2, "stage": 4})
     program = step.build(cfg, mesh_of(cfg), 320)
@@ -255,11 +261,11 @@ def program_of(stage, virtual_stages):
 @pytest.mark.parametrize(
     ("here", "there"),
     [
-        pytest.param((1, 1), (2, 2), marks=pytest.mark.slow),
-        pytest.param((2, 1), (1, 1), marks=pytest.mark.slow),
-        pytest.param((2, 2), (1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 1), (2, 2), marks=pytest.mark.slower),
+        pytest.param((2, 1), (1, 1), marks=pytest.mark.slower),
+        pytest.param((2, 2), (1, 1), marks=pytest.mark.slower),
         ((2, 4), (4, 2)),
-        pytest.param((4, 2), (2, 1), marks=pytest.mark.slow),
+        pytest.param((4, 2), (2, 1), marks=pytest.mark.slower),
     ],
 )
 def test_a_checkpoint_comes_back_on_other_stages(tmp_path, here, there):

@@ -101,7 +101,7 @@ SKIP = ("20:41", "50:54")
 LEFT = [n for n in range(80) if not (20 <= n < 41 or 50 <= n < 54)]
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_what_is_left_has_one_loss_on_two_meshes(tmp_path, monkeypatch):
     _, records = run(tmp_path / "whole", {"data": 8}, SKIP, monkeypatch)
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -110,7 +110,7 @@ def test_what_is_left_has_one_loss_on_two_meshes(tmp_path, monkeypatch):
     np.testing.assert_allclose([r["loss"] for r in others], losses, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_a_run_takes_all_but_the_stretches_resumed_or_not(tmp_path, monkeypatch):
     read, records = run(tmp_path / "whole", {"data": 8}, SKIP, monkeypatch)
     assert read == [LEFT[i : i + 8] for i in range(0, 48, 8)]
@@ -124,7 +124,7 @@ def test_a_run_takes_all_but_the_stretches_resumed_or_not(tmp_path, monkeypatch)
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_a_stretch_may_be_left_out_at_a_restart_but_not_come_back(tmp_path, monkeypatch):
     """From step 4 on, at position 32 inside of the stretch; samples 20 to 31 were taken."""
     folder, mesh = tmp_path / "run", {"data": 8}

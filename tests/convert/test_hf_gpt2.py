@@ -100,7 +100,7 @@ def test_names_without_a_prefix_masks_and_16_bits_are_read(gpt2, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [pytest.param({}, marks=pytest.mark.slow), {"only_params": True}]
+    "options", [pytest.param({}, marks=pytest.mark.slower), {"only_params": True}]
 )
 def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, options):
     """It has no more than parameters, so it makes no difference whether they are asked for."""
@@ -329,7 +329,7 @@ def peak_mib(*args):
     return int(kib) / 1024
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     """48 MiB of fp32 a layer: 16 more layers are 768 MiB more to read and to write."""
     peaks = {}
@@ -425,7 +425,7 @@ def test_what_cannot_be_read_is_one_clear_line(gpt2, tmp_path, monkeypatch, caps
     assert not list((tmp_path / "out").glob("*/*"))
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_banded_attention_is_refused_with_the_reason(tmp_path):
     cfg = tiny.make_config(model={"attention": config.Attention(pattern="alternating")})
     program = step.build(cfg, mesh(), 1)

@@ -95,7 +95,7 @@ def ours(tmp_path):
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(v, marks=() if v in ("erf", "window") else pytest.mark.slow) for v in VARIANTS],
+    [pytest.param(v, marks=() if v in ("erf", "window") else pytest.mark.slower) for v in VARIANTS],
 )
 def test_megatrons_weights_give_its_logits_loss_and_gradients(tmp_path, variant):
     tensors = safetensors.numpy.load_file(WEIGHTS)

@@ -64,7 +64,7 @@ def test_an_unknown_kind_is_refused(tmp_path, kind):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_the_script_installs_into_a_clean_folder_and_the_result_trains(tmp_path):
     """As the image does: only what it copies, no PYTHONPATH, a new virtual environment."""
     source = tmp_path / "gpt3jax"

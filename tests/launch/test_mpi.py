@@ -46,7 +46,7 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 @pytest.mark.skipif(not MPIRUN, reason="not installed: orterun (apt: openmpi-bin)")
 def test_two_processes_under_mpirun_find_each_other_stop_when_asked_and_go_on(tmp_path):
     folder = corpus.write_run(tmp_path)
@@ -86,7 +86,7 @@ def test_mpich_does_not_tell_where_its_first_process_is(tmp_path):
     assert not (folder / "checkpoints").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 @pytest.mark.skipif(not MPIEXEC, reason="not installed: mpiexec.hydra (apt: mpich)")
 def test_two_processes_under_mpich_are_told_the_address_alone(tmp_path):
     folder = corpus.write_run(tmp_path)
@@ -98,7 +98,7 @@ def test_two_processes_under_mpich_are_told_the_address_alone(tmp_path):
     assert "the run is complete: step 4, 32 samples" in out
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_two_processes_without_a_launcher_as_over_ssh(tmp_path):
     folder = corpus.write_run(tmp_path)
     where = {"NUM_NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

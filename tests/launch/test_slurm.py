@@ -14,7 +14,7 @@ import corpus
 import slurm_cluster
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slower,
     pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing()),
 ]
 SBATCH = corpus.REPOSITORY / "launch" / "slurm.sbatch"

@@ -452,7 +452,7 @@ def doctored(compiled, text):
 
 
 @compiles
-@pytest.mark.parametrize("documents", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("documents", [False, pytest.param(True, marks=pytest.mark.slower)])
 def test_attention_over_a_split_sequence_compiles_for_h100(
     recipe_file, documents, cache, monkeypatch
 ):
@@ -468,7 +468,7 @@ def test_attention_over_a_split_sequence_compiles_for_h100(
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.slower
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.1])  # cuDNN's attention, XLA's
 def test_one_microbatchs_activations_are_held_as_the_closed_forms_say(
     recipe_file, attention_dropout
@@ -490,7 +490,7 @@ def test_one_microbatchs_activations_are_held_as_the_closed_forms_say(
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.slower
 @pytest.mark.parametrize("n_stages", [1, 2])
 def test_zero_gathers_matrices_in_the_compute_format(recipe_file, n_stages):
     args = [
@@ -510,7 +510,7 @@ def test_zero_gathers_matrices_in_the_compute_format(recipe_file, n_stages):
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.slower
 @pytest.mark.parametrize("virtual_stages", [1, 2])
 def test_stages_keep_no_copy_of_weights_or_gradients_for_a_tick(recipe_file, virtual_stages):
     args = [

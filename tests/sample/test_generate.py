@@ -19,7 +19,7 @@ MODELS = {
     },
 }  # fmt: skip
 # Where recomputing everything shows the band in the quick tests already.
-DENSE_FIRST = ["dense", pytest.param("alternating", marks=pytest.mark.slow)]
+DENSE_FIRST = ["dense", pytest.param("alternating", marks=pytest.mark.slower)]
 GREEDY = text_options.Options(temperature=0.0, max_new_tokens=12)
 PROMPTS = [[5, 17, 3, 99, 250], [7], list(range(100, 111)), [499, 0, 1]]
 
@@ -113,6 +113,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DENSE_FIRST)
 def test_a_row_is_the_same_alone_and_in_a_batch(kind):
     generator = make_generator(make_params(kind))

@@ -175,7 +175,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):
         sample.load(options)
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_hugging_face_generates_the_same_tokens(tmp_path):
     """200 tokens, greedily, of a model that is exported from a checkpoint with random weights."""
     torch = pytest.importorskip("torch")
