@@ -96,7 +96,8 @@ def test_microbatches_add_up_to_one_batch(n_microbatches):
         np.testing.assert_allclose(array, tiny.leaves(whole.params)[name], atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("n_microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_microbatches", [1, 4])
 def test_masked_tokens_count_alike_on_every_mesh(n_microbatches):
     cfg = config_of(0.0)
     _, _, one = tiny.run(cfg, tiny.make_mesh(), n_microbatches, 3, masked=True)

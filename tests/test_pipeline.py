@@ -264,7 +264,7 @@ def program_of(stage, virtual_stages):
         pytest.param((1, 1), (2, 2), marks=pytest.mark.slower),
         pytest.param((2, 1), (1, 1), marks=pytest.mark.slower),
         pytest.param((2, 2), (1, 1), marks=pytest.mark.slower),
-        ((2, 4), (4, 2)),
+        pytest.param((2, 4), (4, 2), marks=pytest.mark.slow),
         pytest.param((4, 2), (2, 1), marks=pytest.mark.slower),
     ],
 )

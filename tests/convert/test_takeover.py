@@ -61,7 +61,11 @@ def take_over(monkeypatch, folder, weights, *args):
 
 
 @pytest.mark.parametrize(
-    "mesh", ["one device", pytest.param("data 2 x stage 2 x tensor 2", marks=pytest.mark.slower)]
+    "mesh",
+    [
+        pytest.param("one device", marks=pytest.mark.slow),
+        pytest.param("data 2 x stage 2 x tensor 2", marks=pytest.mark.slower),
+    ],
 )
 def test_a_megatron_project_goes_on_with_megatrons_numbers(monkeypatch, folder, mesh):
     """Losses, gradient norms, learning rates and evaluations, as far as its console shows them."""
