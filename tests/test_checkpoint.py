@@ -97,7 +97,8 @@ def test_digests_do_not_depend_on_the_mesh():
         np.testing.assert_array_equal(array_blocks.digests(moved), one)
 
 
-@pytest.mark.parametrize("mesh", ["mixed", pytest.param("stages", marks=pytest.mark.slower)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["mixed", "stages"])
 def test_an_array_is_read_in_parts_in_the_order_of_its_layers(tmp_path, mesh, monkeypatch):
     """Of any run: with virtual stages as well, whose layers have two dimensions."""
     monkeypatch.setattr(array_blocks, "_BLOCK_BYTES", 2 * 4 * 64 * 3 * 64)

@@ -191,6 +191,7 @@ def test_a_store_that_fails_loses_no_folder(tmp_path, monkeypatch):
 FOLDERS = {"checkpoint.dir": "checkpoint.dir", "log.dir": "", "a foreign step": "checkpoints"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", FOLDERS)
 def test_a_run_that_is_not_alone_in_its_folder_stops_and_saves_nothing(
     tmp_path, monkeypatch, capfd, taken

@@ -130,13 +130,8 @@ def test_rows_and_seeds_draw_apart():
     assert len({tuple(tokens) for tokens in out + other}) == 5
 
 
-@pytest.mark.parametrize(
-    "axes",
-    [
-        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        {"data": 4, "tensor": 2},
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "tensor": 2}])
 def test_every_mesh_gives_the_text_of_one_device(axes):
     params = make_params("alternating")
     expected = run(make_generator(params), options=MIXED)
