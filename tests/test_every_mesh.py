@@ -32,13 +32,11 @@ def named(sizes):
 
 def speed_of(sizes):
     """Return the mark of a mesh: mixes of three axes are tested in CI."""
-    return "slow" if sum(size > 1 for size in sizes) == 3 else "slower"
+    return pytest.mark.slow if sum(size > 1 for size in sizes) == 3 else pytest.mark.slower
 
 
 def params_of(all_meshes):
-    return [
-        pytest.param(m, id=named(m), marks=getattr(pytest.mark, speed_of(m))) for m in all_meshes
-    ]
+    return [pytest.param(m, id=named(m), marks=speed_of(m)) for m in all_meshes]
 
 
 def config_of(sizes, groups):
