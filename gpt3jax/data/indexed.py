@@ -114,8 +114,8 @@ class IndexedCorpus:
         size, end = self.dtype.itemsize, 0
         for low in range(0, len(self), _CHECK_AT_ONCE):
             lengths = self.lengths[low : low + _CHECK_AT_ONCE].astype(np.int64)
-            if lengths.min() < 0:
-                i = int(lengths.argmin())
+            if np.min(lengths) < 0:
+                i = int(np.argmin(lengths))
                 raise config.UserError(
                     f"{path}: sequence {low + i} has a negative length, {lengths[i]}: the file is "
                     "damaged; copy or prepare it again"

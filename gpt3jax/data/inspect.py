@@ -119,7 +119,7 @@ def describe(corpus: indexed.IndexedCorpus) -> list[str]:
     counts = np.bincount(powers) if len(powers) else np.zeros(0, int)
     for power, count in enumerate(counts):
         if count:
-            bar = "#" * max(1, round(40 * count / counts.max()))
+            bar = "#" * max(1, round(40 * count / np.max(counts)))
             lines.append(f"  up to {2**power:>10,} tokens: {count:>12,} {bar}")
     return lines
 
