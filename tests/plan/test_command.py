@@ -384,7 +384,8 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     # reduced, and versions of XLA differ in how often they gather them.
     for of, n_bytes in needed.items():
         assert 0.99 * n_bytes < sent[of] < 2.7 * n_bytes, of
-    assert sent["data", "all-reduce"] == pytest.approx(needed["data", "all-reduce"], rel=0.001)
+    # jaxlib 0.12 sums some vectors over data beside the other gradients, 0.3% more.
+    assert sent["data", "all-reduce"] == pytest.approx(needed["data", "all-reduce"], rel=0.004)
     others = sum(n_bytes for of, n_bytes in sent.items() if of not in needed)
     # The positions' gradient, summed over tensor, is most of the rest.
     assert others < 0.015 * sum(sent.values())
