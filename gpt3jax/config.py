@@ -96,11 +96,11 @@ class Model:
 class Optimizer:
     """AdamW, gradient clipping, and schedules counted in samples (sequences)."""
 
-    peak_lr: Annotated[float, ranges.Range(0, 1000)]
+    peak_lr: Annotated[float, ranges.Range(0, 1e30)]
     """Learning rate at the end of the warm-up."""
-    min_lr: Annotated[float, ranges.Range(0, 1000)] = 0.0
+    min_lr: Annotated[float, ranges.Range(0, 1e30)] = 0.0
     """Learning rate at the end of the decay and after it."""
-    init_lr: Annotated[float, ranges.Range(0, 1000)] = 0.0
+    init_lr: Annotated[float, ranges.Range(0, 1e30)] = 0.0
     """Learning rate at the start of the warm-up."""
     decay: Literal["cosine", "linear", "constant", "inverse-square-root", "wsd"] = "cosine"
     """Shape of the decay from peak_lr to min_lr; wsd holds peak_lr and decays at the end."""
