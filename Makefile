@@ -21,7 +21,7 @@ test: $(TEST)  ## tests that take seconds (WORKERS=2, ARGS="-k name")
 	$(BIN)/python -m pytest -m "not slow and not slower and not gpu" -n $(WORKERS) $(ARGS)
 
 test-slow: $(TEST)  ## more of them: meshes, processes, failures
-	$(BIN)/python -m pytest -m "slow and not gpu" -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not slower and not gpu" -n $(WORKERS) $(ARGS)
 
 test-all: $(PLAN)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) $(ARGS)
