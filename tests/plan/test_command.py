@@ -388,7 +388,7 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert sent["data", "all-reduce"] == pytest.approx(needed["data", "all-reduce"], rel=0.004)
     others = sum(n_bytes for of, n_bytes in sent.items() if of not in needed)
     # The positions' gradient, summed over tensor, is most of the rest.
-    assert others < 0.015 * sum(sent.values())
+    assert others < 0.02 * sum(sent.values())
     parts = found["step_parts_expected"]  # of every version that was tried
     assert parts["matmul"] == pytest.approx(5.04e-5, rel=0.01)
     assert parts["elementwise"] == pytest.approx(3.47e-4, rel=0.05)
