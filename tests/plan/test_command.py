@@ -392,7 +392,7 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     parts = found["step_parts_expected"]  # of every version that was tried
     assert parts["matmul"] == pytest.approx(5.04e-5, rel=0.01)
     assert parts["elementwise"] == pytest.approx(3.47e-4, rel=0.05)
-    assert found["peak_bytes_per_gpu"] == pytest.approx(25.8e6, rel=0.03)
+    assert found["peak_bytes_per_gpu"] == pytest.approx(26.2e6, rel=0.03)
     assert found["compiled"]["largest_buffers"][0]["source"].startswith("gpt3jax/")
     states = sum(found["memory"][name] for name in ("parameters", "optimizer", "batch"))
     assert found["compiled"]["argument_bytes"] == pytest.approx(states, rel=0.01)
