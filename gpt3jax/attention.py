@@ -8,6 +8,7 @@ segments are given, at most `window` positions back where a window is given.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -246,8 +247,8 @@ def _scores_and_mask(
 ) -> tuple[Array, Array | None]:
     """Return the scores, and which of them dropout keeps (None: all)."""
     scale, n_keys = q_BTHK.shape[-1] ** -0.5, k_BSHK.shape[1]
-    t_T = _of_shard(list(how.starts), shard) + jnp.arange(q_BTHK.shape[1])
-    s_S = _of_shard(list(how.firsts), shard) + jnp.arange(n_keys)
+    t_T = _of_shard(how.starts, shard) + jnp.arange(q_BTHK.shape[1])
+    s_S = _of_shard(how.firsts, shard) + jnp.arange(n_keys)
     scores_BHTS = jnp.einsum(
         "bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32
     )
@@ -261,7 +262,7 @@ def _scores_and_mask(
     return scores_BHTS, jnp.einsum("bths->bhts", _of_shard(parts, shard))
 
 
-def _of_shard(values: list[Any], shard: Array) -> Any:
+def _of_shard(values: Sequence[Any], shard: Array) -> Any:
     """Return a shard's own of the values of all, by selection.
 
     Indexing with a shard's number, for all shards at once, would be a gather for the partitioner.

@@ -38,9 +38,7 @@ def parse(kind: Any, module: str, description: str | None) -> Any:
     Raises:
         UserError: a number is out of its range, or a path cannot be one of this machine.
     """
-    options = tyro.cli(kind, prog=f"python -m gpt3jax.{module}", description=description)
-    validation.check_ranges(options, "--")
-    return paths.expanded(options, "--")
+    return _checked(tyro.cli(kind, prog=f"python -m gpt3jax.{module}", description=description))
 
 
 def parse_beside_config(
@@ -55,8 +53,13 @@ def parse_beside_config(
         kind, prog=f"python -m gpt3jax.{module}", description=description, args=args,
         return_unknown_args=True,
     )  # fmt: skip
+    return _checked(options), rest
+
+
+def _checked(options: Options) -> Options:
+    """Return options whose numbers are in their ranges, with their paths in full."""
     validation.check_ranges(options, "--")
-    return paths.expanded(options, "--"), rest
+    return paths.expanded(options, "--")
 
 
 def _no_devices(error: RuntimeError) -> config.UserError | None:

@@ -1,10 +1,11 @@
-"""Paths that a user gives: put in full, or refused before anything is made there.
+"""Paths that a user gives: put in full, or refused before anything is made there; read, written.
 
 A field that is a path has the type `config.Path`, in the config as in the options of a command.
 """
 
 import dataclasses
 import errno
+import json
 import os
 import pathlib
 import re
@@ -104,3 +105,32 @@ def not_writable(name: str, folder: str | pathlib.Path, error: OSError) -> confi
     mend = "make room" if error.errno in _NO_ROOM else "mend the path, its permissions or its mount"
     kind = config.TransientError if error.errno in _MAY_PASS else config.UserError
     return kind(f"{name}={folder} cannot be written ({error}): {mend}, or choose another folder")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not an object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise config.UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise config.UserError(f"{path} is not a JSON object")
+    return content
+
+
+def write(path: str, text: str) -> None:
+    """Write the file that an option names.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise config.UserError(
+            f"{path} cannot be written ({error.strerror}): choose another"
+        ) from error

@@ -1,4 +1,4 @@
-"""XLA's options for GPUs, each with its reason: for a run (`launch/`) and for a plan.
+"""XLA's options, each with its reason: on GPUs for a run (`launch/`) and a plan, one on CPUs.
 
 `python -m gpt3jax.xla_flags --config=RECIPE.py ...` prints a run's as lines for a shell; they must
 be in the environment before JAX starts. Imports no JAX.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt3jax import config
+from gpt3jax import config, paths
 from gpt3jax.convert import tensor_files
 
 # Our parameter: GPT-2's name of it, in layer {} where it has one.
@@ -58,7 +58,7 @@ def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[config.Model
         UserError: there is none, or it is not a GPT-2 that our network can be.
     """
     path = folder / "config.json"
-    found = _DEFAULTS | tensor_files.read_json(path)
+    found = _DEFAULTS | paths.read_json(path)
     kind = found.get("model_type")
     if kind != "gpt2":
         raise config.UserError(f"{path}: model_type={kind!r} is not supported: only gpt2 is")

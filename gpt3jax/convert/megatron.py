@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from gpt3jax import config, ranges, validation
+from gpt3jax import config, paths, ranges, validation
 from gpt3jax.convert import mcore, tensor_files, torch_files
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _safetensors_args(
 ) -> dict[str, Any]:
     """Return the arguments beside safetensors, or what their shapes tell, and the heads given."""
     if path.is_file():
-        return tensor_files.read_json(path)
+        return paths.read_json(path)
     if not n_heads:
         raise config.UserError(
             f"{path} is not there, and shapes do not tell the attention heads: give --n-heads N"

@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gpt3jax import config
+from gpt3jax import config, paths
 
 FORMATS = ("float32", "bfloat16", "float16")  # of weights: fp32 holds each value of them
 FILE = "model.safetensors"
@@ -111,24 +111,9 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / FILE).is_file():
         return [folder / FILE]
     if (folder / _INDEX).is_file():
-        names = read_json(folder / _INDEX).get("weight_map", {}).values()
+        names = paths.read_json(folder / _INDEX).get("weight_map", {}).values()
         return [folder / name for name in sorted(set(names))]
     return []
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: it cannot be read, or is not an object.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise config.UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise config.UserError(f"{path} is not a JSON object")
-    return content
 
 
 def check_format(path: pathlib.Path, name: str, found: str) -> None:

@@ -4,13 +4,12 @@
 """
 
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from gpt3jax import config
+from gpt3jax import config, paths
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG = "tokenizer_config.json"
@@ -157,12 +156,5 @@ def _decoder(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise config.UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise config.UserError(f"{path} is not a JSON object")
-    return content
+    """Return the object in a JSON file, an empty one where there is no file."""
+    return paths.read_json(path) if path.is_file() else {}

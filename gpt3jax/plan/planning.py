@@ -1,13 +1,12 @@
 """A plan from end to end: search, compile, report, write."""
 
 import json
-import pathlib
 import sys
 from typing import Any
 
 from rich import console
 
-from gpt3jax import batch_schedule, config, gpus, recipe, skipping, validation
+from gpt3jax import batch_schedule, config, gpus, paths, recipe, skipping, validation
 from gpt3jax.plan import compiler, memory_model, options, page, report, rows, search, terminal
 
 MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
@@ -55,11 +54,11 @@ def plan(given: options.Options, overrides: list[str], told: str) -> dict[str, A
     if missing and given.compile:
         out.print(f"Not compiled, all figures are by closed forms: {missing}", soft_wrap=True)
     if given.json:
-        _write(given.json, json.dumps(found, indent=2) + "\n")
+        paths.write(given.json, json.dumps(found, indent=2) + "\n")
     if given.html:
-        _write(given.html, page.render(found, told))
+        paths.write(given.html, page.render(found, told))
     if given.dump_hlo and compiled:
-        _write(given.dump_hlo, compiled.text)
+        paths.write(given.dump_hlo, compiled.text)
     return found
 
 
@@ -136,12 +135,3 @@ def _searched(
         return row | {"failed": str(error)}
     row |= {name: built[name] for name in ("fits", "peak_bytes_per_gpu", "mfu")}
     return row | {"step_seconds": built["step_seconds"]["expected"]}
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        pathlib.Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise config.UserError(
-            f"{path} cannot be written ({error.strerror}): choose another"
-        ) from error

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 import jax
 from rich import console
 
-from gpt3jax import command, config, distributed, sharding
+from gpt3jax import command, config, distributed, paths, sharding
 from gpt3jax.preflight import checks, joint, options, report, speed
 
 _LIMIT = 60.0  # seconds for a measurement, compiling included
@@ -98,13 +97,5 @@ def _reported(session: joint.Session, given: options.Options) -> Iterator[None]:
             out = console.Console(width=None if sys.stdout.isatty() else 120)
             report.show(session.checks, seconds, out)
             if given.json:
-                _write(given.json, json.dumps(report.to_json(session.checks, seconds), indent=2))
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise config.UserError(
-            f"{path} cannot be written ({error.strerror}): choose another"
-        ) from error
+                text = json.dumps(report.to_json(session.checks, seconds), indent=2)
+                paths.write(given.json, text + "\n")

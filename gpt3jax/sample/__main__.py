@@ -157,10 +157,9 @@ def _ask() -> Iterator[str]:
 
 def _encode(text: tokenizer.Tokenizer, prompt: str) -> list[int]:
     try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # Python's stand-in for a byte that is not UTF-8
-        raise config.UserError(f"--prompt is not UTF-8 text: {error}: give it as UTF-8") from None
-    return text.encode(prompt) or [text.eod_id]
+        return text.encode(prompt) or [text.eod_id]
+    except config.UserError as error:
+        raise config.UserError(f"--prompt is not UTF-8 text: {error}") from None
 
 
 def _continue(

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from gpt3jax import ranges
 from gpt3jax.sample import batcher, generate, job, row_text, sampling, text_options
 
 # Fields that change nothing at these values, which clients send; at others they are refused.
@@ -29,7 +30,7 @@ def read(served: job.Served, body: dict[str, Any]) -> job.Job:
         raise job.RefusedError(f"best_of must be n={n}: leave it out", "best_of")
     stream = job.field(body, "stream", bool, False)
     options = text_options.Options(
-        max_new_tokens=job.integer(body, "max_tokens", 16, 0, 2**31 - 1),
+        max_new_tokens=job.integer(body, "max_tokens", 16, 0, ranges.INT32),
         temperature=job.check_option("temperature", job.field(body, "temperature", float, 1.0)),
         top_k=job.check_option("top_k", job.field(body, "top_k", int, 0)),
         top_p=job.check_option("top_p", job.field(body, "top_p", float, 1.0)),

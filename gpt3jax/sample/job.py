@@ -232,10 +232,9 @@ def read_prompt(
 def _encode(served: Served, given: Any, name: str) -> list[int]:
     if isinstance(given, str):
         try:
-            given.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair
+            return served.text.encode(given) or [served.text.eod_id]
+        except config.UserError as error:  # half of a surrogate pair
             raise RefusedError(f"{name} is not text: {error}", name) from None
-        return served.text.encode(given) or [served.text.eod_id]
     if isinstance(given, list) and all(type(token) is int for token in given):
         return given
     raise RefusedError(f"{name} must be a text, token ids, or a list of either", name)

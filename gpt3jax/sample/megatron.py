@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gpt3jax import ranges
 from gpt3jax.sample import batcher, job, text_options
 
 FIELDS = {
@@ -25,7 +26,7 @@ def read(served: job.Served, body: dict[str, Any]) -> job.Job:
     top_p = job.check_option("top_p", job.field(body, "top_p", float, 0.0) or 1.0)
     temperature = job.check_option("temperature", job.field(body, "temperature", float, 1.0))
     options = text_options.Options(
-        max_new_tokens=job.integer(body, "tokens_to_generate", 64, 0, 2**31 - 1),
+        max_new_tokens=job.integer(body, "tokens_to_generate", 64, 0, ranges.INT32),
         temperature=0.0 if top_k == 1 else temperature,
         top_k=top_k,
         top_p=top_p,
