@@ -26,8 +26,9 @@ import tracemalloc
 
 import numpy as np
 
-from gpt3jax import batch_schedule, config, sharding
+from gpt3jax.config import batch_schedule, schema
 from gpt3jax.data import indexed, loader, prepare, samples, splits, tokenizer
+from gpt3jax.sharding import meshes
 
 SEQ_LEN = 2048
 
@@ -182,7 +183,7 @@ def reading(root, options):
     prefix = write_corpus(root, options.corpus_mb)
     corpus = indexed.IndexedCorpus(prefix)
     source = samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
-    data = config.Data(eod_id=50_256)
+    data = schema.Data(eod_id=50_256)
     other = megatron_dataset(prefix) if options.megatron else None
     rng = np.random.default_rng(2)
     batches, singles, theirs, limit = [], [], [], []
@@ -238,15 +239,15 @@ def megatron_dataset(prefix):
 
 def loading(root, options):
     """Read batches of 256 through Grain onto the device of a one-device mesh."""
-    cfg = config.Config(
-        model=config.Model(n_layers=1, d_model=8, n_heads=1, seq_len=SEQ_LEN),
-        optimizer=config.Optimizer(peak_lr=1e-3),
-        precision=config.Precision(),
-        batch=config.Batch(global_batch_size=256, microbatch_size=8),
-        data=config.Data(paths=(str(root / "random"),), split="1"),
-        train=config.Train(n_steps=1, eval_interval=0),
+    cfg = schema.Config(
+        model=schema.Model(n_layers=1, d_model=8, n_heads=1, seq_len=SEQ_LEN),
+        optimizer=schema.Optimizer(peak_lr=1e-3),
+        precision=schema.Precision(),
+        batch=schema.Batch(global_batch_size=256, microbatch_size=8),
+        data=schema.Data(paths=(str(root / "random"),), split="1"),
+        train=schema.Train(n_steps=1, eval_interval=0),
     )
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = meshes.make_mesh(cfg.mesh)
     n = -(-2 * options.samples // 256) * 256
     opened = splits.open_splits(cfg, 1, n)
     schedule = batch_schedule.from_config(cfg.batch, SEQ_LEN)

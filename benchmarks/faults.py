@@ -27,9 +27,11 @@ import time
 import jax
 import numpy as np
 
-from gpt3jax import batch_schedule, recipe, setup, sharding
-from gpt3jax.checkpoint import checkpoints
+from gpt3jax.checkpoint import storage
+from gpt3jax.config import batch_schedule, recipe
 from gpt3jax.data import loader
+from gpt3jax.run import startup
+from gpt3jax.sharding import meshes
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 N_DEVICES = 4
@@ -235,10 +237,10 @@ def samples(folder, process):
 def state_of(folder, n):
     """Return the arrays of a run's last checkpoint, whose digests are checked on the way."""
     cfg = recipe.parse([f"--config={folder}/recipe.py"])
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = meshes.make_mesh(cfg.mesh)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    run = setup.prepare(cfg, mesh, schedule, None, (0, 0))
-    store = checkpoints.Checkpoints(str(folder / "checkpoints"), read_only=True)
+    run = startup.prepare(cfg, mesh, schedule, None, (0, 0))
+    store = storage.Checkpoints(str(folder / "checkpoints"), read_only=True)
     state = store.restore(store.steps()[0], run.program.abstract_state)
     store.close()
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]

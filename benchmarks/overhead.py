@@ -19,8 +19,13 @@ import time
 
 import jax
 
-from gpt3jax import distributed, metrics, oversight, phases, recipe, setup, stopping, train
+from gpt3jax import train
+from gpt3jax.config import recipe
 from gpt3jax.data import loader
+from gpt3jax.distributed import joining
+from gpt3jax.record import metrics
+from gpt3jax.run import startup, stopping
+from gpt3jax.watch import oversight, phases
 
 
 def parse(args):
@@ -43,12 +48,12 @@ def main(args):
             "--data.mock", "--data.from-text=", "--data.vocab-file=", "--data.merge-file=",
             "--data.paths",
         ])  # fmt: skip
-        distributed.start(cfg.distributed, cfg.mesh)
+        joining.start(cfg.distributed, cfg.mesh)
         measure(cfg, options.rounds)
 
 
 def measure(cfg, rounds):
-    run, state, start, _ = setup.start_or_resume(cfg, phases.Phases())
+    run, state, start, _ = startup.start_or_resume(cfg, phases.Phases())
     times = {"without": [], "with": []}
     state, _ = without(run, state, start)  # compiles, and fills caches
     state, _ = watched(run, state, start)

@@ -15,7 +15,7 @@ import io
 import pathlib
 import sys
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.plan import compiler, planning
 from gpt3jax.plan import options as plan_options
 
@@ -90,7 +90,7 @@ def layout_row(recipe, n, compile_steps):
         found = report(
             recipe, n, ["--batch.schedule="], search=True, n_compiled=2, compile=compile_steps
         )
-    except config.UserError as error:
+    except errors.UserError as error:
         told = str(error).partition(": use more GPUs")[0].replace("|", "/")
         return f"{start} {told} | | | |"
     best, tried = found["search"][0], len(found["search"])

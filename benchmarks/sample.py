@@ -91,10 +91,11 @@ def write_weights(folder, options):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from gpt3jax import config, trained
+    from gpt3jax.checkpoint import parameters
+    from gpt3jax.config import schema
     from gpt3jax.convert import __main__ as convert
 
-    model = config.Model(
+    model = schema.Model(
         n_layers=options.layers, d_model=options.width, n_heads=options.heads,
         seq_len=options.seq_len, vocab_size=options.vocab_size,
     )  # fmt: skip
@@ -107,7 +108,9 @@ def write_weights(folder, options):
         return weights[name][first:stop]
 
     ours = str(folder / "gpt3jax")
-    trained.write(trained.new_store(ours), trained.untrained(model, config.Data(eod_id=0)), rows)
+    parameters.write(
+        parameters.new_store(ours), parameters.untrained(model, schema.Data(eod_id=0)), rows
+    )
     if "hf" in options.peers:
         convert.to_hf(convert.ToHf(checkpoint=ours, output=str(folder / "hf")))
 
@@ -134,10 +137,11 @@ def load_ours(folder, options):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from gpt3jax import config, trained
+    from gpt3jax.checkpoint import parameters
+    from gpt3jax.config import schema
     from gpt3jax.sample import generate, text_options
 
-    source = trained.open_for_use(str(folder / "gpt3jax"), config.Mesh(), "float32")
+    source = parameters.open_for_use(str(folder / "gpt3jax"), schema.Mesh(), "float32")
     program = source.program
     generator = generate.Generator(source.params(), program.compute, program.mesh, -1)
     choice = text_options.Options(temperature=0.0, max_new_tokens=options.new)

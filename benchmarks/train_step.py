@@ -23,6 +23,10 @@ import time
 
 import numpy as np
 
+from gpt3jax.data import global_batch
+from gpt3jax.distributed import joining
+from gpt3jax.sharding import meshes
+
 N_STEPS = 4
 PEERS = ("gpt3jax", "hf")
 WORKLOAD = """
@@ -129,14 +133,16 @@ def timed(step, n_tokens):
 def measure_ours(args):
     import jax
 
-    from gpt3jax import distributed, recipe, sharding, step
+    from gpt3jax import step
+    from gpt3jax.config import recipe
+    from gpt3jax.sharding import rules
 
     cfg = recipe.parse(args)
-    distributed.start(cfg.distributed, cfg.mesh)
-    mesh = sharding.make_mesh(cfg.mesh)
+    joining.start(cfg.distributed, cfg.mesh)
+    mesh = meshes.make_mesh(cfg.mesh)
     program = step.build(cfg, mesh, 10**9)
     size, t = cfg.batch.global_batch_size, cfg.model.seq_len
-    n_rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
+    n_rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (size, t + 1), np.int32)
     batch = {
         "tokens": tokens[:, :-1],
@@ -146,7 +152,7 @@ def measure_ours(args):
         "samples": np.arange(size, dtype=np.int32),
     }
     cut = {k: v.reshape(-1, n_rows, *v.shape[1:]) for k, v in batch.items()}
-    batch = sharding.device_put_rows(cut, mesh, n_rows)
+    batch = global_batch.device_put_rows(cut, mesh, n_rows)
     state = program.init()
 
     def one():

@@ -4,7 +4,11 @@ import os
 import sys
 import traceback
 
-from gpt3jax import command, console, recipe, xla_flags
+from gpt3jax import errors
+from gpt3jax.config import command, recipe
+from gpt3jax.distributed import joining
+from gpt3jax.hardware import xla_flags
+from gpt3jax.record import console
 
 
 def main() -> int:
@@ -13,18 +17,19 @@ def main() -> int:
         return command.run(_train)
     except Exception:
         traceback.print_exc()
-        return command.RETRY
+        return errors.RETRY
 
 
 def _train() -> int:
     cfg = recipe.parse(sys.argv[1:])
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    from gpt3jax import distributed, replay, train  # after parsing: JAX takes seconds
+    from gpt3jax import train
+    from gpt3jax.run import replay  # after parsing: JAX takes seconds
 
-    distributed.start(cfg.distributed, cfg.mesh)
+    joining.start(cfg.distributed, cfg.mesh)
     if cfg.train.replay_step:
         return replay.replay(cfg)
-    return command.DONE if train.train(cfg) else command.REQUEUE
+    return errors.DONE if train.train(cfg) else errors.REQUEUE
 
 
 if __name__ == "__main__":

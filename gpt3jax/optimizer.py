@@ -14,10 +14,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from gpt3jax import config, sharding
+from gpt3jax.config import schema
+from gpt3jax.sharding import layouts
 
 
-def learning_rate(optimizer: config.Optimizer, run_samples: int, samples: Any, xp: Any = np) -> Any:
+def learning_rate(optimizer: schema.Optimizer, run_samples: int, samples: Any, xp: Any = np) -> Any:
     """Return the learning rate after `samples` samples of successful steps.
 
     With NumPy in float64, for the log; with `xp=jnp` in float32, inside the step.
@@ -30,7 +31,7 @@ def learning_rate(optimizer: config.Optimizer, run_samples: int, samples: Any, x
     return xp.where((samples <= warmup) & (warmup > 0), rising, falling)
 
 
-def _decayed(o: config.Optimizer, decay_samples: int, warmup: float, samples: Any, xp: Any) -> Any:
+def _decayed(o: schema.Optimizer, decay_samples: int, warmup: float, samples: Any, xp: Any) -> Any:
     if o.decay == "constant":
         return o.peak_lr
     if o.decay == "inverse-square-root":
@@ -51,7 +52,7 @@ def _decayed(o: config.Optimizer, decay_samples: int, warmup: float, samples: An
     return xp.where(samples > decay_samples, o.min_lr, shape_lr)
 
 
-def weight_decay(optimizer: config.Optimizer, run_samples: int, samples: Any, xp: Any = np) -> Any:
+def weight_decay(optimizer: schema.Optimizer, run_samples: int, samples: Any, xp: Any = np) -> Any:
     """Return the weight decay after `samples` samples; it grows over the whole run."""
     o = optimizer
     if o.weight_decay_growth == "constant":
@@ -73,13 +74,13 @@ def clip_factor(norm: Any, clip_norm: float) -> Any:
     return jnp.minimum(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
 
 
-def adam(optimizer: config.Optimizer) -> optax.GradientTransformation:
+def adam(optimizer: schema.Optimizer) -> optax.GradientTransformation:
     """Return bias-corrected Adam without learning rate and decay (fp32 moments)."""
     return optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.eps)
 
 
 def adamw_update(
-    optimizer: config.Optimizer, grads: Any, opt_state: Any, params: Any, lr: Any, decay: Any
+    optimizer: schema.Optimizer, grads: Any, opt_state: Any, params: Any, lr: Any, decay: Any
 ) -> tuple[Any, Any]:
     """Return the new parameters and Adam state: params - lr (adam(grads) + decay params).
 
@@ -91,7 +92,7 @@ def adamw_update(
         rate = decay if param.get_metadata("decays") else 0.0
         return jax.tree.map(lambda p, u: p - lr * (u + rate * p), param, update)
 
-    return jax.tree.map(one, params, updates, is_leaf=sharding.is_variable), opt_state
+    return jax.tree.map(one, params, updates, is_leaf=layouts.is_variable), opt_state
 
 
 @jax.tree_util.register_dataclass
@@ -104,7 +105,7 @@ class LossScale:
     hysteresis: Any
 
 
-def init_loss_scale(precision: config.Precision) -> LossScale:
+def init_loss_scale(precision: schema.Precision) -> LossScale:
     """Return the starting scale: 1 unless the compute format is float16."""
     scale = precision.static_loss_scale or precision.initial_loss_scale
     return LossScale(
@@ -115,7 +116,7 @@ def init_loss_scale(precision: config.Precision) -> LossScale:
 
 
 def resumed_loss_scale(
-    then: config.Precision, now: config.Precision, saved: LossScale
+    then: schema.Precision, now: schema.Precision, saved: LossScale
 ) -> LossScale:
     """Return the loss scale that a run goes on with, from the one that another precision left.
 
@@ -131,7 +132,7 @@ def resumed_loss_scale(
     )
 
 
-def next_loss_scale(precision: config.Precision, state: LossScale, finite: Any) -> LossScale:
+def next_loss_scale(precision: schema.Precision, state: LossScale, finite: Any) -> LossScale:
     """Return the loss scale after a step: doubled after a window of good ones, halved on overflow.
 
     The hysteresis is refilled only when the scale grows, so after the first overflows each

@@ -13,23 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt3jax import (
-    attention,
-    config,
-    dropout,
-    loss,
-    microbatches,
-    model,
-    optimizer,
-    pipeline,
-    sharding,
-    validation,
-    xla_flags,
-)
-
-Batch = dict[str, jax.Array]
-
-_NOISE = 0x64726F70  # sets dropout's keys apart from those of the initial weights
+from gpt3jax import errors, optimizer
+from gpt3jax.config import schema, validation
+from gpt3jax.data import global_batch
+from gpt3jax.gradient import accumulation, batch_gradient, pipeline
+from gpt3jax.hardware import xla_flags
+from gpt3jax.model import attention, gpt
+from gpt3jax.sharding import layouts, replicas, sequence
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +29,7 @@ class TrainState:
 
     step: Any  # steps taken, skipped ones included
     schedule_samples: Any  # samples of successful steps: what the learning rate follows
-    params: model.GPT
+    params: gpt.GPT
     opt_state: Any
     loss_scale: optimizer.LossScale
 
@@ -49,7 +39,7 @@ class Program:
     """The compiled functions of a run on a mesh, and the layout of its state."""
 
     mesh: jax.sharding.Mesh
-    compute: model.Compute
+    compute: gpt.Compute
     abstract_state: TrainState
     init: Any  # () -> state
     adopt: Any  # (params) -> state before the first step, with these parameters
@@ -57,14 +47,14 @@ class Program:
     eval: Any  # (params, batch) -> (loss sum, token count)
 
 
-def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Program:
+def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Program:
     """Return the program of a config on a mesh; nothing is compiled or allocated yet.
 
     Raises:
         UserError: the model does not fit the mesh.
     """
     if run_samples >= 2**31:
-        raise config.UserError(
+        raise errors.UserError(
             f"the run has {run_samples} samples, and their numbers must stay below 2^31: shorten "
             "train.n_steps, train.n_samples or train.n_tokens"
         )
@@ -73,7 +63,7 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
     abstract = jax.eval_shape(init)
-    shardings = sharding.state_shardings(abstract, mesh, cfg.mesh.shard_optimizer)
+    shardings = layouts.state_shardings(abstract, mesh, cfg.mesh.shard_optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
     adopt = functools.partial(first_state, cfg)
     train = functools.partial(train_step, cfg, compute, run_samples)
@@ -92,24 +82,24 @@ def build(cfg: config.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     )
 
 
-def choose_compute(cfg: config.Config, mesh: jax.sharding.Mesh) -> model.Compute:
+def choose_compute(cfg: schema.Config, mesh: jax.sharding.Mesh) -> gpt.Compute:
     """Return how the network runs on this mesh's kind of device."""
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform in ("gpu", "cuda") else platform
-    return model.Compute(
+    return gpt.Compute(
         dtype=cfg.precision.compute_dtype,
         attention=attention.choose(cfg.model, cfg.precision.compute_dtype, platform),
         sequence_parallel=cfg.mesh.sequence_parallel and mesh.shape["tensor"] > 1,
     )
 
 
-def init_state(cfg: config.Config) -> TrainState:
+def init_state(cfg: schema.Config) -> TrainState:
     """Return the state before the first step; a function of the seed, whatever the mesh."""
     key = jax.random.key(cfg.train.seed)
-    return first_state(cfg, model.GPT(cfg.model, key, cfg.mesh.virtual_stages))
+    return first_state(cfg, gpt.GPT(cfg.model, key, cfg.mesh.virtual_stages))
 
 
-def first_state(cfg: config.Config, params: model.GPT) -> TrainState:
+def first_state(cfg: schema.Config, params: gpt.GPT) -> TrainState:
     """Return the state before the first step, with these parameters."""
     return TrainState(
         step=jnp.int32(0),
@@ -121,11 +111,11 @@ def first_state(cfg: config.Config, params: model.GPT) -> TrainState:
 
 
 def train_step(
-    cfg: config.Config,
-    compute: model.Compute,
+    cfg: schema.Config,
+    compute: gpt.Compute,
     run_samples: int,
     state: TrainState,
-    batch: Batch,
+    batch: global_batch.Batch,
     loss_limit: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step; leave parameters as they are where the gradient is not finite.
@@ -133,7 +123,9 @@ def train_step(
     Also where the loss is above the limit, if there is one.
     """
     n_samples = batch["samples"].size
-    loss_value, grads = mean_loss_and_grads(cfg, compute, state, batch)
+    loss_value, grads = batch_gradient.mean_loss_and_grads(
+        cfg, compute, state.params, state.loss_scale.scale, batch
+    )
     grad_norm, grad_norms = optimizer.gradient_norms(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss_value)
     good = finite if loss_limit is None else finite & (loss_value <= loss_limit)
@@ -162,122 +154,26 @@ def train_step(
     return new_state, metrics
 
 
-def mean_loss_and_grads(
-    cfg: config.Config, compute: model.Compute, state: TrainState, batch: Batch
-) -> tuple[jax.Array, Any]:
-    """Return the batch's mean token loss and the fp32 gradient, unscaled.
-
-    Each replica of the `data` axis sums the gradients of its microbatches alone; they are added
-    up over the replicas once, at the end, and not in every layer of every microbatch.
-    """
-    scale = state.loss_scale.scale
-    weights_MBT = scale * loss.token_weights(
-        batch["loss_mask"], cfg.train.loss_mean, cfg.batch.microbatch_size
-    )
-    noise_key = jax.random.fold_in(jax.random.key(cfg.train.seed), _NOISE)
-
-    def one(params: model.GPT, microbatch: Batch) -> tuple[jax.Array, jax.Array]:
-        noise = dropout.Noise(noise_key, microbatch["samples"])
-        return microbatch_loss(params, microbatch, noise, compute)
-
-    def pipelined_sums(params: model.GPT, batch: Batch) -> Any:
-        def weighted(params: model.GPT, sums: Any) -> tuple[jax.Array, jax.Array]:
-            rounds = cfg.mesh.virtual_stages
-            return pipeline.batch_loss(params, batch, noise_key, compute, rounds, sums)
-
-        grad = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
-        zeros = sharding.constrain_like_params(_zeros_like(params.blocks))
-        (_, loss_sum), (grads, of_blocks) = grad(params, zeros)
-        grads.blocks = of_blocks
-        return loss_sum, sharding.constrain_like_params(grads)
-
-    def local_sums(params: model.GPT, batch: Batch) -> Any:
-        grad = jax.value_and_grad(one, has_aux=True)
-
-        def add(sums: Any, microbatch: Batch) -> Any:
-            (_, loss_sum), grads = grad(params, microbatch)
-            grads = jax.tree.map(jnp.add, sums[1], grads)
-            return sums[0] + loss_sum, sharding.constrain_like_params(grads)
-
-        start = (jnp.float32(0), sharding.constrain_like_params(_zeros_like(params)))
-        return microbatches.fold(add, start, batch)
-
-    parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
-    sums = pipelined_sums if _is_pipelined() else local_sums
-    loss_sum, grads = sharding.sum_over_replicas(
-        sums, params_to_use(cfg, state.params), parts, True, cfg.mesh.shard_optimizer
-    )
-    n_tokens = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1)
-    return loss_sum / n_tokens, jax.tree.map(lambda g: g / scale, grads)
-
-
-def params_to_use(cfg: config.Config, params: model.GPT) -> model.GPT:
-    """Return parameters as the network takes them, made once a step where that saves work.
-
-    Where they are sharded over `data` (ZeRO-1) each replica gets them whole. The matrices of layers
-    are cast first, there and for pipeline stages, which use them at every tick: the model takes
-    them in the compute format alone, so this changes no number.
-    """
-    if not (cfg.mesh.shard_optimizer or _is_pipelined()):
-        return params
-
-    def one(variable: Any) -> Any:
-        of_layers = "layers" in sharding.variable_axes(variable)
-        cast = of_layers and variable.get_metadata("decays")
-        dtype = cfg.precision.compute_dtype if cast else jnp.float32
-        return jax.tree.map(lambda x: x.astype(dtype), variable)
-
-    # Without the barrier XLA may gather first, twice the bytes, and cast then.
-    cast = jax.lax.optimization_barrier(jax.tree.map(one, params, is_leaf=sharding.is_variable))
-    return sharding.constrain_like_params(cast)
-
-
-def microbatch_loss(
-    params: model.GPT, microbatch: Batch, noise: dropout.Noise | None, compute: model.Compute
-) -> tuple[jax.Array, jax.Array]:
-    """Return the weighted loss of `[B, T]` tokens, to differentiate, and their summed loss."""
-    cfg = params.model
-    x_BTD = params(
-        microbatch["tokens"], microbatch["positions"], microbatch.get("segments"), noise, compute
-    )
-    weighted, token_losses_BT = loss.cross_entropy(
-        x_BTD,
-        params.head_VD(compute),
-        microbatch["targets"],
-        microbatch["weights"],
-        cfg.softmax_size,
-        cfg.n_loss_chunks,
-    )
-    return weighted, (token_losses_BT * microbatch["loss_mask"]).sum()
-
-
 def eval_step(
-    cfg: config.Config, compute: model.Compute, params: model.GPT, batch: Batch
+    cfg: schema.Config, compute: gpt.Compute, params: gpt.GPT, batch: global_batch.Batch
 ) -> tuple[jax.Array, jax.Array]:
     """Return the summed loss and the number of tokens of a batch, without dropout."""
 
-    def local_sum(params: model.GPT, batch: Batch) -> jax.Array:
-        if _is_pipelined():
+    def local_sum(params: gpt.GPT, batch: global_batch.Batch) -> jax.Array:
+        if batch_gradient.is_pipelined():
             return pipeline.batch_loss(params, batch, None, compute, cfg.mesh.virtual_stages)[1]
 
-        def add(total: jax.Array, microbatch: Batch) -> jax.Array:
-            return total + microbatch_loss(params, microbatch, None, compute)[1]
+        def add(total: jax.Array, microbatch: global_batch.Batch) -> jax.Array:
+            return total + batch_gradient.microbatch_loss(params, microbatch, None, compute)[1]
 
-        return microbatches.fold(add, jnp.float32(0), batch)
+        return accumulation.fold(add, jnp.float32(0), batch)
 
     weights_MBT = batch["loss_mask"].astype(jnp.float32)
-    parts = sharding.shard_sequence({**batch, "weights": weights_MBT})
-    loss_sum = sharding.sum_over_replicas(local_sum, params_to_use(cfg, params), parts)
+    parts = sequence.shard_sequence({**batch, "weights": weights_MBT})
+    loss_sum = replicas.sum_over_replicas(
+        local_sum, batch_gradient.params_to_use(cfg, params), parts
+    )
     return loss_sum, batch["loss_mask"].sum(dtype=jnp.float32)
-
-
-def _zeros_like(params: Any) -> Any:
-    """Return fp32 zeros in the shapes of parameters: what gradients are added to."""
-    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-
-
-def _is_pipelined() -> bool:
-    return jax.sharding.get_abstract_mesh().shape["stage"] > 1
 
 
 def _under(mesh: jax.sharding.Mesh, jitted: Any) -> Any:
@@ -294,3 +190,10 @@ def _under(mesh: jax.sharding.Mesh, jitted: Any) -> Any:
 
     call.jitted, call.compile = jitted, compile_only  # type: ignore[attr-defined]
     return call
+
+
+def abstract_args(program: Program, cfg: schema.Config, batch_size: int) -> tuple[Any, ...]:
+    """Return the arguments of the training step for batches of this size, as shapes."""
+    batch = global_batch.abstract_batch(cfg, program.mesh, batch_size)
+    limit = (jax.ShapeDtypeStruct((), jnp.float32),) if cfg.faults.limits_loss else ()
+    return program.abstract_state, batch, *limit

@@ -13,25 +13,17 @@ from typing import Any, Literal
 
 import jax
 
-from gpt3jax import (
-    config,
-    distributed,
-    flops,
-    holding,
-    metrics,
-    oversight,
-    phases,
-    profiling,
-    saving,
-    setup,
-    step_log,
-    stopping,
-)
+from gpt3jax.config import schema
 from gpt3jax.data import loader
+from gpt3jax.distributed import messages
+from gpt3jax.hardware import flops
 from gpt3jax.preflight import joint
+from gpt3jax.record import metrics
+from gpt3jax.run import folder_lock, profiling, saving, startup, step_log, stopping
+from gpt3jax.watch import oversight, phases
 
 
-def train(cfg: config.Config) -> bool:
+def train(cfg: schema.Config) -> bool:
     """Train a config from its newest checkpoint, or from scratch; tell whether it is at its end.
 
     Raises:
@@ -40,18 +32,18 @@ def train(cfg: config.Config) -> bool:
         TransientError: a last checkpoint that cannot be written.
     """
     preflight = joint.before_devices(cfg)
-    with holding.Hold(cfg) as held, oversight.Oversight(cfg) as overseer:
+    with folder_lock.Hold(cfg) as held, oversight.Oversight(cfg) as overseer:
         return _train(cfg, preflight, overseer, held)
 
 
 def _train(
-    cfg: config.Config,
+    cfg: schema.Config,
     preflight: joint.Session | None,
     overseer: oversight.Oversight,
-    held: holding.Hold,
+    held: folder_lock.Hold,
 ) -> bool:
     clock = overseer.clock
-    run, state, start, news = setup.start_or_resume(cfg, clock, held.lost)
+    run, state, start, news = startup.start_or_resume(cfg, clock, held.lost)
     overseer.begin(start.step)
     news += joint.before_step(preflight, run, start.samples)
     with (
@@ -68,12 +60,12 @@ def _train(
         ) as recorder,
         stopping.Stop(held.known_lost) as stop,
     ):
-        for line in (*setup.describe(run), *news):
+        for line in (*startup.describe(run), *news):
             recorder.say(line)
         try:
             with clock.during(phases.HOST):
                 state, position = loop(run, state, start, recorder, stop, overseer)
-            distributed.refuse_together(held.known_lost())
+            messages.refuse_together(held.known_lost())
             with clock.during(phases.SAVE):
                 finish(run, state, start, position, recorder, clock)
         finally:
@@ -88,7 +80,7 @@ def _train(
 
 
 def loop(
-    run: setup.Run,
+    run: startup.Run,
     state: Any,
     start: step_log.Position,
     recorder: metrics.Recorder,
@@ -136,7 +128,7 @@ def loop(
 
 
 def finish(
-    run: setup.Run,
+    run: startup.Run,
     state: Any,
     start: step_log.Position,
     position: step_log.Position,
@@ -156,7 +148,7 @@ def finish(
         saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"
         recorder.say(f"stopped at step {position.step}, {saved}; resume with: {command}")
         return
-    if position == start and distributed.of_first_process(_is_evaluated(run, position, recorder)):
+    if position == start and messages.of_first_process(_is_evaluated(run, position, recorder)):
         recorder.say(f"nothing left to do: the run ended at step {position.step}")
         return
     with clock.during(phases.EVALUATE):
@@ -166,7 +158,7 @@ def finish(
 
 
 def evaluate(
-    run: setup.Run,
+    run: startup.Run,
     state: Any,
     position: step_log.Position,
     split: Literal["validation", "test"],
@@ -183,7 +175,9 @@ def evaluate(
     recorder.log_eval(position.step, position.samples, split, loss_sum / n_tokens)
 
 
-def _is_evaluated(run: setup.Run, position: step_log.Position, recorder: metrics.Recorder) -> bool:
+def _is_evaluated(
+    run: startup.Run, position: step_log.Position, recorder: metrics.Recorder
+) -> bool:
     """Tell whether the evaluation that ends a run is there already, or none is wanted."""
     splits = {"test_loss": run.splits.test, "validation_loss": run.splits.validation}
     wanted = [name for name, source in splits.items() if source is not None]
@@ -194,7 +188,7 @@ def _due(step_number: int, interval: int) -> bool:
     return interval > 0 and step_number % interval == 0
 
 
-def _peak_flops(cfg: config.Config) -> float | None:
+def _peak_flops(cfg: schema.Config) -> float | None:
     if cfg.log.peak_tflops:
         return cfg.log.peak_tflops * 1e12
     return flops.peak_flops(jax.devices()[0].device_kind, cfg.precision.compute_dtype)

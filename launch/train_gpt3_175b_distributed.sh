@@ -44,7 +44,7 @@ arguments=(
   "$@"
 )
 # What gpt3jax.plan compiles with; what the environment already has wins.
-settings=$("${PYTHON:-python3}" -m gpt3jax.xla_flags "${arguments[@]}")
+settings=$("${PYTHON:-python3}" -m gpt3jax.hardware.xla_flags "${arguments[@]}")
 eval "$settings"
 # exec: signals that are meant for the run must reach it.
 exec "${PYTHON:-python3}" -m "gpt3jax.${COMMAND:-main}" "${arguments[@]}"

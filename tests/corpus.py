@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 
-from gpt3jax import main, recipe
+from gpt3jax import main
+from gpt3jax.config import recipe
 from gpt3jax.data import indexed
 
 REPOSITORY = pathlib.Path(__file__).parents[1]

@@ -328,3 +328,9 @@ def relative_errors(actual, expected):
             wrong, right = wrong[:, ::2], right[:, ::2]
         errors[name] = np.linalg.norm(wrong) / np.linalg.norm(right)
     return errors
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Compare arrays by name."""
+    for name, error in relative_errors(actual, expected).items():
+        assert error < tolerance, f"{name}: {error:.1e}"

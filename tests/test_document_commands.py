@@ -16,7 +16,8 @@ import tomllib
 import pytest
 import tyro
 
-from gpt3jax import config, recipe, validation
+from gpt3jax import errors
+from gpt3jax.config import recipe, validation
 from gpt3jax.plan import compiler
 
 import documents
@@ -28,7 +29,7 @@ COMMANDS = {
     "gpt3jax.main": [RECIPE],
     "gpt3jax.plan": [RECIPE, "--gpus=8"],
     "gpt3jax.preflight": [RECIPE],
-    "gpt3jax.xla_flags": [RECIPE],
+    "gpt3jax.hardware.xla_flags": [RECIPE],
     "gpt3jax.sample": ["--checkpoint=CKPT"],
     "gpt3jax.evaluate": ["--checkpoint=CKPT"],
     "gpt3jax.data.prepare": ["--input=FILE", "--output-prefix=PREFIX"],
@@ -78,7 +79,7 @@ def parse(monkeypatch, tmp_path):
         in_recipe.append(True)
         try:
             parse_recipe(*args)
-        except config.UserError as error:
+        except errors.UserError as error:
             raise Refused(str(error)) from None
         finally:
             in_recipe.pop()
@@ -200,7 +201,7 @@ def refused_by_benchmark(monkeypatch, name, args):
             parsed = module.parse(args)
             if name == "train_step" and not parsed[0].cpu_peers:
                 recipe.parse(parsed[1])
-        except config.UserError as error:
+        except errors.UserError as error:
             return str(error)
         except SystemExit:
             return told.getvalue().splitlines()[-1]

@@ -13,7 +13,8 @@ import re
 
 import pytest
 
-from gpt3jax import config, gpus, recipe
+from gpt3jax.config import recipe, schema
+from gpt3jax.hardware import gpus
 
 import documents
 
@@ -21,7 +22,7 @@ REPOSITORY = documents.REPOSITORY
 PACKAGES = ["gpt3jax"] + [
     f"gpt3jax.{init.parent.name}" for init in sorted((REPOSITORY / "gpt3jax").glob("*/__init__.py"))
 ]
-FIELDS = set(config.flatten(recipe.load(str(REPOSITORY / "configs" / "345m.py"))))
+FIELDS = set(schema.flatten(recipe.load(str(REPOSITORY / "configs" / "345m.py"))))
 # Of Megatron-LM, of a reader, or of what is told of the making of golden files.
 OTHER_FILES = {
     "RECIPE.py", "utils.py", "__main__.py", "vocab.json", "merges.txt", "pretrain_gpt.py",
@@ -284,14 +285,14 @@ def test_the_readme_says_how_far_off_the_plan_was_for_every_published_run():
 
 def test_figures_behind_a_field_are_its_default():
     """As in "`faults.spike_window` (100)"; those with a unit are compared without it."""
-    cfg = config.Config(
-        model=config.Model(n_layers=1, d_model=8, n_heads=1, seq_len=8),
-        optimizer=config.Optimizer(peak_lr=1.0),
-        batch=config.Batch(global_batch_size=1),
-        data=config.Data(),
-        train=config.Train(),
+    cfg = schema.Config(
+        model=schema.Model(n_layers=1, d_model=8, n_heads=1, seq_len=8),
+        optimizer=schema.Optimizer(peak_lr=1.0),
+        batch=schema.Batch(global_batch_size=1),
+        data=schema.Data(),
+        train=schema.Train(),
     )
-    defaults, found = config.flatten(cfg), []
+    defaults, found = schema.flatten(cfg), []
     for document in documents.markdown():
         for place, match in document.found(r"`(?:--)?([a-z_]+\.[a-z_-]+)`\s\((\d+)(?: s)?[);]"):
             found.append(float(match[2]))

@@ -5,28 +5,30 @@ import functools
 import numpy as np
 import pytest
 
-from gpt3jax import config, sharding, step
+from gpt3jax import step
+from gpt3jax.config import schema
+from gpt3jax.sharding import meshes, rules
 
 import tiny
 
 N_STEPS = 5
 
 
-def meshes(n, n_axes=5):
+def factors(n, n_axes=5):
     """Yield every way to write n as a product of axes."""
     if n_axes == 1:
         yield (n,)
         return
     for first in (d for d in range(1, n + 1) if n % d == 0):
-        yield from ((first, *rest) for rest in meshes(n // first, n_axes - 1))
+        yield from ((first, *rest) for rest in factors(n // first, n_axes - 1))
 
 
-ALL = list(meshes(8))
+ALL = list(factors(8))
 
 
 def named(sizes):
     return "-".join(
-        f"{axis}{size}" for axis, size in zip(sharding.AXES, sizes, strict=True) if size > 1
+        f"{axis}{size}" for axis, size in zip(meshes.AXES, sizes, strict=True) if size > 1
     )
 
 
@@ -40,7 +42,7 @@ def params_of(all_meshes):
 
 
 def config_of(sizes, groups):
-    axes = dict(zip(sharding.AXES, sizes, strict=True)) if sizes else {}
+    axes = dict(zip(meshes.AXES, sizes, strict=True)) if sizes else {}
     model = {"n_layers": 8, "d_model": 32, "n_heads": 8, **groups.get("model", {})}
     mesh = axes | groups.get("mesh", {})
     batch = {"microbatch_size": 1} | groups.get("batch", {})
@@ -51,12 +53,12 @@ def config_of(sizes, groups):
 def run(sizes, groups, documents=False):
     """Return the initial and last weights, and losses and gradient norms of the steps."""
     cfg = config_of(sizes, groups)
-    axes = dict(zip(sharding.AXES, sizes, strict=True)) if sizes else {}
+    axes = dict(zip(meshes.AXES, sizes, strict=True)) if sizes else {}
     mesh = tiny.make_mesh(**axes)
     program = step.build(cfg, mesh, cfg.train.n_steps * cfg.batch.global_batch_size)
     state = program.init()
     initial, told = tiny.leaves(state.params), []
-    rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
+    rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
     for i in range(N_STEPS):
         n = cfg.batch.global_batch_size // rows if sizes else 1
         batch = tiny.make_batch(i, cfg, mesh, n, masked=documents)
@@ -78,7 +80,7 @@ VARIANTS = {
     "plain": ({}, False),
     "documents": ({}, True),
     "alternating": (
-        {"model": {"attention": config.Attention(pattern="alternating", band=5)}},
+        {"model": {"attention": schema.Attention(pattern="alternating", band=5)}},
         True,
     ),
     "bfloat16": ({"precision": {"compute_dtype": "bfloat16"}}, False),

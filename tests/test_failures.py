@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import command, step, train
-from gpt3jax.checkpoint import checkpoints
+from gpt3jax import errors, step, train
+from gpt3jax.checkpoint import storage
 from gpt3jax.data import indexed
 
 import corpus
@@ -74,8 +74,8 @@ def test_after_a_signal_a_run_goes_on_as_if_uninterrupted(
     folder = corpus.write_run(tmp_path)
     process = corpus.start_main(folder, "--checkpoint.save-interval=1000")
     when(process, logged(folder, 7), number)
-    told, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (command.REQUEUE, "")
+    told, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (errors.REQUEUE, "")
     found = re.search(r"stopped at step (\d+), saved in (\S+); resume with: (.*)", told)
     (last,) = steps_saved(folder)
     assert last == int(found[1]) and 7 <= last < 40 and found[2] == f"{folder}/checkpoints"
@@ -245,7 +245,7 @@ def test_a_corpus_that_changed_is_refused(tmp_path, monkeypatch, capfd, finished
         np.where(tokens > 0, corpus.VOCAB - tokens, 0).astype(np.uint16).tofile(
             folder / "corpus.bin"
         )
-    assert corpus.call_main(monkeypatch, folder) == command.REFUSED
+    assert corpus.call_main(monkeypatch, folder) == errors.REFUSED
     told = capfd.readouterr().err
     assert "another order" in told and ("corpus: checkpoint" in told) == lengths
     assert "tokens: checkpoint" in told and "--checkpoint.allow-new-data-order" in told
@@ -280,7 +280,7 @@ def test_starts_that_led_nowhere_are_refused_once(tmp_path, monkeypatch, capfd, 
     assert start["end"] == "complete" and start["step"] == 40
     nowhere = start | {"first_step": 20, "step": 27, "end": ""}
     account.write_text(json.dumps({"starts": [start, *[nowhere] * 3]}))
-    for status, end in ((command.REFUSED, "refused"), (command.DONE, "complete")):
+    for status, end in ((errors.REFUSED, "refused"), (errors.DONE, "complete")):
         assert corpus.call_main(monkeypatch, folder, "--train.max-fruitless-starts=3") == status
         assert json.loads(account.read_text())["starts"][-1]["end"] == end
         told = capfd.readouterr()
@@ -332,7 +332,7 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
     folder = corpus.write_run(tmp_path / "run")
     with small_disk(folder / "checkpoints", "size=8m"):
         other = folder / "checkpoints" / "other.bin"
-        due, poll = train._due, checkpoints.Checkpoints.poll
+        due, poll = train._due, storage.Checkpoints.poll
 
         def due_on_a_full_disk(number, interval):
             if number == 15 and not other.exists():
@@ -347,7 +347,7 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
             return poll(store, wait)
 
         monkeypatch.setattr(train, "_due", due_on_a_full_disk)
-        monkeypatch.setattr(checkpoints.Checkpoints, "poll", patient_poll)
+        monkeypatch.setattr(storage.Checkpoints, "poll", patient_poll)
         tries = ["--checkpoint.max-failed-saves=3", "--checkpoint.retry-pause=0.1"]
         status = corpus.call_main(monkeypatch, folder, *tries)
         told = capfd.readouterr()
@@ -363,7 +363,7 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
             assert "training goes on" in lines[i]
         assert [r["step"] for r in corpus.records(folder)] == list(range(1, 41))
         assert steps_saved(folder) == ([10, 40] if room_again else [10])
-        assert status == (0 if room_again else command.RETRY)
+        assert status == (0 if room_again else errors.RETRY)
         if not room_again:
             (error,) = told.err.splitlines()
             assert error.startswith(
@@ -377,11 +377,11 @@ def test_a_disk_too_full_for_a_folder_does_not_hang_the_run(tmp_path):
     with small_disk(folder / "checkpoints", "size=3m,nr_inodes=2"):
         process = corpus.start_main(folder, "--checkpoint.max-failed-saves=2")
         try:
-            told, errors = process.communicate(timeout=60)
+            told, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == command.RETRY and told.count("WARNING: step") == 1
-    (error,) = errors.splitlines()
+    assert process.returncode == errors.RETRY and told.count("WARNING: step") == 1
+    (error,) = stderr.splitlines()
     assert error.startswith("gpt3jax: error: 2 saves in a row failed (checkpoint.max_failed_saves)")
     assert "step 20 was not saved" in error
 

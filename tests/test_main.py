@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from gpt3jax import launchers, main
+from gpt3jax import main
 from gpt3jax.data import tokenizer
+from gpt3jax.distributed import launchers
 
 import corpus
 

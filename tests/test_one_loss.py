@@ -127,7 +127,7 @@ def test_more_tokens_than_vocabulary_entries_train_alike(sequence_parallel):
 
 def test_the_mean_of_microbatch_means_is_megatrons():
     """By hand: groups of microbatch_size sequences, each a mean, then the mean of the means."""
-    from gpt3jax import loss
+    from gpt3jax.model import loss
 
     mask = np.random.default_rng(0).random((2, 4, 8)) < 0.5
     losses = np.random.default_rng(1).random((2, 4, 8))

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import config, model, optimizer, step, validation
+from gpt3jax import errors, optimizer, step
+from gpt3jax.config import schema, validation
+from gpt3jax.model import gpt
 
 import numpy_gpt
 import tiny
@@ -22,7 +24,7 @@ SCALERS = json.loads((GOLDEN / "loss_scaler.json").read_text())
 def schedule_config(a):
     """Return our optimizer config of the arguments of Megatron's scheduler."""
     growth = a["wd_incr_style"]
-    return config.Optimizer(
+    return schema.Optimizer(
         peak_lr=a["max_lr"],
         min_lr=a["min_lr"],
         init_lr=a["init_lr"],
@@ -61,25 +63,25 @@ def test_a_schedule_that_fits_reaches_its_peak_and_one_that_does_not_is_refused(
     for warmup in ({"warmup_samples": 30}, {"warmup_fraction": 0.3}):
         for length, run in (({}, 100), ({"decay_samples": 100}, 60)):
             given = {"peak_lr": 1.0, "decay": "wsd", "wsd_decay": "linear", **warmup, **length}
-            o = config.Optimizer(**given, wsd_decay_samples=70)
+            o = schema.Optimizer(**given, wsd_decay_samples=70)
             validation.check_schedule(o, run)
             assert optimizer.learning_rate(o, run, 30) == 1
             assert optimizer.learning_rate(o, run, 31) > 0.98
-            o = config.Optimizer(**given, wsd_decay_samples=90)
+            o = schema.Optimizer(**given, wsd_decay_samples=90)
             assert optimizer.learning_rate(o, run, 31) < 0.8  # it falls at once
             has = r"optimizer.decay_samples=100: " if length else r"the run's 100 \("
             told = f"samples=90 after a warm-up of 30 samples takes 120 samples, .* exceeds {has}"
-            with pytest.raises(config.UserError, match=told):
+            with pytest.raises(errors.UserError, match=told):
                 validation.check_schedule(o, run)
 
 
 def test_a_part_of_a_sample_is_no_reason_to_refuse():
-    o = config.Optimizer(peak_lr=1.0, decay="wsd", warmup_fraction=0.333, wsd_decay_samples=67)
+    o = schema.Optimizer(peak_lr=1.0, decay="wsd", warmup_fraction=0.333, wsd_decay_samples=67)
     validation.check_schedule(o, 100)  # 33.3 + 67
 
 
 def test_a_run_shorter_than_its_warmup_only_warms_up():
-    o = config.Optimizer(peak_lr=1.0, warmup_samples=100)
+    o = schema.Optimizer(peak_lr=1.0, warmup_samples=100)
     for xp in (np, jnp):
         lr = [float(optimizer.learning_rate(o, 50, xp.asarray(n), xp)) for n in (0, 25, 50)]
         np.testing.assert_allclose(lr, [0, 0.25, 0.5], rtol=1e-6)
@@ -89,7 +91,7 @@ def test_a_run_shorter_than_its_warmup_only_warms_up():
 def test_dynamic_loss_scale_is_megatrons(case):
     a = case["arguments"]
     assert (a["growth_factor"], a["backoff_factor"]) == (2, 0.5)
-    precision = config.Precision(
+    precision = schema.Precision(
         compute_dtype="float16",
         initial_loss_scale=a["initial_scale"],
         min_loss_scale=a["min_scale"],
@@ -107,7 +109,7 @@ def test_dynamic_loss_scale_is_megatrons(case):
 
 
 def test_static_loss_scale_stays():
-    precision = config.Precision(
+    precision = schema.Precision(
         compute_dtype="float16", static_loss_scale=SCALERS["constant"]["scale"]
     )
     state = optimizer.init_loss_scale(precision)
@@ -120,9 +122,9 @@ def scaled(scale, good_steps=0, hysteresis=2):
     return optimizer.LossScale(jnp.float32(scale), jnp.int32(good_steps), jnp.int32(hysteresis))
 
 
-HALF = config.Precision(compute_dtype="float16")
-STATIC = config.Precision(compute_dtype="float16", static_loss_scale=128.0)
-BFLOAT16 = config.Precision()
+HALF = schema.Precision(compute_dtype="float16")
+STATIC = schema.Precision(compute_dtype="float16", static_loss_scale=128.0)
+BFLOAT16 = schema.Precision()
 
 
 @pytest.mark.parametrize(
@@ -157,22 +159,22 @@ def test_a_window_shorter_than_the_good_steps_so_far_ends_with_the_next():
 
 def curve_config(c):
     shape, samples = c["shape"], c["global_batch"]
-    return config.Config(
-        model=config.Model(
+    return schema.Config(
+        model=schema.Model(
             n_layers=shape["layers"], d_model=shape["hidden"], n_heads=shape["heads"],
             seq_len=shape["seq"], vocab_size=c["true_vocab"], mask_padded_vocab=False,
             dropout=0.0, attention_dropout=0.0,
         ),
-        optimizer=config.Optimizer(
+        optimizer=schema.Optimizer(
             peak_lr=c["lr"], min_lr=c["min_lr"], decay=c["style"],
             decay_samples=c["decay_steps"] * samples, warmup_samples=c["warmup_steps"] * samples,
             weight_decay=c["wd"], beta1=c["betas"][0], beta2=c["betas"][1], eps=c["eps"],
             clip_norm=c["clip"],
         ),
-        precision=config.Precision(compute_dtype="float32"),
-        batch=config.Batch(global_batch_size=samples, microbatch_size=c["micro_batch"]),
-        train=config.Train(n_steps=c["steps"]),
-        data=config.Data(paths=("curve",)),
+        precision=schema.Precision(compute_dtype="float32"),
+        batch=schema.Batch(global_batch_size=samples, microbatch_size=c["micro_batch"]),
+        train=schema.Train(n_steps=c["steps"]),
+        data=schema.Data(paths=("curve",)),
     )  # fmt: skip
 
 
@@ -203,8 +205,8 @@ def test_megatrons_training_curve_is_followed():
 
 def test_only_matrices_and_embeddings_decay():
     cfg = tiny.make_config().model
-    params = jax.tree.map(jnp.ones_like, model.GPT(cfg, jax.random.key(0)))
-    o = config.Optimizer(peak_lr=1.0, weight_decay=0.1)
+    params = jax.tree.map(jnp.ones_like, gpt.GPT(cfg, jax.random.key(0)))
+    o = schema.Optimizer(peak_lr=1.0, weight_decay=0.1)
     zeros = jax.tree.map(jnp.zeros_like, params)
     new, _ = optimizer.adamw_update(o, zeros, optimizer.adam(o).init(params), params, 0.5, 0.1)
     for name, array in tiny.leaves(new).items():

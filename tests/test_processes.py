@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from gpt3jax import command, holding
+from gpt3jax import errors
+from gpt3jax.run import folder_lock
 
 import corpus
 
@@ -130,7 +131,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path, number):
     wait_for_steps(folder, processes)
     processes[1].send_signal(number)
     statuses, out, err = finish(processes)
-    assert statuses == [command.REQUEUE] * 2, err
+    assert statuses == [errors.REQUEUE] * 2, err
     step = int(re.search(r"stopped at step (\d+), saved", out[0])[1])
     assert str(step) in os.listdir(folder / "checkpoints")
 
@@ -154,13 +155,13 @@ def test_all_are_refused_where_another_run_holds_the_folder(tmp_path, preflight)
     """The first process alone finds it; it waits, and so do the others."""
     folder = corpus.write_run(tmp_path)
     (folder / "checkpoints").mkdir()
-    lock = holding.Lock("checkpoint.dir", folder / "checkpoints")
+    lock = folder_lock.Lock("checkpoint.dir", folder / "checkpoints")
     lock.take()
     options = [] if preflight else ["--distributed.no-preflight"]
     shorter = "from gpt3jax import holding; holding.WAIT_SECONDS = 2.0\n"
     statuses, _, err = finish(start(folder, 2, *options, patch_all=shorter))
     lock.release()
-    assert statuses == [command.REFUSED] * 2, err
+    assert statuses == [errors.REFUSED] * 2, err
     assert all(f"is held by process {os.getpid()} on" in text for text in err), err
 
 
@@ -176,12 +177,12 @@ def test_all_stop_where_another_run_comes_into_the_folder(tmp_path, what):
         (folder / "checkpoints" / "7777").mkdir()
     else:
         taken = folder / ("checkpoints" if what == "folder" else "logs")
-        other = holding.Lock("", taken)
+        other = folder_lock.Lock("", taken)
         other._me |= {"system": "another"}
-        (taken / holding.FILE).write_bytes(other._content())
+        (taken / folder_lock.FILE).write_bytes(other._content())
     begin = time.monotonic()
     statuses, _, err = finish(processes)
-    assert statuses == [command.REFUSED] * 2, err
+    assert statuses == [errors.REFUSED] * 2, err
     assert time.monotonic() - begin < 60
     told = "step 7777, which this run did not write" if what == "step" else "was taken by process"
     assert told in err[0] and "another process ended the run" in err[1], err
@@ -244,7 +245,7 @@ def test_a_hang_is_told_by_all_and_the_process_at_fault_named(tmp_path):
     wait_for_steps(folder, processes)
     begin = time.monotonic()
     statuses, _, err = finish(processes)
-    assert statuses == [command.RETRY] * 2 and time.monotonic() - begin < 60
+    assert statuses == [errors.RETRY] * 2 and time.monotonic() - begin < 60
     assert re.search(r"process 1 \(\S+\) has been in 'wait for data' after step 5", err[0]), err[0]
     assert "process 0 has been in 'wait for devices'" in err[0] and "in loop" in err[0]
     assert "process 1 has been in 'wait for data'" in err[1] and "in slow" in err[1]
@@ -259,8 +260,8 @@ def test_a_stopped_process_is_named_and_ends_when_it_goes_on(tmp_path):
     processes[1].send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     _, err = processes[0].communicate(timeout=60)
-    assert processes[0].returncode == command.RETRY and time.monotonic() - begin < 40
+    assert processes[0].returncode == errors.RETRY and time.monotonic() - begin < 40
     assert re.search(r"process 1 \(\S+\) has not been heard of for \d+ s", err), err
     processes[1].send_signal(signal.SIGCONT)
     processes[1].communicate(timeout=60)
-    assert processes[1].returncode not in (command.DONE, command.REFUSED, command.REQUEUE)
+    assert processes[1].returncode not in (errors.DONE, errors.REFUSED, errors.REQUEUE)

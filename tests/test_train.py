@@ -8,19 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import (
-    batch_schedule,
-    config,
-    optimizer,
-    setup,
-    sharding,
-    step,
-    step_log,
-    stopping,
-    train,
-)
-from gpt3jax.checkpoint import checkpoints
+from gpt3jax import optimizer, step, train
+from gpt3jax.checkpoint import storage
+from gpt3jax.config import batch_schedule, schema
 from gpt3jax.data import loader, splits
+from gpt3jax.run import startup, step_log, stopping
+from gpt3jax.sharding import meshes
 
 import tiny
 
@@ -56,8 +49,8 @@ def records(folder):
 
 def final_arrays(cfg, n_steps):
     """Return the arrays of a run's last checkpoint, restored on one device."""
-    program = step.build(dataclasses.replace(cfg, mesh=config.Mesh()), tiny.make_mesh(), 64)
-    store = checkpoints.Checkpoints(cfg.checkpoint.dir)
+    program = step.build(dataclasses.replace(cfg, mesh=schema.Mesh()), tiny.make_mesh(), 64)
+    store = storage.Checkpoints(cfg.checkpoint.dir)
     return tiny.leaves(store.restore(n_steps, program.abstract_state))
 
 
@@ -97,7 +90,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
         return
     [meshes] = [start["changes"]["mesh"] for start in told]
     assert meshes == {"then": "data 2 x fsdp 2 x tensor 2", "now": "fsdp 4 x tensor 2"}
-    assert checkpoints.Checkpoints(cfg.checkpoint.dir).read_meta(4).history == told
+    assert storage.Checkpoints(cfg.checkpoint.dir).read_meta(4).history == told
     assert [r["consumed_samples"] for r in steps] == [16, 32, 48, 64]
     for one, other in zip(steps, whole_steps, strict=True):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
@@ -162,16 +155,16 @@ def test_each_batch_size_compiles_once_and_counts_right(corpus, tmp_path, monkey
 
 @pytest.mark.slow
 def test_a_growing_batch_has_one_loss_on_every_mesh(corpus, tmp_path, monkeypatch):
-    meshes = {
+    cuts = {
         "data": {"data": 8},
         "stages": {"data": 2, "stage": 2, "tensor": 2},
         "context": {"fsdp": 2, "context": 2, "tensor": 2},
         "zero": {"data": 4, "stage": 2, "shard_optimizer": True},
     }
     batch = {"global_batch_size": 16, "schedule": f"0:8 {20 * 32}:16"}
-    for name, mesh in meshes.items():
+    for name, mesh in cuts.items():
         train.train(make_config(corpus, tmp_path / name, mesh, batch=batch, train={"n_steps": 6}))
-    monkeypatch.setattr(sharding, "make_mesh", lambda _: tiny.make_mesh())
+    monkeypatch.setattr(meshes, "make_mesh", lambda _: tiny.make_mesh())
     train.train(make_config(corpus, tmp_path / "alone", {}, batch=batch, train={"n_steps": 6}))
     expected, _ = records(tmp_path / "alone")
     assert [r["batch_size"] for r in expected] == [8, 8, 8, 16, 16, 16]
@@ -217,7 +210,7 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
     cfg = uninterrupted
     mesh = tiny.make_mesh()
     program = step.build(cfg, mesh, 64)
-    store = checkpoints.Checkpoints(cfg.checkpoint.dir)
+    store = storage.Checkpoints(cfg.checkpoint.dir)
     params = store.restore(2, program.abstract_state).params
     parts = splits.open_splits(cfg, 4, 64)
     tokens, _ = parts.validation.tokens(np.arange(16))
@@ -242,7 +235,7 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
 def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
     corpus, tmp_path, capsys, monkeypatch, limit, warned
 ):
-    monkeypatch.setattr(setup, "device_memory", lambda: limit)
+    monkeypatch.setattr(startup, "device_memory", lambda: limit)
     groups = {"train": {"n_steps": 1}, "faults": {"spike_window": 7}}
     train.train(make_config(corpus, tmp_path / "run", MESH_A, **groups))
     told = capsys.readouterr().out
@@ -253,13 +246,13 @@ def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
 
 def test_what_has_no_effect_before_the_end_of_the_run_is_warned_of():
     cfg = tiny.make_config(log={"profile_steps": (21, 30), "dir": "logs"}, data={"mock": True})
-    cfg = dataclasses.replace(cfg, faults=config.Faults(spike="warn", spike_window=19))
+    cfg = dataclasses.replace(cfg, faults=schema.Faults(spike="warn", spike_window=19))
     schedule = batch_schedule.BatchSchedule(((0, 8), (160, 16)))
-    told = setup.beyond_the_end(cfg, schedule, step_log.Position(20, 160))
+    told = startup.beyond_the_end(cfg, schedule, step_log.Position(20, 160))
     assert len(told) == 3 and all("has no effect: the run ends at step 20" in one for one in told)
     for words in ("log.profile_steps=21 30", "the batch of 16 from sample 160", "spike_window=19"):
         assert any(words in one for one in told)
-    assert setup.beyond_the_end(cfg, schedule, step_log.Position(21, 161)) == []
+    assert startup.beyond_the_end(cfg, schedule, step_log.Position(21, 161)) == []
 
 
 def test_files_are_where_the_docs_say(uninterrupted):

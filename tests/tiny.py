@@ -5,23 +5,28 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gpt3jax import config, model, sharding, step
-from gpt3jax.data import indexed
+from gpt3jax import step
+from gpt3jax.config import schema
+from gpt3jax.data import global_batch, indexed
+from gpt3jax.gradient import batch_gradient
+from gpt3jax.model import gpt
+from gpt3jax.sharding import meshes
 
 VOCAB = 500
 
 
 def make_config(**groups):
     """Return a tiny valid config; `groups` replace fields, as `model={"remat": "none"}`."""
-    base = config.Config(
-        model=config.Model(n_layers=4, d_model=64, n_heads=8, seq_len=32, vocab_size=VOCAB),
-        optimizer=config.Optimizer(peak_lr=1e-3, warmup_samples=64),
-        precision=config.Precision(compute_dtype="float32"),
-        batch=config.Batch(global_batch_size=16),
-        data=config.Data(paths=("corpus",), eod_id=0),
-        train=config.Train(n_steps=20),
+    base = schema.Config(
+        model=schema.Model(n_layers=4, d_model=64, n_heads=8, seq_len=32, vocab_size=VOCAB),
+        optimizer=schema.Optimizer(peak_lr=1e-3, warmup_samples=64),
+        precision=schema.Precision(compute_dtype="float32"),
+        batch=schema.Batch(global_batch_size=16),
+        data=schema.Data(paths=("corpus",), eod_id=0),
+        train=schema.Train(n_steps=20),
     )
     parts = {name: dataclasses.replace(getattr(base, name), **g) for name, g in groups.items()}
     return dataclasses.replace(base, **parts)
@@ -38,13 +43,13 @@ def write_corpus(prefix, seed, n, vocab=VOCAB, dtype=np.uint16):
 
 def one_device_mesh():
     """Return a mesh of the first device alone: what every other mesh is compared with."""
-    axis_types = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
-    return jax.make_mesh((1,) * 5, sharding.AXES, axis_types=axis_types, devices=jax.devices()[:1])
+    axis_types = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
+    return jax.make_mesh((1,) * 5, meshes.AXES, axis_types=axis_types, devices=jax.devices()[:1])
 
 
 def make_mesh(**axes):
     """Return a mesh over the 8 emulated devices, or over one if no axis is named."""
-    return sharding.make_mesh(config.Mesh(**axes)) if axes else one_device_mesh()
+    return meshes.make_mesh(schema.Mesh(**axes)) if axes else one_device_mesh()
 
 
 def make_batch(index, cfg, mesh, n_microbatches, masked=False):
@@ -61,9 +66,9 @@ def make_batch(index, cfg, mesh, n_microbatches, masked=False):
         "samples": np.arange(n * index, n * (index + 1), dtype=np.int32),
     }
     rows = n // n_microbatches
-    mine = sharding.local_rows(mesh, rows)
+    mine = global_batch.local_rows(mesh, rows)
     cut = {k: v.reshape(n_microbatches, rows, *v.shape[1:])[:, mine] for k, v in batch.items()}
-    return sharding.device_put_rows(cut, mesh, rows)
+    return global_batch.device_put_rows(cut, mesh, rows)
 
 
 def add_documents(batch):
@@ -94,7 +99,7 @@ def run(cfg, mesh, n_microbatches, n_steps, masked=False):
 
 def count_params(model_config):
     """Return the number of parameters, the padded vocabulary's included, from the shapes."""
-    abstract = jax.eval_shape(lambda: model.GPT(model_config, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: gpt.GPT(model_config, jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
 
 
@@ -129,13 +134,13 @@ NUMPY_NAMES = {
 
 def params_from_numpy(weights, model_config):
     """Return a GPT that holds the numpy GPT's weights, in fp32."""
-    params = model.GPT(model_config, jax.random.key(0))
+    params = gpt.GPT(model_config, jax.random.key(0))
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         array = np.asarray(weights[NUMPY_NAMES[name]], np.float32)
         assert array.shape == leaf.shape, name
-        return jax.numpy.asarray(array)
+        return jnp.asarray(array)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -143,12 +148,40 @@ def params_from_numpy(weights, model_config):
 def random_params(model_config):
     """Return a GPT of random weights, biases and norms of a size that makes the layers matter."""
     rng = np.random.default_rng(3)
-    shapes = jax.eval_shape(lambda: model.GPT(model_config, jax.random.key(0)))
-    return jax.tree.map(
-        lambda x: jax.numpy.asarray(rng.normal(0.1, 0.2, x.shape), "float32"), shapes
-    )
+    shapes = jax.eval_shape(lambda: gpt.GPT(model_config, jax.random.key(0)))
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.2, x.shape), "float32"), shapes)
 
 
 def to_numpy_names(tree):
     """Return the arrays of a GPT-shaped tree under the numpy GPT's names."""
     return {NUMPY_NAMES[name]: array for name, array in leaves(tree).items()}
+
+
+def network(params, inputs):
+    """Return logits, loss and gradients of our network for the numpy GPT's inputs."""
+    tokens, targets = (jnp.asarray(inputs[k], jnp.int32) for k in ("tokens_BT", "targets_BT"))
+    mask = inputs.get("loss_mask_BT")
+    mask = np.ones(tokens.shape) if mask is None else mask
+    positions = inputs.get("positions_BT")
+    positions = np.arange(tokens.shape[1]) + 0 * tokens if positions is None else positions
+    microbatch = {
+        "tokens": tokens, "targets": targets, "loss_mask": jnp.asarray(mask, jnp.float32),
+        "weights": jnp.asarray(mask / mask.sum(), jnp.float32),
+        "positions": jnp.asarray(positions, jnp.int32),
+    }  # fmt: skip
+    if inputs.get("allowed_BTS") is not None:
+        microbatch["segments"] = jnp.asarray(segments_of(inputs["allowed_BTS"]), jnp.int32)
+    compute = gpt.Compute()
+
+    def loss(params):
+        return batch_gradient.microbatch_loss(params, microbatch, None, compute)[0]
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    x = params(tokens, microbatch["positions"], microbatch.get("segments"), None, compute)
+    return x @ params.embedding_VD[...].T, value, grads
+
+
+def segments_of(allowed_BTS):
+    """Return segment ids: a document starts where a position cannot see the one before."""
+    starts = ~np.diagonal(allowed_BTS, offset=-1, axis1=1, axis2=2)
+    return np.cumsum(np.pad(starts, ((0, 0), (1, 0))), axis=1)

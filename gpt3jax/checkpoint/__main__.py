@@ -20,11 +20,12 @@ import tqdm
 import tyro
 from rich import box, console, table
 
-from gpt3jax import command, config, ranges
+from gpt3jax import errors
 from gpt3jax.checkpoint import listing, metadata
+from gpt3jax.config import command, ranges, schema, user_paths
 
 if TYPE_CHECKING:
-    from gpt3jax.checkpoint import checkpoints
+    from gpt3jax.checkpoint import storage
 
 DAMAGED = 1  # the exit status of verify where one is damaged
 
@@ -33,7 +34,7 @@ DAMAGED = 1  # the exit status of verify where one is damaged
 class List:
     """Tell of all checkpoints of a folder, and of what is left of others."""
 
-    folder: tyro.conf.Positional[config.Path]
+    folder: tyro.conf.Positional[user_paths.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     json: bool = False
     """Print JSON."""
@@ -43,7 +44,7 @@ class List:
 class Show:
     """Tell what is in one checkpoint: its position, its config, its arrays."""
 
-    folder: tyro.conf.Positional[config.Path]
+    folder: tyro.conf.Positional[user_paths.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     step: Annotated[int, ranges.Range(-1, ranges.INT32)] = -1
     """Which one (-1: the newest)."""
@@ -55,7 +56,7 @@ class Show:
 class Verify:
     """Read every array and compare it with its digest; exit with 1 if a checkpoint is damaged."""
 
-    folder: tyro.conf.Positional[config.Path]
+    folder: tyro.conf.Positional[user_paths.Path]
     """Folder of checkpoints, as checkpoint.dir."""
     step: Annotated[int, ranges.Range(-1, ranges.INT32)] = -1
     """Which one (-1: the newest)."""
@@ -74,7 +75,7 @@ def list_all(options: List, out: console.Console) -> int:
     found = listing.entries(options.folder)
     if options.json:
         _print_json(out, [_as_json(entry) for entry in found])
-        return command.DONE
+        return errors.DONE
     shown = table.Table(box=box.SIMPLE, title=options.folder, title_justify="left")
     for name in ("step", "samples", "written", "size", "state", "holds", "version"):
         shown.add_column(name, justify="right" if name in ("step", "samples", "size") else "left")
@@ -89,7 +90,7 @@ def list_all(options: List, out: console.Console) -> int:
         out.print(shown)
     else:
         out.print(f"{options.folder} has no checkpoint")
-    return command.DONE
+    return errors.DONE
 
 
 def show(options: Show, out: console.Console) -> int:
@@ -98,17 +99,17 @@ def show(options: Show, out: console.Console) -> int:
     Raises:
         UserError: it is not there, or what it says of itself cannot be read.
     """
-    from gpt3jax.checkpoint import checkpoints  # after parsing: JAX takes seconds
+    from gpt3jax.checkpoint import storage  # after parsing: JAX takes seconds
 
     entry = _chosen(options.folder, options.step, all_of_them=False)[0]
     path = pathlib.Path(options.folder) / entry.name
     if entry.meta is None:
         raise metadata.DamagedError(f"checkpoint {path} has no meta file that can be read")
-    arrays = checkpoints.arrays(path)
+    arrays = storage.arrays(path)
     if options.json:
         told = [{"name": n, "shape": s, "dtype": d, "bytes": b} for n, s, d, b in arrays]
         _print_json(out, _as_json(entry) | {"meta": _meta(entry), "arrays": told})
-        return command.DONE
+        return errors.DONE
     held = f"{size(entry.n_bytes)} on disk, {len(arrays)} arrays of {size(_total(arrays))}"
     out.print(f"{path}: step {entry.step:,}, {entry.meta.consumed_samples:,} samples")
     out.print(f"{_holds(entry.meta)}, {held}")
@@ -126,7 +127,7 @@ def show(options: Show, out: console.Console) -> int:
     for name, shape, dtype, n_bytes in arrays:
         shown.add_row(name, " x ".join(map(str, shape)) or "a number", dtype, size(n_bytes))
     out.print(shown)
-    return command.DONE
+    return errors.DONE
 
 
 def verify(options: Verify, out: console.Console) -> int:
@@ -136,7 +137,7 @@ def verify(options: Verify, out: console.Console) -> int:
         UserError: there is no such checkpoint.
     """
     if options.all and options.step >= 0:
-        raise config.UserError(f"--all and --step={options.step} say different things: give one")
+        raise errors.UserError(f"--all and --step={options.step} say different things: give one")
     found: list[dict[str, Any]] = []
     for entry in _chosen(options.folder, options.step, options.all):
         problem, n_arrays = "", 0
@@ -152,7 +153,7 @@ def verify(options: Verify, out: console.Console) -> int:
             out.print(told, soft_wrap=True)
     if options.json:
         _print_json(out, found)
-    return command.DONE if all(one["whole"] for one in found) else DAMAGED
+    return errors.DONE if all(one["whole"] for one in found) else DAMAGED
 
 
 def verify_one(folder: str, entry: listing.Entry, quiet: bool) -> int:
@@ -163,14 +164,13 @@ def verify_one(folder: str, entry: listing.Entry, quiet: bool) -> int:
     """
     import jax  # after parsing: it takes seconds
 
-    from gpt3jax import trained
-    from gpt3jax.checkpoint import checkpoints
+    from gpt3jax.checkpoint import parameters, storage
 
     jax.config.update("jax_platforms", "cpu")
-    store = checkpoints.Checkpoints(folder, read_only=True)
+    store = storage.Checkpoints(folder, read_only=True)
     meta = store.read_meta(entry.step)
-    abstract_state = trained.abstract_state(config.unflatten(config.Config, meta.config))
-    names = checkpoints.names(abstract_state, meta)
+    abstract_state = parameters.abstract_state(schema.unflatten(schema.Config, meta.config))
+    names = storage.names(abstract_state, meta)
     with tqdm.tqdm(names, desc=f"step {entry.step}", unit=" arrays", disable=quiet or None) as bar:
         return store.verify(entry.step, abstract_state, bar)
 
@@ -182,7 +182,7 @@ def _chosen(folder: str, step: int, all_of_them: bool) -> list[listing.Entry]:
     if not chosen:
         has = "those of " + ", ".join(str(e.step) for e in found) if found else "none"
         asked = "checkpoint" if step < 0 else f"checkpoint of step {step}"
-        raise config.UserError(f"{folder} has no {asked}: it has {has}")
+        raise errors.UserError(f"{folder} has no {asked}: it has {has}")
     return chosen if all_of_them else chosen[:1]
 
 
@@ -220,7 +220,7 @@ def _holds(meta: metadata.Meta | None) -> str:
     return "parameters alone" if meta.only_params else "whole state"
 
 
-def _total(arrays: "list[checkpoints.Array]") -> int:
+def _total(arrays: "list[storage.Array]") -> int:
     return sum(array.n_bytes for array in arrays)
 
 

@@ -10,8 +10,9 @@ import pathlib
 import re
 from typing import Any, Literal
 
-from gpt3jax import config, paths
+from gpt3jax import errors
 from gpt3jax.checkpoint import metadata
+from gpt3jax.config import user_paths
 
 _KINDS = {
     "whole": re.compile(r"(\d+)"),  # Orbax gives this name when all is written
@@ -46,14 +47,14 @@ def entries(folder: str) -> list[Entry]:
     Raises:
         UserError: the folder is not there, cannot be read, or is one checkpoint.
     """
-    paths.check_not_a_step(pathlib.Path(folder))
+    user_paths.check_not_a_step(pathlib.Path(folder))
     found: list[Entry] = []
     try:
         for path in pathlib.Path(folder).iterdir():
             with contextlib.suppress(FileNotFoundError):
                 found += _entry(path)
     except OSError as error:
-        raise config.UserError(
+        raise errors.UserError(
             f"{folder} cannot be read ({error.strerror}): give a checkpoint.dir"
         ) from error
     return sorted(found, key=lambda entry: (entry.step, entry.name))

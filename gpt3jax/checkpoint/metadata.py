@@ -7,10 +7,10 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from gpt3jax import config
+from gpt3jax import errors
 
 
-class DamagedError(config.UserError):
+class DamagedError(errors.UserError):
     """A checkpoint that is there but cannot be read, or reads as something else."""
 
 

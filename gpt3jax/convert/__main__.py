@@ -19,21 +19,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import tyro
 
-from gpt3jax import command, config, validation
+from gpt3jax import errors
+from gpt3jax.config import command, schema, user_paths, validation
 from gpt3jax.convert import hf_gpt2, hf_tokenizer, megatron, tensor_files
 from gpt3jax.data import tokenizer, tokenizer_files
+from gpt3jax.sharding import meshes
 
 if TYPE_CHECKING:
-    from gpt3jax import trained
+    from gpt3jax.checkpoint import parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromHf:
     """A Hugging Face GPT-2 folder (config.json, safetensors, tokenizer) becomes a checkpoint."""
 
-    folder: tyro.conf.Positional[config.Path]
+    folder: tyro.conf.Positional[user_paths.Path]
     """The folder, as transformers' save_pretrained writes it."""
-    output: config.Path
+    output: user_paths.Path
     """Folder for the checkpoint, and for a copy of the tokenizer's files."""
 
 
@@ -41,15 +43,15 @@ class FromHf:
 class ToHf:
     """The newest checkpoint of a folder becomes a Hugging Face GPT-2 folder."""
 
-    checkpoint: config.Path
+    checkpoint: user_paths.Path
     """Folder of checkpoints, as checkpoint.dir."""
-    output: config.Path
+    output: user_paths.Path
     """Folder to write; it must be new or empty."""
-    vocab_file: config.Path = ""
+    vocab_file: user_paths.Path = ""
     """GPT-2 vocabulary (vocab.json) to put beside the weights; else the checkpoint's own."""
-    merge_file: config.Path = ""
+    merge_file: user_paths.Path = ""
     """GPT-2 merges (merges.txt), with vocab_file."""
-    tokenizer: config.Path = ""
+    tokenizer: user_paths.Path = ""
     """In place of these two: a folder with a tokenizer, all of whose files are put there."""
 
 
@@ -60,18 +62,18 @@ def from_hf(options: FromHf) -> str:
         UserError: a file that is missing or damaged, a model that ours cannot be, or an output
             that has checkpoints.
     """
-    from gpt3jax import trained  # after parsing: JAX takes seconds
+    from gpt3jax.checkpoint import parameters  # after parsing: JAX takes seconds
 
     folder, output = pathlib.Path(options.folder), pathlib.Path(options.output).absolute()
     vocab = tokenizer.vocabulary(folder) if tokenizer_files.find(folder) else {}
     special = tokenizer_files.special_ids(folder, vocab)
     own_eod = special.get("eos_token", vocab.get(tokenizer.END_OF_TEXT))
     model, eod_id = hf_gpt2.read_config(folder, own_eod)
-    validation.check_model(model, config.Data())
+    validation.check_model(model, schema.Data())
     weights = hf_gpt2.Weights(folder, model)
-    store = trained.new_store(str(output))
-    data = config.Data(**tokenizer_files.copy_folder(folder, output), eod_id=eod_id)
-    trained.write(store, trained.untrained(model, data), weights.rows)
+    store = parameters.new_store(str(output))
+    data = schema.Data(**tokenizer_files.copy_folder(folder, output), eod_id=eod_id)
+    parameters.write(store, parameters.untrained(model, data), weights.rows)
     told = "its tokenizer" if vocab else "no tokenizer.json, nor vocab.json and merges.txt there"
     return f"{output}: GPT-2 of {model.n_layers} x {model.d_model} x {model.n_heads}, {told}"
 
@@ -83,14 +85,14 @@ def to_hf(options: ToHf) -> str:
         UserError: no checkpoint, a damaged one, a model that GPT-2's config cannot express, or an
             output that is not empty, or weights that are not finite.
     """
-    from gpt3jax import sharding, trained  # as in from_hf
+    from gpt3jax.checkpoint import parameters
 
     output = pathlib.Path(options.output)
-    source = trained.open_newest(options.checkpoint, sharding.make_mesh(config.Mesh()))
+    source = parameters.open_newest(options.checkpoint, meshes.make_mesh(schema.Mesh()))
     model, data = source.cfg.model, source.cfg.data
-    stored = trained.find(options.checkpoint)[2].model  # with its dropout
+    stored = parameters.find(options.checkpoint)[2].model  # with its dropout
     if output.is_dir() and any(output.iterdir()):
-        raise config.UserError(f"--output={output} is not empty: give a new folder")
+        raise errors.UserError(f"--output={output} is not empty: give a new folder")
     hf_gpt2.check(model)
     if options.tokenizer or options.vocab_file or options.merge_file:
         files = hf_tokenizer.asked_for(options.tokenizer, options.vocab_file, options.merge_file)
@@ -110,7 +112,7 @@ def to_hf(options: ToHf) -> str:
     return f"{output}: GPT2LMHeadModel of step {source.step}, {told}"
 
 
-def _gpt2_tensors(source: "trained.Trained", name: str) -> Iterator[tuple[str, np.ndarray]]:
+def _gpt2_tensors(source: "parameters.Trained", name: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield GPT-2's tensors of one of our parameters, which is read layer by layer."""
     if not name.startswith("blocks/"):
         array = source.whole(name)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt3jax import config, paths
+from gpt3jax import errors
+from gpt3jax.config import schema, user_paths
 from gpt3jax.convert import tensor_files
 
 # Our parameter: GPT-2's name of it, in layer {} where it has one.
@@ -48,7 +49,7 @@ _DEFAULTS: dict[str, Any] = {
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
 
 
-def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[config.Model, int]:
+def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[schema.Model, int]:
     """Return the model that a `config.json` describes, and its end-of-text token.
 
     Where it names none of the vocabulary, this is own_eod, that of the tokenizer; if there is none
@@ -58,10 +59,10 @@ def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[config.Model
         UserError: there is none, or it is not a GPT-2 that our network can be.
     """
     path = folder / "config.json"
-    found = _DEFAULTS | paths.read_json(path)
+    found = _DEFAULTS | user_paths.read_json(path)
     kind = found.get("model_type")
     if kind != "gpt2":
-        raise config.UserError(f"{path}: model_type={kind!r} is not supported: only gpt2 is")
+        raise errors.UserError(f"{path}: model_type={kind!r} is not supported: only gpt2 is")
     width = found["n_embd"]
     needed = {
         "n_inner": (None, 4 * width),
@@ -73,11 +74,11 @@ def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[config.Model
     }
     for name, values in needed.items():
         if found[name] not in values:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{path}: {name}={found[name]!r} is not supported: it must be "
                 f"{' or '.join(map(repr, values))}"
             )
-    model = config.Model(
+    model = schema.Model(
         n_layers=found["n_layer"],
         d_model=width,
         n_heads=found["n_head"],
@@ -95,33 +96,33 @@ def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[config.Model
 def _eod_id(path: pathlib.Path, eos: Any, vocab_size: int, own_eod: int | None) -> int:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise config.UserError(f"{path}: eos_token_id={eos!r} is not supported: it must be an id")
+        raise errors.UserError(f"{path}: eos_token_id={eos!r} is not supported: it must be an id")
     known = [i for i in ids if i < vocab_size]
     if own_eod is not None and own_eod < vocab_size and (not known or own_eod in known):
         return own_eod
     if len(known) > 1:
-        raise config.UserError(
+        raise errors.UserError(
             f"{path}: eos_token_id={eos!r} is several tokens, of which the tokenizer names none as "
             "its eos_token: leave the one that ends a document"
         )
     return known[0] if known else vocab_size
 
 
-def check(model: config.Model) -> None:
+def check(model: schema.Model) -> None:
     """Check that GPT-2's config can express a model.
 
     Raises:
         UserError: it cannot.
     """
     if model.attention.pattern != "dense":
-        raise config.UserError(
+        raise errors.UserError(
             f"model.attention.pattern={model.attention.pattern}: GPT-2's config has no banded "
             "attention, a reader would compute something else: only dense models can be exported"
         )
 
 
 def write_config(
-    folder: pathlib.Path, model: config.Model, eod_id: int, special: Mapping[str, int]
+    folder: pathlib.Path, model: schema.Model, eod_id: int, special: Mapping[str, int]
 ) -> None:
     """Write the `config.json` of a model that passes `check`.
 
@@ -159,7 +160,7 @@ def write_config(
 class Weights:
     """The tensors of a folder, in one safetensors file or in several with an index."""
 
-    def __init__(self, folder: pathlib.Path, model: config.Model):
+    def __init__(self, folder: pathlib.Path, model: schema.Model):
         """Open the files and check that they hold the model's tensors and no others.
 
         Raises:
@@ -168,7 +169,7 @@ class Weights:
         """
         files = tensor_files.files(folder)
         if not files:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{folder} has neither {tensor_files.FILE} nor an index: give a folder that "
                 "transformers' save_pretrained wrote, or a download of a GPT-2 repository with "
                 "safetensors"
@@ -206,7 +207,7 @@ class Weights:
         stored, as_stored = self._stored[name], flat_shape(name, shape)
         found = self._reader.shapes[stored]
         if found != as_stored:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{self._reader.file(stored)}: {stored} has the shape {list(found)}, and "
                 f"config.json says {list(as_stored)}"
             )
@@ -221,7 +222,7 @@ class Weights:
         unknown = self._stored.keys() - needed - masks - {_HEAD}
         for problem, names in (("has no", missing), ("has an unknown", unknown)):
             if names:
-                raise config.UserError(
+                raise errors.UserError(
                     f"{folder} {problem} tensor {sorted(names)[0]} ({len(names)} such): it is not "
                     f"the GPT-2 with {self._model.n_layers} layers of its config.json"
                 )
@@ -231,7 +232,7 @@ class Weights:
         for first in range(0, shape[0], _HEAD_ROWS):
             part = (shape, first, min(first + _HEAD_ROWS, shape[0]))
             if not np.array_equal(self._tensor(_HEAD, *part), self._tensor(_EMBEDDING, *part)):
-                raise config.UserError(
+                raise errors.UserError(
                     f"{self._reader.file(self._stored[_HEAD])}: {_HEAD} is not {_EMBEDDING}: this "
                     "GPT-2 has a head of its own, ours is tied to the embedding"
                 )

@@ -4,7 +4,8 @@ import json
 import pathlib
 from typing import Any
 
-from gpt3jax import config
+from gpt3jax import errors
+from gpt3jax.config import schema
 from gpt3jax.data import tokenizer, tokenizer_files
 
 
@@ -15,20 +16,20 @@ def asked_for(folder: str, vocab_file: str, merge_file: str) -> dict[str, str]:
         UserError: they are not there, cannot be read, or name two tokenizers.
     """
     if bool(vocab_file) != bool(merge_file) or bool(folder) == bool(vocab_file):
-        raise config.UserError("give --vocab-file and --merge-file together, or --tokenizer")
+        raise errors.UserError("give --vocab-file and --merge-file together, or --tokenizer")
     if vocab_file:
         tokenizer.from_files(vocab_file, merge_file)
         return {"vocab_file": vocab_file, "merge_file": merge_file}
     found = tokenizer_files.find(pathlib.Path(folder))
     if not found:
-        raise config.UserError(
+        raise errors.UserError(
             f"--tokenizer={folder} has no tokenizer.json, nor vocab.json and merges.txt: give a "
             "folder with a tokenizer"
         )
     return found
 
 
-def named(data: config.Data, checkpoint: pathlib.Path) -> dict[str, str]:
+def named(data: schema.Data, checkpoint: pathlib.Path) -> dict[str, str]:
     """Return the fields that name a checkpoint's own tokenizer; none if its files are not there."""
     data = tokenizer_files.moved(data, checkpoint)
     files = {"tokenizer": data.tokenizer}

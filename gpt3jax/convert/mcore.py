@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt3jax import config
+from gpt3jax import errors
+from gpt3jax.config import schema
 
 # Our parameter: Megatron's name of it (`--transformer-impl local`), in layer {} where it has one.
 NAMES = {
@@ -144,7 +145,7 @@ def theirs_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (n,) if "_qkv_" in name else shape
 
 
-def model_of(where: str, args: Mapping[str, Any], vocab_size: int) -> tuple[config.Model, int]:
+def model_of(where: str, args: Mapping[str, Any], vocab_size: int) -> tuple[schema.Model, int]:
     """Return the model that a checkpoint's arguments describe, and its end-of-document token.
 
     The latter is vocab_size, which no token is, where arguments do not tell.
@@ -158,12 +159,12 @@ def model_of(where: str, args: Mapping[str, Any], vocab_size: int) -> tuple[conf
     padded = _number(where, args, "padded_vocab_size")
     vocab_size = vocab_size or args.get("vocab_size") or _tokenizers_size(args, padded)
     if not 0 < vocab_size <= padded:
-        raise config.UserError(
+        raise errors.UserError(
             f"{where}: a vocabulary of {vocab_size} does not fit padded_vocab_size={padded}: give "
             "the true one with --vocab-size"
         )
     exact = args.get("bias_gelu_fusion", True) is False and not args.get("openai_gelu")
-    model = config.Model(
+    model = schema.Model(
         n_layers=_number(where, args, "num_layers"),
         d_model=_number(where, args, "hidden_size"),
         n_heads=_number(where, args, "num_attention_heads"),
@@ -189,7 +190,7 @@ def check(where: str, args: Mapping[str, Any]) -> None:
     """
     for name, (values, reason) in _NEEDED.items():
         if args.get(name, values[0]) not in values:
-            raise config.UserError(f"{where}: {name}={args[name]!r} is not supported: {reason}")
+            raise errors.UserError(f"{where}: {name}={args[name]!r} is not supported: {reason}")
     width, heads = (_number(where, args, n) for n in ("hidden_size", "num_attention_heads"))
     wanted = {
         "ffn_hidden_size": (4 * width, "4 x hidden_size"),
@@ -201,13 +202,13 @@ def check(where: str, args: Mapping[str, Any]) -> None:
     for name, (size, told) in wanted.items():
         given = args.get(name)
         if given not in (None, size):
-            raise config.UserError(
+            raise errors.UserError(
                 f"{where}: {name}={given} is not supported: in ours it is {told}, {size}"
             )
 
 
 def args_of(
-    model: config.Model, eod_id: int, tensor: int, pipeline: int, implementation: str
+    model: schema.Model, eod_id: int, tensor: int, pipeline: int, implementation: str
 ) -> dict[str, Any]:
     """Return the arguments that a Megatron checkpoint of a model has, as far as they describe it.
 
@@ -249,26 +250,26 @@ def args_of(
     }
 
 
-def _attention(where: str, args: Mapping[str, Any]) -> config.Attention:
+def _attention(where: str, args: Mapping[str, Any]) -> schema.Attention:
     window, layers = args.get("window_size"), args.get("window_attn_skip_freq")
     if window is None:
-        return config.Attention()
+        return schema.Attention()
     n = args["num_layers"]
     every_other = [int(i % 2 == 0) for i in range(n)]  # layers 1, 3, 5, ... of Megatron's count
     listed = layers if isinstance(layers, int) or layers is None else list(layers)
     if tuple(window)[1:] != (0,) or window[0] < 0 or listed not in (2, every_other):
-        raise config.UserError(
+        raise errors.UserError(
             f"{where}: window_size={window!r} with window_attn_skip_freq={layers!r} is not "
             "supported: ours can be banded (N, 0) in every other layer, the first included (2)"
         )
-    return config.Attention(pattern="alternating", band=window[0])
+    return schema.Attention(pattern="alternating", band=window[0])
 
 
 def _number(where: str, args: Mapping[str, Any], name: str) -> int:
     value = args.get(name, _ABSENT)
     if not isinstance(value, int) or value < 1:
         told = "is missing" if value is _ABSENT else f"is {value!r}"
-        raise config.UserError(f"{where}: {name} {told} in its arguments: is it a GPT checkpoint?")
+        raise errors.UserError(f"{where}: {name} {told} in its arguments: is it a GPT checkpoint?")
     return value
 
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from gpt3jax import config, paths, ranges, validation
+from gpt3jax import errors
+from gpt3jax.config import ranges, schema, user_paths, validation
 from gpt3jax.convert import mcore, tensor_files, torch_files
+from gpt3jax.sharding import meshes
 
 if TYPE_CHECKING:
-    from gpt3jax import trained
+    from gpt3jax.checkpoint import parameters
 
 _ARGS = "args.json"  # beside safetensors: what a torch file has as `args`
 _Pieces = dict[str, list[Callable[[], np.ndarray]]]  # a tensor's parts by tensor rank
@@ -24,9 +26,9 @@ _Pieces = dict[str, list[Callable[[], np.ndarray]]]  # a tensor's parts by tenso
 class FromMegatron:
     """A Megatron-LM GPT checkpoint, whatever its tensor and pipeline size, becomes one of ours."""
 
-    folder: tyro.conf.Positional[config.Path]
+    folder: tyro.conf.Positional[user_paths.Path]
     """Folder of Megatron's --save (torch format); or a safetensors file or folder of its names."""
-    output: config.Path
+    output: user_paths.Path
     """Folder for the checkpoint."""
     vocab_size: Annotated[int, ranges.Range(0, 2**30)] = 0
     """True vocabulary, where the checkpoint knows only the padded one (0: what it says)."""
@@ -38,9 +40,9 @@ class FromMegatron:
 class ToMegatron:
     """The newest checkpoint of a folder becomes a Megatron-LM one, for any tensor x pipeline."""
 
-    checkpoint: config.Path
+    checkpoint: user_paths.Path
     """Folder of checkpoints, as checkpoint.dir."""
-    output: config.Path
+    output: user_paths.Path
     """Folder to write; it must be new or empty."""
     tensor: Annotated[int, ranges.Range(1, 2**20)] = 1
     """Megatron's --tensor-model-parallel-size."""
@@ -59,11 +61,11 @@ def from_megatron(options: FromMegatron) -> str:
         UserError: a file that is missing, damaged or foreign, a model that ours cannot be, or an
             output that has checkpoints.
     """
-    from gpt3jax import trained  # after parsing: JAX takes seconds
+    from gpt3jax.checkpoint import parameters  # after parsing: JAX takes seconds
 
     path = pathlib.Path(options.folder)
     if not path.exists():
-        raise config.UserError(f"{path} does not exist")
+        raise errors.UserError(f"{path} does not exist")
     files = [path] if path.is_file() else tensor_files.files(path)
     if files:
         reader = tensor_files.Reader(files)
@@ -75,11 +77,11 @@ def from_megatron(options: FromMegatron) -> str:
         mcore.check(str(path), args)
         pieces = _merged(path, shards)
     model, eod_id = mcore.model_of(str(path), args, options.vocab_size)
-    data = config.Data(eod_id=eod_id)
+    data = schema.Data(eod_id=eod_id)
     validation.check_model(model, data)
     _check_names(path, pieces, model)
-    store = trained.new_store(options.output)
-    trained.write(store, trained.untrained(model, data), _Rows(path, pieces))
+    store = parameters.new_store(options.output)
+    parameters.write(store, parameters.untrained(model, data), _Rows(path, pieces))
     return (
         f"{options.output}: Megatron's GPT of {model.n_layers} x {model.d_model} x "
         f"{model.n_heads}, a vocabulary of {model.vocab_size} padded to {model.padded_vocab_size}; "
@@ -95,13 +97,13 @@ def to_megatron(options: ToMegatron) -> str:
         UserError: no checkpoint, a damaged one, sizes that do not divide the model, torch is
             missing, or an output that is not empty.
     """
-    from gpt3jax import sharding, trained  # as in from_megatron
+    from gpt3jax.checkpoint import parameters
 
     output = pathlib.Path(options.output)
-    source = trained.open_newest(options.checkpoint, sharding.make_mesh(config.Mesh()))
-    model = trained.find(options.checkpoint)[2].model  # with its dropout
+    source = parameters.open_newest(options.checkpoint, meshes.make_mesh(schema.Mesh()))
+    model = parameters.find(options.checkpoint)[2].model  # with its dropout
     if output.is_dir() and any(output.iterdir()):
-        raise config.UserError(f"--output={output} is not empty: give a new folder")
+        raise errors.UserError(f"--output={output} is not empty: give a new folder")
     _check_cut(options, model)
     args = mcore.args_of(
         model, source.cfg.data.eod_id, options.tensor, options.pipeline, options.transformer_impl
@@ -128,23 +130,23 @@ def to_megatron(options: ToMegatron) -> str:
     )
 
 
-def _check_cut(options: ToMegatron, model: config.Model) -> None:
+def _check_cut(options: ToMegatron, model: schema.Model) -> None:
     if options.format == "safetensors" and (options.tensor, options.pipeline) != (1, 1):
-        raise config.UserError(
+        raise errors.UserError(
             f"--tensor={options.tensor} and --pipeline={options.pipeline} have no effect with "
             "--format=safetensors, which is whole: leave them out"
         )
     sizes = {"n_heads": model.n_heads, "padded_vocab_size": model.padded_vocab_size}
     for field, size in sizes.items():
         if size % options.tensor:
-            raise config.UserError(
+            raise errors.UserError(
                 f"--tensor={options.tensor} does not divide model.{field}={size}: use one of "
-                f"{config.divisors(size)}"
+                f"{ranges.divisors(size)}"
             )
     if model.n_layers % options.pipeline:
-        raise config.UserError(
+        raise errors.UserError(
             f"--pipeline={options.pipeline} does not divide model.n_layers={model.n_layers}: use "
-            f"one of {config.divisors(model.n_layers)}"
+            f"one of {ranges.divisors(model.n_layers)}"
         )
 
 
@@ -169,7 +171,7 @@ class _Rows:
         tensor = joined(self._path, theirs, self._pieces[theirs], mcore.cut_dim(name))
         expected = mcore.theirs_shape(name, shape)
         if tensor.shape != expected:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{self._path}: {theirs} has the shape {list(tensor.shape)}, and its arguments say "
                 f"{list(expected)}"
             )
@@ -189,7 +191,7 @@ def joined(
     if dim is not None:
         return np.concatenate(parts, axis=min(dim, parts[0].ndim - 1))
     if not all(np.array_equal(part, parts[0], equal_nan=True) for part in parts):
-        raise config.UserError(
+        raise errors.UserError(
             f"{path}: {name} is not the same on all tensor ranks: the files are not of one "
             "checkpoint"
         )
@@ -213,7 +215,7 @@ def _merged(path: pathlib.Path, shards: list[torch_files.Shard]) -> _Pieces:
         n_before += n_layers
     counts = {len(found) for found in pieces.values()}
     if len(counts) > 1:
-        raise config.UserError(f"{path}: its tensor ranks do not hold the same tensors")
+        raise errors.UserError(f"{path}: its tensor ranks do not hold the same tensors")
     return pieces
 
 
@@ -230,16 +232,16 @@ def _safetensors_args(
 ) -> dict[str, Any]:
     """Return the arguments beside safetensors, or what their shapes tell, and the heads given."""
     if path.is_file():
-        return paths.read_json(path)
+        return user_paths.read_json(path)
     if not n_heads:
-        raise config.UserError(
+        raise errors.UserError(
             f"{path} is not there, and shapes do not tell the attention heads: give --n-heads N"
         )
     shapes = {mcore.local_name(name): shape for name, shape in reader.shapes.items()}
     needed = [mcore.NAMES[name] for name in ("embedding_VD", "positions_TD")]
     missing = [name for name in needed if len(shapes.get(name, ())) != 2]
     if missing:
-        raise config.UserError(
+        raise errors.UserError(
             f"{path.parent} has no tensor {missing[0]}: it is not a GPT with learned positions"
         )
     (vocab, width), (positions, _) = (shapes[name] for name in needed)
@@ -253,25 +255,25 @@ def _safetensors_args(
     }
 
 
-def _check_names(path: pathlib.Path, pieces: _Pieces, model: config.Model) -> None:
+def _check_names(path: pathlib.Path, pieces: _Pieces, model: schema.Model) -> None:
     layers = range(model.n_layers)
     needed = {name.format(layer) for name in mcore.NAMES.values() for layer in layers}
     missing, unknown = needed - pieces.keys(), pieces.keys() - needed - {mcore.HEAD}
     for problem, names in (("has no", missing), ("has an unknown", unknown)):
         if names:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{path} {problem} tensor {sorted(names)[0]} ({len(names)} such): it is not the "
                 f"GPT with {model.n_layers} layers of its arguments"
             )
     heads = zip(pieces.get(mcore.HEAD, ()), pieces[mcore.EMBEDDING], strict=False)
     if not all(np.array_equal(head(), table(), equal_nan=True) for head, table in heads):
-        raise config.UserError(
+        raise errors.UserError(
             f"{path}: {mcore.HEAD} is not {mcore.EMBEDDING}: this GPT has an output layer of its "
             "own, ours is tied to the embedding"
         )
 
 
-def _tensors(source: "trained.Trained", layers: range) -> Iterator[tuple[str, str, np.ndarray]]:
+def _tensors(source: "parameters.Trained", layers: range) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield (our name, Megatron's, tensor) of these layers, and of what is outside of layers.
 
     All layers are read, so that what was damaged is noticed.
@@ -294,7 +296,7 @@ def _write_stage(
     folder: pathlib.Path,
     options: ToMegatron,
     args: dict[str, Any],
-    source: "trained.Trained",
+    source: "parameters.Trained",
     stage: int,
 ) -> None:
     """Write the files of a pipeline stage, which is in memory as a whole."""

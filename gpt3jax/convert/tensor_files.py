@@ -10,7 +10,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gpt3jax import config, paths
+from gpt3jax import errors
+from gpt3jax.config import user_paths
 
 FORMATS = ("float32", "bfloat16", "float16")  # of weights: fp32 holds each value of them
 FILE = "model.safetensors"
@@ -111,7 +112,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / FILE).is_file():
         return [folder / FILE]
     if (folder / _INDEX).is_file():
-        names = paths.read_json(folder / _INDEX).get("weight_map", {}).values()
+        names = user_paths.read_json(folder / _INDEX).get("weight_map", {}).values()
         return [folder / name for name in sorted(set(names))]
     return []
 
@@ -123,7 +124,7 @@ def check_format(path: pathlib.Path, name: str, found: str) -> None:
         UserError: its format is none of `FORMATS`.
     """
     if found not in FORMATS:
-        raise config.UserError(
+        raise errors.UserError(
             f"{path}: {name} is {found}, which fp32 does not hold as it is: write it as one of "
             f"{', '.join(FORMATS)}"
         )
@@ -137,7 +138,7 @@ def check_finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
     """
     finite = np.isfinite(array)
     if not finite.all():
-        raise config.UserError(
+        raise errors.UserError(
             f"{where}: {name} has {array.size - finite.sum()} of {array.size} values that are NaN "
             "or infinite, so that the model computes nothing: take a checkpoint from before that"
         )
@@ -150,4 +151,4 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
         with safetensors.safe_open(path, "np") as file:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
-        raise config.UserError(f"{path} cannot be read: {error}") from error
+        raise errors.UserError(f"{path} cannot be read: {error}") from error

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.convert import tensor_files
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -66,7 +66,7 @@ def read(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], list[Shard
     sizes = {"tensor_model_parallel_size": n_tensor, "pipeline_model_parallel_size": n_pipeline}
     for name, found in sizes.items():
         if len(ranks) != n_tensor * n_pipeline or args.get(name, found) != found:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{iteration}: files of {len(ranks)} ranks for {name}={args.get(name)}: some are "
                 "missing, or are of another checkpoint"
             )
@@ -123,7 +123,7 @@ def _torch() -> Any:
     try:
         return importlib.import_module("torch")
     except ImportError as error:
-        raise config.UserError(
+        raise errors.UserError(
             f"Megatron's torch format needs torch ({error}): pip install 'gpt3jax[megatron]'"
         ) from error
 
@@ -134,7 +134,7 @@ def _newest(folder: pathlib.Path) -> pathlib.Path:
     if list(folder.glob("mp_rank_*")):
         return folder
     if not tracker.is_file():
-        raise config.UserError(
+        raise errors.UserError(
             f"{folder} has neither {_TRACKER} nor mp_rank_* folders: give the folder of Megatron's "
             "--save, one of its iterations, or safetensors"
         )
@@ -147,7 +147,7 @@ def _newest(folder: pathlib.Path) -> pathlib.Path:
 
 def _check_format(iteration: pathlib.Path) -> None:
     if (iteration / ".metadata").is_file() or (iteration / "metadata.json").is_file():
-        raise config.UserError(
+        raise errors.UserError(
             f"{iteration} is not in the torch format: write it once more from Megatron with "
             "--ckpt-convert-format torch --ckpt-convert-save FOLDER"
         )
@@ -158,12 +158,12 @@ def _ranks(iteration: pathlib.Path) -> dict[tuple[int, int], pathlib.Path]:
     for path in sorted(iteration.glob("mp_rank_*")):
         match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.name)
         if match is None:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{path} is of an expert-parallel checkpoint: ours has no mixture of experts"
             )
         found[int(match[1]), int(match[2] or 0)] = path / _FILE
     if (0, 0) not in found:
-        raise config.UserError(f"{iteration} has no mp_rank_00: it is no whole checkpoint")
+        raise errors.UserError(f"{iteration} has no mp_rank_00: it is no whole checkpoint")
     return found
 
 
@@ -171,18 +171,18 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = _read_restricted(path, _allowed())
     except OSError as error:
-        raise config.UserError(f"{path} cannot be read: {error}") from error
+        raise errors.UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # a damaged file makes torch raise anything
         name = _refused_type(error)
         if name:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{path} is not loaded: it wants {name}, which could run code, and which no "
                 "weights need"
             ) from None
         line = str(error).strip().split("\n")[0]
-        raise config.UserError(f"{path} cannot be read: {line[:200]}") from None
+        raise errors.UserError(f"{path} cannot be read: {line[:200]}") from None
     if not isinstance(content, dict) or not isinstance(content.get("args"), _NAMESPACES):
-        raise config.UserError(f"{path} has no args: it is no checkpoint of Megatron's training")
+        raise errors.UserError(f"{path} has no args: it is no checkpoint of Megatron's training")
     return content
 
 
@@ -239,7 +239,7 @@ def _tensors(path: pathlib.Path, model: Any) -> dict[str, Callable[[], np.ndarra
         if torch.is_tensor(value) and not name.endswith("_extra_state"):
             found[name] = reader(name, value)
         elif isinstance(value, Mapping):
-            raise config.UserError(
+            raise errors.UserError(
                 f"{path}: its model has {name}: it is of Megatron's legacy model; convert it with "
                 "Megatron's tools/checkpoint/convert.py to mcore first"
             )

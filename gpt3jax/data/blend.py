@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.data import index_cache, indexed, samples
 
 SURPLUS = 0.005  # samples that each corpus of a weighted blend prepares beyond its share
@@ -40,7 +40,7 @@ def parse(paths: Sequence[str], field: str = "data.paths") -> tuple[list[str], l
     if len(words) % 2 or not any(are_weights):
         return words, None
     if not all(are_weights):
-        raise config.UserError(
+        raise errors.UserError(
             f"{field}={' '.join(words)}: {words[::2][are_weights.index(False)]!r} stands where "
             "a weight is expected: give every prefix a weight before it, or none"
         )
@@ -172,7 +172,7 @@ class Blend:
     def _check_present(self) -> None:
         for m in self.maps:
             if not len(m):
-                raise config.UserError(
+                raise errors.UserError(
                     f"{m.corpus.prefix}: its part of this split has not the {m.seq_len} + 1 tokens "
                     "of one sample: leave the corpus out, or give all corpora weights"
                 )
@@ -180,7 +180,7 @@ class Blend:
     def _check_taken(self, taken: list[int]) -> None:
         for m, n in zip(self.maps, taken, strict=True):
             if n > len(m):
-                raise config.UserError(
+                raise errors.UserError(
                     f"the blend takes {n} samples of {m.corpus.prefix}, which prepared {len(m)}: "
                     f"{len(self)} samples are too few for {len(self.maps)} corpora with weights as "
                     "these; leave out the lightest ones"
@@ -194,7 +194,7 @@ def _present(maps: Sequence[samples.SampleMap | None]) -> list[samples.SampleMap
 def _shares(corpora: Sequence[indexed.Corpus], weights: Sequence[float]) -> list[float]:
     for corpus, weight in zip(corpora, weights, strict=True):
         if not 0 < weight < math.inf:
-            raise config.UserError(
+            raise errors.UserError(
                 f"data.paths: the weight of {corpus.prefix} is {weight:g} and must be above 0: "
                 "give it another, or leave the corpus out"
             )

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from gpt3jax import config
+from gpt3jax import errors
 
 CHUNK_BYTES = 1 << 20
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
@@ -71,9 +71,9 @@ def find(inputs: Sequence[str], left_out: list[pathlib.Path]) -> list[pathlib.Pa
             matches = [word] if path.is_file() else sorted(glob.glob(word, recursive=True))
             found = [pathlib.Path(match) for match in matches if pathlib.Path(match).is_file()]
         if not found:
-            raise config.UserError(f"--input {word}: no file there ({KNOWN})")
+            raise errors.UserError(f"--input {word}: no file there ({KNOWN})")
         for unknown in (p for p in found if not _format(p)):
-            raise config.UserError(f"--input {unknown}: of an unknown kind; known are {KNOWN}")
+            raise errors.UserError(f"--input {unknown}: of an unknown kind; known are {KNOWN}")
         files += found
     return files
 
@@ -148,7 +148,7 @@ def read(
         EOFError,
         zlib.error,
     ) as error:  # cut short, or not compressed as its name says
-        raise config.UserError(f"{path}: cannot be read: {error}") from error
+        raise errors.UserError(f"{path}: cannot be read: {error}") from error
 
 
 def text_of(record: Any, key: str, max_bytes: int) -> list[str]:
@@ -227,8 +227,8 @@ def _zstd(path: pathlib.Path) -> Any:
     return zstd
 
 
-def _missing(package: str, path: pathlib.Path) -> config.UserError:
-    return config.UserError(f"{path} needs {package}: pip install 'gpt3jax[data]'")
+def _missing(package: str, path: pathlib.Path) -> errors.UserError:
+    return errors.UserError(f"{path} needs {package}: pip install 'gpt3jax[data]'")
 
 
 def _lines(path: pathlib.Path, file: IO[bytes], raw: IO[bytes], max_bytes: int) -> Iterator[Chunk]:
@@ -269,7 +269,7 @@ def _texts(
         if len(text) > max_bytes:
             problem = f"{max_bytes >> 20} MB (--max-document-mb) without a place to cut it"
             if continues:
-                raise config.UserError(f"{path}: {problem}")
+                raise errors.UserError(f"{path}: {problem}")
             yield Chunk(path=path, records=[BadError(problem)], first=1, position=raw.tell())
             return
     yield Chunk(path=path, records=[text], first=1, position=raw.tell(), continues=continues)
@@ -299,7 +299,7 @@ def _rows(path: pathlib.Path, key: str) -> Iterator[Chunk]:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
             if key not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
-                raise config.UserError(f"{path}: no column {key!r} (--json-key); it has {names}")
+                raise errors.UserError(f"{path}: no column {key!r} (--json-key); it has {names}")
             batches = file.iter_batches(batch_size=_ROWS, columns=[key], use_threads=False)
             columns = (_without_checks(batch.column(0)) for batch in batches)
             values = (value for column in columns for value in column.to_pylist())

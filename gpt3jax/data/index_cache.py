@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt3jax import config
+from gpt3jax import errors
 
 Arrays = dict[str, np.ndarray]
 
@@ -46,7 +46,7 @@ def arrays(folder: str, key: Callable[[], dict[str, Any]], build: Callable[[], A
                 return found
             _write(entry, build(), text)
     except OSError as error:
-        raise config.UserError(f"data.index_cache={folder}: {error}") from error
+        raise errors.UserError(f"data.index_cache={folder}: {error}") from error
     found = _read(entry)
     assert found, entry
     return found

@@ -14,10 +14,11 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from gpt3jax import batch_schedule, command, config, ranges, recipe, skipping, validation
-from gpt3jax.data import blend, indexed, samples, splits, tokenizer
+from gpt3jax import errors
+from gpt3jax.config import batch_schedule, command, ranges, recipe, schema, user_paths, validation
+from gpt3jax.data import blend, indexed, samples, skipping, splits, tokenizer
 
-Path = config.Path  # Options has a field of the name `config`
+Path = user_paths.Path  # Options has a field of the name `config`
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
 
 
@@ -72,9 +73,9 @@ def inspect(options: Options) -> list[str]:
     if cfg:
         validation.validate(cfg)
     if bool(options.paths) == bool(cfg):
-        raise config.UserError("give the prefix of a corpus, prefixes with weights, or --config")
+        raise errors.UserError("give the prefix of a corpus, prefixes with weights, or --config")
     if options.step is not None and cfg is None:
-        raise config.UserError("--step needs --config")
+        raise errors.UserError("--step needs --config")
     data = cfg.data if cfg else _data(options)
     prefixes, _ = blend.parse(data.paths or data.train_paths)
     corpora = [indexed.IndexedCorpus(prefix) for prefix in prefixes]
@@ -86,13 +87,13 @@ def inspect(options: Options) -> list[str]:
     lines = [line for corpus in corpora for line in describe(corpus)]
     if options.document is not None:
         if not corpora:
-            raise config.UserError("--document needs a corpus in files")
+            raise errors.UserError("--document needs a corpus in files")
         lines += _document(corpora[0], options.document, text)
     if not (options.samples or options.dump or options.step is not None):
         return lines
     source_map, numbers = _run_samples(cfg, options) if cfg else _samples(options, corpora)
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(source_map):
-        raise config.UserError(
+        raise errors.UserError(
             f"samples {numbers.min()} to {numbers.max()}: the {options.which} split has "
             f"{len(source_map)}"
         )
@@ -138,8 +139,8 @@ def indices(source: samples.SampleMap | blend.Blend) -> dict[str, np.ndarray]:
     return {name: getattr(source, name) for name in names}
 
 
-def _data(options: Options) -> config.Data:
-    return config.Data(
+def _data(options: Options) -> schema.Data:
+    return schema.Data(
         paths=options.paths,
         split=options.split,
         eod_id=options.eod,
@@ -154,29 +155,29 @@ def _samples(
 ) -> tuple[samples.SampleMap | blend.Blend, np.ndarray]:
     _, weights = blend.parse(options.paths)
     if weights is not None and options.n_samples is None:
-        raise config.UserError("a weighted blend has no epoch of its own: give --n-samples")
+        raise errors.UserError("a weighted blend has no epoch of its own: give --n-samples")
     source = splits.Source(corpora, weights, options.split)
     name = WHICH[options.which]
     found = splits.build(
         source, _data(options), name, options.seq_len, options.n_samples, options.seed
     )
     if found is None:
-        raise config.UserError(f"--split {options.split} leaves nothing for {options.which}")
+        raise errors.UserError(f"--split {options.split} leaves nothing for {options.which}")
     return found, _numbers(options.samples)
 
 
 def _run_samples(
-    cfg: config.Config, options: Options
+    cfg: schema.Config, options: Options
 ) -> tuple[samples.SampleMap | blend.Blend, np.ndarray]:
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     opened = splits.open_splits(cfg, *schedule.end(cfg.train, cfg.model.seq_len))
     found = getattr(opened, WHICH[options.which])
     if found is None:
-        raise config.UserError(f"{options.config} has no {options.which} split")
+        raise errors.UserError(f"{options.config} has no {options.which} split")
     if options.step is None:
         return found, _numbers(options.samples)
     if options.which != "train" or options.samples:
-        raise config.UserError("--step is of training: leave out --which and --samples")
+        raise errors.UserError("--step is of training: leave out --which and --samples")
     stream = skipping.from_config(cfg.data)
     batches = stream.schedule(schedule)
     first = batches.consumed_after(options.step - 1)
@@ -194,7 +195,7 @@ def _document(
 ) -> list[str]:
     n = len(corpus.document_indices) - 1
     if not 0 <= number < n:
-        raise config.UserError(f"--document {number}: {corpus.prefix} has {n}, from 0 on")
+        raise errors.UserError(f"--document {number}: {corpus.prefix} has {n}, from 0 on")
     first, stop = corpus.document_indices[number : number + 2]
     lines = [f"document {number}: {stop - first} sequence(s)"]
     return lines + [_show(corpus.read(i), text) for i in range(first, stop)]
@@ -221,7 +222,7 @@ def _dump(path: str, arrays: dict[str, np.ndarray]) -> None:
         with open(path, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
-        raise config.UserError(f"--dump {path}: {error}") from error
+        raise errors.UserError(f"--dump {path}: {error}") from error
 
 
 def main() -> int:

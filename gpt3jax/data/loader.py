@@ -13,13 +13,15 @@ import grain
 import jax
 import numpy as np
 
-from gpt3jax import batch_schedule, config, sharding, skipping
-from gpt3jax.data import blend, samples, splits
+from gpt3jax import errors
+from gpt3jax.config import batch_schedule, schema
+from gpt3jax.data import blend, global_batch, samples, skipping, splits
+from gpt3jax.sharding import rules
 
 
 def train_batches(
     parts: splits.Splits,
-    cfg: config.Config,
+    cfg: schema.Config,
     schedule: batch_schedule.BatchSchedule,
     mesh: jax.sharding.Mesh,
     start: int,
@@ -41,7 +43,7 @@ def train_batches(
 
 def eval_batches(
     parts: splits.Splits,
-    cfg: config.Config,
+    cfg: schema.Config,
     mesh: jax.sharding.Mesh,
     split: str,
     n_evals_before: int,
@@ -60,18 +62,18 @@ def eval_batches(
 
 def _batches(
     source: samples.Samples,
-    cfg: config.Config,
+    cfg: schema.Config,
     mesh: jax.sharding.Mesh,
     stretches: tuple[batch_schedule.Stretch, ...],
     stream: skipping.Stream = skipping.WHOLE,
 ) -> Iterator[dict[str, jax.Array]]:
-    n_rows = cfg.batch.microbatch_size * sharding.data_parallel_size(mesh)
-    rows = sharding.local_rows(mesh, n_rows)
+    n_rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
+    rows = global_batch.local_rows(mesh, n_rows)
     batches = Batches(source, cfg, stretches, n_rows, rows, stream)
     threads = cfg.data.read_threads if cfg.data.prefetch else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.data.prefetch)
     for local in grain.MapDataset.source(batches).to_iter_dataset(options):
-        yield sharding.device_put_rows(local, mesh, n_rows)
+        yield global_batch.device_put_rows(local, mesh, n_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Batches:
     """A Grain source: element k is this process's rows of batch k, as NumPy `[M, rows, ...]`."""
 
     source: samples.Samples
-    cfg: config.Config
+    cfg: schema.Config
     stretches: tuple[batch_schedule.Stretch, ...]
     n_rows: int  # of a microbatch, over all processes
     rows: np.ndarray  # this process's
@@ -107,7 +109,7 @@ class Batches:
             data = self.cfg.data
             words = data.paths or data.train_paths + data.validation_paths + data.test_paths
             files = " or ".join(f"{prefix}.bin" for prefix in blend.parse(words)[0])
-            raise config.UserError(
+            raise errors.UserError(
                 f"{files} has token {token} "
                 f"(in the batch from sample {first} on), outside of "
                 f"model.vocab_size={self.cfg.model.vocab_size}: is it tokenised for this model?"

@@ -5,7 +5,8 @@ import sys
 
 import tqdm
 
-from gpt3jax import command, config
+from gpt3jax import errors
+from gpt3jax.config import command, user_paths
 from gpt3jax.data import indexed
 
 
@@ -13,9 +14,9 @@ from gpt3jax.data import indexed
 class Options:
     """What `gpt3jax.data.merge` is asked to do."""
 
-    input: tuple[config.Path, ...]
+    input: tuple[user_paths.Path, ...]
     """Prefixes of the corpora, in the order of their documents."""
-    output_prefix: config.Path
+    output_prefix: user_paths.Path
     """Prefix of the new corpus."""
 
 
@@ -27,12 +28,12 @@ def merge(options: Options) -> str:
             output that is among them or cannot be written.
     """
     if not options.input or options.output_prefix in options.input:
-        raise config.UserError("give --input prefixes, and an --output-prefix that is none of them")
+        raise errors.UserError("give --input prefixes, and an --output-prefix that is none of them")
     corpora = [indexed.IndexedCorpus(prefix) for prefix in options.input]
     dtype = corpora[0].dtype
     for corpus in corpora:
         if corpus.dtype != dtype:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{corpus.prefix} has {corpus.dtype} tokens and {corpora[0].prefix} {dtype}: they "
                 "are of different vocabularies; prepare them with one"
             )

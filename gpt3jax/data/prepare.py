@@ -18,7 +18,8 @@ import numpy as np
 import tqdm
 import tyro
 
-from gpt3jax import command, config, ranges
+from gpt3jax import errors
+from gpt3jax.config import command, ranges, user_paths
 from gpt3jax.data import documents, indexed, tokenizer
 
 N_TOLD = 10  # bad records that are named one by one
@@ -28,10 +29,10 @@ N_TOLD = 10  # bad records that are named one by one
 class Options:
     """What `gpt3jax.data.prepare` is asked to do."""
 
-    input: tuple[config.Path, ...]
+    input: tuple[user_paths.Path, ...]
     """Files, globs or folders (hidden files left out), read in this order: .jsonl or .json (one
     object a line), .txt (one document a file), each also with .gz or .zst, and .parquet."""
-    output_prefix: config.Path
+    output_prefix: user_paths.Path
     """The corpus becomes OUTPUT_PREFIX_KEY_document.bin and .idx."""
     json_key: str = "text"
     """Key of the text in a JSON object, or column of a Parquet file."""
@@ -119,7 +120,7 @@ def prepare(options: Options) -> Report:
             done += sizes[path]
         if not report.n_tokens:
             bad = f": {report.n_bad:,} bad lines, {report.bad[0]} first" if report.bad else ""
-            raise config.UserError(f"{' '.join(options.input)}: there is no text to encode{bad}")
+            raise errors.UserError(f"{' '.join(options.input)}: there is no text to encode{bad}")
     return report
 
 
@@ -176,12 +177,12 @@ def _write(encoded: Encoded, writer: indexed.Writer, options: Options, report: R
     for number, problem in encoded.bad:
         told = f"{path}:{number}: {problem}"
         if options.on_bad_line == "error":
-            raise config.UserError(f"{told}; mend it, or leave such out with --on-bad-line skip")
+            raise errors.UserError(f"{told}; mend it, or leave such out with --on-bad-line skip")
         report.n_bad += 1
         if report.n_bad <= N_TOLD:
             report.bad.append(told)
     if encoded.empty and options.on_empty_document == "error":
-        raise config.UserError(
+        raise errors.UserError(
             f"{path}:{encoded.empty[0]}: an empty document; mend it, or set --on-empty-document"
         )
     report.n_empty += len(encoded.empty)

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpt3jax import config, validation
+from gpt3jax import errors
+from gpt3jax.config import schema, validation
 from gpt3jax.data import index_cache, indexed
 
 SPLITS = ("train", "validation", "test")
@@ -90,7 +91,7 @@ def build(
     if bounds is None or n_samples == 0:
         return None
     if bounds[0] == bounds[1]:
-        raise config.UserError(
+        raise errors.UserError(
             f"data.split={split!r} gives the {name} split none of the {len(corpus)} "
             f"documents of {corpus.prefix}: give it a larger weight, or 0 to leave it out"
         )
@@ -137,7 +138,7 @@ class SampleMap:
         ids = np.arange(*sequences, dtype=np.int32)
         n_tokens = int(corpus.lengths[slice(*sequences)].sum(dtype=np.int64))
         if n_tokens == 0:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{corpus.prefix}: there is no token in documents {sequences[0]} to "
                 f"{sequences[1]} (of {len(corpus)}): the corpus is too small for this split"
             )
@@ -240,7 +241,7 @@ class SampleMap:
         return self.corpus.gather(documents, offsets, lengths), np.add.reduceat(lengths, starts)
 
 
-def read(source: Samples, data: config.Data, numbers: np.ndarray) -> dict[str, np.ndarray]:
+def read(source: Samples, data: schema.Data, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """Return samples by number as arrays `[n, T]`: tokens, targets, loss_mask, positions.
 
     With `data.reset_attention_mask` also segments.
@@ -285,7 +286,7 @@ def _shuffled_samples(n: int, epochs: Epochs, random: Any) -> np.ndarray:
 
 
 def end_of_document_effects(
-    tokens_BT: np.ndarray, data: config.Data
+    tokens_BT: np.ndarray, data: schema.Data
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return loss mask, positions and segments of input tokens `[B, T]`.
 

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from gpt3jax import config, ranges
+from gpt3jax import errors
+from gpt3jax.config import ranges, schema
 from gpt3jax.data import blend, indexed, mock, samples, text
 
 
@@ -29,7 +30,7 @@ class Source:
     """Shares of documents; None: the split has corpora of its own, and all of them."""
 
 
-def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
+def open_splits(cfg: schema.Config, n_steps: int, n_samples: int) -> Splits:
     """Map the corpora to the samples of a run of n_steps steps and n_samples training samples.
 
     Raises:
@@ -42,7 +43,7 @@ def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
     eval_size = train.eval_batches * cfg.batch.global_batch_size
     n_evals = n_steps // train.eval_interval + 1 if train.eval_interval else 0
     if n_evals * eval_size > ranges.INT32:
-        raise config.UserError(
+        raise errors.UserError(
             f"train.eval_batches={train.eval_batches} takes {n_evals * eval_size} samples in "
             f"{n_evals} evaluations, and their numbers must stay below 2^31: lower it, or evaluate "
             "less often (train.eval_interval)"
@@ -53,13 +54,13 @@ def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
         maps.append(build(source, data, name, cfg.model.seq_len, n, train.seed))
         if maps[-1] is not None and len(maps[-1]) < n:  # unweighted blends are read once only
             prefixes = " ".join(corpus.prefix for corpus in source.corpora)
-            raise config.UserError(
+            raise errors.UserError(
                 f"the run needs {n} {name} samples and {prefixes} has {len(maps[-1])}: "
                 "give each prefix a weight, or "
                 + ("shorten the run" if name == "train" else "lower train.eval_batches")
             )
     if maps[0] is None:
-        raise config.UserError(
+        raise errors.UserError(
             f"data.split={data.split!r} leaves nothing to train on: give its first weight a share"
         )
     parts = maps[0].maps if isinstance(maps[0], blend.Blend) else [maps[0]]
@@ -85,7 +86,7 @@ def open_splits(cfg: config.Config, n_steps: int, n_samples: int) -> Splits:
     )
 
 
-def open_sources(data: config.Data, model: config.Model) -> list[Source]:
+def open_sources(data: schema.Data, model: schema.Model) -> list[Source]:
     """Open the corpora of the three splits, each file once.
 
     Raises:
@@ -109,7 +110,7 @@ def open_sources(data: config.Data, model: config.Model) -> list[Source]:
 
 
 def build(
-    source: Source, data: config.Data, name: str, seq_len: int, n_samples: int | None, seed: int
+    source: Source, data: schema.Data, name: str, seq_len: int, n_samples: int | None, seed: int
 ) -> "samples.SampleMap | blend.Blend | None":
     """Return the samples of a split by its name (`samples.SPLITS`); None if it has none.
 

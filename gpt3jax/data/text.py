@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import tqdm
 
-from gpt3jax import config
+from gpt3jax import errors
+from gpt3jax.config import schema
 from gpt3jax.data import documents, indexed, tokenizer
 
 PYTHON = "python"  # data.from_text: the sources of Python's own library, on every machine
@@ -21,7 +22,7 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2
 _ENCODE_AT_ONCE = 64  # files
 
 
-def ensure_corpus(data: config.Data, model: config.Model) -> None:
+def ensure_corpus(data: schema.Data, model: schema.Model) -> None:
     """Make the corpus `data.paths[0]` from `data.from_text`, unless it is there already.
 
     One document a file, each with an end-of-document token behind it. The tokenizer is
@@ -35,7 +36,7 @@ def ensure_corpus(data: config.Data, model: config.Model) -> None:
     if not data.from_text or _exists(data.paths[0]):
         return
     if not (data.vocab_file or data.tokenizer):
-        raise config.UserError(
+        raise errors.UserError(
             "data.from_text needs data.vocab_file and data.merge_file: the tokenizer, which is "
             "trained and written there if the files are absent; or data.tokenizer"
         )
@@ -50,7 +51,7 @@ def ensure_corpus(data: config.Data, model: config.Model) -> None:
         _write(files, data)
 
 
-def _write(files: list[pathlib.Path], data: config.Data) -> None:
+def _write(files: list[pathlib.Path], data: schema.Data) -> None:
     bpe = tokenizer.of_config(data)
     left_out: list[pathlib.Path] = []
     texts = read(files, f"writing {data.paths[0]}", left_out)
@@ -59,7 +60,7 @@ def _write(files: list[pathlib.Path], data: config.Data) -> None:
             for ids in bpe.encode_batch(chunk):
                 writer.add_document([[*ids, bpe.eod_id]])
         if not writer.n_documents:
-            raise config.UserError(
+            raise errors.UserError(
                 f"data.from_text={data.from_text!r}: none of its {len(files)} files is UTF-8 text"
             )
     if left_out:
@@ -103,7 +104,7 @@ def text_files(source: str) -> list[pathlib.Path]:
         and not (source == PYTHON and _LEFT_OUT & set(path.relative_to(folder).parts))
     ]
     if not files:
-        raise config.UserError(
+        raise errors.UserError(
             f"data.from_text={source!r}: there are no files in {folder}: give a folder of text, "
             f"or {PYTHON!r}"
         )
@@ -129,12 +130,12 @@ def read(files: list[pathlib.Path], doing: str, left_out: list[pathlib.Path]) ->
             left_out.append(path)
             continue
         except OSError as error:
-            raise config.UserError(f"data.from_text: {path}: {error}") from error
+            raise errors.UserError(f"data.from_text: {path}: {error}") from error
         if text:
             yield text
 
 
-def check_vocabulary(data: config.Data, model: config.Model) -> None:
+def check_vocabulary(data: schema.Data, model: schema.Model) -> None:
     """Check that the tokenizer, if one is named, fits `model.vocab_size` and `data.eod_id`.
 
     Raises:
@@ -144,18 +145,18 @@ def check_vocabulary(data: config.Data, model: config.Model) -> None:
         return
     bpe = tokenizer.of_config(data)
     if bpe.vocab_size > model.vocab_size:
-        raise config.UserError(
+        raise errors.UserError(
             f"{data.tokenizer or data.vocab_file} has {bpe.vocab_size} tokens, more than "
             f"model.vocab_size={model.vocab_size}: set model.vocab_size={bpe.vocab_size}"
         )
     if bpe.eod_id != data.eod_id:
-        raise config.UserError(
+        raise errors.UserError(
             f"{data.tokenizer or data.vocab_file} has {tokenizer.END_OF_TEXT} as {bpe.eod_id}, but "
             f"data.eod_id={data.eod_id}: set data.eod_id={bpe.eod_id}"
         )
     if data.tokenizer and bpe.added and data.eod_id not in bpe.added:
         known = ", ".join(f"{number} ({token})" for number, token in sorted(bpe.added.items())[:8])
-        raise config.UserError(
+        raise errors.UserError(
             f"data.eod_id={data.eod_id} is an ordinary token of data.tokenizer={data.tokenizer}: "
             f"set it to the one that ends a document, of {known}"
         )

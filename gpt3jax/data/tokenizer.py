@@ -14,7 +14,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gpt3jax import config
+from gpt3jax import errors
+from gpt3jax.config import schema, user_paths
 from gpt3jax.data import tokenizer_files
 
 END_OF_TEXT = "<|endoftext|>"
@@ -53,7 +54,7 @@ class Tokenizer:
         vocab = rust.get_vocab()
         eod_id = vocab.get(eod, -1) if isinstance(eod, str) else eod
         if eod_id not in vocab.values():
-            raise config.UserError(
+            raise errors.UserError(
                 f"the tokenizer has no token {eod!r} for the end of a document: name the one "
                 "it has with --eod-token (for training, its id with data.eod_id)"
             )
@@ -95,7 +96,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise config.UserError(
+            raise errors.UserError(
                 f"the text {text[:40]!r} is not UTF-8 at character {error.start}: mend it"
             ) from None
         ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
@@ -207,7 +208,7 @@ def from_files(vocab_file: str, merge_file: str) -> Tokenizer:
     try:
         bpe = models.BPE(vocab=vocab, merges=merges)
     except Exception as error:  # the library raises bare Exception
-        raise config.UserError(f"{merge_file} does not belong to {vocab_file}: {error}") from error
+        raise errors.UserError(f"{merge_file} does not belong to {vocab_file}: {error}") from error
     rust = _byte_level(bpe)
     rust.add_special_tokens([END_OF_TEXT])
     tokenizer = Tokenizer(rust, END_OF_TEXT, splits_at_blanks=True)
@@ -253,7 +254,7 @@ def vocabulary(folder: pathlib.Path) -> dict[str, int]:
     return vocab
 
 
-def of_config(data: config.Data, eod_token: str = END_OF_TEXT) -> Tokenizer:
+def of_config(data: schema.Data, eod_token: str = END_OF_TEXT) -> Tokenizer:
     """Read the tokenizer that a config names.
 
     Of `data.tokenizer`, data.eod_id ends a document, unless it has no such token or eod_token names
@@ -265,7 +266,7 @@ def of_config(data: config.Data, eod_token: str = END_OF_TEXT) -> Tokenizer:
     if not data.tokenizer:
         return _gpt2(data.vocab_file, data.merge_file, eod_token)
     if not pathlib.Path(data.tokenizer).is_file():
-        raise config.UserError(f"data.tokenizer={data.tokenizer}: no such file (a tokenizer.json)")
+        raise errors.UserError(f"data.tokenizer={data.tokenizer}: no such file (a tokenizer.json)")
     rust = _load(data.tokenizer)
     by_id = eod_token == END_OF_TEXT and rust.id_to_token(data.eod_id) is not None
     return Tokenizer(rust, data.eod_id if by_id else eod_token, splits_at_blanks=False)
@@ -275,7 +276,7 @@ def _gpt2(vocab_file: str, merge_file: str, eod_token: str) -> Tokenizer:
     """Read GPT-2's two files; refuse another end of a document, which would have no effect."""
     found = from_files(vocab_file, merge_file)
     if eod_token != END_OF_TEXT:
-        raise config.UserError(
+        raise errors.UserError(
             f"{eod_token!r} cannot be the end-of-document token of {vocab_file}, which has "
             f"{END_OF_TEXT} ({found.eod_id}) for it: leave --eod-token out"
         )
@@ -289,7 +290,7 @@ def _load(source: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_pretrained(source)
     except Exception as error:  # as above
         told = str(error).strip().split("\n")[0]
-        raise config.UserError(
+        raise errors.UserError(
             f"--tokenizer={source}: {told}: give a tokenizer.json, a folder with one, or "
             "a name on the Hugging Face hub, which needs a network"
         ) from error
@@ -299,11 +300,11 @@ def _load(source: str) -> tokenizers.Tokenizer:
 class Source:
     """Where the command line's tokenizer comes from."""
 
-    vocab_file: config.Path = ""
+    vocab_file: user_paths.Path = ""
     """GPT-2 vocabulary (vocab.json), with merge_file."""
-    merge_file: config.Path = ""
+    merge_file: user_paths.Path = ""
     """GPT-2 merges (merges.txt)."""
-    tokenizer: config.Path = ""
+    tokenizer: user_paths.Path = ""
     """In place of these two: a tokenizer.json, a folder with one, or a name on the HF hub."""
     eod_token: str = END_OF_TEXT
     """The end-of-document token of `tokenizer`."""
@@ -316,7 +317,7 @@ class Source:
         """
         files = (self.vocab_file, self.merge_file)
         if any(files) == bool(self.tokenizer) or any(files) != all(files):
-            raise config.UserError("give --vocab-file and --merge-file together, or --tokenizer")
+            raise errors.UserError("give --vocab-file and --merge-file together, or --tokenizer")
         if self.tokenizer:
             return from_pretrained(self.tokenizer, self.eod_token)
         return _gpt2(*files, self.eod_token)
@@ -344,7 +345,7 @@ def train(texts: Iterable[str], vocab_size: int, vocab_file: str, merge_file: st
         UserError: vocab_size is below MIN_VOCAB_SIZE.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise config.UserError(
+        raise errors.UserError(
             f"model.vocab_size={vocab_size} is too small for a byte-level BPE: it needs a token "
             f"for each of 256 bytes and {END_OF_TEXT}: use {MIN_VOCAB_SIZE} or more"
         )
@@ -381,17 +382,17 @@ def _read_vocab(path: str) -> dict[str, int]:
     try:
         vocab = json.loads(tokenizer_files.read_text(path))
     except json.JSONDecodeError as error:
-        raise config.UserError(f"{path} is not JSON, as GPT-2's vocab.json is: {error}") from error
+        raise errors.UserError(f"{path} is not JSON, as GPT-2's vocab.json is: {error}") from error
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     if not ids or not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
-        raise config.UserError(
+        raise errors.UserError(
             f"{path} is not a vocabulary: it must map every token to an id, from 0 on without gaps"
         )
     if END_OF_TEXT not in vocab:
-        raise config.UserError(f"{path} has no {END_OF_TEXT}: add it as the last token")
+        raise errors.UserError(f"{path} has no {END_OF_TEXT}: add it as the last token")
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys()
     if missing:
-        raise config.UserError(
+        raise errors.UserError(
             f"{path} has no token for {len(missing)} of the 256 bytes, {sorted(missing)[0]!r} "
             "among them: it is not of a byte-level BPE, as GPT-2's is"
         )

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from gpt3jax import config, paths
+from gpt3jax import errors
+from gpt3jax.config import schema, user_paths
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG = "tokenizer_config.json"
@@ -26,11 +27,11 @@ def read_text(path: str) -> str:
         UserError: it is missing, or not UTF-8.
     """
     if not pathlib.Path(path).is_file():
-        raise config.UserError(f"{path}: no such file (GPT-2's vocab.json and merges.txt)")
+        raise errors.UserError(f"{path}: no such file (GPT-2's vocab.json and merges.txt)")
     try:
         return pathlib.Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise config.UserError(f"{path}: {error}") from error
+        raise errors.UserError(f"{path}: {error}") from error
 
 
 def read_merges(path: str) -> list[tuple[str, str]]:
@@ -46,7 +47,7 @@ def read_merges(path: str) -> list[tuple[str, str]]:
             continue
         left, _, right = line.partition(" ")
         if not right or " " in right:
-            raise config.UserError(
+            raise errors.UserError(
                 f"{path}:{number}: {line!r} is not a merge: two tokens and a space between them"
             )
         merges.append((left, right))
@@ -65,7 +66,7 @@ def find(folder: pathlib.Path) -> dict[str, Any]:
     return {}
 
 
-def moved(data: config.Data, folder: pathlib.Path) -> config.Data:
+def moved(data: schema.Data, folder: pathlib.Path) -> schema.Data:
     """Return a config whose tokenizer's files, where they are gone, are those of their names here.
 
     So a folder of a checkpoint that has them may be moved.
@@ -113,7 +114,7 @@ def check(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
     for name, added in ((_ADDED, _read(folder / _ADDED)), (CONFIG, _decoder(folder))):
         for token, number in added.items():
             if vocab.get(token) != number:
-                raise config.UserError(
+                raise errors.UserError(
                     f"{folder / name} adds the token {token!r} as {number}, which the tokenizer "
                     f"there does not: write a whole {TOKENIZER}, as AutoTokenizer"
                     f".from_pretrained({str(folder)!r}).save_pretrained(...) of transformers does"
@@ -143,7 +144,7 @@ def _check_pair(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
         pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
         differ += [MERGES] if pairs != read_merges(str(folder / MERGES)) else []
     if differ:
-        raise config.UserError(
+        raise errors.UserError(
             f"{folder / differ[0]} is not of the same tokenizer as {TOKENIZER} beside it: remove "
             "the one that the model was not trained with"
         )
@@ -157,4 +158,4 @@ def _decoder(folder: pathlib.Path) -> dict[str, Any]:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one where there is no file."""
-    return paths.read_json(path) if path.is_file() else {}
+    return user_paths.read_json(path) if path.is_file() else {}

@@ -9,7 +9,7 @@ A mesh works as in training; what `stage` and `context` ask for is added to `fsd
 
 import sys
 
-from gpt3jax import command
+from gpt3jax.config import command
 from gpt3jax.evaluate import options
 
 

@@ -15,7 +15,9 @@ import tqdm
 from lm_eval.api import registry
 from lm_eval.api.model import TemplateLM
 
-from gpt3jax import config, paths, trained
+from gpt3jax import errors
+from gpt3jax.checkpoint import parameters
+from gpt3jax.config import schema, user_paths
 from gpt3jax.data import tokenizer
 from gpt3jax.evaluate import scoring
 from gpt3jax.sample import generate, row_text, text_options
@@ -30,7 +32,7 @@ class CheckpointLM(TemplateLM):
 
     def __init__(
         self,
-        source: trained.Trained,
+        source: parameters.Trained,
         text: tokenizer.Tokenizer,
         batch_size: int = 8,
         stride: int = 0,
@@ -56,12 +58,12 @@ class CheckpointLM(TemplateLM):
             UserError: the checkpoint or the tokenizer cannot be used.
         """
         given = {"batch_size": (additional_config or {}).get("batch_size") or 8, **arg_dict}
-        folder = paths.full("checkpoint", given.pop("checkpoint"))
+        folder = user_paths.full("checkpoint", given.pop("checkpoint"))
         dtype = given.pop("compute_dtype", "auto")
         size, stride = int(given.pop("batch_size")), int(given.pop("stride", 0))
-        source = trained.open_for_use(folder, config.Mesh(), dtype)
-        files = paths.expanded(tokenizer.Source(**given))
-        text = trained.open_tokenizer(folder, source.cfg, files)
+        source = parameters.open_for_use(folder, schema.Mesh(), dtype)
+        files = user_paths.expanded(tokenizer.Source(**given))
+        text = parameters.open_tokenizer(folder, source.cfg, files)
         return cls(source, text, size, stride)
 
     @classmethod
@@ -99,7 +101,7 @@ class CheckpointLM(TemplateLM):
         rows, counts = [], []
         for (_, continuation), before, after in requests:
             if len(after) > self._seq_len:
-                raise config.UserError(
+                raise errors.UserError(
                     f"a continuation of {len(after)} tokens ({continuation[:40]!r}...) does not "
                     f"fit model.seq_len={self._seq_len}: leave its task out"
                 )
@@ -187,7 +189,7 @@ class CheckpointLM(TemplateLM):
         """Return the prompt, how to choose its tokens, and the stop strings."""
         unknown = sorted(options.keys() - _GENERATION)
         if unknown:
-            raise config.UserError(
+            raise errors.UserError(
                 f"a task asks for {unknown[0]}={options[unknown[0]]!r} in generating, which is not "
                 f"supported: leave the task out; known are {', '.join(sorted(_GENERATION))}"
             )
@@ -240,11 +242,11 @@ def run(
         UserError: a task is not known.
     """
     if folder and not pathlib.Path(folder).is_dir():
-        raise config.UserError(f"--task-folder={folder} is no folder: give one with YAML files")
+        raise errors.UserError(f"--task-folder={folder} is no folder: give one with YAML files")
     manager = lm_eval.tasks.TaskManager(include_path=folder or None)
     for name in tasks:
         if not manager.match_tasks([name]):
-            raise config.UserError(
+            raise errors.UserError(
                 f"--tasks has {name!r}, which lm-eval does not know: see `lm-eval ls tasks`, or "
                 "give the folder of its YAML file as --task-folder"
             )

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from gpt3jax import config, trained
+from gpt3jax import errors
+from gpt3jax.checkpoint import parameters
+from gpt3jax.config import schema
 from gpt3jax.data import tokenizer
 from gpt3jax.evaluate import options, scoring, stream
 
@@ -20,10 +22,10 @@ def evaluate(given: options.Options) -> str:
     Raises:
         UserError: options, checkpoint, text, corpus or tasks that cannot be used.
     """
-    source = trained.open_for_use(given.checkpoint, given.mesh, given.compute_dtype)
+    source = parameters.open_for_use(given.checkpoint, given.mesh, given.compute_dtype)
     seq_len = source.cfg.model.seq_len
     if given.stride > seq_len:
-        raise config.UserError(
+        raise errors.UserError(
             f"--stride={given.stride} must be from 1 to model.seq_len={seq_len}, or 0 for its "
             "default: choose a value there"
         )
@@ -38,7 +40,7 @@ def evaluate(given: options.Options) -> str:
     return told
 
 
-def measure(given: options.Options, source: trained.Trained) -> dict[str, Any]:
+def measure(given: options.Options, source: parameters.Trained) -> dict[str, Any]:
     """Return the loss of a text or a corpus, and what it was measured on.
 
     Raises:
@@ -76,14 +78,14 @@ def measure(given: options.Options, source: trained.Trained) -> dict[str, Any]:
     }
 
 
-def _open(given: options.Options, cfg: config.Config) -> tuple[stream.Stream, str]:
+def _open(given: options.Options, cfg: schema.Config) -> tuple[stream.Stream, str]:
     """Return what is scored, and why its bytes are not known ("" if they are)."""
     if given.text:
-        text = trained.open_tokenizer(given.checkpoint, cfg, given.source)
+        text = parameters.open_tokenizer(given.checkpoint, cfg, given.source)
         return stream.of_file(given.text, text, given.max_tokens), ""
     try:
-        found, why = trained.open_tokenizer(given.checkpoint, cfg, given.source), ""
-    except config.UserError as error:
+        found, why = parameters.open_tokenizer(given.checkpoint, cfg, given.source), ""
+    except errors.UserError as error:
         if given.source != tokenizer.Source():
             raise
         found, why = None, str(error)
@@ -107,10 +109,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
     return [*lines, f"The bytes are not known without a tokenizer: {why}"] if why else lines
 
 
-def _run_tasks(given: options.Options, source: trained.Trained) -> tuple[dict[str, Any], str]:
+def _run_tasks(given: options.Options, source: parameters.Trained) -> tuple[dict[str, Any], str]:
     from gpt3jax.evaluate import lm_eval_model  # in an extra
 
-    text = trained.open_tokenizer(given.checkpoint, source.cfg, given.source)
+    text = parameters.open_tokenizer(given.checkpoint, source.cfg, given.source)
     lm = lm_eval_model.CheckpointLM(source, text, given.batch_size, given.stride)
     names = [name.strip() for name in given.tasks.split(",")]
     return lm_eval_model.run(lm, names, given.task_folder, given.n_fewshot, given.limit)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt3jax import config, ranges
+from gpt3jax import errors
+from gpt3jax.config import ranges, schema, user_paths
 from gpt3jax.data import tokenizer
 
 
@@ -15,15 +16,15 @@ from gpt3jax.data import tokenizer
 class Options:
     """What `gpt3jax.evaluate` is asked for."""
 
-    checkpoint: config.Path
+    checkpoint: user_paths.Path
     """Folder of checkpoints, as checkpoint.dir; the newest is used."""
-    text: config.Path = ""
+    text: user_paths.Path = ""
     """A UTF-8 file, scored as one document."""
-    data: config.Path = ""
+    data: user_paths.Path = ""
     """In place of text: PREFIX of a corpus, scored as one stream of its documents."""
     tasks: str = ""
     """In place of text: names of lm-eval's tasks, with commas between them."""
-    task_folder: config.Path = ""
+    task_folder: user_paths.Path = ""
     """With tasks: a folder of YAML files with more tasks."""
     n_fewshot: Annotated[int, ranges.Range(-1, 1000)] = -1
     """With tasks: examples before each question (-1: as the task says)."""
@@ -36,12 +37,12 @@ class Options:
     """Score the first tokens alone, at most this many, as 100000 or 100K (0: all)."""
     batch_size: Annotated[int, ranges.Range(1, 10**6)] = 8
     """Windows or questions at a time."""
-    json: config.Path = ""
+    json: user_paths.Path = ""
     """Write what was measured to this file as well."""
     source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
         default_factory=tokenizer.Source
     )
-    mesh: config.Mesh = dataclasses.field(default_factory=config.Mesh)
+    mesh: schema.Mesh = dataclasses.field(default_factory=schema.Mesh)
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
 
@@ -55,15 +56,15 @@ def check(options: Options) -> None:
     given = [f"--{name}" for name in ("text", "data", "tasks") if getattr(options, name)]
     if len(given) != 1:
         told = " and ".join(given) if given else "nothing"
-        raise config.UserError(f"{told} given to measure: give one of --text, --data and --tasks")
+        raise errors.UserError(f"{told} given to measure: give one of --text, --data and --tasks")
     defaults = Options(checkpoint="")
     useless = ("max_tokens",) if options.tasks else ("task_folder", "n_fewshot", "limit")
     for name in useless:
         if getattr(options, name) != getattr(defaults, name):
             option = name.replace("_", "-")
-            raise config.UserError(f"--{option} has no effect with {given[0]}: leave it out")
+            raise errors.UserError(f"--{option} has no effect with {given[0]}: leave it out")
     if options.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise config.UserError("--tasks needs the extra: pip install 'gpt3jax[lm-eval]'")
+        raise errors.UserError("--tasks needs the extra: pip install 'gpt3jax[lm-eval]'")
     if options.json:
         write(options.json, "")  # now, not after hours
 
@@ -78,4 +79,4 @@ def write(path: str, content: str) -> None:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(path).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise config.UserError(f"--json={path} cannot be written: {error}") from error
+        raise errors.UserError(f"--json={path} cannot be written: {error}") from error

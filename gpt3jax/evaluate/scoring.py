@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gpt3jax import config, loss, model, sharding, step
+from gpt3jax import errors, step
+from gpt3jax.config import schema
 from gpt3jax.data import samples
+from gpt3jax.model import gpt, loss
 from gpt3jax.sample import generate
+from gpt3jax.sharding import rules
 
 _LOGITS_AT_ONCE = 256  # positions of each row whose logits are held
 
@@ -27,11 +30,9 @@ class Scorer:
         n_rows: rows of one batch, `batch_size` rounded up to what the mesh splits.
     """
 
-    def __init__(
-        self, params: model.GPT, program: step.Program, data: config.Data, batch_size: int
-    ):
+    def __init__(self, params: gpt.GPT, program: step.Program, data: schema.Data, batch_size: int):
         """Use parameters on the program's mesh; `data` says what an end of a document changes."""
-        n_shards = sharding.data_parallel_size(program.mesh)
+        n_shards = rules.data_parallel_size(program.mesh)
         self.seq_len = params.model.seq_len
         self.n_rows = -(-batch_size // n_shards) * n_shards
         self._params, self._program, self._data = params, program, data
@@ -68,18 +69,18 @@ class Scorer:
 
 
 def token_losses(
-    params: model.GPT,
+    params: gpt.GPT,
     tokens_BT: Array,
     targets_BT: Array,
     positions_BT: Array,
     segments_BT: Array | None,
     *,
-    compute: model.Compute,
+    compute: gpt.Compute,
 ) -> tuple[Array, Array]:
     """Return the loss of each target, fp32 `[B, T]`, and whether it is the likeliest token."""
     arrays = tokens_BT, targets_BT, positions_BT, segments_BT
     tokens_BT, targets_BT, positions_BT, segments_BT = jax.tree.map(
-        lambda x: sharding.constrain(jnp.asarray(x), "batch", None), arrays
+        lambda x: rules.constrain(jnp.asarray(x), "batch", None), arrays
     )
     x_BTD = params(tokens_BT, positions_BT, segments_BT, None, compute)
     head_VD = params.head_VD(compute)
@@ -127,10 +128,10 @@ def window_rows(
         yield np.concatenate([before, tokens[first:stop]]), stop - counted
 
 
-def _check(row: np.ndarray, cfg: config.Model) -> None:
+def _check(row: np.ndarray, cfg: schema.Model) -> None:
     low, high = int(row.min()), int(row.max())
     if low < 0 or high >= cfg.vocab_size:
-        raise config.UserError(
+        raise errors.UserError(
             f"there are token ids from {low} to {high}, and the model has those from 0 to "
             f"{cfg.vocab_size - 1}: use the tokenizer or a corpus that it was trained with"
         )

@@ -5,7 +5,8 @@ import pathlib
 
 import numpy as np
 
-from gpt3jax import config
+from gpt3jax import errors
+from gpt3jax.config import schema
 from gpt3jax.data import documents, indexed, tokenizer
 
 
@@ -33,9 +34,9 @@ def of_file(path: str, text: tokenizer.Tokenizer, max_tokens: int) -> Stream:
     try:
         content = documents.decode(pathlib.Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise config.UserError(f"--text={path} cannot be read: {error}") from error
+        raise errors.UserError(f"--text={path} cannot be read: {error}") from error
     if not content:
-        raise config.UserError(f"--text={path} is empty: give a file with text")
+        raise errors.UserError(f"--text={path} is empty: give a file with text")
     whole = text.encode_batch([content])[0]
     tokens = whole[: max_tokens or None]
     read = content if len(tokens) == len(whole) else text.decode(tokens.tolist())
@@ -43,7 +44,7 @@ def of_file(path: str, text: tokenizer.Tokenizer, max_tokens: int) -> Stream:
 
 
 def of_corpus(
-    prefix: str, text: tokenizer.Tokenizer | None, cfg: config.Config, max_tokens: int
+    prefix: str, text: tokenizer.Tokenizer | None, cfg: schema.Config, max_tokens: int
 ) -> Stream:
     """Return the tokens of a corpus in its order; at most max_tokens (0: all).
 
@@ -54,12 +55,12 @@ def of_corpus(
     """
     corpus = indexed.IndexedCorpus(prefix)
     if not corpus.n_tokens:
-        raise config.UserError(f"--data={prefix} has no token: give a corpus that has documents")
+        raise errors.UserError(f"--data={prefix} has no token: give a corpus that has documents")
     indexed.check_tokens(corpus, cfg.model.vocab_size)
     tokens = corpus.head(max_tokens or corpus.n_tokens)
     eod_id = cfg.data.eod_id if text is None else text.eod_id
     if eod_id >= cfg.model.vocab_size:
-        raise config.UserError(
+        raise errors.UserError(
             f"the checkpoint's data.eod_id={eod_id} is not below model.vocab_size="
             f"{cfg.model.vocab_size}: give the tokenizer that the model was trained with"
         )

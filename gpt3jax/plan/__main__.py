@@ -11,7 +11,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from gpt3jax import command, config, gpus, recipe
+from gpt3jax import errors
+from gpt3jax.config import command, recipe
+from gpt3jax.hardware import gpus
 from gpt3jax.plan import options
 
 
@@ -34,7 +36,7 @@ def _plan(args: Sequence[str]) -> int:
     if given.verify and (found["problems"] or not found["fits"]):
         sys.stderr.write("gpt3jax: --verify: this run would fail, as said above\n")
         return 1
-    return command.DONE
+    return errors.DONE
 
 
 def _check_writable(path: str) -> None:
@@ -42,7 +44,7 @@ def _check_writable(path: str) -> None:
     file = pathlib.Path(path)
     target = file if file.exists() else file.parent
     if file.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-        raise config.UserError(
+        raise errors.UserError(
             f"{path} cannot be written: choose a file in a folder that is there and yours"
         )
 

@@ -86,7 +86,7 @@ class _Frames:
             location, parent = self._frames[number]
             file, line = self._locations[location]
             path = _of_package(self._files[file][0])
-            if path and not path.endswith("/sharding.py"):  # which others call
+            if path and "/sharding/" not in path:  # which others call
                 return f"{path}:{line}"
             number = str(int(parent) - 1)  # 1: it has none
         return ""

@@ -27,9 +27,12 @@ import jax.experimental.topologies
 import numpy as np
 from jax.sharding import AxisType
 
-from gpt3jax import batch_schedule, config, gpus, recipe, sharding, step, xla_flags, zigzag
+from gpt3jax import errors, step
+from gpt3jax.config import batch_schedule, recipe, schema
+from gpt3jax.hardware import gpus, xla_flags
+from gpt3jax.model import cudnn_attention
 from gpt3jax.plan import buffers, hlo
-from gpt3jax.preflight import program as lowering
+from gpt3jax.sharding import meshes
 
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 # Groups of a config that do not change the program.
@@ -86,7 +89,7 @@ def missing_extra() -> str:
 
 
 def compile_step(
-    cfg: config.Config, args: list[str], axis_sizes: dict[str, int], gpu: gpus.Gpu,
+    cfg: schema.Config, args: list[str], axis_sizes: dict[str, int], gpu: gpus.Gpu,
     network: gpus.Network,
 ) -> Compiled:  # fmt: skip
     """Compile the step of the command line `args`, or find it in the cache.
@@ -123,9 +126,9 @@ def compile_step(
     return Compiled(text=text, program=hlo.parse(text), cudnn=cudnn, cached=cached, **found)
 
 
-def _key(cfg: config.Config, request: dict[str, Any], flags: str, variables: dict[str, str]) -> str:
+def _key(cfg: schema.Config, request: dict[str, Any], flags: str, variables: dict[str, str]) -> str:
     """Return a digest of all that decides the program."""
-    fields = {k: v for k, v in config.flatten(cfg).items() if not k.startswith(_ELSEWHERE)}
+    fields = {k: v for k, v in schema.flatten(cfg).items() if not k.startswith(_ELSEWHERE)}
     target = [request[name] for name in ("axis_sizes", "target", "gpus_per_node")]
     described = [fields, target, flags, variables, versions(), _sources()]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
@@ -144,7 +147,7 @@ def main() -> int:
     request = json.load(sys.stdin)
     try:
         answer = _compile(request)
-    except config.UserError as error:
+    except errors.UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     file = pathlib.Path(request["out"])
@@ -154,14 +157,14 @@ def main() -> int:
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
-    zigzag.answer_for(tuple(request["capability"]), gpus.CUDNN)
+    cudnn_attention.answer_for(tuple(request["capability"]), gpus.CUDNN)
     cfg = recipe.parse(request["args"])
     mesh = _target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     _, run_samples = schedule.end(cfg.train, cfg.model.seq_len)
     program = step.build(cfg, mesh, run_samples)
     with jax.set_mesh(mesh):
-        args = lowering.abstract_args(program, cfg, cfg.batch.global_batch_size)
+        args = step.abstract_args(program, cfg, cfg.batch.global_batch_size)
         traced = program.train.jitted.trace(*args)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -183,14 +186,14 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) -> jax.sharding.Mesh:
-    sizes = [axis_sizes[axis] for axis in sharding.AXES]
+    sizes = [axis_sizes[axis] for axis in meshes.AXES]
     n_gpus = int(np.prod(sizes))
     per_node = min(n_gpus, gpus_per_node)
     topology = jax.experimental.topologies.get_topology_desc(
         platform="cuda", target_config=target, topology=f"1x{n_gpus // per_node}x{per_node}"
     )
     devices: Any = np.array(topology.devices).reshape(sizes)
-    return jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    return jax.sharding.Mesh(devices, meshes.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _run(request: dict[str, Any], settings: dict[str, str], file: pathlib.Path) -> None:
@@ -205,7 +208,7 @@ def _run(request: dict[str, Any], settings: dict[str, str], file: pathlib.Path) 
             env=environment,
         )  # fmt: skip
         if done.returncode:
-            raise config.UserError(_failure(done.returncode, done.stderr))
+            raise errors.UserError(_failure(done.returncode, done.stderr))
         os.replace(request["out"], file)
 
 
@@ -244,9 +247,7 @@ def _sources() -> str:
     """Return a digest of the package's own code, which may change under one version."""
     package = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
-    of_plan = (package / "plan" / f"{name}.py" for name in ("buffers", "compiler", "hlo"))
-    of_batch = package / "preflight" / "program.py"
-    for file in (*sorted(package.glob("*.py")), *of_plan, of_batch):
+    for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -266,7 +267,7 @@ def _cache_folder() -> pathlib.Path:
                 return folder
         except OSError:
             continue
-    raise config.UserError(
+    raise errors.UserError(
         f"{home} cannot be written, nor can {temporary}: set XDG_CACHE_HOME to a folder for "
         "compiled steps"
     )

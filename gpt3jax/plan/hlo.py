@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpt3jax import config
+from gpt3jax import errors
 
 TRIED = ("0.10.2", "0.11.2", "0.12.0.1")  # versions of JAX
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
@@ -31,9 +31,9 @@ CUBLAS_PRODUCTS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8
 _CUDNN_ATTENTION = re.compile(r"__cudnn\$fmha\w*Softmax(Backward)?")
 
 
-def unreadable(what: str) -> config.UserError:
+def unreadable(what: str) -> errors.UserError:
     """Return the error for a program that does not read as those of the versions in `TRIED`."""
-    return config.UserError(
+    return errors.UserError(
         f"the plan cannot read the step that jax {importlib.metadata.version('jax')} compiled: "
         f"{what}. Use --no-compile, or a version that was tried: {', '.join(TRIED)}"
     )

@@ -6,7 +6,7 @@ no time, or a wrong one, so a plan is refused where its parts do not add up.
 
 import collections
 
-from gpt3jax import config
+from gpt3jax.config import schema
 from gpt3jax.plan import compiler, hlo, memory_model, time_model, timeline
 
 # Of the model's FLOPs with what is computed again: compiled steps have 1.00 to 1.02, 1.10 where XLA
@@ -16,7 +16,7 @@ LEAST_SENT = 0.6  # of what the closed forms send over an axis: compiled steps h
 
 
 def check(
-    cfg: config.Config,
+    cfg: schema.Config,
     layout: memory_model.Layout,
     compiled: compiler.Compiled,
     time: time_model.StepTime,
@@ -45,7 +45,7 @@ def check(
     _check_traffic(time.traffic, closed_forms.traffic)
 
 
-def _check_flops(cfg: config.Config, layout: memory_model.Layout, found: float) -> None:
+def _check_flops(cfg: schema.Config, layout: memory_model.Layout, found: float) -> None:
     work = time_model.work(cfg, layout)
     needed = work.model_flops + work.recomputed_flops
     # XLA's attention works out whole blocks, of a band many scores that the model does not count:
@@ -61,7 +61,7 @@ def _check_flops(cfg: config.Config, layout: memory_model.Layout, found: float) 
 
 
 def _check_attention(
-    cfg: config.Config, layout: memory_model.Layout, compiled: compiler.Compiled
+    cfg: schema.Config, layout: memory_model.Layout, compiled: compiler.Compiled
 ) -> None:
     # A band over a split sequence is XLA's work.
     split = layout.sizes["context"] > 1 and cfg.model.attention.pattern == "alternating"

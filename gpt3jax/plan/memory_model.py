@@ -7,7 +7,11 @@ fitted to steps compiled for H100s (docs/plan.md says how far they are off). Tou
 import dataclasses
 import math
 
-from gpt3jax import attention, batch_schedule, config, gpus, remat, sharding, validation, xla_flags
+from gpt3jax import errors
+from gpt3jax.config import batch_schedule, ranges, schema, validation
+from gpt3jax.hardware import gpus, xla_flags
+from gpt3jax.model import attention, remat
+from gpt3jax.sharding import meshes, rules
 
 # Values of the compute format that the backward pass finds saved of a layer, per token and unit of
 # d_model, by `model.remat`: the layer's input, and what the policy names. "none": the inputs
@@ -36,7 +40,7 @@ class Layout:
 
     def stride(self, axis: str) -> int:
         """Return how many GPUs lie between neighbours on an axis."""
-        after = sharding.AXES[sharding.AXES.index(axis) + 1 :]
+        after = meshes.AXES[meshes.AXES.index(axis) + 1 :]
         return math.prod(self.sizes[a] for a in after)
 
     def in_node(self, axis: str, gpus_per_node: int) -> int:
@@ -45,7 +49,7 @@ class Layout:
         return size if size * stride <= gpus_per_node else max(1, gpus_per_node // stride)
 
 
-def lay_out(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Layout:
+def lay_out(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     """Return the layout of a config on this many GPUs, -1 resolved.
 
     Raises:
@@ -63,7 +67,7 @@ def lay_out(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     problems = []
     try:
         batch_schedule.check(schedule, *ranks)
-    except config.UserError as error:
+    except errors.UserError as error:
         problems.append(str(error))
     return Layout(
         sizes=sizes,
@@ -80,20 +84,20 @@ def check_nodes(n_gpus: int, gpus_per_node: int) -> None:
         UserError: they are not.
     """
     if n_gpus < 1:
-        raise config.UserError(f"--gpus={n_gpus} must be at least 1")
+        raise errors.UserError(f"--gpus={n_gpus} must be at least 1")
     if n_gpus > gpus_per_node and n_gpus % gpus_per_node:
-        raise config.UserError(
+        raise errors.UserError(
             f"--gpus={n_gpus} is not a multiple of --gpus-per-node={gpus_per_node}: use whole nodes"
         )
 
 
-def _resolve(mesh: config.Mesh, n_gpus: int) -> dict[str, int]:
-    sizes = sharding.axis_sizes(mesh, n_gpus)
+def _resolve(mesh: schema.Mesh, n_gpus: int) -> dict[str, int]:
+    sizes = meshes.axis_sizes(mesh, n_gpus)
     if sizes is None:
-        told = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in sharding.AXES)
-        fixed = math.prod(n for axis in sharding.AXES if (n := getattr(mesh, axis)) != -1)
+        told = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in meshes.AXES)
+        fixed = math.prod(n for axis in meshes.AXES if (n := getattr(mesh, axis)) != -1)
         free = "" if n_gpus % fixed else f", for instance --mesh.data={n_gpus // fixed * mesh.data}"
-        raise config.UserError(
+        raise errors.UserError(
             f"mesh: {told} does not fit --gpus={n_gpus}: the axes' product must be {n_gpus}; "
             f"change one{free if mesh.data > 0 else ''}"
             f"{'' if -1 in vars(mesh).values() else ', or give -1 to one'}"
@@ -101,7 +105,7 @@ def _resolve(mesh: config.Mesh, n_gpus: int) -> dict[str, int]:
     return sizes
 
 
-def _check(cfg: config.Config, sizes: dict[str, int]) -> None:
+def _check(cfg: schema.Config, sizes: dict[str, int]) -> None:
     model = cfg.model
     validation.check_pipeline(model, sizes["stage"], cfg.mesh.virtual_stages)
     validation.check_sequence(model, cfg.mesh, sizes["context"], sizes["tensor"])
@@ -111,13 +115,13 @@ def _check(cfg: config.Config, sizes: dict[str, int]) -> None:
         ("fsdp", "d_model", model.d_model),
     ):
         if size % sizes[axis]:
-            raise config.UserError(
+            raise errors.UserError(
                 f"mesh.{axis}={sizes[axis]} does not divide model.{field}={size}: "
-                f"use one of {config.divisors(size)}"
+                f"use one of {ranges.divisors(size)}"
             )
 
 
-def parameters(cfg: config.Config, sizes: dict[str, int], over_data: bool) -> int:
+def parameters(cfg: schema.Config, sizes: dict[str, int], over_data: bool) -> int:
     """Return how many parameters a GPU holds; `over_data`: as `mesh.shard_optimizer` cuts them.
 
     Each tensor is cut by its axes' sizes; over `data`, on its largest dimension that no other axis
@@ -138,7 +142,7 @@ Dims = list[tuple[int, str | None]]
 """Size and logical axis (`sharding.RULES`) of each dimension."""
 
 
-def _tensors(model: config.Model) -> list[Dims]:
+def _tensors(model: schema.Model) -> list[Dims]:
     """Return the parameters of a layer as dimensions and their logical axes."""
     d, f, k = (model.d_model, None), (model.d_ff, "mlp"), (model.d_head, None)
     h, embed, three = (model.n_heads, "heads"), (model.d_model, "embed"), (3, None)
@@ -151,7 +155,7 @@ def _tensors(model: config.Model) -> list[Dims]:
     ]  # fmt: skip
 
 
-def _ends(model: config.Model) -> list[Dims]:
+def _ends(model: schema.Model) -> list[Dims]:
     """Return the parameters outside of layers: table, positions, the last LayerNorm."""
     embed = (model.d_model, "embed")
     table: Dims = [(model.padded_vocab_size, "vocab"), embed]
@@ -159,21 +163,21 @@ def _ends(model: config.Model) -> list[Dims]:
 
 
 def _local_size(dims: Dims, sizes: dict[str, int], over_data: bool) -> int:
-    ways = [math.prod(sizes[a] for a in sharding.RULES[axis]) for _, axis in dims]
+    ways = [math.prod(sizes[a] for a in rules.RULES[axis]) for _, axis in dims]
     local = math.prod(size // w for (size, _), w in zip(dims, ways, strict=True))
     n_data = sizes["data"]
     free = any(w == 1 and size % n_data == 0 for (size, _), w in zip(dims, ways, strict=True))
     return local // n_data if over_data and free else local
 
 
-def activation_bytes(cfg: config.Config, layout: Layout) -> float:
+def activation_bytes(cfg: schema.Config, layout: Layout) -> float:
     """Return a GPU's part of one microbatch's residual stream in the compute format: `a`."""
     tokens = cfg.batch.microbatch_size * cfg.model.seq_len / layout.sizes["context"]
     ways = layout.sizes["tensor"] if cfg.mesh.sequence_parallel else 1
     return tokens * cfg.model.d_model * width(cfg) / ways
 
 
-def memory(cfg: config.Config, layout: Layout) -> dict[str, float]:
+def memory(cfg: schema.Config, layout: Layout) -> dict[str, float]:
     """Return a GPU's bytes at the peak of a step, by what they are for; their sum is the peak.
 
     parameters and optimizer (fp32, two moments) are exact, so is the batch. gradients: fp32 sums
@@ -199,26 +203,26 @@ def memory(cfg: config.Config, layout: Layout) -> dict[str, float]:
     }
 
 
-def width(cfg: config.Config) -> int:
+def width(cfg: schema.Config) -> int:
     """Return the bytes of a number in the compute format."""
     return 4 if cfg.precision.compute_dtype == "float32" else 2
 
 
-def _batch_bytes(cfg: config.Config, layout: Layout) -> float:
+def _batch_bytes(cfg: schema.Config, layout: Layout) -> float:
     """Four arrays of 4 bytes a token; the batch is cut over data and fsdp alone."""
     arrays = 5 if cfg.data.reset_attention_mask else 4
     rows = layout.n_microbatches * cfg.batch.microbatch_size
     return 4.0 * rows * (arrays * cfg.model.seq_len + 1)
 
 
-def _gradient_copies(cfg: config.Config, sizes: dict[str, int]) -> float:
+def _gradient_copies(cfg: schema.Config, sizes: dict[str, int]) -> float:
     """The running sum and the microbatch's own; over replicas also the sum's result (fitted)."""
     if sizes["stage"] > 1:  # a microbatch's own are added layer by layer
         return 1.0
     return 2.0 if cfg.mesh.shard_optimizer or sizes["data"] == 1 else 3.25
 
 
-def scores(cfg: config.Config, layout: Layout) -> float:
+def scores(cfg: schema.Config, layout: Layout) -> float:
     """Return how many scores a layer of XLA's attention works out of a microbatch on a GPU."""
     if layout.attention != "xla":
         return 0.0
@@ -229,7 +233,7 @@ def scores(cfg: config.Config, layout: Layout) -> float:
     return heads * of_head / (layout.sizes["tensor"] * layout.sizes["context"])
 
 
-def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
+def _saved_bytes(cfg: schema.Config, layout: Layout) -> float:
     """Layers' saved values; with stages those of every tick (docs/parallelism.md has the forms)."""
     model, stages, rounds = cfg.model, layout.sizes["stage"], cfg.mesh.virtual_stages
     a, m = activation_bytes(cfg, layout), layout.n_microbatches
@@ -242,7 +246,7 @@ def _saved_bytes(cfg: config.Config, layout: Layout) -> float:
     return model.n_layers * of_layer
 
 
-def _layer_bytes(cfg: config.Config, layout: Layout) -> float:
+def _layer_bytes(cfg: schema.Config, layout: Layout) -> float:
     """Two layers' weights gathered, a gradient before it is scattered, values in flight (fitted).
 
     Values: some 10 that are whole along the sequence, and 6.5 of a GPU's part of it. XLA's
@@ -257,7 +261,7 @@ def _layer_bytes(cfg: config.Config, layout: Layout) -> float:
     return 2.8 * weights + (6.5 + 10 * gathered) * a + 31.0 * scores(cfg, layout)
 
 
-def _logits_bytes(cfg: config.Config, layout: Layout) -> float:
+def _logits_bytes(cfg: schema.Config, layout: Layout) -> float:
     """One chunk of logits in fp32, and its gradient in the compute format."""
     model = cfg.model
     tokens = cfg.batch.microbatch_size * model.seq_len / layout.sizes["context"]
@@ -267,13 +271,13 @@ def _logits_bytes(cfg: config.Config, layout: Layout) -> float:
     return tokens * model.padded_vocab_size / layout.sizes["tensor"] * (4 + width(cfg))
 
 
-def _head_bytes(cfg: config.Config, layout: Layout) -> float:
+def _head_bytes(cfg: schema.Config, layout: Layout) -> float:
     """The vocabulary's table: fp32 for the lookup, a copy for the head, and its gradient."""
     table = cfg.model.padded_vocab_size * cfg.model.d_model / layout.sizes["tensor"]
     return table * (4 + width(cfg) + 4)
 
 
-def budget(cfg: config.Config, layout: Layout, gpu: gpus.Gpu) -> tuple[float, float]:
+def budget(cfg: schema.Config, layout: Layout, gpu: gpus.Gpu) -> tuple[float, float]:
     """Return (bytes that a step may take, headroom in them that the compiler cannot see).
 
     The budget is what JAX's allocator is given (`xla_flags.MEMORY_FRACTION`).
@@ -282,7 +286,7 @@ def budget(cfg: config.Config, layout: Layout, gpu: gpus.Gpu) -> tuple[float, fl
     return pool, headroom(cfg, layout, pool)
 
 
-def headroom(cfg: config.Config, layout: Layout, pool: float) -> float:
+def headroom(cfg: schema.Config, layout: Layout, pool: float) -> float:
     """Return what neither the compiler nor `memory` sees of a pool of so many bytes.
 
     cuDNN's workspace, batch x heads x positions x d_head x 4 bytes, and 3% for fragmentation

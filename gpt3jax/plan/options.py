@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Annotated
 
-from gpt3jax import config, ranges, recipe
+from gpt3jax.config import ranges, recipe, user_paths
 
-Path = config.Path  # Options has a field of the name `config`
+Path = user_paths.Path  # Options has a field of the name `config`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,10 @@ from typing import Any
 
 from rich import console
 
-from gpt3jax import batch_schedule, config, gpus, paths, recipe, skipping, validation
+from gpt3jax import errors
+from gpt3jax.config import batch_schedule, recipe, schema, user_paths, validation
+from gpt3jax.data import skipping
+from gpt3jax.hardware import gpus
 from gpt3jax.plan import compiler, memory_model, options, page, report, rows, search, terminal
 
 MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
@@ -34,7 +37,7 @@ def plan(given: options.Options, overrides: list[str], told: str) -> dict[str, A
     out = console.Console(width=width, markup=False, emoji=False)  # it prints users' text
     missing = compiler.missing_extra() if given.compile else "as --no-compile says"
     if given.dump_hlo and missing:
-        raise config.UserError(f"--dump-hlo needs the compiled step: {missing}")
+        raise errors.UserError(f"--dump-hlo needs the compiled step: {missing}")
     searched: list[dict[str, Any]] = []
     if given.search:
         searched = _search(recipe_args, given, target, bool(missing), out)
@@ -54,15 +57,15 @@ def plan(given: options.Options, overrides: list[str], told: str) -> dict[str, A
     if missing and given.compile:
         out.print(f"Not compiled, all figures are by closed forms: {missing}", soft_wrap=True)
     if given.json:
-        paths.write(given.json, json.dumps(found, indent=2) + "\n")
+        user_paths.write(given.json, json.dumps(found, indent=2) + "\n")
     if given.html:
-        paths.write(given.html, page.render(found, told))
+        user_paths.write(given.html, page.render(found, told))
     if given.dump_hlo and compiled:
-        paths.write(given.dump_hlo, compiled.text)
+        user_paths.write(given.dump_hlo, compiled.text)
     return found
 
 
-def _parse(recipe_args: list[str]) -> config.Config:
+def _parse(recipe_args: list[str]) -> schema.Config:
     """Return the config of a run from its first step to its last.
 
     Raises:
@@ -104,7 +107,7 @@ def _search(
             queue.note(one, layouts[-1]["peak_bytes_per_gpu"])
     layouts.sort(key=lambda row: (bool(row["failed"]), not row["fits"], row["step_seconds"] or 0))
     if all(row["failed"] for row in layouts):
-        raise config.UserError(f"none of {len(layouts)} layouts compiled: {layouts[0]['failed']}")
+        raise errors.UserError(f"none of {len(layouts)} layouts compiled: {layouts[0]['failed']}")
     terminal.show_search(layouts, out)
     return layouts
 
@@ -131,7 +134,7 @@ def _searched(
                 one.cfg, args, one.layout.sizes, target.gpu, target.network
             )
         built = report.build(one.cfg, one.layout, target, compiled)
-    except config.UserError as error:
+    except errors.UserError as error:
         return row | {"failed": str(error)}
     row |= {name: built[name] for name in ("fits", "peak_bytes_per_gpu", "mfu")}
     return row | {"step_seconds": built["step_seconds"]["expected"]}

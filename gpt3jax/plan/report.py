@@ -4,13 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gpt3jax import (
-    batch_schedule,
-    config,
-    flops,
-    gpus,
-    remat,
-)
+from gpt3jax.config import batch_schedule, schema
+from gpt3jax.hardware import flops, gpus
+from gpt3jax.model import remat
 from gpt3jax.plan import compiler, legible, memory_model, time_model
 
 
@@ -25,7 +21,7 @@ class Target:
 
 
 def build(
-    cfg: config.Config,
+    cfg: schema.Config,
     layout: memory_model.Layout,
     target: Target,
     compiled: compiler.Compiled | None,
@@ -86,7 +82,7 @@ def build(
     }
 
 
-def _step(cfg: config.Config, layout: memory_model.Layout) -> dict[str, Any]:
+def _step(cfg: schema.Config, layout: memory_model.Layout) -> dict[str, Any]:
     """Return what of the config, besides the mesh's sizes, decides a step's memory and time."""
     return {
         "global_batch_size": cfg.batch.global_batch_size,
@@ -115,12 +111,12 @@ def _with_peak(memory: Mapping[str, float], peak: float) -> dict[str, float]:
     return split
 
 
-def _mfu(cfg: config.Config, layout: memory_model.Layout, target: Target, seconds: float) -> float:
+def _mfu(cfg: schema.Config, layout: memory_model.Layout, target: Target, seconds: float) -> float:
     done = time_model.work(cfg, layout).model_flops
     return done / seconds / time_model.peak_flops(cfg, target.gpu)
 
 
-def _work(cfg: config.Config, layout: memory_model.Layout) -> dict[str, Any]:
+def _work(cfg: schema.Config, layout: memory_model.Layout) -> dict[str, Any]:
     done = time_model.work(cfg, layout)
     return {
         "parameters": flops.n_params(cfg.model),
@@ -130,7 +126,7 @@ def _work(cfg: config.Config, layout: memory_model.Layout) -> dict[str, Any]:
 
 
 def _run(
-    cfg: config.Config, layout: memory_model.Layout, target: Target, seconds: float
+    cfg: schema.Config, layout: memory_model.Layout, target: Target, seconds: float
 ) -> dict[str, Any]:
     """Return the run's length; steps of a growing batch are taken to be as efficient as full."""
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)

@@ -10,8 +10,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from gpt3jax import batch_schedule, config, gpus, sharding
+from gpt3jax import errors
+from gpt3jax.config import batch_schedule, ranges, schema
+from gpt3jax.hardware import gpus
 from gpt3jax.plan import memory_model, time_model
+from gpt3jax.sharding import meshes
 
 REMATS: tuple[Any, ...] = ("none", "dots", "mlp", "residual", "full")
 VIRTUAL_STAGES = (1, 2, 3, 4, 6)  # with more the bubble hardly shrinks
@@ -23,7 +26,7 @@ PER_MESH = 2  # of those that are compiled: neighbours of one mesh differ little
 class Candidate:
     """A layout that fits, by closed forms."""
 
-    cfg: config.Config
+    cfg: schema.Config
     """What the recipe becomes by `overrides`."""
     layout: memory_model.Layout
     peak_bytes: float
@@ -35,7 +38,7 @@ class Candidate:
 
 
 def candidates(
-    cfg: config.Config, n_gpus: int, gpu: gpus.Gpu, network: gpus.Network
+    cfg: schema.Config, n_gpus: int, gpu: gpus.Gpu, network: gpus.Network
 ) -> list[Candidate]:
     """Return the layouts that fit, fastest first. The context axis stays the recipe's, -1 is 1.
 
@@ -49,7 +52,7 @@ def candidates(
     for one in _variants(cfg, n_gpus, network.gpus_per_node):
         try:
             layout = memory_model.lay_out(one, n_gpus, network.gpus_per_node)
-        except config.UserError:  # it does not divide
+        except errors.UserError:  # it does not divide
             continue
         divides, drops = True, bool(layout.problems)
         if drops:
@@ -72,13 +75,13 @@ def candidates(
             )
         )
     if not divides:
-        raise config.UserError(
+        raise errors.UserError(
             f"no mesh of --gpus={n_gpus} divides batch.global_batch_size="
             f"{cfg.batch.global_batch_size}, model.n_heads={cfg.model.n_heads} and "
             f"model.n_layers={cfg.model.n_layers}: change the number of GPUs or the batch"
         )
     if not found:
-        raise config.UserError(
+        raise errors.UserError(
             f"no layout of this model fits --gpus={n_gpus} {gpu.name}: use more GPUs or others"
         )
     return sorted(found, key=lambda one: one.seconds)
@@ -117,24 +120,24 @@ def _kind(one: Candidate) -> tuple[str, str]:
     return one.cfg.model.remat, one.layout.attention
 
 
-def _variants(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Iterator[config.Config]:
+def _variants(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Iterator[schema.Config]:
     """Yield the recipe with every mesh, microbatch size and remat that is worth a look.
 
     Tensor parallelism stays inside a node, and comes with sequence parallelism.
     """
     context = max(cfg.mesh.context, 1)
     for tensor, stage in itertools.product(
-        config.divisors_of(min(gpus_per_node, n_gpus)), config.divisors_of(cfg.model.n_layers)
+        ranges.divisors_of(min(gpus_per_node, n_gpus)), ranges.divisors_of(cfg.model.n_layers)
     ):
         ranks, rest = divmod(n_gpus, tensor * stage * context)
         rows, left = divmod(cfg.batch.global_batch_size, max(ranks, 1))
         if rest or left or not ranks or cfg.model.n_heads % tensor:
             continue
-        sizes = [n for n in config.divisors_of(rows) if n <= LARGEST_MICROBATCH]
+        sizes = [n for n in ranges.divisors_of(rows) if n <= LARGEST_MICROBATCH]
         rounds = VIRTUAL_STAGES if stage > 1 else (1,)
         remats = REMATS[1:] if stage > 1 else REMATS  # with stages the first two are one
         for fsdp, size, remat, virtual in itertools.product(
-            config.divisors_of(ranks), sizes, remats, rounds
+            ranges.divisors_of(ranks), sizes, remats, rounds
         ):
             for zero in (False, True) if fsdp < ranks else (False,):
                 mesh = dataclasses.replace(
@@ -156,9 +159,9 @@ def _variants(cfg: config.Config, n_gpus: int, gpus_per_node: int) -> Iterator[c
                 )
 
 
-def _overrides(cfg: config.Config, given: config.Config) -> tuple[str, ...]:
+def _overrides(cfg: schema.Config, given: schema.Config) -> tuple[str, ...]:
     mesh = cfg.mesh
-    told = [f"--mesh.{axis}={getattr(mesh, axis)}" for axis in sharding.AXES]
+    told = [f"--mesh.{axis}={getattr(mesh, axis)}" for axis in meshes.AXES]
     told += [
         f"--mesh.virtual-stages={mesh.virtual_stages}",
         f"--mesh.{'' if mesh.shard_optimizer else 'no-'}shard-optimizer",

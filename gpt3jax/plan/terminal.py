@@ -5,7 +5,7 @@ from typing import Any
 
 from rich import box, console, table
 
-from gpt3jax import xla_flags
+from gpt3jax.hardware import xla_flags
 from gpt3jax.plan import rows, time_model
 
 

@@ -8,7 +8,10 @@ assume a share. Imports no JAX beyond `memory_model`'s.
 import dataclasses
 import re
 
-from gpt3jax import config, flops, gpus, pipeline, remat
+from gpt3jax.config import schema
+from gpt3jax.gradient import pipeline
+from gpt3jax.hardware import flops, gpus
+from gpt3jax.model import remat
 from gpt3jax.plan import hlo, memory_model, timeline
 
 
@@ -99,7 +102,7 @@ class StepTime:
     """Largest time first."""
 
 
-def work(cfg: config.Config, layout: memory_model.Layout) -> Work:
+def work(cfg: schema.Config, layout: memory_model.Layout) -> Work:
     """Return what each GPU computes in a step; all axes share the work out evenly."""
     model, recomputed = cfg.model, recompute_share(cfg)
     tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus
@@ -116,7 +119,7 @@ def work(cfg: config.Config, layout: memory_model.Layout) -> Work:
     )
 
 
-def recompute_share(cfg: config.Config) -> tuple[float, float]:
+def recompute_share(cfg: schema.Config) -> tuple[float, float]:
     """Return the shares (products, attention) of 6ND that the backward pass computes again.
 
     Of a layer's 12 D^2 weights QKV has 3, the projection 1, each matrix of the MLP 4; forward is a
@@ -127,7 +130,7 @@ def recompute_share(cfg: config.Config) -> tuple[float, float]:
     return again / 12 / 3, 1 / 3 if name in ("full", "residual") else 0.0
 
 
-def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float) -> float:
+def _moved_bytes(cfg: schema.Config, layout: memory_model.Layout, tokens: float) -> float:
     """Return the bytes that elementwise work reads and writes, fitted to compiled steps.
 
     A layer, in values of the compute format a token and unit of d_model: 232 where most of it is
@@ -159,7 +162,7 @@ def _moved_bytes(cfg: config.Config, layout: memory_model.Layout, tokens: float)
     return layers + head + sums + optimizer
 
 
-def schedule(cfg: config.Config, layout: memory_model.Layout) -> pipeline.Schedule:
+def schedule(cfg: schema.Config, layout: memory_model.Layout) -> pipeline.Schedule:
     """Return the pipeline's schedule; with one stage it has no bubble."""
     return pipeline.Schedule(
         n_stages=layout.sizes["stage"],
@@ -182,7 +185,7 @@ Row = tuple[str, str, int, float]
 """Kind, axis, count, bytes of the whole buffer."""
 
 
-def collectives(cfg: config.Config, layout: memory_model.Layout) -> list[Row]:
+def collectives(cfg: schema.Config, layout: memory_model.Layout) -> list[Row]:
     """Return the collectives that the layout must run in a step (docs/parallelism.md)."""
     model, sizes = cfg.model, layout.sizes
     width = memory_model.width(cfg)
@@ -219,7 +222,7 @@ def collectives(cfg: config.Config, layout: memory_model.Layout) -> list[Row]:
 
 
 def estimate(
-    cfg: config.Config,
+    cfg: schema.Config,
     layout: memory_model.Layout,
     gpu: gpus.Gpu,
     network: gpus.Network,
@@ -242,7 +245,7 @@ def _reached(network: gpus.Network, case: str) -> gpus.Network:
 
 
 def _by_closed_forms(
-    cfg: config.Config,
+    cfg: schema.Config,
     layout: memory_model.Layout,
     gpu: gpus.Gpu,
     network: gpus.Network,
@@ -318,7 +321,7 @@ def _collective(
 
 
 def _by_schedule(
-    cfg: config.Config,
+    cfg: schema.Config,
     layout: memory_model.Layout,
     gpu: gpus.Gpu,
     network: gpus.Network,
@@ -357,7 +360,7 @@ def _by_schedule(
     )
 
 
-def peak_flops(cfg: config.Config, gpu: gpus.Gpu) -> float:
+def peak_flops(cfg: schema.Config, gpu: gpus.Gpu) -> float:
     """Return a GPU's peak FLOP/s in the config's compute format."""
     name = re.sub(r"\bA100-", "A100 ", gpu.name)
     peak = flops.peak_flops(name, cfg.precision.compute_dtype)

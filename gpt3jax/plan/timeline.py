@@ -14,7 +14,7 @@ import math
 import re
 from typing import Any
 
-from gpt3jax import gpus
+from gpt3jax.hardware import gpus
 from gpt3jax.plan import hlo
 
 _MASK = re.compile(r'"mask_type":\s*"(\w+)"')

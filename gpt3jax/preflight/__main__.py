@@ -9,7 +9,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from gpt3jax import command, recipe, xla_flags
+from gpt3jax import errors
+from gpt3jax.config import command, recipe
+from gpt3jax.hardware import xla_flags
 from gpt3jax.preflight import options
 
 
@@ -20,7 +22,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return command.run(lambda: _check(args))
     except Exception:
         traceback.print_exc()
-        return command.RETRY
+        return errors.RETRY
 
 
 def _check(args: Sequence[str]) -> int:

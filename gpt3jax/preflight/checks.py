@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.preflight import facts
 
 Status = Literal["ok", "warn", "retry", "fail"]
@@ -263,7 +263,7 @@ def refuse(checks: Sequence[Check], process: int) -> None:
         lines = [f"{names}: another process was refused: see process 0's output"]
     told = "; ".join(lines[:_SHOWN]) + more
     lasting = any(check.status == "fail" for check in failed)
-    kind = config.UserError if lasting else config.TransientError
+    kind = errors.UserError if lasting else errors.TransientError
     raise kind(f"preflight: {told}. See docs/preflight.md")
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 
-from gpt3jax import config, paths
+from gpt3jax import errors
+from gpt3jax.config import schema, user_paths
 from gpt3jax.data import blend
 
 _PACKAGES = (
@@ -35,7 +36,7 @@ _LOOKS = 5  # for a file that another host has just written: network folders may
 FOLDERS = {"checkpoint.dir": "fail", "log.dir": "warn"}  # and what it means if one is not shared
 
 
-def of_host(cfg: config.Config, token: str, first: bool) -> dict[str, dict[str, str]]:
+def of_host(cfg: schema.Config, token: str, first: bool) -> dict[str, dict[str, str]]:
     """Return all that can be told before a device is touched.
 
     Args:
@@ -43,7 +44,7 @@ def of_host(cfg: config.Config, token: str, first: bool) -> dict[str, dict[str, 
         token: in the name of the file that the first process has put into each folder.
         first: this is the first process; its folders are known to `plant`.
     """
-    flat = config.flatten(cfg)
+    flat = schema.flatten(cfg)
     del flat["distributed.process_id"]
     return {
         "code": sources(),
@@ -83,7 +84,7 @@ def environment(variables: Any) -> dict[str, str]:
     return {k: v for k, v in variables.items() if k.startswith(_PREFIXES) and k not in _OWN}
 
 
-def corpus(data: config.Data) -> dict[str, str]:
+def corpus(data: schema.Data) -> dict[str, str]:
     """Return a fingerprint, or an error, of each file that the data is read from."""
     if data.from_text:  # made at the first start
         return {}
@@ -115,13 +116,13 @@ def fingerprint(file: str) -> str:
 ERROR = "cannot be read: "
 
 
-def plant(cfg: config.Config, token: str) -> tuple[list[pathlib.Path], dict[str, str]]:
+def plant(cfg: schema.Config, token: str) -> tuple[list[pathlib.Path], dict[str, str]]:
     """Put a file into each of the run's folders; return what to `uproot`, and what went wrong."""
     planted: list[pathlib.Path] = []
     wrong = {}
     for name, folder in _folders(cfg).items():
         try:
-            paths.check_not_a_step(folder)
+            user_paths.check_not_a_step(folder)
             made = [p for p in (folder, *folder.parents) if not p.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             planted = [*made, *planted]
@@ -129,7 +130,7 @@ def plant(cfg: config.Config, token: str) -> tuple[list[pathlib.Path], dict[str,
             planted.insert(0, folder / _probe(token))
         except OSError as error:
             wrong[name] = _not_writable(folder, error)
-        except config.UserError as error:
+        except errors.UserError as error:
             wrong[name] = str(error)
     return planted, wrong
 
@@ -143,7 +144,7 @@ def uproot(planted: list[pathlib.Path]) -> None:
             continue
 
 
-def folders(cfg: config.Config, token: str) -> dict[str, str]:
+def folders(cfg: schema.Config, token: str) -> dict[str, str]:
     """Return what is wrong with the run's folders here, seen from another process."""
     wrong = {}
     for name, folder in _folders(cfg).items():
@@ -158,8 +159,8 @@ def folders(cfg: config.Config, token: str) -> dict[str, str]:
     return wrong
 
 
-def _folders(cfg: config.Config) -> dict[str, pathlib.Path]:
-    flat = config.flatten(cfg)
+def _folders(cfg: schema.Config) -> dict[str, pathlib.Path]:
+    flat = schema.flatten(cfg)
     return {name: pathlib.Path(flat[name]) for name in FOLDERS if flat[name]}
 
 

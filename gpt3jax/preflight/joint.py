@@ -11,24 +11,28 @@ from typing import Any
 
 import jax
 
-from gpt3jax import config, distributed, setup, skipping, step, validation
+from gpt3jax import errors, step
+from gpt3jax.config import schema, validation
+from gpt3jax.data import skipping
+from gpt3jax.distributed import messages
 from gpt3jax.preflight import checks, facts, program
+from gpt3jax.run import startup
 
 
 class Session:
     """One series of rounds; all processes must go through the same ones."""
 
-    def __init__(self, cfg: config.Config):
+    def __init__(self, cfg: schema.Config):
         """No round yet; a host's name is told first, so that one which stops later has it."""
         self.cfg = cfg
-        self.me, self.n = distributed.process()
+        self.me, self.n = messages.process()
         self.checks: list[checks.Check] = []
         # A process that is stopped should be named before JAX's service ends all for its silence.
         heartbeat = cfg.distributed.heartbeat_timeout
         self._timeout = min(cfg.distributed.start_timeout, 0.8 * heartbeat)
         self.hosts: list[str] = [facts.host()]
         if self.me:
-            distributed.publish(f"host/{self.me}", facts.host())
+            messages.publish(f"host/{self.me}", facts.host())
 
     def wait_long(self) -> None:
         """From here on wait as long as for the start: others may restore or map a corpus."""
@@ -61,7 +65,7 @@ class Session:
         if self.me == 0:
             planted, wrong = facts.plant(self.cfg, token)
             if self.n > 1:
-                distributed.publish("token", token)
+                messages.publish("token", token)
         else:
             token = self._hear("token")
         try:
@@ -76,7 +80,7 @@ class Session:
         if self.me == 0:
             self.used = [one and one["used"] for one in told]
             verdict = [*self._answered(told), *_of_hosts(self.hosts, told)]
-            n_folders = len([f for f in facts.FOLDERS if config.flatten(self.cfg)[f]])
+            n_folders = len([f for f in facts.FOLDERS if schema.flatten(self.cfg)[f]])
             of_folders = [one and one["folders"] for one in told]
             verdict.append(checks.folders(self.hosts, of_folders, n_folders))
             verdict.append(checks.clocks(self.hosts, offsets))
@@ -113,8 +117,8 @@ class Session:
         Raises:
             UserError, TransientError: as `round`.
         """
-        limit = setup.device_memory()
-        needed = setup.step_bytes(self.cfg, built.mesh, built.compute.attention, limit)
+        limit = startup.device_memory()
+        needed = startup.step_bytes(self.cfg, built.mesh, built.compute.attention, limit)
 
         def judge(told: list[Any]) -> Sequence[checks.Check]:
             return [checks.memory(self.hosts, told, self.used, needed)]
@@ -128,9 +132,9 @@ class Session:
         return [checks.answers(self.hosts, told)]
 
     def _gather(self, name: str, text: str) -> list[Any]:
-        told = distributed.gather(name, text, self._timeout)
+        told = messages.gather(name, text, self._timeout)
         if self.me == 0 and len(self.hosts) < self.n:
-            others = [distributed.receive(f"host/{i}", 0) for i in range(1, self.n)]
+            others = [messages.receive(f"host/{i}", 0) for i in range(1, self.n)]
             self.hosts = [facts.host(), *(one or "host unknown" for one in others)]
         return [None if one is None else json.loads(one) for one in told]
 
@@ -142,15 +146,15 @@ class Session:
         """
         if self.me:
             self._hear("clock")
-            distributed.gather("clocks", repr(time.time()), self._timeout)
+            messages.gather("clocks", repr(time.time()), self._timeout)
             return []
         if self.n == 1:
             return [(0.0, 0.0)]
         sent = time.time()
-        distributed.publish("clock", "now")
+        messages.publish("clock", "now")
         offsets: list[tuple[float, float] | None] = [(0.0, 0.0)]
         for i in range(1, self.n):
-            theirs = told[i] and distributed.receive(f"clocks/{i}", self._timeout)
+            theirs = told[i] and messages.receive(f"clocks/{i}", self._timeout)
             came = time.time()
             middle, half = (sent + came) / 2, (came - sent) / 2
             offsets.append((float(theirs) - middle, half) if theirs else None)
@@ -163,20 +167,20 @@ class Session:
         if self.n > 1:
             text = json.dumps([checks.to_json(verdict), all_there])
             if self.me == 0:
-                distributed.publish(f"verdict/{name}", text)
+                messages.publish(f"verdict/{name}", text)
             else:
                 data, all_there = json.loads(self._hear(f"verdict/{name}"))
                 verdict = checks.from_json(data)
         self.checks += verdict
         if any(check.status in ("fail", "retry") for check in verdict) and all_there:
-            distributed.leave()
+            messages.leave()
         checks.refuse(verdict, self.me)
         return verdict
 
     def _hear(self, name: str) -> str:
-        text = distributed.receive(name, 2 * self._timeout)  # it waits for others meanwhile
+        text = messages.receive(name, 2 * self._timeout)  # it waits for others meanwhile
         if text is None:
-            raise config.TransientError(
+            raise errors.TransientError(
                 f"preflight: process {self.me} ({facts.host()}) heard nothing from process 0 for "
                 f"{2 * self._timeout:.0f} s: look at its output"
             )
@@ -196,13 +200,13 @@ def _of_hosts(hosts: Sequence[str], told: list[Any]) -> list[checks.Check]:
     ]
 
 
-def before_devices(cfg: config.Config) -> Session | None:
+def before_devices(cfg: schema.Config) -> Session | None:
     """Make the quick checks of `gpt3jax.main`; None where one process trains alone.
 
     Raises:
         UserError, TransientError: the processes do not go together; it says which and why.
     """
-    if distributed.process()[1] == 1 or not cfg.distributed.preflight:
+    if messages.process()[1] == 1 or not cfg.distributed.preflight:
         return None
     session = Session(cfg)
     session.on_hosts()
@@ -211,7 +215,7 @@ def before_devices(cfg: config.Config) -> Session | None:
     return session
 
 
-def before_step(session: Session | None, run: setup.Run, consumed_samples: int) -> list[str]:
+def before_step(session: Session | None, run: startup.Run, consumed_samples: int) -> list[str]:
     """Compare the program that the first step runs; return what the quick checks warn of.
 
     Raises:
@@ -225,13 +229,13 @@ def before_step(session: Session | None, run: setup.Run, consumed_samples: int) 
     return [f"WARNING: {check.name}: {line.text}" for check in warned for line in check.lines]
 
 
-def abstract_program(cfg: config.Config, mesh: jax.sharding.Mesh) -> tuple[step.Program, int]:
+def abstract_program(cfg: schema.Config, mesh: jax.sharding.Mesh) -> tuple[step.Program, int]:
     """Return the program of a run that starts anew, and its first batch size.
 
     Raises:
         UserError: the config does not fit the devices, or its schedules the run.
     """
-    schedule = setup.schedule_of(cfg, mesh)
+    schedule = startup.schedule_of(cfg, mesh)
     _, samples = skipping.run_length(cfg, schedule)
     validation.check_schedule(cfg.optimizer, samples)
     return step.build(cfg, mesh, samples), schedule.size(0)

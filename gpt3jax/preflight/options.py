@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from gpt3jax import config
+from gpt3jax.config import user_paths
 
-Path = config.Path  # Options has a field of the name `config`
+Path = user_paths.Path  # Options has a field of the name `config`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

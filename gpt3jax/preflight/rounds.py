@@ -9,25 +9,28 @@ from collections.abc import Iterator
 import jax
 from rich import console
 
-from gpt3jax import command, config, distributed, paths, sharding
+from gpt3jax import errors
+from gpt3jax.config import schema, user_paths
+from gpt3jax.distributed import joining, messages
 from gpt3jax.preflight import checks, joint, options, report, speed
+from gpt3jax.sharding import meshes
 
 _LIMIT = 60.0  # seconds for a measurement, compiling included
 
 
-def check(cfg: config.Config, given: options.Options) -> int:
+def check(cfg: schema.Config, given: options.Options) -> int:
     """Join the other processes, check and report; return the exit status.
 
     Raises:
         UserError, TransientError: a check failed.
     """
-    distributed.start(cfg.distributed, cfg.mesh)
+    joining.start(cfg.distributed, cfg.mesh)
     session = joint.Session(cfg)
     with _reported(session, given):
         _check(session, given.quick)
-    distributed.leave()
+    messages.leave()
     warned = any(check.status == "warn" for check in session.checks)
-    return command.RETRY if given.strict and warned else command.DONE
+    return errors.RETRY if given.strict and warned else errors.DONE
 
 
 def _check(session: joint.Session, quick: bool) -> None:
@@ -38,7 +41,7 @@ def _check(session: joint.Session, quick: bool) -> None:
     """
     session.on_hosts(with_gpus=True)
     session.on_devices()
-    mesh = sharding.make_mesh(session.cfg.mesh)
+    mesh = meshes.make_mesh(session.cfg.mesh)
     program, batch_size = joint.abstract_program(session.cfg, mesh)
     session.on_program(program, batch_size)
     session.on_memory(program)
@@ -98,4 +101,4 @@ def _reported(session: joint.Session, given: options.Options) -> Iterator[None]:
             report.show(session.checks, seconds, out)
             if given.json:
                 text = json.dumps(report.to_json(session.checks, seconds), indent=2)
-                paths.write(given.json, text + "\n")
+                user_paths.write(given.json, text + "\n")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt3jax import config
+from gpt3jax import errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def within(seconds: float, doing: str, action: Callable[[], Any]) -> Any:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise config.TransientError(f"preflight: {doing} did not end in {seconds:.0f} s: it hangs")
+        raise errors.TransientError(f"preflight: {doing} did not end in {seconds:.0f} s: it hangs")
     if failure:
         raise failure[0]
     return result[0]

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gpt3jax import command, config, ranges
+from gpt3jax import errors
+from gpt3jax.config import command, ranges, schema, user_paths
 from gpt3jax.data import documents, tokenizer
-from gpt3jax.sample import row_text, text_options
+from gpt3jax.sample import generate, row_text, text_options
 
 if TYPE_CHECKING:
     from gpt3jax.sample import generate
@@ -44,11 +45,11 @@ class Serve:
 class Options:
     """What `gpt3jax.sample` is asked for."""
 
-    checkpoint: config.Path
+    checkpoint: user_paths.Path
     """Folder of checkpoints, as checkpoint.dir; the newest is used."""
     prompt: tuple[str, ...] = ()
     """Texts to continue."""
-    prompts: config.Path = ""
+    prompts: user_paths.Path = ""
     """In place of prompt: a file with one text a line."""
     n: Annotated[int, ranges.Range(1, 10**6)] = 1
     """Continuations of each prompt."""
@@ -60,7 +61,7 @@ class Options:
     source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
         default_factory=tokenizer.Source
     )
-    mesh: config.Mesh = dataclasses.field(default_factory=config.Mesh)
+    mesh: schema.Mesh = dataclasses.field(default_factory=schema.Mesh)
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
     serve: bool = False
@@ -74,11 +75,11 @@ def load(options: Options) -> "tuple[generate.Generator, tokenizer.Tokenizer]":
     Raises:
         UserError: the checkpoint, the mesh or the tokenizer cannot be used.
     """
-    from gpt3jax import trained  # after parsing: JAX takes seconds
+    from gpt3jax.checkpoint import parameters  # after parsing: JAX takes seconds
     from gpt3jax.sample import generate
 
-    source = trained.open_for_use(options.checkpoint, options.mesh, options.compute_dtype)
-    text = trained.open_tokenizer(options.checkpoint, source.cfg, options.source)
+    source = parameters.open_for_use(options.checkpoint, options.mesh, options.compute_dtype)
+    text = parameters.open_tokenizer(options.checkpoint, source.cfg, options.source)
     mesh = source.program.mesh
     return generate.Generator(source.params(), source.program.compute, mesh, text.eod_id), text
 
@@ -109,7 +110,7 @@ def sample(options: Options) -> None:
         for prompt in _ask():
             try:
                 _continue(options, generator, text, [prompt])
-            except config.UserError as error:
+            except errors.UserError as error:
                 print(f"gpt3jax: error: {error}", file=sys.stderr)
             except KeyboardInterrupt:
                 print()  # enough of this one
@@ -117,17 +118,17 @@ def sample(options: Options) -> None:
 
 def _check(options: Options) -> None:
     if bool(options.prompt) + bool(options.prompts) + options.serve > 1:
-        raise config.UserError("--prompt, --prompts and --serve exclude each other: give one")
+        raise errors.UserError("--prompt, --prompts and --serve exclude each other: give one")
     if options.choice.max_new_tokens < 1:
-        raise config.UserError("--max-new-tokens=0 must be at least 1: raise it")
+        raise errors.UserError("--max-new-tokens=0 must be at least 1: raise it")
     if options.serve and importlib.util.find_spec("starlette") is None:
-        raise config.UserError("--serve needs the extra: pip install 'gpt3jax[serve]'")
+        raise errors.UserError("--serve needs the extra: pip install 'gpt3jax[serve]'")
     if options.serve and options.choice != text_options.Options():
-        raise config.UserError(
+        raise errors.UserError(
             "--serve takes how to sample from each request: leave options of sampling out"
         )
     if not (options.prompt or options.prompts or options.serve or sys.stdin.isatty()):
-        raise config.UserError(
+        raise errors.UserError(
             "nothing to continue: give --prompt, --prompts or --serve, or use a terminal"
         )
 
@@ -138,9 +139,9 @@ def _prompts(options: Options) -> list[str]:
     try:
         lines = documents.text_lines(pathlib.Path(options.prompts).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise config.UserError(f"--prompts={options.prompts} cannot be read: {error}") from error
+        raise errors.UserError(f"--prompts={options.prompts} cannot be read: {error}") from error
     if not any(lines):
-        raise config.UserError(f"--prompts={options.prompts} has no prompt: write one a line")
+        raise errors.UserError(f"--prompts={options.prompts} has no prompt: write one a line")
     return [line for line in lines if line]
 
 
@@ -158,8 +159,8 @@ def _ask() -> Iterator[str]:
 def _encode(text: tokenizer.Tokenizer, prompt: str) -> list[int]:
     try:
         return text.encode(prompt) or [text.eod_id]
-    except config.UserError as error:
-        raise config.UserError(f"--prompt is not UTF-8 text: {error}") from None
+    except errors.UserError as error:
+        raise errors.UserError(f"--prompt is not UTF-8 text: {error}") from None
 
 
 def _continue(

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from gpt3jax import ranges
+from gpt3jax.config import ranges
 from gpt3jax.sample import batcher, generate, job, row_text, sampling, text_options
 
 # Fields that change nothing at these values, which clients send; at others they are refused.

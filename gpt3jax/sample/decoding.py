@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt3jax import attention, config, lookup, model, sharding
+from gpt3jax.config import schema
+from gpt3jax.model import attention, gpt, lookup
 from gpt3jax.sample import sampling
+from gpt3jax.sharding import layouts, rules
 
 CHUNK = 8  # tokens that one call decodes: amortises its start, and paces what is streamed
 _LOGITS_AT_ONCE = 64  # positions of each prompt whose logits are held
@@ -30,12 +32,12 @@ Cache = tuple[tuple[Any, Any], ...]  # of each layer: k_BHSK, v_BHSK
 class Layer:
     """A block's weights."""
 
-    norm_1: model.LayerNorm
+    norm_1: gpt.LayerNorm
     w_qkv_3HKD: Any
     b_qkv_3HK: Any
     w_out_DHK: Any
     b_out_D: Any
-    norm_2: model.LayerNorm
+    norm_2: gpt.LayerNorm
     w_in_FD: Any
     b_in_F: Any
     w_down_DF: Any
@@ -50,10 +52,10 @@ class Weights:
     embedding_VD: Any
     positions_TD: Any
     layers: tuple[Layer, ...]
-    norm: model.LayerNorm
+    norm: gpt.LayerNorm
     head_VD: Any
-    cfg: config.Model = dataclasses.field(metadata={"static": True})
-    compute: model.Compute = dataclasses.field(metadata={"static": True})
+    cfg: schema.Model = dataclasses.field(metadata={"static": True})
+    compute: gpt.Compute = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +80,7 @@ class New:
     scores: sampling.Scores | None
 
 
-def prepare(params: model.GPT, compute: model.Compute) -> Weights:
+def prepare(params: gpt.GPT, compute: gpt.Compute) -> Weights:
     """Return the weights for decoding, on the mesh that is set; the blocks' own arrays are freed.
 
     One parameter of all layers at a time is held twice.
@@ -121,13 +123,13 @@ def _unstack(stacked: Any, dtype: str, order: tuple[int, ...] | None = None) -> 
     def one(x: Array) -> Array:
         if order is None:
             return x.astype(dtype)
-        axes = sharding.variable_axes(stacked)[1:]
-        return sharding.constrain(x.astype(dtype).transpose(order), *(axes[i] for i in order))
+        axes = layouts.variable_axes(stacked)[1:]
+        return rules.constrain(x.astype(dtype).transpose(order), *(axes[i] for i in order))
 
     parts = jax.block_until_ready(jax.jit(split)(stacked))
     for leaf in jax.tree.leaves(stacked):
         leaf.delete()
-    return [part[...] if sharding.is_variable(part) else part for part in parts]
+    return [part[...] if layouts.is_variable(part) else part for part in parts]
 
 
 def prefill(
@@ -289,18 +291,18 @@ def _network(
 ) -> tuple[Array, Cache]:
     """Return the output of the last layer, `[B, T, D]`, and what `attend` gives to cache."""
     dtype, cache = weights.compute.dtype, []
-    windows = model.layer_windows(weights.cfg)
+    windows = gpt.layer_windows(weights.cfg)
     places_BT = jnp.maximum(places_BT, 0)
     x_BTD = lookup.rows(("vocab", "embed"), ("batch", None), weights.embedding_VD, tokens_BT)
     x_BTD += lookup.rows((None, "embed"), ("batch", None), weights.positions_TD, places_BT)
-    x_BTD = sharding.constrain(x_BTD.astype(dtype), "batch", None, None)
+    x_BTD = rules.constrain(x_BTD.astype(dtype), "batch", None, None)
     for i, layer in enumerate(weights.layers):
         core = functools.partial(attend, i, windows[i % len(windows)])
         out_BTD, kv = _attention(layer, layer.norm_1(x_BTD, dtype), core)
-        x_BTD = sharding.constrain(x_BTD + out_BTD, "batch", None, None)
+        x_BTD = rules.constrain(x_BTD + out_BTD, "batch", None, None)
         out_BTD = _mlp(layer, layer.norm_2(x_BTD, dtype), weights.cfg)
-        x_BTD = sharding.constrain(x_BTD + out_BTD, "batch", None, None)
-        cache.append(tuple(sharding.constrain(x_BHSK, *_CACHE_AXES) for x_BHSK in kv))
+        x_BTD = rules.constrain(x_BTD + out_BTD, "batch", None, None)
+        cache.append(tuple(rules.constrain(x_BHSK, *_CACHE_AXES) for x_BHSK in kv))
     return x_BTD, tuple(cache)
 
 
@@ -319,21 +321,21 @@ def _logits(weights: Weights, x_BD: Array) -> Array:
     logits_BV = jnp.moveaxis(logits_VB, 0, -1)
     counted_V = jnp.arange(logits_BV.shape[-1]) < weights.cfg.softmax_size
     axes = ("batch", *[None] * (x_BD.ndim - 1))
-    return sharding.constrain(jnp.where(counted_V, logits_BV, -jnp.inf), *axes)
+    return rules.constrain(jnp.where(counted_V, logits_BV, -jnp.inf), *axes)
 
 
 def _attention(layer: Layer, x_BTD: Array, core: Any) -> tuple[Array, Any]:
     qkv_3HKBT = _product(layer.w_qkv_3HKD, x_BTD, 1)
     qkv_3BTHK = jnp.einsum("chkbt->cbthk", qkv_3HKBT) + layer.b_qkv_3HK[:, None, None]
-    qkv_3BTHK = sharding.constrain(qkv_3BTHK, None, "batch", None, "heads", "head_dim")
+    qkv_3BTHK = rules.constrain(qkv_3BTHK, None, "batch", None, "heads", "head_dim")
     out_BTHK, kv = core(*qkv_3BTHK)
     out_BTD = jnp.einsum("dbt->btd", _product(layer.w_out_DHK, out_BTHK, 2))
     return out_BTD + layer.b_out_D, kv
 
 
-def _mlp(layer: Layer, x_BTD: Array, model: config.Model) -> Array:
+def _mlp(layer: Layer, x_BTD: Array, model: schema.Model) -> Array:
     hidden_BTF = jnp.einsum("fbt->btf", _product(layer.w_in_FD, x_BTD, 1)) + layer.b_in_F
-    hidden_BTF = sharding.constrain(hidden_BTF, "batch", None, "mlp")
+    hidden_BTF = rules.constrain(hidden_BTF, "batch", None, "mlp")
     hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=model.gelu == "tanh")
     return jnp.einsum("dbt->btd", _product(layer.w_down_DF, hidden_BTF, 1)) + layer.b_down_D
 
@@ -349,7 +351,7 @@ def _product(w: Array, x: Array, n_summed: int) -> Array:
 
 
 def _take(
-    model: config.Model,
+    model: schema.Model,
     progress: Progress,
     logits_BV: Array,
     choice: sampling.Choice,

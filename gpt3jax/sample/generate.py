@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gpt3jax import config, model, sharding
+from gpt3jax import errors
+from gpt3jax.model import gpt
 from gpt3jax.sample import decoding, sampling, text_options
+from gpt3jax.sharding import rules
 
 
 class Score(NamedTuple):
@@ -28,9 +30,7 @@ class Generator:
         eod_id: the end-of-text token.
     """
 
-    def __init__(
-        self, params: model.GPT, compute: model.Compute, mesh: jax.sharding.Mesh, eod_id: int
-    ):
+    def __init__(self, params: gpt.GPT, compute: gpt.Compute, mesh: jax.sharding.Mesh, eod_id: int):
         """Take the parameters over: the blocks' own arrays are freed."""
         self.model, self.eod_id, self._mesh = params.model, eod_id, mesh
         with jax.set_mesh(mesh):
@@ -50,15 +50,15 @@ class Generator:
         """
         options.check()
         if not prompt:
-            raise config.UserError("a prompt is empty: give at least one token")
+            raise errors.UserError("a prompt is empty: give at least one token")
         most = self.model.seq_len - min(options.max_new_tokens, 1)
         if len(prompt) > most:
-            raise config.UserError(
+            raise errors.UserError(
                 f"a prompt has {len(prompt)} tokens, and model.seq_len={self.model.seq_len} leaves "
                 f"no room for more: give at most {most}"
             )
         if not 0 <= min(prompt) <= max(prompt) < self.model.vocab_size:
-            raise config.UserError(
+            raise errors.UserError(
                 f"a prompt has ids from {min(prompt)} to {max(prompt)}, and the model has those "
                 f"from 0 to {self.model.vocab_size - 1}: use the tokenizer that it was trained with"
             )
@@ -156,7 +156,7 @@ class Generator:
 
     def _n_rows(self, n: int) -> int:
         """Return a power of two that is not below n, or the next multiple of the data axes."""
-        parallel = sharding.data_parallel_size(self._mesh)
+        parallel = rules.data_parallel_size(self._mesh)
         return -(-(1 << (n - 1).bit_length()) // parallel) * parallel
 
 

@@ -8,7 +8,7 @@ import json
 import uuid
 from typing import Any
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import batcher, generate, row_text, text_options
 
@@ -182,7 +182,7 @@ def check_option(name: str, value: Any) -> Any:
     """
     try:
         text_options.Options(**{name: value}).check()
-    except config.UserError as error:
+    except errors.UserError as error:
         raise RefusedError(str(error), name) from None
     return value
 
@@ -212,7 +212,7 @@ def read_prompt(
     ids = [*before, *_encode(served, given, name)]
     try:
         served.generator.check(ids, options)
-    except config.UserError as error:
+    except errors.UserError as error:
         raise RefusedError(str(error), name) from None
     n_new, seq_len = options.max_new_tokens, served.generator.model.seq_len
     if n_new > served.generator.room(ids):
@@ -233,7 +233,7 @@ def _encode(served: Served, given: Any, name: str) -> list[int]:
     if isinstance(given, str):
         try:
             return served.text.encode(given) or [served.text.eod_id]
-        except config.UserError as error:  # half of a surrogate pair
+        except errors.UserError as error:  # half of a surrogate pair
             raise RefusedError(f"{name} is not text: {error}", name) from None
     if isinstance(given, list) and all(type(token) is int for token in given):
         return given

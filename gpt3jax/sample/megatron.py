@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpt3jax import ranges
+from gpt3jax.config import ranges
 from gpt3jax.sample import batcher, job, text_options
 
 FIELDS = {

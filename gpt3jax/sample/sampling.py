@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gpt3jax import config
+from gpt3jax.config import schema
 from gpt3jax.sample import text_options
 
 Mode = Literal["greedy", "random", "filtered"]
@@ -104,7 +104,7 @@ class Scores:
     logprobs_N: Any
 
 
-def score(logits_V: Array, token: Array, model: config.Model) -> Scores:
+def score(logits_V: Array, token: Array, model: schema.Model) -> Scores:
     """Return the scores of tokens `[...]` under the softmax of training, from logits `[..., V]`.
 
     Temperature and the like change nothing. The likeliest are of the true vocabulary.

@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 from starlette import applications, exceptions, requests, responses, routing, types
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.data import tokenizer
 from gpt3jax.sample import batcher, completions, generate, job, megatron
 
@@ -166,7 +166,7 @@ def run(app: applications.Starlette, host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise config.UserError(
+        raise errors.UserError(
             f"--server.host={host} --server.port={port} cannot be listened on ({error}): choose "
             "another"
         ) from error

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from gpt3jax import ranges, validation
+from gpt3jax.config import ranges, validation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

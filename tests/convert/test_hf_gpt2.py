@@ -15,11 +15,15 @@ import safetensors.numpy
 import tensorstore
 import tokenizers
 
-from gpt3jax import config, phases, setup, sharding, step, trained
-from gpt3jax.checkpoint import checkpoints, metadata
+from gpt3jax import errors, step
+from gpt3jax.checkpoint import metadata, parameters, storage
+from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.convert import hf_gpt2, hf_tokenizer, megatron, tensor_files
 from gpt3jax.data import indexed, tokenizer
+from gpt3jax.run import startup
+from gpt3jax.sharding import meshes
+from gpt3jax.watch import phases
 
 import tiny
 
@@ -27,7 +31,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def mesh(**axes):
-    return sharding.make_mesh(config.Mesh(**axes))
+    return meshes.make_mesh(schema.Mesh(**axes))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def gpt2(tmp_path):
 
 def test_hugging_face_weights_give_its_logits(converted):
     golden = np.load(GOLDEN / "hf_gpt2" / "golden.npz")
-    params = trained.open_newest(str(converted), mesh()).params()
+    params = parameters.open_newest(str(converted), mesh()).params()
     tokens = jnp.asarray(golden["input_ids"])
     x_BTD = params(tokens, jnp.broadcast_to(jnp.arange(64), tokens.shape))
     logits = x_BTD @ params.embedding_VD[...].T
@@ -72,7 +76,7 @@ def test_what_comes_in_goes_out_byte_for_byte(converted, tmp_path, monkeypatch, 
         assert found[name].tobytes() == array.tobytes(), name
     convert.from_hf(convert.FromHf(folder=str(out), output=str(again)))
     ours, theirs = (
-        tiny.leaves(trained.open_newest(str(f), mesh()).params()) for f in (converted, again)
+        tiny.leaves(parameters.open_newest(str(f), mesh()).params()) for f in (converted, again)
     )
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
@@ -93,7 +97,7 @@ def test_names_without_a_prefix_masks_and_16_bits_are_read(gpt2, tmp_path):
     safetensors.numpy.save_file(plain, file)
     out = str(tmp_path / "checkpoint")
     convert.from_hf(convert.FromHf(folder=str(gpt2), output=out))
-    params = trained.open_newest(out, mesh()).params()
+    params = parameters.open_newest(out, mesh()).params()
     expected = plain["wte.weight"].astype(np.float32)
     np.testing.assert_array_equal(params.embedding_VD[:257], expected)
     assert not np.asarray(params.embedding_VD[257:]).any()
@@ -113,7 +117,7 @@ def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, optio
         data={"paths": (prefix,), "split": "1,0,0"}, mesh={"data": 2, "fsdp": 2, "tensor": 2},
         checkpoint={"load": str(converted), **options}, train={"n_steps": 2, "eval_interval": 0},
     )  # fmt: skip
-    run, state, start, told = setup.start_or_resume(cfg, phases.Phases())
+    run, state, start, told = startup.start_or_resume(cfg, phases.Phases())
     assert start == (0, 0) and "starting with the parameters of" in told[-1]
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
     batch = tiny.make_batch(0, cfg, run.mesh, 1)
@@ -176,15 +180,15 @@ def test_the_tokenizers_files_travel_along(gpt2, tokenizer_folder, tmp_path, alo
     theirs = json.loads((out / "config.json").read_text())
     ids = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     assert ids == {"bos_token_id": 257, "eos_token_id": 0, "pad_token_id": 258}
-    cfg = trained.find(str(ours))[2]
-    found = trained.open_tokenizer(str(ours), cfg, tokenizer.Source())
+    cfg = parameters.find(str(ours))[2]
+    found = parameters.open_tokenizer(str(ours), cfg, tokenizer.Source())
     assert (found.vocab_size, found.eod_id) == (260, 0)
     text = "no<extra> merges here<s>"
     expected = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     expected.no_truncation()
     assert found.encode(text) == expected.encode(text).ids and 259 in found.encode(text)
     assert found.decode([259, 257]) == "<extra><s>"
-    other = trained.open_tokenizer(str(ours), cfg, tokenizer.Source(eod_token="<s>"))
+    other = parameters.open_tokenizer(str(ours), cfg, tokenizer.Source(eod_token="<s>"))
     assert other.eod_id == 257
 
 
@@ -207,7 +211,7 @@ def test_gpt2s_two_files_travel_along(gpt2, converted, tokenizer_folder, tmp_pat
 def test_a_tokenizer_is_written_under_the_names_that_are_looked_for(tokenizer_folder, tmp_path):
     (tmp_path / "mine.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     (tmp_path / "out").mkdir()
-    data = config.Data(tokenizer=str(tmp_path / "mine.json"), eod_id=257)
+    data = schema.Data(tokenizer=str(tmp_path / "mine.json"), eod_id=257)
     files = hf_tokenizer.named(data, tmp_path)
     vocab = hf_tokenizer.write(files, tmp_path / "out", 64, 257)
     assert vocab["<extra>"] == 259
@@ -218,18 +222,18 @@ def test_a_tokenizer_is_written_under_the_names_that_are_looked_for(tokenizer_fo
         "tokenizer": str(tokenizer_folder / "tokenizer.json")
     }
     for wrong in (("", "v", ""), (str(tokenizer_folder), "v", "m")):
-        with pytest.raises(config.UserError, match="--vocab-file and --merge-file together, or"):
+        with pytest.raises(errors.UserError, match="--vocab-file and --merge-file together, or"):
             hf_tokenizer.asked_for(*wrong)
-    with pytest.raises(config.UserError, match="mine: no such file"):
+    with pytest.raises(errors.UserError, match="mine: no such file"):
         hf_tokenizer.asked_for("", "mine", "m")
-    with pytest.raises(config.UserError, match=r"has no tokenizer\.json, nor vocab\.json and"):
+    with pytest.raises(errors.UserError, match=r"has no tokenizer\.json, nor vocab\.json and"):
         hf_tokenizer.asked_for(str(tmp_path), "", "")
 
 
 def test_a_tokenizer_whose_files_disagree_is_refused(gpt2, tokenizer_folder, tmp_path):
     with_260_tokens(gpt2, tokenizer_folder, ["tokenizer.json", "vocab.json"])
     (gpt2 / "added_tokens.json").write_text('{"<other>": 259}')
-    with pytest.raises(config.UserError, match=r"added_tokens\.json adds the token '<other>'"):
+    with pytest.raises(errors.UserError, match=r"added_tokens\.json adds the token '<other>'"):
         convert.from_hf(convert.FromHf(folder=str(gpt2), output=str(tmp_path / "out")))
 
 
@@ -260,7 +264,7 @@ def test_the_end_of_a_document_is_a_token_that_is_one_or_none(gpt2, eos, own, ex
         written = json.loads((gpt2 / "config.json").read_text())
         assert written["eos_token_id"] == (None if expected == 257 else expected)
     else:
-        with pytest.raises(config.UserError, match=re.escape(expected)):
+        with pytest.raises(errors.UserError, match=re.escape(expected)):
             hf_gpt2.read_config(gpt2, own)
 
 
@@ -272,22 +276,22 @@ def test_weights_that_are_not_finite_do_not_go_out(tmp_path):
         return out
 
     cfg = tiny.make_config()
-    trained.write(trained.new_store(str(tmp_path / "ours")), cfg, rows)
+    parameters.write(parameters.new_store(str(tmp_path / "ours")), cfg, rows)
     options = {"checkpoint": str(tmp_path / "ours"), "output": str(tmp_path / "out")}
     message = r"ours: transformer\.h\.1\.mlp\.c_fc\.bias has 2 of 256 values that are NaN or inf"
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         convert.to_hf(convert.ToHf(**options))
     assert not (tmp_path / "out" / "config.json").exists()
     message = r"ours: decoder\.layers\.1\.mlp\.linear_fc1\.bias has 2 of"
     options |= {"output": str(tmp_path / "megatron"), "format": "safetensors"}
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         megatron.to_megatron(megatron.ToMegatron(**options))
 
 
 def test_padded_entries_that_take_part_in_the_softmax_go_out_too(tmp_path):
     cfg = tiny.make_config(model={"mask_padded_vocab": False})
-    trained.write(
-        trained.new_store(str(tmp_path / "ours")),
+    parameters.write(
+        parameters.new_store(str(tmp_path / "ours")),
         cfg,
         lambda name, shape, first, stop: np.ones((stop - first, *shape[1:]), np.float32),
     )
@@ -304,7 +308,7 @@ def test_a_changed_value_is_noticed_by_every_reader(converted, tmp_path):
     array[1, 2, 3].write(7.0).result()
     message = "was changed since it was written: params/blocks/mlp/w_in_DF/value do"
     with pytest.raises(metadata.DamagedError, match=message):
-        trained.open_newest(str(copy), mesh()).params()
+        parameters.open_newest(str(copy), mesh()).params()
     with pytest.raises(metadata.DamagedError, match=message):
         convert.to_hf(convert.ToHf(checkpoint=str(copy), output=str(tmp_path / "out")))
     assert not (tmp_path / "out" / "config.json").exists()
@@ -427,34 +431,34 @@ def test_what_cannot_be_read_is_one_clear_line(gpt2, tmp_path, monkeypatch, caps
 
 @pytest.mark.slower
 def test_banded_attention_is_refused_with_the_reason(tmp_path):
-    cfg = tiny.make_config(model={"attention": config.Attention(pattern="alternating")})
+    cfg = tiny.make_config(model={"attention": schema.Attention(pattern="alternating")})
     program = step.build(cfg, mesh(), 1)
-    store = checkpoints.Checkpoints(str(tmp_path / "ours"))
-    meta = metadata.Meta(step=3, consumed_samples=48, data_order={}, config=config.flatten(cfg))
+    store = storage.Checkpoints(str(tmp_path / "ours"))
+    meta = metadata.Meta(step=3, consumed_samples=48, data_order={}, config=schema.flatten(cfg))
     store.save(program.init(), meta)
     assert store.poll(wait=True) == ""
     options = convert.ToHf(checkpoint=str(tmp_path / "ours"), output=str(tmp_path / "out"))
-    with pytest.raises(config.UserError, match="GPT-2's config has no banded attention"):
+    with pytest.raises(errors.UserError, match="GPT-2's config has no banded attention"):
         convert.to_hf(options)
     assert not (tmp_path / "out").exists()
 
 
 def test_outputs_are_never_written_over(converted, tmp_path):
-    with pytest.raises(config.UserError, match="has checkpoints: give a new folder"):
+    with pytest.raises(errors.UserError, match="has checkpoints: give a new folder"):
         convert.from_hf(convert.FromHf(folder=str(GOLDEN / "hf_gpt2"), output=str(converted)))
     (tmp_path / "file").touch()
-    with pytest.raises(config.UserError, match="is not empty: give a new folder"):
+    with pytest.raises(errors.UserError, match="is not empty: give a new folder"):
         convert.to_hf(convert.ToHf(checkpoint=str(converted), output=str(tmp_path)))
-    with pytest.raises(config.UserError, match="has no checkpoint"):
-        trained.find(str(tmp_path / "nothing"))
+    with pytest.raises(errors.UserError, match="has no checkpoint"):
+        parameters.find(str(tmp_path / "nothing"))
 
 
 def test_a_config_comes_back_from_its_flat_form():
-    cfg = tiny.make_config(model={"attention": config.Attention(band=7)}, batch={"ramp": (1, 2, 3)})
-    flat = json.loads(json.dumps(config.flatten(cfg)))
-    assert config.unflatten(config.Config, flat) == cfg
+    cfg = tiny.make_config(model={"attention": schema.Attention(band=7)}, batch={"ramp": (1, 2, 3)})
+    flat = json.loads(json.dumps(schema.flatten(cfg)))
+    assert schema.unflatten(schema.Config, flat) == cfg
     del flat["model.attention.band"], flat["checkpoint.only_params"]
-    assert config.unflatten(config.Config, flat).model.attention == config.Attention()
+    assert schema.unflatten(schema.Config, flat).model.attention == schema.Attention()
 
 
 def test_parameters_are_named_after_the_models():

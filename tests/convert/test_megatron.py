@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gpt3jax import config, sharding, step, trained
+from gpt3jax import step
+from gpt3jax.checkpoint import parameters
+from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.convert import mcore, megatron, torch_files
+from gpt3jax.sharding import meshes
 
 import numpy_gpt
-import test_model
 import tiny
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -63,7 +65,7 @@ def write(folder, tensors, args):
 
 def from_megatron(folder, output, **options):
     megatron.from_megatron(megatron.FromMegatron(folder=str(folder), output=str(output), **options))
-    return trained.open_newest(str(output), sharding.make_mesh(config.Mesh()))
+    return parameters.open_newest(str(output), meshes.make_mesh(schema.Mesh()))
 
 
 def to_megatron(source, output, **options):
@@ -88,8 +90,8 @@ def ours(tmp_path):
             weights[name] = rng.standard_normal(shape, np.float32)
         return weights[name][first:stop]
 
-    store = trained.new_store(str(tmp_path / "ours"))
-    trained.write(store, trained.untrained(MODEL, config.Data(eod_id=0)), rows)
+    store = parameters.new_store(str(tmp_path / "ours"))
+    parameters.write(store, parameters.untrained(MODEL, schema.Data(eod_id=0)), rows)
     return tmp_path / "ours", weights
 
 
@@ -105,10 +107,10 @@ def test_megatrons_weights_give_its_logits_loss_and_gradients(tmp_path, variant)
         write(tmp_path / "in", tensors, ARGS | VARIANTS[variant]), tmp_path / "c"
     )
     _, inputs, expected = numpy_gpt.load_megatron(variant)
-    logits, loss, grads = test_model.network(source.params(), inputs)
+    logits, loss, grads = tiny.network(source.params(), inputs)
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6)
-    test_model.assert_close({"logits": logits}, {"logits": expected["logits_BTV"]})
-    test_model.assert_close(tiny.to_numpy_names(grads), expected["grads"])
+    numpy_gpt.assert_close({"logits": logits}, {"logits": expected["logits_BTV"]})
+    numpy_gpt.assert_close(tiny.to_numpy_names(grads), expected["grads"])
 
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
@@ -138,7 +140,7 @@ def test_a_checkpoint_of_ours_survives_any_cut(ours, tmp_path, tensor, pipeline)
     found = tiny.leaves(source.params())
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
-    written = config.unflatten(config.Config, source.store.read_meta(0).config).model
+    written = schema.unflatten(schema.Config, source.store.read_meta(0).config).model
     assert written == MODEL
 
 
@@ -468,4 +470,4 @@ def test_every_parameter_has_a_megatron_name():
     abstract = jax.eval_shape(lambda: step.init_state(tiny.make_config())).params
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
-    assert {trained.short_name(name) for name in names} == mcore.NAMES.keys()
+    assert {parameters.short_name(name) for name in names} == mcore.NAMES.keys()

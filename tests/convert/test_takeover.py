@@ -11,9 +11,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from gpt3jax import phases, setup, sharding
 from gpt3jax.convert import megatron
 from gpt3jax.data import loader
+from gpt3jax.run import startup
+from gpt3jax.sharding import meshes
+from gpt3jax.watch import phases
 
 import corpus
 import tiny
@@ -70,7 +72,7 @@ def take_over(monkeypatch, folder, weights, *args):
 def test_a_megatron_project_goes_on_with_megatrons_numbers(monkeypatch, folder, mesh):
     """Losses, gradient norms, learning rates and evaluations, as far as its console shows them."""
     if mesh == "one device":
-        monkeypatch.setattr(sharding, "make_mesh", lambda _: tiny.one_device_mesh())
+        monkeypatch.setattr(meshes, "make_mesh", lambda _: tiny.one_device_mesh())
     args = ("--checkpoint.dir=saved", *(() if mesh == "one device" else MESH))
     records = take_over(monkeypatch, folder, GOLDEN / "initial", *args)
     steps = [record for record in records if "loss" in record]
@@ -103,7 +105,7 @@ def test_a_megatron_project_goes_on_with_megatrons_numbers(monkeypatch, folder, 
 def evaluate_once_more(folder, *args):
     """Return the loss on the validation samples that follow those of the run."""
     cfg = corpus.config_of(folder, *args)
-    run, state, start, _ = setup.start_or_resume(cfg, phases.Phases())
+    run, state, start, _ = startup.start_or_resume(cfg, phases.Phases())
     assert start == (30, 240)
     batches = loader.eval_batches(run.splits, cfg, run.mesh, "validation", 3)
     sums = [run.program.eval(state.params, batch) for batch in batches]

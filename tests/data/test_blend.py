@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt3jax import config
+from gpt3jax import errors
+from gpt3jax.config import schema
 from gpt3jax.data import blend, indexed, samples
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "megatron_data"
@@ -75,7 +76,7 @@ def test_indices_and_samples_are_megatrons(case, which):
     if not len(numbers):
         return
     switches = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
-    data = config.Data(eod_id=case["eod"], **{name: case[name] for name in switches})
+    data = schema.Data(eod_id=case["eod"], **{name: case[name] for name in switches})
     batch = samples.read(ours, data, numbers)
     for name, theirs in (
         ("tokens", "tokens"), ("targets", "labels"), ("positions", "position_ids"),
@@ -241,15 +242,15 @@ def test_a_split_without_weight_or_samples_is_none(corpora):
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
 def test_a_weight_that_is_not_above_zero_is_refused(corpora, weight):
-    with pytest.raises(config.UserError, match=r"the weight of .*c1 is .* must be above 0"):
+    with pytest.raises(errors.UserError, match=r"the weight of .*c1 is .* must be above 0"):
         blend.build(corpora, [1.0, weight, 1.0], "1", "train", 8, 10, 1)
 
 
 def test_a_corpus_without_documents_or_samples_is_named(corpora, tmp_path):
     few = write(tmp_path / "few", [3])
-    with pytest.raises(config.UserError, match=r"test split none of the 1 documents of .*few"):
+    with pytest.raises(errors.UserError, match=r"test split none of the 1 documents of .*few"):
         blend.build([*corpora, few], [1.0] * 4, "8,1,1", "test", 8, 10, 1)
-    with pytest.raises(config.UserError, match=r"few: .* not the 8 \+ 1 tokens of one sample"):
+    with pytest.raises(errors.UserError, match=r"few: .* not the 8 \+ 1 tokens of one sample"):
         blend.build([*corpora, few], None, "1", "train", 8, None, 1)
     assert len(blend.build([*corpora, few], [1.0] * 4, "1", "train", 8, 10, 1)) == 12
 
@@ -258,7 +259,7 @@ def test_a_blend_that_takes_more_than_was_prepared_says_so(tmp_path):
     """Many light corpora of at least one sample each: the heavy one is asked for too many."""
     heavy = write(tmp_path / "heavy", [81])
     light = write(tmp_path / "light", [50])
-    with pytest.raises(config.UserError, match=r"takes 1\d samples of .*heavy, which prepared 10"):
+    with pytest.raises(errors.UserError, match=r"takes 1\d samples of .*heavy, which prepared 10"):
         blend.build([heavy] + [light] * 10, [90.0] + [1.0] * 10, "1", "train", 8, 10, 1)
 
 
@@ -269,7 +270,7 @@ def test_paths_are_parsed_as_megatron_does():
     assert blend.parse(["0.3", "a ", "7", "b"]) == (["a", "b"], [0.3, 7.0])
     assert blend.parse([" 1e-3 ", "2"]) == (["2"], [1e-3])
     assert blend.parse(["1", "2", "3"]) == (["1", "2", "3"], None)
-    with pytest.raises(config.UserError, match=r"data.paths=.*'b' stands where a weight"):
+    with pytest.raises(errors.UserError, match=r"data.paths=.*'b' stands where a weight"):
         blend.parse(["1", "a", "b", "c"])
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.data import indexed
 
 CORPORA = pathlib.Path(__file__).parents[1] / "golden" / "megatron_data" / "corpora"
@@ -119,7 +119,7 @@ def test_an_old_index_never_stands_beside_new_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write(prefix, [[[3, 4]]])
-    with pytest.raises(config.UserError, match=r"c\.idx: no such file"):
+    with pytest.raises(errors.UserError, match=r"c\.idx: no such file"):
         indexed.IndexedCorpus(prefix)
 
 
@@ -127,7 +127,7 @@ def test_an_old_index_never_stands_beside_new_tokens(tmp_path, monkeypatch):
     "tokens", [[70_000], [-1], np.array([65_536]), np.array([1.5]), np.array([-1], np.int8)]
 )
 def test_a_token_that_does_not_fit_is_refused(tmp_path, tokens):
-    with pytest.raises(config.UserError, match=r"c\.bin takes uint16 tokens, 0 to 65535"):
+    with pytest.raises(errors.UserError, match=r"c\.bin takes uint16 tokens, 0 to 65535"):
         write(tmp_path / "c", [[tokens]])
     assert list(tmp_path.iterdir()) == []
 
@@ -163,7 +163,7 @@ def test_damage_is_named(tmp_path, damage):
     end, change, message = DAMAGE[damage]
     file = pathlib.Path(write(tmp_path / "c", [[[1, 2, 3]], [[4, 5]]]) + end)
     file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         indexed.IndexedCorpus(str(tmp_path / "c"))
 
 
@@ -178,7 +178,7 @@ def test_any_damage_is_an_error_or_harmless(tmp_path_factory, at, byte, cut):
     pathlib.Path(prefix + ".idx").write_bytes(damaged[:cut])
     try:
         corpus = indexed.IndexedCorpus(prefix)
-    except config.UserError as error:
+    except errors.UserError as error:
         assert "c.idx" in str(error) or "c.bin" in str(error)
     else:
         assert sum(len(corpus.read(i)) for i in range(len(corpus))) == corpus.n_tokens
@@ -191,10 +191,10 @@ def test_faults_far_into_an_index_are_found(tmp_path, monkeypatch):
     assert indexed.IndexedCorpus(str(tmp_path / "c")).n_tokens == 55
     whole = file.read_bytes()
     file.write_bytes(replaced(34 + 4 * 10 + 8 * 6, b"\xff")(whole))
-    with pytest.raises(config.UserError, match="sequence 6 begins at byte 255"):
+    with pytest.raises(errors.UserError, match="sequence 6 begins at byte 255"):
         indexed.IndexedCorpus(str(tmp_path / "c"))
     file.write_bytes(replaced(34 + 4 * 7, b"\xfe\xff\xff\xff")(whole))
-    with pytest.raises(config.UserError, match="sequence 7 has a negative length, -2"):
+    with pytest.raises(errors.UserError, match="sequence 7 has a negative length, -2"):
         indexed.IndexedCorpus(str(tmp_path / "c"))
 
 
@@ -202,12 +202,12 @@ def test_faults_far_into_an_index_are_found(tmp_path, monkeypatch):
 def test_a_missing_file_is_named(tmp_path, end):
     prefix = write(tmp_path / "c", [[[1]]])
     pathlib.Path(prefix + end).unlink()
-    with pytest.raises(config.UserError, match=rf"c\{end}: no such file$"):
+    with pytest.raises(errors.UserError, match=rf"c\{end}: no such file$"):
         indexed.IndexedCorpus(prefix)
 
 
 @pytest.mark.parametrize("end", [".idx", ".bin"])
 def test_a_prefix_given_with_its_extension_gets_a_hint(tmp_path, end):
     prefix = write(tmp_path / "c", [[[1]]])
-    with pytest.raises(config.UserError, match=r"takes the prefix of both files: '.*/c' in place"):
+    with pytest.raises(errors.UserError, match=r"takes the prefix of both files: '.*/c' in place"):
         indexed.IndexedCorpus(prefix + end)

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from gpt3jax import batch_schedule, config, recipe, validation
+from gpt3jax import errors
+from gpt3jax.config import batch_schedule, recipe, schema, validation
 from gpt3jax.data import indexed, inspect, loader, merge, mock, samples, splits, tokenizer
 
 import corpus
@@ -116,7 +117,7 @@ def test_the_tokenizer_of_a_config_shows_texts(tmp_path, monkeypatch, capsys):
         writer.add_document([bpe.encode("Friends, Romans")])
     data = {"paths": (str(tmp_path / "texts"),), "tokenizer": str(tmp_path / "tokenizer.json")}
     cfg = tiny.make_config(data={**data, "eod_id": 0})
-    (tmp_path / "config.json").write_text(json.dumps(config.flatten(cfg)))
+    (tmp_path / "config.json").write_text(json.dumps(schema.flatten(cfg)))
     assert call(monkeypatch, "--config", str(tmp_path / "config.json"), "--document", "0") == 0
     assert capsys.readouterr().out.endswith("Friends, Romans\n")
 
@@ -195,7 +196,7 @@ def test_a_run_on_mock_data_needs_no_files():
     assert len(opened.train) > 2_000_000 and len(opened.validation) > 2_000_000  # a third each
     batch = samples.read(opened.train, cfg.data, np.arange(4))
     assert batch["tokens"].shape == (4, 32) and batch["tokens"].max() < tiny.VOCAB
-    with pytest.raises(config.UserError, match=r"data.paths and data.mock each say"):
+    with pytest.raises(errors.UserError, match=r"data.paths and data.mock each say"):
         validation.validate(tiny.make_config(data={"mock": True}))
 
 
@@ -207,9 +208,9 @@ def test_each_split_may_have_corpora_of_its_own(tmp_path):
     assert [m.corpus.prefix for m in opened.train.maps] == [a, b]
     assert opened.train.maps[0].document_index.max() == 199  # all of it: no split
     assert opened.validation.corpus.prefix == c and opened.test is None
-    with pytest.raises(config.UserError, match=r"go with data.train_paths"):
+    with pytest.raises(errors.UserError, match=r"go with data.train_paths"):
         validation.validate(tiny.make_config(data={"validation_paths": ("x",)}))
-    with pytest.raises(config.UserError, match=r"data.validation_paths=1 .* stands where a weight"):
+    with pytest.raises(errors.UserError, match=r"data.validation_paths=1 .* stands where a weight"):
         splits.open_splits(
             tiny.make_config(data=data | {"validation_paths": ("1", c, "x", c)}), 6, 96
         )
@@ -218,7 +219,7 @@ def test_each_split_may_have_corpora_of_its_own(tmp_path):
 def test_more_validation_samples_than_can_be_numbered_are_refused(tmp_path):
     data = {"paths": (write(tmp_path / "a", 1),)}
     cfg = tiny.make_config(data=data, train={"eval_batches": 10**8, "eval_interval": 1})
-    with pytest.raises(config.UserError, match=r"train.eval_batches=100000000 takes .* in 3 eval"):
+    with pytest.raises(errors.UserError, match=r"train.eval_batches=100000000 takes .* in 3 eval"):
         splits.open_splits(cfg, 2, 32)
 
 
@@ -289,5 +290,5 @@ def test_processes_that_race_for_a_cache_get_the_same(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(config.UserError, match=r"data.index_cache=.*file"):
+    with pytest.raises(errors.UserError, match=r"data.index_cache=.*file"):
         build_map((write(tmp_path / "a", 1), tmp_path / "file" / "cache"))

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from gpt3jax import batch_schedule, config
+from gpt3jax import errors
+from gpt3jax.config import batch_schedule
 from gpt3jax.data import indexed, loader, samples, splits
 
 import tiny
@@ -96,18 +97,18 @@ def test_a_token_beyond_the_vocabulary_names_the_file(corpus, monkeypatch):
         for _ in range(400):
             writer.add_document([[1, 2, tiny.VOCAB, 4, 0]])
     cfg = make_config(corpus)
-    with pytest.raises(config.UserError, match=r"corpus.bin has token 500 at place 2, outside"):
+    with pytest.raises(errors.UserError, match=r"corpus.bin has token 500 at place 2, outside"):
         splits.open_splits(cfg, 2, 32)
     monkeypatch.setattr(indexed, "check_tokens", lambda *_: None)
     parts = splits.open_splits(cfg, 2, 32)
     schedule = batch_schedule.BatchSchedule(((0, 16),))
-    with pytest.raises(config.UserError, match=r"corpus.bin has token 500 .*vocab_size=500"):
+    with pytest.raises(errors.UserError, match=r"corpus.bin has token 500 .*vocab_size=500"):
         next(loader.train_batches(parts, cfg, schedule, tiny.make_mesh(), 0, 96))
 
 
 def test_tokens_whose_type_cannot_hold_the_vocabulary_are_refused(corpus):
     cfg = tiny.make_config(data={"paths": (corpus,)}, model={"vocab_size": 70_000})
-    with pytest.raises(config.UserError, match=r"uint16 tokens, up to 65535.*another vocabulary"):
+    with pytest.raises(errors.UserError, match=r"uint16 tokens, up to 65535.*another vocabulary"):
         splits.open_splits(cfg, 2, 32)
 
 
@@ -137,7 +138,7 @@ def test_a_split_without_documents_is_refused_by_name(tmp_path):
         for _ in range(10):
             writer.add_document([np.arange(1, 40)])
     cfg = tiny.make_config(data={"paths": (prefix,)})
-    with pytest.raises(config.UserError, match=r"949,50,1.*test split none of the 10 documents"):
+    with pytest.raises(errors.UserError, match=r"949,50,1.*test split none of the 10 documents"):
         splits.open_splits(cfg, 2, 32)
 
 
@@ -164,6 +165,6 @@ def test_a_blend_takes_its_shares_and_an_unweighted_one_ends(corpus, tmp_path):
     batches = loader.train_batches(parts, cfg, schedule, tiny.make_mesh(), 0, 96)
     from_other = [(np.asarray(b["tokens"])[..., 0] >= 250).sum() for b, _, _ in batches]
     assert from_other == [4] * 6
-    with pytest.raises(config.UserError, match="give each prefix a weight"):
+    with pytest.raises(errors.UserError, match="give each prefix a weight"):
         unweighted = tiny.make_config(data={**data, "paths": (corpus, other)})
         splits.open_splits(unweighted, 600, 9600)

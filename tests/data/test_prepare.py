@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.data import documents, indexed, prepare, tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -203,7 +203,7 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, files, bpe, line):
     good = lines_of(["one", "two"]).splitlines()
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([good[0], line, good[1], line]) + b"\n")
-    with pytest.raises(config.UserError) as error:
+    with pytest.raises(errors.UserError) as error:
         prepare.prepare(options(files, tmp_path, path, max_document_mb=1))
     assert str(error.value).startswith(f"{path}:2: ") and BAD[line] in str(error.value)
     assert "--on-bad-line skip" in str(error.value)
@@ -228,7 +228,7 @@ def test_an_empty_document_is_kept_left_out_or_fatal(tmp_path, files, policy, co
     path.write_bytes(lines_of(["one", "", "two"]))
     made = options(files, tmp_path, path, on_empty_document=policy, append_eod=True)
     if counts is None:
-        with pytest.raises(config.UserError, match=r"a.jsonl:2: an empty document"):
+        with pytest.raises(errors.UserError, match=r"a.jsonl:2: an empty document"):
             prepare.prepare(made)
         return
     assert prepare.prepare(made).n_empty == 1
@@ -247,7 +247,7 @@ def test_a_mark_of_utf8_is_no_text(tmp_path, files, bpe):
 
 def test_utf16_is_called_by_its_name(tmp_path, files):
     (tmp_path / "a.txt").write_text("text", encoding="utf-16")
-    with pytest.raises(config.UserError, match=r"a\.txt:1: not UTF-8: UTF-16"):
+    with pytest.raises(errors.UserError, match=r"a\.txt:1: not UTF-8: UTF-16"):
         prepare.prepare(options(files, tmp_path, tmp_path / "a.txt"))
 
 
@@ -376,9 +376,9 @@ print(sum(counts), len(counts), pyarrow.default_memory_pool().max_memory())
 
 def test_rows_without_text_are_bad(tmp_path, files):
     parquet.write_table(pyarrow.table({"text": ["one", None]}), tmp_path / "a.parquet")
-    with pytest.raises(config.UserError, match=r"a.parquet:2: 'text' is not a string"):
+    with pytest.raises(errors.UserError, match=r"a.parquet:2: 'text' is not a string"):
         prepare.prepare(options(files, tmp_path, tmp_path / "a.parquet"))
-    with pytest.raises(config.UserError, match=r"no column 'body'.*it has text"):
+    with pytest.raises(errors.UserError, match=r"no column 'body'.*it has text"):
         prepare.prepare(options(files, tmp_path, tmp_path / "a.parquet", json_key="body"))
 
 
@@ -399,7 +399,7 @@ def test_a_damaged_file_is_named(tmp_path, files, suffix, how):
     content[len(content) // 2] ^= 0x55
     content = {"flip": content, "cut": path.read_bytes()[:-9], "other": b"plain text"}[how]
     path.write_bytes(content)
-    with pytest.raises(config.UserError, match=r"a\.\w+(\.\w+)?(:\d+)?: "):
+    with pytest.raises(errors.UserError, match=r"a\.\w+(\.\w+)?(:\d+)?: "):
         prepare.prepare(options(files, tmp_path, path))
     assert not list(tmp_path.glob("out*"))
 
@@ -411,17 +411,17 @@ def test_a_damaged_file_is_named(tmp_path, files, suffix, how):
 def test_inputs_that_lead_nowhere_are_named(tmp_path, files, word, told):
     (tmp_path / "a.csv").write_text("1,2")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(config.UserError, match=told) as error:
+    with pytest.raises(errors.UserError, match=told) as error:
         prepare.prepare(options(files, tmp_path, tmp_path / word))
     assert word in str(error.value)
 
 
 def test_input_without_any_text_makes_no_corpus(tmp_path, files):
     (tmp_path / "a.jsonl").write_bytes(lines_of(["", ""]))
-    with pytest.raises(config.UserError, match="there is no text"):
+    with pytest.raises(errors.UserError, match="there is no text"):
         prepare.prepare(options(files, tmp_path, tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text('[\n{"text": "one"},\n]')
-    with pytest.raises(config.UserError, match=r"no text.*: 3 bad lines, .*:1: a JSON array"):
+    with pytest.raises(errors.UserError, match=r"no text.*: 3 bad lines, .*:1: a JSON array"):
         prepare.prepare(options(files, tmp_path, tmp_path / "a.jsonl", on_bad_line="skip"))
     assert not list(tmp_path.glob("out*"))
 
@@ -436,17 +436,17 @@ def test_a_tokenizer_json_serves_too(tmp_path, files, bpe):
         source = tokenizer.Source(tokenizer=str(name))
         prepare.prepare(options(files, tmp_path, tmp_path / "a.txt", source=source))
         assert read(tmp_path / "out_text_document")[0] == [bpe.encode(TEXTS[0] * 3)]
-    with pytest.raises(config.UserError, match=r"no token '</s>'.*--eod-token"):
+    with pytest.raises(errors.UserError, match=r"no token '</s>'.*--eod-token"):
         tokenizer.Source(tokenizer=str(folder), eod_token="</s>").open()
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(config.UserError, match=r"give a tokenizer\.json"):
+    with pytest.raises(errors.UserError, match=r"give a tokenizer\.json"):
         tokenizer.Source(tokenizer=str(folder)).open()
     for wrong in (
         {},
         {"vocab_file": "v"},
         {"vocab_file": "v", "merge_file": "m", "tokenizer": "t"},
     ):
-        with pytest.raises(config.UserError, match="--vocab-file and --merge-file together, or"):
+        with pytest.raises(errors.UserError, match="--vocab-file and --merge-file together, or"):
             tokenizer.Source(**wrong).open()
 
 
@@ -493,7 +493,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, files):
     try:
         (tmp_path / "a.jsonl").write_bytes(lines_of(["1 2 3 4 5 6 7 8 9 " * 200] * 400))
         made = options(files, disk, tmp_path / "a.jsonl")
-        with pytest.raises(config.UserError, match="No space left on device"):
+        with pytest.raises(errors.UserError, match="No space left on device"):
             prepare.prepare(made)
         assert not list(disk.iterdir())
     finally:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt3jax import config
+from gpt3jax import errors
+from gpt3jax.config import schema
 from gpt3jax.data import indexed, samples
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "megatron_data"
@@ -54,7 +55,7 @@ def test_indices_and_samples_are_megatrons(case, split):
     numbers = golden[f"{split}.sample_ids"]
     if not len(numbers):
         return
-    data = config.Data(
+    data = schema.Data(
         eod_id=case["eod"],
         eod_mask_loss=case["eod_mask_loss"],
         reset_position_ids=case["reset_position_ids"],
@@ -173,7 +174,7 @@ def test_a_partial_sample_is_padded_among_whole_ones(tmp_path):
     last = ours.shuffle_index.tolist().index(2)
     assert n_real.tolist() == [7 if k == last else 9 for k in range(3)]
     assert (tokens[last, 7:] == 0).all()
-    batch = samples.read(ours, config.Data(), np.arange(3))
+    batch = samples.read(ours, schema.Data(), np.arange(3))
     assert batch["loss_mask"].sum(axis=1).tolist() == [6 if k == last else 8 for k in range(3)]
     flat = [t for k in np.argsort(ours.shuffle_index) for t in tokens[k, : n_real[k] - 1]]
     assert sorted([*flat, tokens[last, 6]]) == list(range(23))
@@ -193,7 +194,7 @@ def seen_by_the_rules(tokens, eod):
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=12, max_size=12), min_size=1, max_size=3))
 def test_documents_end_as_the_rules_say(rows):
-    data = config.Data(
+    data = schema.Data(
         eod_id=0, eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True
     )
     mask, positions, segments = samples.end_of_document_effects(np.array(rows), data)
@@ -208,12 +209,12 @@ def test_documents_end_as_the_rules_say(rows):
 
 def test_switches_that_are_off_change_nothing():
     tokens = np.array([[0, 1, 0, 2]])
-    mask, positions, segments = samples.end_of_document_effects(tokens, config.Data(eod_id=0))
+    mask, positions, segments = samples.end_of_document_effects(tokens, schema.Data(eod_id=0))
     assert mask.tolist() == [[1, 1, 1, 1]]
     assert positions.tolist() == [[0, 1, 2, 3]]
     assert segments is None
     mask, positions, segments = samples.end_of_document_effects(
-        tokens, config.Data(eod_id=0, reset_attention_mask=True)
+        tokens, schema.Data(eod_id=0, reset_attention_mask=True)
     )
     assert mask.tolist() == [[1, 1, 1, 1]]
     assert positions.tolist() == [[0, 1, 2, 3]]
@@ -238,7 +239,7 @@ def test_a_split_without_weight_has_no_samples():
     assert samples.split_bounds("1", 100) == [(0, 100), None, None]
     assert samples.split_bounds("8 .5 1.5", 100) == [(0, 80), (80, 85), (85, 100)]
     for bad in ("", "0,0,0", "a,b", "1,2,3,4", "1.2.3", ".", "90,-5,5", "1e3,2", "nan"):
-        with pytest.raises(config.UserError, match=r"data.split=.*three weights"):
+        with pytest.raises(errors.UserError, match=r"data.split=.*three weights"):
             samples.split_bounds(bad, 100)
 
 
@@ -252,7 +253,7 @@ def test_a_split_that_gets_no_document_is_refused_by_name(tmp_path):
     corpus = write(tmp_path / "c", [9] * 10)
     for n in (None, 3):
         with pytest.raises(
-            config.UserError, match=r"data.split='949,50,1' gives the test split none of the 10 .*c"
+            errors.UserError, match=r"data.split='949,50,1' gives the test split none of the 10 .*c"
         ):
             samples.build(corpus, "949,50,1", "test", 4, n, 1)
     assert samples.build(corpus, "949,50,1", "test", 4, 0, 1) is None
@@ -266,7 +267,7 @@ def test_a_corpus_without_tokens_is_refused(tmp_path, lengths):
         for _ in lengths:
             writer.add_document([[]])
     corpus = indexed.IndexedCorpus(str(tmp_path / "c"))
-    with pytest.raises(config.UserError, match=r"c: there is no token in documents 0 to"):
+    with pytest.raises(errors.UserError, match=r"c: there is no token in documents 0 to"):
         samples.SampleMap(corpus, (0, len(lengths)), 4, 1, 1)
 
 

@@ -7,10 +7,11 @@ import threading
 import numpy as np
 import pytest
 
-from gpt3jax import config
+from gpt3jax import errors
+from gpt3jax.config import schema
 from gpt3jax.data import indexed, text, tokenizer
 
-MODEL = config.Model(n_layers=1, d_model=8, n_heads=1, seq_len=8, vocab_size=300)
+MODEL = schema.Model(n_layers=1, d_model=8, n_heads=1, seq_len=8, vocab_size=300)
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def data(tmp_path, folder):
-    return config.Data(
+    return schema.Data(
         paths=(str(tmp_path / "out" / "corpus"),),
         from_text=str(folder),
         vocab_file=str(tmp_path / "out" / "vocab.json"),
@@ -79,15 +80,15 @@ def test_a_tokenizer_json_serves_in_place_of_the_two_files(data, folder, tmp_pat
     ours, theirs = (indexed.IndexedCorpus(d.paths[0]).read(0) for d in (data, again))
     np.testing.assert_array_equal(ours[:-1], theirs[:-1])
     assert (ours[-1], theirs[-1]) == (0, end)
-    with pytest.raises(config.UserError, match=r"tokenizer.json has \d+ tokens, more than model"):
+    with pytest.raises(errors.UserError, match=r"tokenizer.json has \d+ tokens, more than model"):
         text.check_vocabulary(again, dataclasses.replace(MODEL, vocab_size=end))
     message = r"tokenizer.json has <\|endoftext\|> as 0, but data.eod_id=50256: set data.eod_id=0"
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         text.check_vocabulary(dataclasses.replace(again, eod_id=50_256), model)
-    with pytest.raises(config.UserError, match=r"data.tokenizer=no: no such file"):
+    with pytest.raises(errors.UserError, match=r"data.tokenizer=no: no such file"):
         text.check_vocabulary(dataclasses.replace(again, tokenizer="no"), model)
     message = r"eod_id=65 is an ordinary token of .* of 0 \(<\|endoftext\|>\), \d+ \(<end>\)"
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         text.check_vocabulary(dataclasses.replace(again, eod_id=65), model)
 
 
@@ -167,16 +168,16 @@ def test_a_users_tokenizer_is_used_and_never_overwritten(data, tmp_path):
     assert len(documents(data)) == 3
     files[0].unlink()
     other = dataclasses.replace(data, paths=(str(tmp_path / "other"),))
-    with pytest.raises(config.UserError, match=r"vocab\.json: no such file"):
+    with pytest.raises(errors.UserError, match=r"vocab\.json: no such file"):
         text.ensure_corpus(other, MODEL)
     assert files[1].read_bytes() == before[1]
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused_before_the_corpus_is_made(data):
     tokenizer.train(["the text, the text"], 263, data.vocab_file, data.merge_file)
-    with pytest.raises(config.UserError, match=r"has 263 tokens, .*: set model.vocab_size=263"):
+    with pytest.raises(errors.UserError, match=r"has 263 tokens, .*: set model.vocab_size=263"):
         text.ensure_corpus(data, dataclasses.replace(MODEL, vocab_size=262))
-    with pytest.raises(config.UserError, match=r"<\|endoftext\|> as 0, .* set data.eod_id=0"):
+    with pytest.raises(errors.UserError, match=r"<\|endoftext\|> as 0, .* set data.eod_id=0"):
         text.ensure_corpus(dataclasses.replace(data, eod_id=5), MODEL)
     assert not pathlib.Path(data.paths[0] + ".bin").exists()
 
@@ -185,18 +186,18 @@ def test_a_vocabulary_may_be_smaller_than_the_models(data):
     tokenizer.train(["the text, the text"], 263, data.vocab_file, data.merge_file)
     text.check_vocabulary(data, MODEL)
     text.check_vocabulary(data, dataclasses.replace(MODEL, vocab_size=263))
-    text.check_vocabulary(config.Data(), MODEL)  # without one there is nothing to check
+    text.check_vocabulary(schema.Data(), MODEL)  # without one there is nothing to check
 
 
 def test_what_is_missing_is_named(data, tmp_path):
-    with pytest.raises(config.UserError, match=r"data.from_text needs data.vocab_file"):
+    with pytest.raises(errors.UserError, match=r"data.from_text needs data.vocab_file"):
         text.ensure_corpus(dataclasses.replace(data, vocab_file="", merge_file=""), MODEL)
     for source in ("nowhere", "bare"):
         (tmp_path / "bare").mkdir(exist_ok=True)
-        with pytest.raises(config.UserError, match=rf"from_text='.*{source}': there are no files"):
+        with pytest.raises(errors.UserError, match=rf"from_text='.*{source}': there are no files"):
             text.ensure_corpus(dataclasses.replace(data, from_text=str(tmp_path / source)), MODEL)
     (tmp_path / "bare" / "image").write_bytes(b"\xff")
-    with pytest.raises(config.UserError, match=r"none of its 1 files is UTF-8 text"):
+    with pytest.raises(errors.UserError, match=r"none of its 1 files is UTF-8 text"):
         text.ensure_corpus(dataclasses.replace(data, from_text=str(tmp_path / "bare")), MODEL)
     assert not pathlib.Path(data.paths[0] + ".bin").exists()
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.data import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -110,7 +110,7 @@ def test_training_gives_the_size_asked_for_or_what_the_text_allows(bpe, tmp_path
     tokenizer.train([], 300, *paths)
     assert tokenizer.from_files(*paths).vocab_size == 257
     assert tokenizer.from_files(*paths).decode(tokenizer.from_files(*paths).encode("é")) == "é"
-    with pytest.raises(config.UserError, match=r"model.vocab_size=256 is too small.* 257 or more"):
+    with pytest.raises(errors.UserError, match=r"model.vocab_size=256 is too small.* 257 or more"):
         tokenizer.train(TEXT, 256, *paths)
     assert bpe.vocab_size <= 400
 
@@ -187,7 +187,7 @@ def test_tokens_are_those_of_the_whole_text_and_no_others(bpe, tmp_path, change)
 
 
 def test_text_that_is_not_utf8_is_refused(bpe):
-    with pytest.raises(config.UserError, match="is not UTF-8 at character 1: mend it"):
+    with pytest.raises(errors.UserError, match="is not UTF-8 at character 1: mend it"):
         bpe.encode("a\udcffb")  # as a shell passes the byte 0xff
 
 
@@ -246,12 +246,12 @@ def test_a_folder_whose_files_disagree_is_refused(files, bpe, tmp_path, change, 
         bpe._rust.save(str(folder / "tokenizer.json"))
     tokenizer.from_pretrained(str(folder))
     change(folder)
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         tokenizer.from_pretrained(str(folder))
 
 
 def test_an_end_of_document_that_has_no_effect_is_refused(files):
-    with pytest.raises(config.UserError, match="'the' cannot be the end-of-document token"):
+    with pytest.raises(errors.UserError, match="'the' cannot be the end-of-document token"):
         tokenizer.Source(vocab_file=files[0], merge_file=files[1], eod_token="the").open()
 
 
@@ -278,7 +278,7 @@ def test_a_bad_vocabulary_is_named(files, tmp_path, fault):
     new = change(vocab)
     bad = tmp_path / "vocab.json"
     bad.write_bytes(new if isinstance(new, bytes) else new.encode())
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         tokenizer.from_files(str(bad), files[1])
 
 
@@ -295,7 +295,7 @@ def test_bad_merges_are_named(files, tmp_path, fault):
     text, message = BAD_MERGES[fault]
     bad = tmp_path / "merges.txt"
     bad.write_text(text)
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         tokenizer.from_files(files[0], str(bad))
 
 
@@ -308,7 +308,7 @@ def test_windows_line_ends_do_no_harm(files, bpe, tmp_path):
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_missing_file_is_named(files, tmp_path, which):
     paths = [str(tmp_path / "no") if i == which else path for i, path in enumerate(files)]
-    with pytest.raises(config.UserError, match=r"no: no such file \(GPT-2's vocab.json and"):
+    with pytest.raises(errors.UserError, match=r"no: no such file \(GPT-2's vocab.json and"):
         tokenizer.from_files(*paths)
 
 

@@ -8,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 
-from gpt3jax import config, sharding, step, trained
-from gpt3jax.checkpoint import checkpoints, metadata
+from gpt3jax import errors, step
+from gpt3jax.checkpoint import metadata, parameters, storage
+from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import indexed, loader, splits, tokenizer
 from gpt3jax.evaluate import __main__ as evaluate
 from gpt3jax.evaluate import measuring, options, scoring, stream
+from gpt3jax.sharding import meshes
 
 import corpus
 import tiny
@@ -58,7 +60,7 @@ def test_a_text_is_measured(folder, bpe, monkeypatch, capsys):
     status, out, err, found = run(monkeypatch, capsys, folder, *args, *mesh)
     assert status == 0 and " tokens/s" in out and " tokens" in err
     ids = np.asarray(bpe.encode(TEXT))
-    source = trained.open_newest(str(folder / "checkpoint"), tiny.one_device_mesh())
+    source = parameters.open_newest(str(folder / "checkpoint"), tiny.one_device_mesh())
     scorer = scoring.Scorer(source.params(), source.program, source.cfg.data, 1)
     total = 0.0
     for first, counted, stop in [
@@ -124,14 +126,14 @@ def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypa
     cfg = corpus.config_of(
         folder, *paths, "--train.eval-interval", "1", "--train.eval-batches", "2"
     )
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = meshes.make_mesh(cfg.mesh)
     program = step.build(cfg, mesh, 1)
     state = program.adopt(tiny.random_params(cfg.model))
     parts = splits.open_splits(cfg, 40, 320)
     sums = [program.eval(state.params, b) for b in loader.eval_batches(parts, cfg, mesh, "test", 0)]
     loss_sum, n_tokens = (sum(map(float, column)) for column in zip(*sums, strict=True))
-    store = checkpoints.Checkpoints("checkpoints")
-    meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
+    store = storage.Checkpoints("checkpoints")
+    meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=schema.flatten(cfg))
     store.save(state, meta)
     assert store.poll(wait=True) == "" and n_tokens == 256
     given = options.Options(checkpoint="checkpoints", data="rest", stride=16, json="found.json")
@@ -190,5 +192,5 @@ def test_a_corpus_of_another_model_is_refused(folder, tokens, monkeypatch, capsy
 def test_an_end_of_document_that_the_model_does_not_know_is_refused(tmp_path):
     prefix = tiny.write_corpus(tmp_path / "corpus", seed=0, n=3)
     cfg = tiny.make_config(data={"eod_id": tiny.VOCAB})
-    with pytest.raises(config.UserError, match=r"data\.eod_id=500 is not below"):
+    with pytest.raises(errors.UserError, match=r"data\.eod_id=500 is not below"):
         stream.of_corpus(prefix, None, cfg, 0)

@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from gpt3jax import config, trained
+from gpt3jax import errors
+from gpt3jax.checkpoint import parameters
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer
 from gpt3jax.evaluate import measuring, options, scoring
@@ -56,7 +57,7 @@ def bpe(folder):
 
 @pytest.fixture(scope="module")
 def source(folder):
-    return trained.open_newest(str(folder / "checkpoint"), tiny.one_device_mesh())
+    return parameters.open_newest(str(folder / "checkpoint"), tiny.one_device_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_lm_eval_finds_the_model_by_its_name(folder, lm):
 
 
 def test_a_continuation_that_does_not_fit_is_refused(lm):
-    with pytest.raises(config.UserError, match="a continuation of 65 tokens"):
+    with pytest.raises(errors.UserError, match="a continuation of 65 tokens"):
         lm.loglikelihood(requests("loglikelihood", ("a", "b" * 65)), disable_tqdm=True)
 
 
@@ -170,7 +171,7 @@ def test_generated_text_ends_before_the_stop(lm, bpe, scorer):
     assert text_of(context, max_gen_toks=12, until=stop, do_sample=False) == whole[:place]
     long = text_of("x" * 200, max_gen_toks=1000)
     assert len(bpe.encode(long)) <= 3 * 32
-    with pytest.raises(config.UserError, match="num_beams=3 in generating"):
+    with pytest.raises(errors.UserError, match="num_beams=3 in generating"):
         text_of(context, num_beams=3)
 
 
@@ -258,5 +259,5 @@ def test_a_local_task_runs_offline_through_the_command(folder, lm):
     ],
 )
 def test_tasks_that_are_not_there_are_refused(lm, tasks, task_folder, message):
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         lm_eval_model.run(lm, [tasks], task_folder, -1, 0)

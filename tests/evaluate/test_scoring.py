@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import config, step, trained
+from gpt3jax import errors, step
+from gpt3jax.checkpoint import parameters
+from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.evaluate import scoring
 
@@ -21,7 +23,7 @@ MODELS = {
     "dense": {},
     "padding takes part": {"mask_padded_vocab": False},
     "alternating": {
-        "n_layers": 3, "attention": config.Attention(pattern="alternating", band=4), "gelu": "erf"
+        "n_layers": 3, "attention": schema.Attention(pattern="alternating", band=4), "gelu": "erf"
     },
 }  # fmt: skip
 
@@ -145,7 +147,7 @@ def test_hugging_face_has_the_same_loss(tmp_path):
     """Its mean, and each token's, from the logits that it computed."""
     folder = str(tmp_path / "checkpoint")
     convert.from_hf(convert.FromHf(folder=str(GOLDEN), output=folder))
-    source = trained.open_newest(folder, tiny.one_device_mesh())
+    source = parameters.open_newest(folder, tiny.one_device_mesh())
     scorer = scoring.Scorer(source.params(), source.program, source.cfg.data, 4)
     golden = np.load(GOLDEN / "golden.npz")
     ids, logits = golden["input_ids"], golden["logits"].astype(np.float64)
@@ -169,5 +171,5 @@ def test_documents_hide_as_they_did_in_training():
 
 
 def test_a_token_that_the_model_does_not_know_is_an_error():
-    with pytest.raises(config.UserError, match=r"ids from 1 to 500, and the model has .* 0 to 499"):
+    with pytest.raises(errors.UserError, match=r"ids from 1 to 500, and the model has .* 0 to 499"):
         make_scorer(make_config()).score([np.asarray([1, 500, 3])])

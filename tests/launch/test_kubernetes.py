@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gpt3jax import command
+from gpt3jax import errors
 
 import corpus
 
@@ -74,7 +74,7 @@ def test_the_containers_run_what_the_image_has(documents):
 def test_the_failure_policy_follows_the_exit_statuses(documents):
     policy = documents["Job"]["spec"]["podFailurePolicy"]["rules"]
     by_status = {v: r["action"] for r in policy for v in r.get("onExitCodes", {}).get("values", [])}
-    assert by_status == {command.REFUSED: "FailJob", command.REQUEUE: "Ignore"}
+    assert by_status == {errors.REFUSED: "FailJob", errors.REQUEUE: "Ignore"}
     (other,) = [rule for rule in policy if "onPodConditions" in rule]
     assert other["action"] == "Ignore"
     assert other["onPodConditions"][0]["type"] == "DisruptionTarget"

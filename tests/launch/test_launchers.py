@@ -6,7 +6,9 @@ import jax
 import pytest
 from jax._src import clusters
 
-from gpt3jax import config, launchers
+from gpt3jax import errors
+from gpt3jax.config import schema
+from gpt3jax.distributed import launchers
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "7000"}
 # What each sets in the second of four processes, two on each of two nodes.
@@ -63,11 +65,11 @@ ORTE = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
 
 
 def arguments(environ, **options):
-    return launchers.arguments(config.Distributed(**options), environ)
+    return launchers.arguments(schema.Distributed(**options), environ)
 
 
 def refusal(environ, **options):
-    with pytest.raises(config.UserError) as error:
+    with pytest.raises(errors.UserError) as error:
         arguments(environ, **options)
     return str(error.value)
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from gpt3jax import command
+from gpt3jax import errors
 
 import corpus
 
@@ -60,7 +60,7 @@ def test_two_processes_under_mpirun_find_each_other_stop_when_asked_and_go_on(tm
     out, err = first.communicate(timeout=300)
     told = "".join(lines) + out
     assert "2 process(es), 2 device(s)" in told and "saved" in told, told + err
-    assert first.returncode == command.REQUEUE, err
+    assert first.returncode == errors.REQUEUE, err
     (saved,) = [int(name) for name in os.listdir(folder / "checkpoints") if name.isdigit()][-1:]
     # Another length would be another order of samples, so it is stopped again.
     again = start(folder, mpirun(2), 2000)
@@ -81,7 +81,7 @@ def test_mpich_does_not_tell_where_its_first_process_is(tmp_path):
         [MPIEXEC, "-n", "2", sys.executable, *arguments], cwd=folder, capture_output=True,
         text=True, env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY)}, timeout=300,
     )  # fmt: skip
-    assert done.returncode == command.REFUSED
+    assert done.returncode == errors.REFUSED
     assert done.stderr.count("PMI_SIZE=2, as MPICH or Intel MPI sets it") == 2, done.stderr
     assert not (folder / "checkpoints").exists()
 

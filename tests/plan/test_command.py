@@ -8,7 +8,9 @@ import tempfile
 
 import pytest
 
-from gpt3jax import config, gpus, recipe
+from gpt3jax import errors
+from gpt3jax.config import recipe
+from gpt3jax.hardware import gpus
 from gpt3jax.plan import __main__ as plan
 from gpt3jax.plan import (
     compiler,
@@ -217,7 +219,7 @@ def compiled(peak_bytes):
 def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
     recipe_file, tmp_path, capsys, monkeypatch
 ):
-    answers = [config.UserError("it broke"), *[compiled(10**12)] * 2, compiled(10**9)]
+    answers = [errors.UserError("it broke"), *[compiled(10**12)] * 2, compiled(10**9)]
 
     def compile_step(cfg, args, sizes, gpu, network):
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -241,7 +243,7 @@ def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
     assert len(json.loads(file.read_text())["search"]) == 1 + planning.MORE_COMPILED
     assert "none of these layouts fits" in capsys.readouterr().out
 
-    answers[:] = [config.UserError("it broke")]
+    answers[:] = [errors.UserError("it broke")]
     assert plan.main(args) == 2
     assert "none of 8 layouts compiled: it broke" in capsys.readouterr().err
 
@@ -297,7 +299,7 @@ def test_a_step_is_compiled_again_where_the_program_is_another(recipe_file, tmp_
         assert settings[name].endswith(value), "a run takes the user's last"
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_schedule=false")
     with pytest.raises(
-        config.UserError, match="did you mean xla_gpu_enable_latency_hiding_scheduler"
+        errors.UserError, match="did you mean xla_gpu_enable_latency_hiding_scheduler"
     ):
         compile_small(recipe_file, monkeypatch)
     monkeypatch.delenv("XLA_FLAGS")
@@ -316,7 +318,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
     assert compile_small(recipe_file, monkeypatch)
     assert list(tmp_path.glob("gpt3jax-*/plan/*.json.gz"))
     monkeypatch.setattr(tempfile, "tempdir", str(taken))
-    with pytest.raises(config.UserError, match="set XDG_CACHE_HOME"):
+    with pytest.raises(errors.UserError, match="set XDG_CACHE_HOME"):
         compile_small(recipe_file, monkeypatch)
 
 
@@ -442,7 +444,7 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
         text = whole.text.replace(written, f"{written[:2]}newer{written[2:]}")
         assert text != whole.text, written
         with pytest.raises(
-            config.UserError, match=f"cannot read .*{re.escape(told)}.*--no-compile"
+            errors.UserError, match=f"cannot read .*{re.escape(told)}.*--no-compile"
         ):
             report.build(cfg, layout, target, doctored(whole, text))
 

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from gpt3jax import config, gpus
+from gpt3jax import errors
+from gpt3jax.config import schema
+from gpt3jax.hardware import gpus
 from gpt3jax.plan import compiler, hlo, legible, memory_model, time_model
 
 import tiny
@@ -19,7 +21,7 @@ COMPILED = compiler.Compiled(
 
 def check(compiled=COMPILED, axes=None, attention=None, **of_time):
     """Check a step that has what the closed forms say, but for what is given."""
-    model = {"attention": attention or config.Attention()}
+    model = {"attention": attention or schema.Attention()}
     mesh = {"data": 2, **(axes or {"fsdp": 2, "tensor": 2})}
     cfg = tiny.make_config(mesh=mesh, model=model)
     layout = memory_model.lay_out(cfg, 8, 8)
@@ -51,7 +53,7 @@ def test_what_has_all_its_parts_is_read(axes):
 )
 def test_a_part_that_was_not_found_is_an_error_of_one_line(wrong, told):
     with pytest.raises(
-        config.UserError, match=f"cannot read .* jax .*{told}.*--no-compile"
+        errors.UserError, match=f"cannot read .* jax .*{told}.*--no-compile"
     ) as error:
         check(dataclasses.replace(COMPILED, **wrong))
     assert "\n" not in str(error.value) and "0.12" in str(error.value)
@@ -60,13 +62,13 @@ def test_a_part_that_was_not_found_is_an_error_of_one_line(wrong, told):
 def test_a_step_without_cudnns_attention_needs_none_and_a_banded_one_may_do_without():
     nothing = {"forward": False, "backward": False}
     check(dataclasses.replace(COMPILED, attention="xla", cudnn=nothing))
-    banded = config.Attention(pattern="alternating", band=4)
+    banded = schema.Attention(pattern="alternating", band=4)
     check(dataclasses.replace(COMPILED, cudnn=nothing), {"context": 2, "fsdp": 2}, banded)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.36, 4.0])  # 0.36: of jax 0.12 without its fused products
 def test_products_that_are_not_the_models_are_an_error(share):
-    with pytest.raises(config.UserError, match="FLOPs a GPU were found, and it needs"):
+    with pytest.raises(errors.UserError, match="FLOPs a GPU were found, and it needs"):
         check(share_of_flops=share)
 
 
@@ -79,5 +81,5 @@ def test_an_axis_without_its_collectives_is_an_error():
     whole = [traffic("all-gather", axis, 1e9) for axis in ("data+fsdp", "tensor")]
     check(traffic=whole)
     for left in (whole[1:], [*whole[1:], traffic("all-reduce", "data+fsdp", 1e3)]):
-        with pytest.raises(config.UserError, match=r"collectives over mesh\.(data|fsdp) .* send "):
+        with pytest.raises(errors.UserError, match=r"collectives over mesh\.(data|fsdp) .* send "):
             check(traffic=left)

@@ -5,9 +5,13 @@ import subprocess
 import jax
 import pytest
 
-from gpt3jax import config, flops, gpus, recipe, setup, sharding, step, xla_flags
+from gpt3jax import errors, step
+from gpt3jax.config import recipe
+from gpt3jax.data import global_batch
+from gpt3jax.hardware import flops, gpus, xla_flags
 from gpt3jax.plan import hlo, memory_model, time_model
-from gpt3jax.preflight import program
+from gpt3jax.run import startup
+from gpt3jax.sharding import meshes
 
 import tiny
 
@@ -28,7 +32,7 @@ def layout_of(cfg, n_gpus=8):
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_parameters_of_a_gpu_are_the_states_own(axes):
     cfg = tiny.make_config(mesh={"data": 1, **axes})
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = meshes.make_mesh(cfg.mesh)
     state = step.build(cfg, mesh, 320).abstract_state
     held = sum(
         int(jax.numpy.prod(jax.numpy.array(leaf.sharding.shard_shape(leaf.shape))))
@@ -42,15 +46,15 @@ def test_parameters_of_a_gpu_are_the_states_own(axes):
 @pytest.mark.parametrize("name", ["345m", "gpt3/13b", "175b"])
 def test_parameters_of_one_gpu_are_all(repository, name):
     cfg = recipe.load(str(repository / "configs" / f"{name}.py"))
-    sizes = dict.fromkeys(sharding.AXES, 1)
+    sizes = dict.fromkeys(meshes.AXES, 1)
     assert memory_model.parameters(cfg, sizes, False) == flops.n_params(cfg.model)
 
 
 def test_batch_is_the_loaders():
     cfg = tiny.make_config(mesh={"data": 2, "fsdp": 4})
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = meshes.make_mesh(cfg.mesh)
     batch = tiny.make_batch(0, cfg, mesh, 2)
-    planned = program.abstract_batch(cfg, mesh, cfg.batch.global_batch_size)
+    planned = global_batch.abstract_batch(cfg, mesh, cfg.batch.global_batch_size)
     assert planned.keys() == batch.keys()
     for name, array in batch.items():
         assert (planned[name].shape, planned[name].dtype) == (array.shape, array.dtype)
@@ -93,11 +97,11 @@ def test_closed_forms_see_the_network_that_a_compiled_collective_has(gpus_per_no
 def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
     """Both count what the compiler cannot see."""
     cfg = tiny.make_config(mesh={"data": 8})
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = meshes.make_mesh(cfg.mesh)
     peak = sum(memory_model.memory(cfg, layout_of(cfg)).values())
 
     def warnings(limit):
-        return setup.memory_warnings(setup.step_bytes(cfg, mesh, "xla", limit), limit)
+        return startup.memory_warnings(startup.step_bytes(cfg, mesh, "xla", limit), limit)
 
     assert warnings(None) == []
     assert warnings(round(peak / 0.96)) == []
@@ -131,7 +135,7 @@ def test_175b_recomputes_what_the_compiler_does():
 def test_an_unknown_option_of_xla_is_named_with_its_nearest():
     h100 = gpus.GPUS["h100"]
     xla_flags.check(xla_flags.text(xla_flags.of_plan(h100, gpus.network_of(h100), 1)))
-    with pytest.raises(config.UserError, match="did you mean xla_gpu_enable_triton_gemm"):
+    with pytest.raises(errors.UserError, match="did you mean xla_gpu_enable_triton_gemm"):
         xla_flags.check("--xla_gpu_enable_triton_gem=false")
 
 

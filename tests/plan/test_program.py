@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from gpt3jax import config, gpus
+from gpt3jax import errors
+from gpt3jax.hardware import gpus
 from gpt3jax.plan import buffers, hlo, timeline
 
 import tiny
@@ -88,7 +89,7 @@ def test_collectives_use_the_cards_where_a_group_spans_nodes(op, groups, axes, i
 
 
 def test_groups_in_another_spelling_are_not_taken_for_all_devices():
-    with pytest.raises(config.UserError, match=f"jax {jax.__version__} .* replica_groups=v4"):
+    with pytest.raises(errors.UserError, match=f"jax {jax.__version__} .* replica_groups=v4"):
         hlo._groups(", replica_groups=v4[2,4], dimensions={0}", 8)
 
 
@@ -104,7 +105,7 @@ def test_groups_in_another_spelling_are_not_taken_for_all_devices():
     ],
 )
 def test_what_is_run_and_not_found_is_an_error(instruction):
-    with pytest.raises(config.UserError, match=r"cannot read .*not (found|known).*--no-compile"):
+    with pytest.raises(errors.UserError, match=r"cannot read .*not (found|known).*--no-compile"):
         walk(f"""
 ENTRY %main (p: bf16[4]) -> bf16[4] {{
   %p = bf16[4]{{0}} parameter(0)
@@ -278,7 +279,7 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
 
 
 def test_a_loop_without_an_end_is_an_error_of_one_line():
-    with pytest.raises(config.UserError, match="w, of which XLA does not tell") as error:
+    with pytest.raises(errors.UserError, match="w, of which XLA does not tell") as error:
         walk("""
 %condition (p: pred[]) -> pred[] {
   ROOT %c = pred[] parameter(0)
@@ -436,9 +437,9 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
     assert fusion([("", 30), ("sol", 1)]) == pytest.approx(60e-6)
     assert fusion([("", 9e9), ("indexing-cost-model", 30), ("sol", 1)]) == pytest.approx(60e-6)
     assert fusion([]) == pytest.approx(4e-8)  # 4,000 bytes at 100 GB/s
-    with pytest.raises(config.UserError, match=r"f, which moves 8,000 bytes, costs 1\.5 s"):
+    with pytest.raises(errors.UserError, match=r"f, which moves 8,000 bytes, costs 1\.5 s"):
         fusion([("", 1.5e6), ("sol", 1)])
-    with pytest.raises(config.UserError, match="f has no cost that is known, but sol, other"):
+    with pytest.raises(errors.UserError, match="f has no cost that is known, but sol, other"):
         fusion([("sol", 30), ("other", 30)])
 
 
@@ -474,7 +475,7 @@ def test_attention_counts_what_its_mask_leaves(target, mask, window, n_flops):
 
 @pytest.mark.parametrize("told", ['"mask": "CAUSAL"', '"mask_type": "CAUSAL"'])
 def test_attention_whose_mask_or_window_is_not_told_is_an_error(told):
-    with pytest.raises(config.UserError, match="mask, window or 4 dimensions of the attention a"):
+    with pytest.raises(errors.UserError, match="mask, window or 4 dimensions of the attention a"):
         attention(f'custom_call_target="__cudnn$fmhaSoftmax", backend_config={{{told}}}')
 
 

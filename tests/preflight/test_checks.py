@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from gpt3jax import config
+from gpt3jax import errors
 from gpt3jax.preflight import checks
 
 
@@ -145,9 +145,9 @@ def test_each_process_hears_what_concerns_it_and_the_first_hears_all():
     found = [make_check("fail", ("one", (1,)), ("two", (2, 3))), make_check("warn", ("no", (1,)))]
     heard = {}
     for process in range(5):
-        with pytest.raises(config.UserError) as error:
+        with pytest.raises(errors.UserError) as error:
             checks.refuse(found, process)
-        assert not isinstance(error.value, config.TransientError)
+        assert not isinstance(error.value, errors.TransientError)
         heard[process] = str(error.value)
     assert "the fail: one; the fail: two" in heard[0]
     assert "one" in heard[1] and "two" not in heard[1] and "the fail: two" in heard[3]
@@ -156,16 +156,16 @@ def test_each_process_hears_what_concerns_it_and_the_first_hears_all():
 
 def test_what_may_be_gone_next_time_is_transient_and_warnings_pass():
     checks.refuse([make_check("ok"), make_check("warn", ("slow", (0,)))], 0)
-    with pytest.raises(config.TransientError, match="silent"):
+    with pytest.raises(errors.TransientError, match="silent"):
         checks.refuse([make_check("retry", ("silent", (3,)))], 0)
-    with pytest.raises(config.UserError) as error:
+    with pytest.raises(errors.UserError) as error:
         checks.refuse([make_check("retry", ("silent", (3,))), make_check("fail", ("bad", ()))], 0)
-    assert not isinstance(error.value, config.TransientError)
+    assert not isinstance(error.value, errors.TransientError)
 
 
 def test_a_long_list_is_cut_in_the_error_and_kept_in_json():
     found = [make_check("fail", *((f"field {i}", (i,)) for i in range(50)))]
-    with pytest.raises(config.UserError, match="field 7; and 42 more") as error:
+    with pytest.raises(errors.UserError, match="field 7; and 42 more") as error:
         checks.refuse(found, 0)
     assert "field 8" not in str(error.value)
     assert checks.from_json(checks.to_json(found)) == found

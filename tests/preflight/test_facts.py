@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import config, faults, step
+from gpt3jax import errors, step
+from gpt3jax.config import schema
+from gpt3jax.model import loss
 from gpt3jax.preflight import checks, facts, joint, program, speed
+from gpt3jax.run import faults
 
 import tiny
 
@@ -42,7 +45,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
 
 def test_all_files_of_the_data_are_looked_at(tmp_path):
     prefix = tiny.write_corpus(tmp_path / "a", 1, 5)
-    data = config.Data(
+    data = schema.Data(
         train_paths=("0.5", prefix, "0.5", "b"),
         test_paths=(prefix,),
         vocab_file="v",
@@ -50,8 +53,8 @@ def test_all_files_of_the_data_are_looked_at(tmp_path):
     )
     found = facts.corpus(data)
     assert list(found) == ["v", "m", f"{prefix}.idx", f"{prefix}.bin", "b.idx", "b.bin"]
-    assert facts.corpus(config.Data(mock=True)) == {}
-    assert list(facts.corpus(config.Data(mock=True, tokenizer="t"))) == ["t"]
+    assert facts.corpus(schema.Data(mock=True)) == {}
+    assert list(facts.corpus(schema.Data(mock=True, tokenizer="t"))) == ["t"]
 
 
 def test_variables_of_one_process_are_left_out():
@@ -107,7 +110,7 @@ def test_the_number_of_the_process_is_not_part_of_its_config(tmp_path):
     cfg = run_config(tmp_path)
     mine, theirs = (
         facts.of_host(
-            dataclasses.replace(cfg, distributed=config.Distributed(process_id=i)), "t", True
+            dataclasses.replace(cfg, distributed=schema.Distributed(process_id=i)), "t", True
         )
         for i in range(2)
     )
@@ -127,7 +130,7 @@ def test_the_program_is_that_of_the_first_step_which_is_not_traced_again(monkeyp
     def fail(*args):
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(step.loss, "token_weights", fail)
+    monkeypatch.setattr(loss, "token_weights", fail)
     batch, limit = tiny.make_batch(0, cfg, mesh, 2), faults.Faults(cfg, ()).step_args(1)
     assert len(limit) == (spike == "skip")
     with jax.set_mesh(mesh):  # as a call does before it compiles
@@ -148,7 +151,7 @@ def test_programs_of_other_constants_differ():
 
 def test_a_run_whose_schedule_does_not_fit_is_refused():
     cfg = tiny.make_config(optimizer={"decay": "wsd", "wsd_decay_samples": 300})
-    with pytest.raises(config.UserError, match="takes 364 samples, which exceeds the run's 320"):
+    with pytest.raises(errors.UserError, match="takes 364 samples, which exceeds the run's 320"):
         joint.abstract_program(cfg, tiny.make_mesh(data=8))
 
 
@@ -163,7 +166,7 @@ def test_rates_are_positive_on_every_axis():
 
 
 def test_a_measurement_that_hangs_is_ended_and_named():
-    with pytest.raises(config.TransientError, match=r"all-reduce along data did not end in 0 s"):
+    with pytest.raises(errors.TransientError, match=r"all-reduce along data did not end in 0 s"):
         speed.within(0.05, "all-reduce along data", lambda: time.sleep(1))
     with pytest.raises(ZeroDivisionError):
         speed.within(5, "this", lambda: 1 / 0)
@@ -172,7 +175,7 @@ def test_a_measurement_that_hangs_is_ended_and_named():
 
 def test_one_process_goes_through_every_round(tmp_path):
     session = joint.Session(run_config(tmp_path))
-    with pytest.raises(config.UserError, match=r"corpus: corpus\.idx: no such file"):
+    with pytest.raises(errors.UserError, match=r"corpus: corpus\.idx: no such file"):
         session.on_hosts()
     assert session.on_devices()[0].status == "ok"
     assert [c.name for c in session.checks if c.status != "ok"] == ["corpus"]

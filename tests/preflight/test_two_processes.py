@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from gpt3jax import command
+from gpt3jax import errors
 from gpt3jax.preflight import __main__ as preflight
 from gpt3jax.preflight import speed
 
@@ -59,7 +59,7 @@ def test_training_with_unlike_configs_is_refused_with_each_field(folder):
     statuses, _, err = run_two(
         folder, "gpt3jax.main", second=("--optimizer.peak-lr=0.02", "--model.n-layers=1")
     )
-    assert statuses == [command.REFUSED] * 2
+    assert statuses == [errors.REFUSED] * 2
     for text in err:
         assert "optimizer.peak_lr=0.02 on process 1" in text and "0.01 on the others" in text
         assert "model.n_layers=1 on process 1" in text
@@ -69,7 +69,7 @@ def test_training_with_unlike_configs_is_refused_with_each_field(folder):
 
 def test_another_number_of_processes_is_refused(folder):
     statuses, _, err = run_two(folder, "gpt3jax.main", second=("--distributed.n-processes=3",))
-    assert statuses == [command.REFUSED] * 2
+    assert statuses == [errors.REFUSED] * 2
     assert "distributed.n_processes=3 on process 1" in err[0]
 
 
@@ -77,14 +77,14 @@ def test_training_with_unlike_programs_is_refused(folder):
     patched = "\nfrom gpt3jax import optimizer\noptimizer.clip_factor = lambda norm, limit: 1.0\n"
     (folder / "patched.py").write_text(corpus.RECIPE + patched)
     statuses, _, err = run_two(folder, "gpt3jax.main", second=("--config=patched.py",))
-    assert statuses == [command.REFUSED] * 2
+    assert statuses == [errors.REFUSED] * 2
     assert re.search(r"program: training step=[\d,]+ characters, .* on process 1", err[0]), err[0]
 
 
 def test_other_options_of_xla_are_refused(folder):
     flags = "--xla_cpu_enable_fast_math=true"
     statuses, _, err = run_two(folder, "gpt3jax.main", XLA_FLAGS=flags)
-    assert statuses == [command.REFUSED] * 2
+    assert statuses == [errors.REFUSED] * 2
     assert f"environment: XLA_FLAGS={flags} on process 1" in err[0]
 
 
@@ -94,7 +94,7 @@ def test_another_number_of_devices_may_be_tried_again(folder):
     hidden += "jax.config.update = lambda name, value: None\n"
     (folder / "fewer.py").write_text(corpus.RECIPE + hidden)
     statuses, _, err = run_two(folder, "gpt3jax.main", second=("--config=fewer.py",))
-    assert statuses == [command.RETRY] * 2, err
+    assert statuses == [errors.RETRY] * 2, err
     assert "devices of a process=1 on process 1" in err[0]
 
 
@@ -104,7 +104,7 @@ def test_folders_that_are_not_shared_and_another_corpus_are_named(folder, tmp_pa
     data[2] ^= 1
     (other / "corpus.bin").write_bytes(data)
     statuses, out, _ = run_two(folder, "gpt3jax.preflight", "--quick", second_folder=other)
-    assert statuses == [command.REFUSED] * 2
+    assert statuses == [errors.REFUSED] * 2
     assert re.search(r"corpus: corpus\.bin=[\d,]+ bytes, digest \w+ on process 1", out[0])
     assert "folders: checkpoint.dir: checkpoints is not the first process's" in out[0]
     assert "folders: log.dir: logs is not the first process's" in out[0]
@@ -128,7 +128,7 @@ def test_a_process_that_reads_for_ever_is_named(folder, tmp_path):
     (other / "corpus.idx").unlink()
     os.mkfifo(other / "corpus.idx")
     statuses, _, err = run_two(folder, "gpt3jax.main", second_folder=other)
-    assert statuses[0] == command.RETRY and statuses[1] != 0
+    assert statuses[0] == errors.RETRY and statuses[1] != 0
     assert re.search(r"no answer from process 1 \(\S+\)", err[0]) and "unknown" not in err[0]
 
 
@@ -139,8 +139,8 @@ def test_a_slow_device_is_named_and_strict_refuses_it(folder, monkeypatch, capsy
     monkeypatch.chdir(folder)
     monkeypatch.setattr(speed, "matmul_tflops", rate)
     monkeypatch.setattr(speed, "collective_gbytes", lambda *args: 1.0)
-    assert preflight.main(["--config=recipe.py"]) == command.DONE
+    assert preflight.main(["--config=recipe.py"]) == errors.DONE
     told = capsys.readouterr().out
     assert re.search(r"matmul: device 5 of process 0 .*: 0\.3 TFLOP/s, 29% of the median", told)
     assert "device 4" not in told
-    assert preflight.main(["--config=recipe.py", "--strict"]) == command.RETRY
+    assert preflight.main(["--config=recipe.py", "--strict"]) == errors.RETRY

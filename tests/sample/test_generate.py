@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import config, model
+from gpt3jax import errors
+from gpt3jax.config import schema
+from gpt3jax.model import gpt
 from gpt3jax.sample import decoding, generate, sampling, text_options
 
 import tiny
@@ -15,7 +17,7 @@ import tiny
 MODELS = {
     "dense": {"n_layers": 2},
     "alternating": {
-        "n_layers": 3, "attention": config.Attention(pattern="alternating", band=4), "gelu": "erf"
+        "n_layers": 3, "attention": schema.Attention(pattern="alternating", band=4), "gelu": "erf"
     },
 }  # fmt: skip
 # Where recomputing everything shows the band in the quick tests already.
@@ -27,16 +29,14 @@ PROMPTS = [[5, 17, 3, 99, 250], [7], list(range(100, 111)), [499, 0, 1]]
 def make_params(kind="dense", **changes):
     """Return random weights of a size that makes the layers matter."""
     cfg = tiny.make_config(model={"init_std": 0.2, "seq_len": 32, **MODELS[kind], **changes}).model
-    params = model.GPT(cfg, jax.random.key(3))
+    params = gpt.GPT(cfg, jax.random.key(3))
     noise = iter(jax.random.split(jax.random.key(4), 100))
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), params)
 
 
 def make_generator(params, mesh=None, eod_id=-1, **compute):
     copy = jax.tree.map(jnp.copy, params)  # its arrays are given up
-    return generate.Generator(
-        copy, model.Compute(**compute), mesh or tiny.one_device_mesh(), eod_id
-    )
+    return generate.Generator(copy, gpt.Compute(**compute), mesh or tiny.one_device_mesh(), eod_id)
 
 
 def run(generator, prompts=PROMPTS, options=GREEDY, rows=None):
@@ -69,7 +69,7 @@ def test_logits_with_a_cache_are_those_without(kind):
     sequences = rng.integers(0, tiny.VOCAB, (3, 20)).tolist()
     lengths = [5, 1, 8]
     with jax.set_mesh(tiny.one_device_mesh()):
-        weights = decoding.prepare(jax.tree.map(jnp.copy, params), model.Compute())
+        weights = decoding.prepare(jax.tree.map(jnp.copy, params), gpt.Compute())
     tokens_BT = np.zeros((3, 8), np.int32)
     for row, tokens, n in zip(tokens_BT, sequences, lengths, strict=True):
         row[8 - n :] = tokens[:n]
@@ -144,7 +144,7 @@ def test_every_mesh_gives_the_text_of_one_device(axes):
 
 def test_bfloat16_follows_the_training_network():
     params = make_params()
-    compute = model.Compute(dtype="bfloat16")
+    compute = gpt.Compute(dtype="bfloat16")
     with jax.set_mesh(tiny.one_device_mesh()):
         weights = decoding.prepare(jax.tree.map(jnp.copy, params), compute)
     tokens_BT = jnp.asarray([PROMPTS[2]])
@@ -205,7 +205,7 @@ def test_lengths_in_one_bucket_share_their_programs():
 def test_what_cannot_be_generated_is_refused(prompt, changes, message):
     generator = object.__new__(generate.Generator)
     generator.model = tiny.make_config().model
-    with pytest.raises(config.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         generator.check(prompt, dataclasses.replace(GREEDY, **changes))
 
 

@@ -9,10 +9,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from gpt3jax import config, model, step, trained
-from gpt3jax.checkpoint import checkpoints, metadata
+from gpt3jax import errors, step
+from gpt3jax.checkpoint import metadata, parameters, storage
+from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer
+from gpt3jax.model import gpt
 from gpt3jax.sample import __main__ as sample
 from gpt3jax.sample import generate, text_options
 
@@ -171,7 +173,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):
         vocab_file=str(golden / "vocab.json"), merge_file=str(golden / "merges.txt")
     )
     options = sample.Options(checkpoint=checkpoint_dir, prompt=("x",), source=source)
-    with pytest.raises(config.UserError, match="tokens and the model"):
+    with pytest.raises(errors.UserError, match="tokens and the model"):
         sample.load(options)
 
 
@@ -184,15 +186,15 @@ def test_hugging_face_generates_the_same_tokens(tmp_path):
     mesh = tiny.one_device_mesh()
     program = step.build(cfg, mesh, 1)
     noise = iter(jax.random.split(jax.random.key(1), 100))
-    params = model.GPT(cfg.model, jax.random.key(0))
+    params = gpt.GPT(cfg.model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), params)
-    store = checkpoints.Checkpoints(str(tmp_path / "ours"))
-    meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=config.flatten(cfg))
+    store = storage.Checkpoints(str(tmp_path / "ours"))
+    meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=schema.flatten(cfg))
     store.save(program.adopt(params), meta)
     assert store.poll(wait=True) == ""
     out = str(tmp_path / "theirs")
     convert.to_hf(convert.ToHf(checkpoint=str(tmp_path / "ours"), output=out))
-    source = trained.open_newest(str(tmp_path / "ours"), mesh)
+    source = parameters.open_newest(str(tmp_path / "ours"), mesh)
     generator = generate.Generator(source.params(), source.program.compute, mesh, -1)
     prompts = np.random.default_rng(0).integers(1, 500, (2, 24)).tolist()
     options = [text_options.Options(temperature=0.0, max_new_tokens=200)] * 2

@@ -17,8 +17,9 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from gpt3jax import config, model
+from gpt3jax import errors
 from gpt3jax.data import tokenizer
+from gpt3jax.model import gpt
 from gpt3jax.sample import completions, generate, job, megatron
 
 import tiny
@@ -43,7 +44,7 @@ CFG = tiny.make_config(model={"n_layers": 1, "vocab_size": 257, "init_std": 0.3}
 
 @pytest.fixture(scope="module")
 def params():
-    return model.GPT(CFG, jax.random.key(0))
+    return gpt.GPT(CFG, jax.random.key(0))
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def port(params, text):
     """Serve random weights."""
     copy = jax.tree.map(jnp.copy, params)  # its arrays are given up
     mesh = tiny.one_device_mesh()
-    with serving(generate.Generator(copy, model.Compute(), mesh, text.eod_id), text) as port:
+    with serving(generate.Generator(copy, gpt.Compute(), mesh, text.eod_id), text) as port:
         yield port
 
 
@@ -472,7 +473,7 @@ def test_a_bad_request_to_megatrons_is_refused(port, body):
 
 
 def test_an_address_in_use_is_one_clear_error(port):
-    with pytest.raises(config.UserError, match=f"--server.port={port} cannot be listened on"):
+    with pytest.raises(errors.UserError, match=f"--server.port={port} cannot be listened on"):
         serve.run(None, "127.0.0.1", port)
 
 

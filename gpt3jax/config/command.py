@@ -1,0 +1,70 @@
+"""How every command begins and ends: its options, its exit status, one line on what to mend."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from gpt3jax import errors
+from gpt3jax.config import user_paths, validation
+
+Options = TypeVar("Options")
+
+
+def run(action: Callable[[], int | None]) -> int:
+    """Return the exit status of a command that does this: its own, `DONE`, or an error's."""
+    try:
+        return action() or errors.DONE
+    except (errors.UserError, RuntimeError) as raised:
+        error = raised if isinstance(raised, errors.UserError) else _no_devices(raised)
+        if error is None:
+            raise
+        sys.stderr.write(f"gpt3jax: error: {error}\n")
+        return errors.RETRY if isinstance(error, errors.TransientError) else errors.REFUSED
+
+
+def parse(kind: Any, module: str, description: str | None) -> Any:
+    """Return the options of `python -m gpt3jax.MODULE`: a dataclass of this kind.
+
+    Exits with a message on an unknown or ill-typed option, and on `--help`.
+
+    Raises:
+        UserError: a number is out of its range, or a path cannot be one of this machine.
+    """
+    return _checked(tyro.cli(kind, prog=f"python -m gpt3jax.{module}", description=description))
+
+
+def parse_beside_config(
+    kind: type[Options], module: str, description: str | None, args: Sequence[str]
+) -> tuple[Options, list[str]]:
+    """Return the options, as `parse`, and what is left of the arguments for `recipe.parse`.
+
+    Raises:
+        UserError: a number is out of its range, or a path cannot be one of this machine.
+    """
+    options, rest = tyro.cli(
+        kind, prog=f"python -m gpt3jax.{module}", description=description, args=args,
+        return_unknown_args=True,
+    )  # fmt: skip
+    return _checked(options), rest
+
+
+def _checked(options: Options) -> Options:
+    """Return options whose numbers are in their ranges, with their paths in full."""
+    validation.check_ranges(options, "--")
+    return user_paths.expanded(options, "--")
+
+
+def _no_devices(error: RuntimeError) -> errors.UserError | None:
+    """Return what to tell where JAX could not start the GPUs; None for any other error."""
+    told = str(error).partition(" (set JAX")[0].rstrip(".")
+    if not told.startswith("Unable to initialize backend"):
+        return None
+    if "list of known backends" in told:  # its plugin did not load, and said so above
+        return errors.UserError(
+            f"{told}: CUDA's libraries are missing or do not fit JAX, as it says above; pip "
+            "install 'gpt3jax[cuda13]' (cuda12 for drivers before 580; the extra plan has the "
+            "compiler alone), or set JAX_PLATFORMS=cpu to use the CPU"
+        )
+    return errors.TransientError(f"{told}: see nvidia-smi, or set JAX_PLATFORMS=cpu for the CPU")

@@ -1,0 +1,362 @@
+"""What makes a config invalid, and what in it has no effect; no JAX here.
+
+Devices are checked in `sharding` and `step`.
+"""
+
+import math
+import re
+from typing import Any
+
+from gpt3jax import errors
+from gpt3jax.config import batch_schedule, ranges, schema
+
+
+def validate(cfg: schema.Config) -> None:
+    """Check every group and what goes between them.
+
+    Raises:
+        UserError: it names the field, the value, the constraint and the fix.
+    """
+    check_ranges(cfg)
+    check_model(cfg.model, cfg.data)
+    _check_optimizer(cfg.optimizer)
+    _check_precision(cfg.precision, cfg.model.attention, cfg.model)
+    _check_mesh(cfg.mesh, cfg.model)
+    _check_run(cfg)
+    _check_data(cfg.data)
+
+
+def check_ranges(tree: Any, prefix: str = "") -> None:
+    """Check each number of a tree of dataclasses; with the prefix "--", of a command's options.
+
+    Raises:
+        UserError: it names the number.
+    """
+    for name, value, bounds in ranges.numbers(tree):
+        problem = bounds.problem(value)
+        if problem:
+            named = f"{prefix}{name.replace('_', '-')}" if prefix else name
+            raise errors.UserError(f"{named}={value} {problem}")
+
+
+def check_model(model: schema.Model, data: schema.Data) -> None:
+    """Check what a model's own fields ask of each other.
+
+    Raises:
+        UserError: it names the fields.
+    """
+    if model.d_model % model.n_heads:
+        raise errors.UserError(
+            f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
+            f"use one of {ranges.divisors(model.d_model)}"
+        )
+    if model.seq_len % model.n_loss_chunks:
+        raise errors.UserError(
+            f"model.n_loss_chunks={model.n_loss_chunks} does not divide "
+            f"model.seq_len={model.seq_len}: use one of {ranges.divisors(model.seq_len)}"
+        )
+    resets = data.eod_mask_loss or data.reset_position_ids or data.reset_attention_mask
+    if resets and data.eod_id >= model.vocab_size:
+        raise errors.UserError(
+            f"data.eod_id={data.eod_id} is not below model.vocab_size={model.vocab_size}: "
+            "give the corpus's own end-of-document token"
+        )
+
+
+def _check_optimizer(optimizer: schema.Optimizer) -> None:
+    o = optimizer
+    if o.min_lr > o.peak_lr:
+        raise errors.UserError(
+            f"optimizer.min_lr={o.min_lr} exceeds optimizer.peak_lr={o.peak_lr}: lower it"
+        )
+    if o.warmup_samples and o.warmup_fraction:
+        raise errors.UserError(
+            f"optimizer.warmup_samples={o.warmup_samples} and optimizer.warmup_fraction="
+            f"{o.warmup_fraction} both set the warm-up: set one of them to 0"
+        )
+    if o.decay_samples and o.warmup_samples >= o.decay_samples:
+        raise errors.UserError(
+            f"optimizer.warmup_samples={o.warmup_samples} must be below "
+            f"optimizer.decay_samples={o.decay_samples}, which includes it: shorten the warm-up"
+        )
+    if (o.decay == "wsd") != (o.wsd_decay_samples > 0):
+        raise errors.UserError(
+            f"optimizer.decay={o.decay} with optimizer.wsd_decay_samples={o.wsd_decay_samples}: "
+            "wsd, and only wsd, needs the length of its final decay: change one of them"
+        )
+    if o.decay_samples:
+        check_schedule(o, o.decay_samples)
+    if o.weight_decay_growth == "constant" and o.start_weight_decay:
+        raise errors.UserError(
+            f"optimizer.start_weight_decay={o.start_weight_decay} has no effect with "
+            "optimizer.weight_decay_growth=constant: choose linear or cosine"
+        )
+
+
+def check_schedule(optimizer: schema.Optimizer, run_samples: int) -> None:
+    """Check that warm-up and final decay fit in a run whose length is known by now.
+
+    Else the decay would begin before the warm-up is over, and the learning rate fall at once.
+
+    Raises:
+        UserError: it names what they take, and what there is.
+    """
+    o, (warmup, length) = optimizer, optimizer.schedule(run_samples)
+    needed = int(warmup) + o.wsd_decay_samples
+    if o.decay == "wsd" and needed > length:
+        has = f"optimizer.decay_samples={length}: shorten it, or raise that"
+        if not o.decay_samples:
+            has = (
+                f"the run's {length} (optimizer.decay_samples=0): shorten it, train longer, or "
+                "give the optimizer.decay_samples of the longer run that this one is a part of"
+            )
+        raise errors.UserError(
+            f"optimizer.wsd_decay_samples={o.wsd_decay_samples} after a warm-up of {int(warmup)} "
+            f"samples takes {needed} samples, which exceeds {has}"
+        )
+
+
+def _check_precision(
+    precision: schema.Precision, attention: schema.Attention, model: schema.Model
+) -> None:
+    if precision.compute_dtype != "float16" and precision.static_loss_scale:
+        raise errors.UserError(
+            f"precision.static_loss_scale={precision.static_loss_scale} has no effect with "
+            f"precision.compute_dtype={precision.compute_dtype}: only float16 scales the loss"
+        )
+    if precision.scales_dynamically and precision.initial_loss_scale < precision.min_loss_scale:
+        raise errors.UserError(
+            f"precision.initial_loss_scale={precision.initial_loss_scale} is below "
+            f"precision.min_loss_scale={precision.min_loss_scale}: raise it, or lower the minimum"
+        )
+    if attention.implementation == "cudnn" and model.attention_dropout:
+        raise errors.UserError(
+            f"model.attention_dropout={model.attention_dropout} cannot run on "
+            "model.attention.implementation=cudnn: set it to 0, or use xla"
+        )
+    if attention.implementation == "cudnn" and precision.compute_dtype == "float32":
+        raise errors.UserError(
+            "precision.compute_dtype=float32 cannot run on model.attention.implementation=cudnn: "
+            "use bfloat16 or float16, or xla"
+        )
+
+
+def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "stage", "fsdp", "context", "tensor")}
+    if list(sizes.values()).count(-1) > 1:
+        rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
+        raise errors.UserError(
+            f"{rest} are all -1: only one axis can take the rest of the devices, "
+            "give the others a size"
+        )
+    if mesh.stage > 0:
+        check_pipeline(model, mesh.stage, mesh.virtual_stages)
+    for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
+        if mesh.tensor > 0 and size % mesh.tensor:
+            raise errors.UserError(
+                f"mesh.tensor={mesh.tensor} does not divide model.{field}={size}: "
+                f"use one of {ranges.divisors(size)}"
+            )
+    # What -1 stands for is known once the devices are: `step.build` checks again.
+    check_sequence(model, mesh, max(mesh.context, 1), max(mesh.tensor, 1))
+
+
+def check_sequence(model: schema.Model, mesh: schema.Mesh, context: int, tensor: int) -> None:
+    """Check that the sequence can be cut as axes of these sizes need it.
+
+    Raises:
+        UserError: model.seq_len or model.n_loss_chunks does not fit.
+    """
+    shards = context * (tensor if mesh.sequence_parallel else 1)
+    multiple = math.lcm(shards, 2 * context if context > 1 else 1)
+    if model.seq_len % multiple:
+        raise errors.UserError(
+            f"model.seq_len={model.seq_len} must be a multiple of {multiple} for mesh.context="
+            f"{context} (two chunks each) and mesh.tensor={tensor} (mesh.sequence_parallel="
+            f"{mesh.sequence_parallel}): use {-(-model.seq_len // multiple) * multiple}"
+        )
+    if model.seq_len % (model.n_loss_chunks * context):
+        raise errors.UserError(
+            f"model.n_loss_chunks={model.n_loss_chunks} does not divide the "
+            f"{model.seq_len // context} positions that each of mesh.context={context} holds: "
+            f"use one of {ranges.divisors(model.seq_len // context)}"
+        )
+
+
+def check_pipeline(model: schema.Model, n_stages: int, virtual_stages: int) -> None:
+    """Check that the layers divide into equal parts, for stages that are known by now.
+
+    Raises:
+        UserError: it names the numbers.
+    """
+    if n_stages == 1 and virtual_stages > 1:
+        raise errors.UserError(
+            f"mesh.virtual_stages={virtual_stages} has no effect with mesh.stage=1: set it to 1"
+        )
+    unit = 2 if model.attention.pattern == "alternating" and n_stages > 1 else 1
+    if model.n_layers % (n_stages * virtual_stages * unit):
+        pairs = " in pairs (model.attention.pattern=alternating)" if unit == 2 else ""
+        raise errors.UserError(
+            f"mesh.stage={n_stages} x mesh.virtual_stages={virtual_stages} does not divide "
+            f"model.n_layers={model.n_layers}{pairs}: their product must be one of "
+            f"{ranges.divisors(model.n_layers // unit)}"
+        )
+
+
+def _check_run(cfg: schema.Config) -> None:
+    train, batch, checkpoint = cfg.train, cfg.batch, cfg.checkpoint
+    if not (train.n_steps or train.n_samples or train.n_tokens):
+        raise errors.UserError(
+            "the run has no length: set train.n_steps, train.n_samples or train.n_tokens"
+        )
+    if batch.schedule and batch.ramp:
+        raise errors.UserError(
+            "batch.schedule and batch.ramp both set the batch size: clear one of them"
+        )
+    batch_schedule.from_config(batch, cfg.model.seq_len)
+    first, last = cfg.log.profile_steps
+    if (first, last) != (0, 0) and not (0 < first <= last and cfg.log.dir):
+        raise errors.UserError(
+            f"log.profile_steps={first} {last} must be a first and a last step from 1 on, "
+            "and needs log.dir to write the profile to"
+        )
+    if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
+        raise errors.UserError(
+            "checkpoint.allow_new_data_order has no effect without a checkpoint.dir or "
+            "checkpoint.load: leave it out"
+        )
+    period, interval = checkpoint.keep_period, checkpoint.save_interval
+    if period % interval:
+        raise errors.UserError(
+            f"checkpoint.keep_period={period} must be a multiple of checkpoint.save_interval="
+            f"{interval}, or some of its multiples are never saved: use "
+            f"{-(-period // interval) * interval}"
+        )
+    if checkpoint.only_params and not checkpoint.load:
+        raise errors.UserError(
+            "checkpoint.only_params has no effect without checkpoint.load: name the folder to take "
+            "parameters from"
+        )
+
+
+def split_weights(split: str) -> list[float]:
+    """Return the three weights of data.split; those that are left out are 0.
+
+    Like Megatron's `--split`, numbers with anything between them that is no part of one.
+
+    Raises:
+        UserError: they are not numbers, too many, or all 0.
+    """
+    words = re.split(r"[\s,/:;%|]+", split.strip(" ,()[]%"))
+    weights = [float(x) for x in words if re.fullmatch(r"\d+\.?\d*|\.\d+", x)]
+    if not len(words) == len(weights) <= 3 or sum(weights) <= 0:
+        raise errors.UserError(
+            f'data.split={split!r} must be up to three weights, not all 0, like "949,50,1" or '
+            '"90/5/5"'
+        )
+    return [*weights, 0.0, 0.0][:3]
+
+
+def stretch(text: str, field: str = "data.skip_samples") -> tuple[int, int]:
+    """Return (A, B) of a stretch of samples "A:B", as this field has it.
+
+    Raises:
+        UserError: it is not one, or is empty.
+    """
+    try:
+        first, stop = map(ranges.read_count, text.split(":"))
+    except ValueError:  # also where there are not two
+        first = stop = -1
+    if not 0 <= first < stop <= ranges.INT32:
+        raise errors.UserError(
+            f"{field}={text} must be A:B with A < B, as in 8000:8640 for the samples "
+            "8000 to 8639, or 8K:9K"
+        )
+    return first, stop
+
+
+def _check_data(data: schema.Data) -> None:
+    for text in data.skip_samples:
+        stretch(text)
+    if data.paths:
+        split_weights(data.split)
+    given = [n for n in ("paths", "train_paths", "mock") if getattr(data, n)]
+    if not given:
+        raise errors.UserError(
+            "data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx, or --data.mock"
+        )
+    if len(given) > 1:
+        raise errors.UserError(
+            f"data.{' and data.'.join(given)} each say what to train on: keep one"
+        )
+    if (data.validation_paths or data.test_paths) and not data.train_paths:
+        raise errors.UserError(
+            "data.validation_paths and data.test_paths go with data.train_paths: give all in "
+            "place of data.paths"
+        )
+    if data.from_text and len(data.paths) != 1:
+        raise errors.UserError(
+            f"data.paths has {len(data.paths)} entries, but data.from_text makes one "
+            "corpus: give one prefix"
+        )
+    if bool(data.vocab_file) != bool(data.merge_file):
+        raise errors.UserError(
+            "data.vocab_file and data.merge_file go together: give both or neither"
+        )
+    if data.tokenizer and data.vocab_file:
+        raise errors.UserError(
+            f"data.tokenizer={data.tokenizer} and data.vocab_file={data.vocab_file} each name a "
+            "tokenizer: keep one"
+        )
+
+
+def without_effect(cfg: schema.Config) -> list[str]:
+    """Return a line for each field that was set to something and decides nothing.
+
+    What is at its default was not set. Where a mistake is likely, `validate` refuses it instead.
+    """
+    o, data, faults = cfg.optimizer, cfg.data, cfg.faults
+    dynamic = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "loss_scale_hysteresis")
+    spikes = ("faults.spike_window", "faults.spike_deviations")
+    of_validation = (
+        "train.eval_batches", "data.validation_paths", "data.test_paths",
+        "data.drop_last_partial_validation_sequence",
+    )  # fmt: skip
+    rules = [
+        ("model.attention.pattern=dense", cfg.model.attention.pattern == "dense",
+         ("model.attention.band",)),
+        (f"optimizer.decay={o.decay}", o.decay != "wsd", ("optimizer.wsd_decay",)),
+        ("optimizer.decay=constant", o.decay == "constant", ("optimizer.min_lr",)),
+        ("no warm-up", not (o.warmup_samples or o.warmup_fraction), ("optimizer.init_lr",)),
+        (f"precision.compute_dtype={cfg.precision.compute_dtype}",
+         cfg.precision.compute_dtype != "float16", tuple(f"precision.{name}" for name in dynamic)),
+        ("precision.static_loss_scale", cfg.precision.static_loss_scale > 0,
+         tuple(f"precision.{name}" for name in dynamic)),
+        ("data.train_paths", bool(data.train_paths), ("data.split",)),
+        ("data.mock", data.mock, ("data.split",)),
+        ("data.prefetch=0", not data.prefetch, ("data.read_threads",)),
+        ("mesh.data=1", cfg.mesh.data == 1, ("mesh.shard_optimizer",)),
+        ("mesh.tensor=1", cfg.mesh.tensor == 1, ("mesh.sequence_parallel",)),
+        ("train.eval_interval=0", not cfg.train.eval_interval, of_validation),
+        ("neither faults.nonfinite nor faults.spike at skip",
+         "skip" not in (faults.nonfinite, faults.spike), ("faults.max_skipped_steps",)),
+        ("faults.spike=off", faults.spike == "off", spikes),
+        ("watchdog.step_multiple=0", not cfg.watchdog.step_multiple, ("watchdog.min_seconds",)),
+        ("no log.dir", not cfg.log.dir, ("train.max_fruitless_starts",)),
+    ]  # fmt: skip
+    values = schema.flatten(cfg)
+    return [
+        f"WARNING: {name}={values[name]} has no effect with {reason}"
+        for reason, holds, names in rules
+        for name in names
+        if holds and values[name] != _DEFAULTS[name]
+    ]
+
+
+_DEFAULTS = schema.flatten(
+    schema.Config(
+        model=schema.Model(n_layers=1, d_model=1, n_heads=1, seq_len=1),
+        optimizer=schema.Optimizer(peak_lr=0.0),
+        batch=schema.Batch(global_batch_size=1),
+    )
+)

@@ -1,0 +1,281 @@
+"""What started this process, how many others with it, and how they can be joined.
+
+One table of launchers and of the variables that they set, so that no process of several trains
+alone because its launcher was not known. It only reads; `distributed` joins. Imports no JAX.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gpt3jax import errors
+from gpt3jax.config import schema
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """A launcher, and the variables by which it tells each process its place; "" where none."""
+
+    name: str
+    rank: str
+    size: str = ""
+    local_rank: str = ""
+    """The process's number on its node."""
+    local_size: str = ""
+    """How many processes its node has."""
+    host: str = ""
+    """The first process's host."""
+    jax_name: str = ""
+    """JAX's own detection, which finds out the first process's address."""
+    jax_needs: str = ""
+    """The variable that it finds it in."""
+
+
+# The innermost first: mpirun and torchrun start their processes within one of Slurm's.
+LAUNCHERS = (
+    # Also what Kubeflow's PyTorchJob and many scripts set.
+    Launcher(
+        name="torchrun", rank="RANK", size="WORLD_SIZE",
+        local_rank="LOCAL_RANK", local_size="LOCAL_WORLD_SIZE",
+    ),
+    # Version 5 has no such address.
+    Launcher(
+        name="Open MPI", rank="OMPI_COMM_WORLD_RANK",
+        size="OMPI_COMM_WORLD_SIZE", local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+        local_size="OMPI_COMM_WORLD_LOCAL_SIZE", jax_name="ompi",
+        jax_needs="OMPI_MCA_orte_hnp_uri",
+    ),
+    Launcher(
+        name="MVAPICH", rank="MV2_COMM_WORLD_RANK",
+        size="MV2_COMM_WORLD_SIZE", local_rank="MV2_COMM_WORLD_LOCAL_RANK",
+        local_size="MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher(
+        name="LSF's jsrun", rank="JSM_NAMESPACE_RANK",
+        size="JSM_NAMESPACE_SIZE", local_rank="JSM_NAMESPACE_LOCAL_RANK",
+        local_size="JSM_NAMESPACE_LOCAL_SIZE",
+    ),
+    Launcher(
+        name="HPE's PALS", rank="PALS_RANKID", size="PMI_SIZE",
+        local_rank="PALS_LOCAL_RANKID", local_size="PALS_LOCAL_SIZE",
+    ),
+    Launcher(
+        name="MPICH or Intel MPI", rank="PMI_RANK", size="PMI_SIZE",
+        local_rank="MPI_LOCALRANKID", local_size="MPI_LOCALNRANKS",
+    ),
+    Launcher(
+        name="Flux", rank="FLUX_TASK_RANK", size="FLUX_JOB_SIZE",
+        local_rank="FLUX_TASK_LOCAL_ID",
+    ),
+    Launcher(name="Kubeflow Trainer", rank="JAX_PROCESS_ID", size="JAX_NUM_PROCESSES"),
+    Launcher(
+        name="LeaderWorkerSet", rank="LWS_WORKER_INDEX",
+        size="LWS_GROUP_SIZE", host="LWS_LEADER_ADDRESS",
+    ),
+    # SLURM_NTASKS is of the job, the step's is srun's; sbatch's script has a rank, but no step.
+    Launcher(
+        name="Slurm", rank="SLURM_PROCID", size="SLURM_STEP_NUM_TASKS",
+        local_rank="SLURM_LOCALID", local_size="SLURM_STEP_TASKS_PER_NODE",
+        jax_name="slurm", jax_needs="SLURM_STEP_NODELIST",
+    ),
+    # These do not tell how many there are: at least so many as the number of this one says.
+    Launcher(name="PMIx", rank="PMIX_RANK"),
+    Launcher(name="Kubernetes", rank="JOB_COMPLETION_INDEX"),
+    Launcher(name="PBS", rank="PBS_NODENUM"),
+)  # fmt: skip
+# Sizes that are set before anything is started, and what starts it then.
+_AHEAD = {"SLURM_NTASKS": "srun", "WORLD_SIZE": "torchrun"}
+_PORT = 6000  # where an environment names a host alone; Megatron's
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a launcher tells of this process."""
+
+    launcher: Launcher
+    rank: int
+    size: int
+    """Where the launcher has no variable for it, the least that it can be."""
+    told: str
+    """The variables that say so."""
+
+
+def arguments(distributed: schema.Distributed, environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return what `jax.distributed.initialize` must be told; None where this process is alone.
+
+    Options win over what launchers tell.
+
+    Raises:
+        UserError: there are several processes, and options and environment contradict each other or
+            do not say all: the number of them, the number of this one, where the first one is.
+    """
+    place = _find(environ)
+    n = _n_processes(distributed, place, environ)
+    if n == 1:
+        return None
+    known: dict[str, Any] = {
+        "num_processes": n,
+        "process_id": _process_id(distributed, place, n),
+        "local_device_ids": _local_devices(place, environ) if place else None,
+    }
+    address = distributed.coordinator_address
+    if place and not address and (method := _jax_detection(place, environ)):
+        _check_tasks_per_node(environ)
+        return known | {"cluster_detection_method": method}
+    address = address or _address(place, environ)
+    if not re.search(r".:\d+$", address):
+        wrong = f"{address} is not HOST:PORT" if address else "nothing tells where that is"
+        raise errors.UserError(
+            f"{n} processes are expected ({_reason(distributed, place)}), each would train alone "
+            f"without the address of the first one, and {wrong}: give "
+            "--distributed.coordinator-address HOST:PORT (or JAX_COORDINATOR_ADDRESS), its host "
+            "and a free port, the same to all"
+        )
+    # Deactivated, or JAX would ask a launcher for the devices.
+    return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
+
+
+def _n_processes(
+    distributed: schema.Distributed, place: Place | None, environ: Mapping[str, str]
+) -> int:
+    """Return how many processes there must be, this one included."""
+    n, size = distributed.n_processes, place.size if place else 1
+    if n and place and place.launcher.size and size != n:
+        raise errors.UserError(f"distributed.n_processes={n}, but {place.told}: make them equal")
+    if n:
+        return n
+    if size == 1 and (distributed.coordinator_address or distributed.process_id >= 0):
+        raise errors.UserError(
+            "distributed.coordinator_address or distributed.process_id is given without "
+            "distributed.n_processes, and this process would train alone: give all three"
+        )
+    if size == 1:
+        _check_nothing_ahead(environ)
+    elif place and not place.launcher.size:
+        raise errors.UserError(
+            f"{place.told}, one process of several, and each would train alone: give "
+            "--distributed.n-processes and --distributed.coordinator-address HOST:PORT, the same "
+            f"to all, or unset {place.launcher.rank} if each is a run of its own"
+        )
+    return size
+
+
+def _process_id(distributed: schema.Distributed, place: Place | None, n: int) -> int:
+    """Return the number of this process of n."""
+    given = distributed.process_id >= 0
+    number = distributed.process_id if given else place.rank if place else -1
+    if number < 0:
+        raise errors.UserError(
+            f"distributed.n_processes={n}, but this process sees no other and would train "
+            "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
+            "HOST:PORT and --distributed.process-id to each process"
+        )
+    if number >= n:
+        told = f"distributed.process_id={number}" if given or not place else place.told
+        raise errors.UserError(
+            f"{told}, but the {n} processes of distributed.n_processes are numbered 0 to {n - 1}: "
+            "correct one of them"
+        )
+    return number
+
+
+def _reason(distributed: schema.Distributed, place: Place | None) -> str:
+    """Say why there must be several processes."""
+    n = distributed.n_processes
+    return place.told if place and not n else f"distributed.n_processes={n}"
+
+
+def _find(environ: Mapping[str, str]) -> Place | None:
+    """Return what the innermost launcher tells that started several processes.
+
+    Where another one tells the same, as Slurm does beside its PMI, that which JAX can use. Where
+    none did, what one tells that does not know how many.
+    """
+    places = [place for one in LAUNCHERS if (place := _place(one, environ))]
+    several = [place for place in places if place.size > 1]
+    if not several:
+        return places[0] if places else None
+    same = [p for p in several if (p.rank, p.size) == (several[0].rank, several[0].size)]
+    return next((place for place in same if _jax_detection(place, environ)), several[0])
+
+
+def _place(launcher: Launcher, environ: Mapping[str, str]) -> Place | None:
+    """Return what a launcher tells; None where it did not start this process, or this one alone."""
+    if not environ.get(launcher.rank):
+        return None
+    rank, variable = _number(environ, launcher.rank, 0), launcher.size or launcher.rank
+    size = _number(environ, launcher.size, 1) if launcher.size else rank + 1
+    if launcher.size and size == 1:
+        return None
+    return Place(
+        launcher, rank, size, f"{variable}={environ[variable]}, as {launcher.name} sets it"
+    )
+
+
+def _check_nothing_ahead(environ: Mapping[str, str]) -> None:
+    """Check that nothing is about to start several processes, none of which this is."""
+    for size, command in _AHEAD.items():
+        if _number(environ, size, 1) > 1:
+            raise errors.UserError(
+                f"{size}={environ[size]}, but this process was not started by {command} and would "
+                f"train alone: start it with {command}, or give --distributed.n-processes, "
+                "--distributed.process-id and --distributed.coordinator-address, or unset "
+                f"{size}"
+            )
+
+
+def _jax_detection(place: Place, environ: Mapping[str, str]) -> str:
+    """Return the name of JAX's detection that finds the address; "" where none does."""
+    return place.launcher.jax_name if place.launcher.jax_needs in environ else ""
+
+
+def _address(place: Place | None, environ: Mapping[str, str]) -> str:
+    """Return host:port of the first process, "" where the environment does not tell.
+
+    JAX_COORDINATOR_ADDRESS, the launcher's own, or MASTER_ADDR and MASTER_PORT, which torchrun sets
+    and many scripts do.
+    """
+    if given := environ.get("JAX_COORDINATOR_ADDRESS"):
+        return given
+    host = environ.get(place.launcher.host if place and place.launcher.host else "MASTER_ADDR")
+    if not host:
+        return ""
+    taken = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens on its port
+    return f"{host}:{_number(environ, 'MASTER_PORT', _PORT) + taken}"
+
+
+def _local_devices(place: Place, environ: Mapping[str, str]) -> list[int] | None:
+    """Return the number of this process's own device among those it sees.
+
+    A process that shares its node takes one; the one that it sees, where its launcher hides all
+    others. None is for JAX's own way, and [] for all, also where JAX detects a launcher.
+    """
+    launcher = place.launcher
+    if not environ.get(launcher.local_rank) or "JAX_LOCAL_DEVICE_IDS" in environ:  # JAX reads it
+        return None
+    per_node = environ.get(launcher.local_size, "")  # Slurm's is like 8(x2)
+    if re.fullmatch(r"1(\(x\d+\))?", per_node):
+        return []
+    sees_one = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", ""))
+    return [0 if sees_one else _number(environ, launcher.local_rank, 0)]
+
+
+def _check_tasks_per_node(environ: Mapping[str, str]) -> None:
+    """Check that Slurm did not start one task on each node of several GPUs, to use one of them."""
+    n_tasks, n_nodes, n_gpus = (
+        _number(environ, f"SLURM_{name}", 1)
+        for name in ("STEP_NUM_TASKS", "STEP_NUM_NODES", "GPUS_ON_NODE")
+    )
+    if n_gpus > 1 and n_tasks == n_nodes > 1:
+        raise errors.UserError(
+            f"srun started one task on each of {n_nodes} nodes, to use one GPU of {n_gpus}: "
+            f"start one per GPU, with --ntasks-per-node={n_gpus}"
+        )
+
+
+def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
+    text = environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise errors.UserError(f"{variable}={text} is not a number: correct it")
+    return int(text)

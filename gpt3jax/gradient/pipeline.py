@@ -1,0 +1,272 @@
+"""Pipeline parallelism: layers over the `stage` axis, microbatches streaming through them.
+
+Each of P stages holds R runs of consecutive layers, its virtual stages (Megatron's interleaved
+schedule; R = 1 is the plain one). Run r of stage p is number r P + p of P R, so a microbatch goes
+round the ring of stages R times. One program runs on all stages at once, manual over `stage`: a
+loop over ticks, in each of which every stage takes what its neighbour made in the tick before,
+runs one of its virtual stages on it, and hands it on. Embedding and head work on each stage's share
+of the microbatches, so neither end of the ring waits for the other.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gpt3jax import errors
+from gpt3jax.config import schema
+from gpt3jax.model import dropout, gpt, loss
+from gpt3jax.sharding import layouts, rules, sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which stage does what when.
+
+    Stage p does its u-th unit of work at tick p + u. Units go through microbatches in groups of P,
+    each group through all virtual stages before the next one starts: what the last stage hands on
+    then reaches stage 0 exactly when it is due there, and waits nowhere.
+    """
+
+    n_stages: int
+    virtual_stages: int
+    n_microbatches: int
+
+    @property
+    def n_ticks(self) -> int:
+        """Ticks until the last stage has done its last unit."""
+        return self.n_microbatches * self.virtual_stages + self.n_stages - 1
+
+    @property
+    def bubble(self) -> float:
+        """Share of the ticks in which a stage has nothing to do."""
+        return (self.n_stages - 1) / self.n_ticks
+
+    def unit(self, tick: Any, stage: Any) -> tuple[Array, Array]:
+        """Return (microbatch, virtual stage) of a stage at a tick; idle ones repeat an end."""
+        u = jnp.clip(tick - stage, 0, self.n_microbatches * self.virtual_stages - 1)
+        group, within = jnp.divmod(u, self.n_stages * self.virtual_stages)
+        return group * self.n_stages + within % self.n_stages, within // self.n_stages
+
+
+def describe(cfg: schema.Config, mesh: jax.sharding.Mesh) -> list[str]:
+    """Return the line that tells a run's schedule at full batch size; none without stages."""
+    if mesh.shape["stage"] == 1:
+        return []
+    schedule = Schedule(
+        n_stages=mesh.shape["stage"],
+        virtual_stages=cfg.mesh.virtual_stages,
+        n_microbatches=cfg.batch.global_batch_size
+        // (cfg.batch.microbatch_size * rules.data_parallel_size(mesh)),
+    )
+    return [
+        f"pipeline of {schedule.n_stages} stages x {schedule.virtual_stages} virtual stages, "
+        f"{schedule.n_microbatches} microbatches: idle (bubble) {schedule.bubble:.1%} of the time"
+    ]
+
+
+def batch_loss(
+    params: gpt.GPT,
+    batch: dict[str, Array],
+    noise_key: Any,
+    compute: gpt.Compute,
+    virtual_stages: int,
+    sums: Any = None,
+) -> tuple[Array, Array]:
+    """Return this stage's share of the weighted loss of a batch, and of the summed token losses.
+
+    Inside a `shard_map` that is manual over `stage`: `params.blocks` are the stage's own, the rest
+    of the parameters and the batch `[M, B, ...]` are whole. `noise_key` None: without dropout.
+
+    `sums`, fp32 zeros like `params.blocks`, is what to differentiate by for the gradient of these:
+    see `_take`.
+
+    Raises:
+        UserError: the stages do not divide the microbatches.
+    """
+    n_stages = jax.sharding.get_abstract_mesh().shape["stage"]
+    check_microbatches(batch["samples"].shape[0], n_stages)
+    schedule = Schedule(
+        n_stages=n_stages,
+        virtual_stages=virtual_stages,
+        n_microbatches=batch["samples"].shape[0],
+    )
+    own = jax.tree.map(lambda x: _own(x, n_stages), batch)
+
+    def embed(_: None, microbatch: dict[str, Array]) -> tuple[None, Array]:
+        noise = _noise(noise_key, microbatch["samples"])
+        return None, params.embed(microbatch["tokens"], microbatch["positions"], noise, compute)
+
+    x_GBTD = jax.lax.scan(embed, None, own)[1]
+    stage_pass = _stage_pass(params, batch, noise_key, compute, schedule)
+    x_GBTD = run(schedule, x_GBTD, stage_pass, sums)
+    x_GBTD = jax.lax.map(lambda x_BTD: params.final_norm(x_BTD, compute), x_GBTD)
+    cfg = params.model
+    weighted, token_losses_BT = loss.cross_entropy(
+        _joined(x_GBTD),
+        params.head_VD(compute),
+        _joined(own["targets"]),
+        _joined(own["weights"]),
+        cfg.softmax_size,
+        x_GBTD.shape[0] * cfg.n_loss_chunks,
+    )
+    return weighted, (token_losses_BT * _joined(own["loss_mask"])).sum()
+
+
+def check_microbatches(n_microbatches: int, n_stages: int) -> None:
+    """Check that microbatches come in whole groups, one for each stage.
+
+    Raises:
+        UserError: they do not.
+    """
+    if n_microbatches % n_stages:
+        raise errors.UserError(
+            f"{n_microbatches} microbatches a step are not a multiple of mesh.stage={n_stages}: "
+            "change batch.global_batch_size, batch.microbatch_size, or the mesh"
+        )
+
+
+StagePass = Callable[[Array, Any, Array, Array], gpt.Carry]
+"""(x `[B, T, D]`, sums, microbatch, virtual stage) -> (y `[B, T, D]`, sums)."""
+
+
+def run(schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, sums: Any) -> Array:
+    """Send microbatches through all stages; return them where they came from, `[G, B, T, D]`.
+
+    G = M / P: stage p gives and gets microbatches p, P + p, 2 P + p, ... `stage_pass` gets
+    meaningless x while the stage is idle, and hands its sums on from tick to tick.
+
+    Besides the ring, a belt of one slot a stage runs the other way. In the P ticks in which stage 0
+    takes up a group, the belt brings it that group's inputs, one a tick, and stage 0 lays the
+    group before, done in the same tick, in their places; after P ticks these are home.
+    """
+    n_stages, n_units = schedule.n_stages, schedule.n_stages * schedule.virtual_stages
+    stage = jax.lax.axis_index("stage")
+    forward = [(i, (i + 1) % n_stages) for i in range(n_stages)]
+    backward = [(j, i) for i, j in forward]
+
+    def take(tick: Array | int, arriving_BTD: Array, belts_GBTD: Array) -> tuple[Array, Array]:
+        """Return the input of a tick, and the belts of all groups after it."""
+        group, within = jnp.divmod(tick, n_units)
+        slot_BTD = jax.lax.dynamic_index_in_dim(belts_GBTD, group, keepdims=False)
+        x_BTD = jnp.where((stage == 0) & (within < n_stages), slot_BTD, arriving_BTD)
+        moved_BTD = jnp.where(stage == 0, arriving_BTD, slot_BTD)
+        moved_BTD = jax.lax.ppermute(moved_BTD, "stage", backward)
+        slot_BTD = jnp.where(within < n_stages, moved_BTD, slot_BTD)
+        return x_BTD, jax.lax.dynamic_update_index_in_dim(belts_GBTD, slot_BTD, group, 0)
+
+    def step(carry: tuple[Array, Array, Any], tick: Array) -> tuple[tuple[Array, Array, Any], None]:
+        *arriving, sums = carry
+        x_BTD, belts_GBTD = take(tick, *arriving)
+        y_BTD, sums = stage_pass(x_BTD, sums, *schedule.unit(tick, stage))
+        return (jax.lax.ppermute(y_BTD, "stage", forward), belts_GBTD, sums), None
+
+    zeros_BTD = jnp.zeros_like(x_GBTD[0])
+    belts_GBTD = jnp.concatenate([x_GBTD, zeros_BTD[None]])  # the last group: of outputs only
+    start = zeros_BTD, belts_GBTD, sums
+    (*last, _), _ = jax.lax.scan(step, start, jnp.arange(schedule.n_ticks))
+    return take(schedule.n_ticks, *last)[1][1:]
+
+
+def _stage_pass(
+    params: gpt.GPT, batch: dict[str, Array], noise_key: Any, compute: gpt.Compute,
+    schedule: Schedule,
+) -> StagePass:  # fmt: skip
+    """Return what runs one virtual stage of this stage on one microbatch."""
+    stage = jax.lax.axis_index("stage")
+    n_layers = params.model.n_layers // (schedule.n_stages * schedule.virtual_stages)
+    blocks = jax.lax.stop_gradient(params.blocks)  # the sums have it
+
+    def stage_pass(x_BTD: Array, sums: Any, microbatch: Array, virtual_stage: Array) -> gpt.Carry:
+        of_microbatch = {
+            name: jax.lax.dynamic_index_in_dim(batch[name], microbatch, keepdims=False)
+            for name in ("samples", "segments")
+            if name in batch
+        }
+
+        def take(layer: Array, sums: Any) -> tuple[gpt.Block, Any]:
+            # Leaves are [L / P, ...], or [R, L / (P R), ...].
+            place = (virtual_stage, layer) if schedule.virtual_stages > 1 else (layer,)
+            return _take(blocks, sums, place)
+
+        own_L = jnp.arange(n_layers)
+        return params.run_layers(
+            own_L,
+            (virtual_stage * schedule.n_stages + stage) * n_layers + own_L,
+            x_BTD,
+            of_microbatch.get("segments"),
+            _noise(noise_key, of_microbatch["samples"]),
+            compute,
+            take,
+            sums,
+        )
+
+    return stage_pass
+
+
+@jax.custom_vjp
+def _take(blocks: gpt.Block, sums: Any, place: tuple[Array, ...]) -> tuple[gpt.Block, Any]:
+    """Return the block at a place of stacked ones, and sums as they are.
+
+    Backwards the gradient of the block is added to that of the sums, in place and in fp32: so the
+    gradient by the sums that the loop over ticks starts with is that of all blocks. Left to JAX,
+    each tick would lay its gradients beside each other before it adds them, and add them in the
+    format of the weights, which may be 16-bit.
+    """
+
+    def one(leaf: Array) -> Array:
+        shape = leaf.shape[len(place) :]
+        part = jax.lax.dynamic_slice(leaf, _start(place, shape), (1,) * len(place) + shape)
+        return part.reshape(shape)
+
+    return jax.tree.map(one, blocks), sums
+
+
+def _take_forward(
+    blocks: gpt.Block, sums: Any, place: tuple[Array, ...]
+) -> tuple[tuple[gpt.Block, Any], tuple[Array, ...]]:
+    return _take(blocks, sums, place), place
+
+
+def _take_backward(place: tuple[Array, ...], gradients: Any) -> tuple[None, Any, None]:
+    of_block, of_sums = gradients
+
+    def add(total: Array, part: Array) -> Array:
+        start = _start(place, part.shape)
+        part = part.astype(total.dtype).reshape((1,) * len(place) + part.shape)
+        held = jax.lax.dynamic_slice(total, start, part.shape)
+        return jax.lax.dynamic_update_slice(total, held + part, start)
+
+    of_sums = jax.tree.map(add, of_sums, of_block)
+    return None, layouts.constrain_like_params(of_sums), None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def _start(place: tuple[Array, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return where the part of a place starts, of this shape, in a stacked array."""
+    return (*place, *(0 for _ in shape))
+
+
+def _noise(key: Any, samples_B: Array) -> dropout.Noise | None:
+    return None if key is None else dropout.Noise(key, samples_B)
+
+
+def _own(x: Array, n_stages: int) -> Array:
+    """[M, ...] -> [G, ...]: microbatches p, P + p, 2 P + p, ... of stage p."""
+    groups = x.reshape(-1, n_stages, *x.shape[1:])
+    return jax.lax.dynamic_index_in_dim(groups, jax.lax.axis_index("stage"), 1, keepdims=False)
+
+
+def _joined(x: Array) -> Array:
+    """[G, B, T, ...] -> [B, G T, ...]: so the loss, chunk by chunk, sums one table gradient.
+
+    Where the sequence is sharded, each shard joins its own part.
+    """
+    n_shards = sequence.context_size()
+    parts = x.reshape(*x.shape[:2], n_shards, -1, *x.shape[3:])  # [G, B, C, T / C, ...]
+    return jnp.moveaxis(parts, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])

@@ -1,0 +1,194 @@
+"""XLA's options, each with its reason: on GPUs for a run (`launch/`) and a plan, one on CPUs.
+
+`python -m gpt3jax.hardware.xla_flags --config=RECIPE.py ...` prints those of a run as lines for a
+shell; they must be in the environment before JAX starts. Imports no JAX.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import mmap
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from gpt3jax import errors
+from gpt3jax.config import command, recipe
+from gpt3jax.hardware import gpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """An option of XLA, or a variable of the environment, and why it is set."""
+
+    name: str
+    value: str
+    reason: str
+
+
+MEMORY_FRACTION = 0.92
+
+
+def variables(n_stages: int) -> tuple[Setting, ...]:
+    """Return the environment of a training run."""
+    level = Setting(
+        "JAX_OPTIMIZATION_LEVEL",
+        "O1",
+        "pipelines the collectives of the loop over layers, for 2 to 3 GiB",
+    )
+    return (
+        Setting(
+            "JAX_PLATFORMS",
+            "cuda,cpu",
+            "refuses a machine whose GPUs are not visible: by itself JAX would take its CPU",
+        ),
+        Setting(
+            "XLA_PYTHON_CLIENT_MEM_FRACTION",
+            str(MEMORY_FRACTION),
+            "the allocator's share of the GPU (JAX: 0.75); what is left, 6.3 GiB of an H100, is "
+            "for CUDA's context, NCCL's buffers and library handles",
+        ),
+        Setting(
+            "JAX_COMPILER_ENABLE_REMAT_PASS",
+            "false",
+            "XLA counts saved activations twice and so gathers weights again that are there; "
+            "model.remat decides what is recomputed, and the plan says whether it fits",
+        ),
+        # With stages it computes parts of a layer once more: slower.
+        *([level] if n_stages == 1 else []),
+    )
+
+
+def of_run(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
+    """Return the options of a training run on these GPUs and this network."""
+    options = (
+        f"nic_speed_gbps={network.nic_bandwidth / 1e9:g},nccl_op_launch_us=20,rtt_us=4,"
+        f"chunk_prep_us=1,gpus_per_node={network.gpus_per_node}"
+    )
+    name = "xla_gpu_enable_analytical_sol_latency_estimator"
+    no_estimator = Setting(name, "false", "XLA's tables for it begin with Hopper")
+    estimator = (
+        Setting(name, "true", "tells the scheduler how long collectives and products take"),
+        Setting(
+            "xla_gpu_analytical_latency_estimator_options",
+            options,
+            "the network's rate: XLA assumes 25 GB/s, half of 400 Gb/s InfiniBand",
+        ),
+    )
+    overlap = Setting(
+        "xla_gpu_experimental_parallel_collective_overlap_limit",
+        "4",
+        "lets weights be gathered while another collective waits: with 1 they are gathered when "
+        "they are needed",
+    )
+    return (
+        Setting(
+            "xla_gpu_enable_latency_hiding_scheduler",
+            "true",
+            "starts collectives early and does arithmetic meanwhile",
+        ),
+        Setting(
+            "xla_gpu_memory_limit_slop_factor",
+            f"{100 * MEMORY_FRACTION / 0.8:.0f}",
+            "percent of 80% of the GPU: the scheduler may use what the allocator has. With XLA's "
+            "own 95 it saves memory from 60 GiB of an H100 on, and exposes communication for it",
+        ),
+        *(estimator if gpu.capability >= (9, 0) else (no_estimator,)),
+        *([overlap] if n_stages == 1 else []),
+    )
+
+
+def of_plan(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
+    """Return the options of compiling that run's step without a GPU."""
+    return (
+        *of_run(gpu, network, n_stages),
+        Setting(
+            "xla_gpu_enable_triton_gemm",
+            "false",
+            "without a GPU nothing is autotuned, and an untuned Triton tile would replace cuBLASLt",
+        ),
+        Setting(
+            "xla_gpu_collect_cost_model_stats",
+            "true",
+            "writes into the program how long XLA thinks that each kernel takes; changes nothing",
+        ),
+    )
+
+
+def for_equal_weights(platform: str) -> dict[str, int]:
+    """Return the compiler's options under which drawn weights do not depend on the mesh.
+
+    On a CPU, LLVM's vector loops and the scalar ones that finish a row round `normal` differently
+    (jaxlib 0.12), and where a row ends depends on the mesh. Without optimization there is one loop.
+    """
+    return {"xla_backend_optimization_level": 0} if platform == "cpu" else {}
+
+
+def text(settings: tuple[Setting, ...]) -> str:
+    """Return options as XLA_FLAGS has them."""
+    return " ".join(f"--{one.name}={one.value}" for one in settings)
+
+
+def check(flags: str) -> None:
+    """Check that this XLA knows all options in `flags`: else it would abort without a hint.
+
+    Raises:
+        UserError: it names the first unknown one, and the nearest known ones.
+    """
+    names = [name.encode() for name in re.findall(r"--(xla_\w+)", flags)]
+    spec = importlib.util.find_spec("jaxlib")
+    folder = pathlib.Path(spec.origin).parent if spec and spec.origin else None
+    library = folder / "libjax_common.so" if folder else None
+    if not names or library is None or not library.exists():
+        return
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        for name in names:
+            if code.find(name + b"\0") >= 0:
+                continue
+            known = {found.decode() for found in re.findall(rb"xla_[a-z0-9_]+(?=\0)", code)}
+            near = difflib.get_close_matches(name.decode(), known, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "remove it"
+            raise errors.UserError(f"XLA_FLAGS: this XLA has no option {name.decode()}: {hint}")
+
+
+def _gpu_here() -> gpus.Gpu:
+    """Return this machine's kind of GPU, an H100 where it does not tell or is of another kind."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.lower()
+    except (OSError, subprocess.CalledProcessError):
+        told = ""
+    return next((gpu for name, gpu in gpus.GPUS.items() if name in told), gpus.GPUS["h100"])
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the settings of a run here for a shell; what is set already stays and wins.
+
+    The shell runs what it reads, so nothing else goes to standard output: neither `--help` nor what
+    a recipe prints.
+    """
+
+    def tell() -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            cfg = recipe.parse(sys.argv[1:] if args is None else args)
+        if cfg.mesh.stage == -1:
+            raise errors.UserError(
+                "mesh.stage=-1: XLA's settings depend on the stages, whose number is not known "
+                "yet; give it"
+            )
+        gpu, n_stages = _gpu_here(), cfg.mesh.stage
+        flags = text(of_run(gpu, gpus.network_of(gpu), n_stages))
+        lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']
+        for one in variables(n_stages):
+            lines.append(f'export {one.name}="${{{one.name}:-{one.value}}}"')
+        sys.stdout.write("\n".join(lines) + "\n")
+
+    return command.run(tell)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

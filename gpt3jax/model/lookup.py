@@ -1,0 +1,94 @@
+"""The lookup of a table's rows and its gradient, written out over the mesh.
+
+XLA's partitioner is not asked: for a table that `fsdp` and `tensor` cut, in a region that is manual
+over `data`, jaxlib 0.11 and 0.12 abort the process on the gather. So each device gathers the
+columns of its own rows, looks up the ids that these rows serve, and sums the result with those of
+the other devices. The backward pass adds gradients to a device's own rows, and sums likewise.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gpt3jax.sharding import rules
+
+Axes = tuple[str | None, str | None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def rows(table_axes: Axes, out_axes: Axes, table_VD: Array, ids_BT: Array) -> Array:
+    """Return `table[ids]`, `[B, T, D]` with D whole; its gradient is summed in the table's format.
+
+    `table_axes` are the logical axes of the table, `out_axes` those of the result's first two
+    dimensions. Where one mesh axis cuts both the table's rows and the result's positions
+    (sequence parallelism), each device gets the sums of its own positions alone.
+    """
+    row_axes, column_axes = map(rules.axes_in_use, table_axes)
+    position_axes = rules.axes_in_use(out_axes[1])
+
+    def local(table: Array, ids: Array) -> Array:
+        for axis in column_axes:
+            table = jax.lax.all_gather(table, axis, axis=1, tiled=True)
+        place, served = _places(row_axes, ids, table.shape[0])
+        x = jnp.where(served[..., None], table[place], 0)
+        for axis in row_axes:
+            if axis in position_axes:
+                x = jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True)
+            else:
+                x = jax.lax.psum(x, axis)
+        return x
+
+    in_axes: list[tuple[str | None, ...]] = [table_axes, _id_axes(table_axes, out_axes)]
+    return rules.map_shards(local, in_axes, (*out_axes, None))(table_VD, ids_BT)
+
+
+def _forward(
+    table_axes: Axes, out_axes: Axes, table_VD: Array, ids_BT: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    # The backward pass reads the table's shape alone, so no copy of it is kept.
+    return rows(table_axes, out_axes, table_VD, ids_BT), (table_VD, ids_BT)
+
+
+def _backward(
+    table_axes: Axes, out_axes: Axes, residuals: tuple[Array, Array], d_x_BTD: Array
+) -> tuple[Array, None]:
+    row_axes, column_axes = map(rules.axes_in_use, table_axes)
+    position_axes = rules.axes_in_use(out_axes[1])
+    id_axes = _id_axes(table_axes, out_axes)
+    of_ids = [axis for logical in id_axes for axis in rules.axes_in_use(logical)]
+    sum_axes = tuple(axis for axis in of_ids if axis not in column_axes)
+    n_own = residuals[0].shape[0] // rules.n_ways(table_axes[0])
+
+    def local(ids: Array, d_x: Array) -> Array:
+        for axis in row_axes:
+            if axis in position_axes:
+                d_x = jax.lax.all_gather(d_x, axis, axis=1, tiled=True)
+        place, served = _places(row_axes, ids, n_own)
+        d_table = jnp.zeros((n_own, d_x.shape[-1]), d_x.dtype)
+        d_table = d_table.at[jnp.where(served, place, n_own)].add(d_x, mode="drop")
+        for axis in column_axes:
+            # Each device has the columns' gradient of its own part of the batch.
+            d_table = jax.lax.psum_scatter(d_table, axis, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(d_table, sum_axes) if sum_axes else d_table
+
+    mapped = rules.map_shards(local, [id_axes, (*out_axes, None)], table_axes)
+    return mapped(residuals[1], d_x_BTD), None
+
+
+rows.defvjp(_forward, _backward)
+
+
+def _id_axes(table_axes: Axes, out_axes: Axes) -> Axes:
+    """Return the axes of the ids: a device needs those of all positions that its rows serve."""
+    row_axes, position_axes = rules.axes_in_use(table_axes[0]), rules.axes_in_use(out_axes[1])
+    return (out_axes[0], "seq") if set(row_axes) & set(position_axes) else out_axes
+
+
+def _places(row_axes: tuple[str, ...], ids: Array, n_own: int) -> tuple[Array, Array]:
+    """Return where ids stand in a device's own rows (0 if elsewhere), and whether they do."""
+    first = jax.lax.axis_index(row_axes) * n_own if row_axes else 0
+    place = ids - first
+    served = (place >= 0) & (place < n_own)
+    return jnp.where(served, place, 0), served

@@ -1,0 +1,1 @@
+"""How arrays are laid out over the devices: the mesh, the rules, and the sums over replicas."""

@@ -1,0 +1,1 @@
+"""One clock for each process, and what reads it: watchdog, goodput, stragglers."""

@@ -1,0 +1,80 @@
+"""The clock of a run, and those who read it: watchdog, account of the time, slow processes."""
+
+import contextlib
+
+import jax
+
+from gpt3jax import errors
+from gpt3jax.config import schema
+from gpt3jax.distributed import messages
+from gpt3jax.record import metrics
+from gpt3jax.watch import goodput, phases, stragglers, watchdog
+
+
+class Oversight(contextlib.AbstractContextManager["Oversight"]):
+    """Measures a start of a run from the beginning of its process; a context manager."""
+
+    def __init__(self, cfg: schema.Config) -> None:
+        """Start the watchdog; the processes have joined."""
+        self.clock = phases.Phases(phases.process_start())
+        self._cfg, self._named = cfg, set[int]()
+        process, n = jax.process_index(), jax.process_count()
+        tick = min(10.0, cfg.watchdog.min_seconds / 4)
+        self._peers = stragglers.Peers(self.clock, process, n, tick)
+        self._watchdog = watchdog.Watchdog(cfg.watchdog, self.clock, self._peers, process, tick)
+        self._account: goodput.Account | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._watchdog.close()
+        self._peers.close()
+        # Whoever starts a run again after any other error hopes that it goes away.
+        final = kind is not None and issubclass(kind, errors.UserError)
+        if final and kind is not errors.TransientError and self._account is not None:
+            with contextlib.suppress(errors.UserError):
+                self._account.close("refused")
+
+    def begin(self, step: int) -> None:
+        """Open the account of the time, once it is known after which step the run goes on.
+
+        Raises:
+            UserError: too many starts in a row led nowhere, or log.dir cannot be written.
+        """
+        folder = self._cfg.log.dir if jax.process_index() == 0 else ""
+        self._account = goodput.Account(folder, self.clock, step)
+        most = self._cfg.train.max_fruitless_starts
+        if most and messages.of_first_process(self._account.n_fruitless >= most):
+            raise errors.UserError(
+                f"{most} starts in a row failed after step {step} and saved nothing: find out why "
+                "in their logs, then start again (train.max_fruitless_starts=0 takes any number)"
+            )
+
+    def stepped(self, step: int, recorder: metrics.Recorder) -> None:
+        """Take note of a step; with each logging interval plot the account and the slowest."""
+        assert self._account is not None
+        self._account.update(step)
+        if step % self._cfg.log.interval == 0:
+            recorder.plot(step, self._account.scalars() | self._slowest(recorder))
+
+    def end(self, complete: bool) -> str:
+        """Close the account; return the line that sums it up."""
+        assert self._account is not None
+        self._account.close("complete" if complete else "stopped")
+        return self._account.summary()
+
+    def _slowest(self, recorder: metrics.Recorder) -> dict[str, float]:
+        """Return what to plot of the slowest process; name each that is too slow once."""
+        slow = self._peers.slowest()
+        if slow is None:
+            return {}
+        if slow.holds_up and slow.process not in self._named:
+            self._named.add(slow.process)
+            recorder.say(
+                f"WARNING: process {slow.process} ({slow.host}) spends {slow.own:.3f} s a step "
+                f"outside of its devices, where the median is {slow.median:.3f} s: every step "
+                f"waits for it ({slow.step:.3f} s)"
+            )
+        return {
+            "slowest-process": slow.process,
+            "slowest-process-seconds": slow.own,
+            "median-process-seconds": slow.median,
+        }

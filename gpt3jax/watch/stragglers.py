@@ -1,0 +1,167 @@
+"""What the other processes of a run do: each posts its phase and times, the first two read all.
+
+Posts go through JAX's coordination service and not through collectives, so they arrive while a
+device hangs. Two read, in threads of their own, because reading needs the first process.
+"""
+
+import collections
+import json
+import math
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from gpt3jax.distributed import messages
+from gpt3jax.watch import phases
+
+_READERS = 2
+_SLOW_SHARE = 0.1  # of a step, beyond the median process, makes a process slow,
+_SLOW_TIMES = 3  # so often in a row
+
+
+class Post(NamedTuple):
+    """What a process posted last."""
+
+    host: str
+    doing: phases.Doing
+    last_step: phases.StepEnd | None
+
+
+class Slow(NamedTuple):
+    """The process that keeps the others waiting most."""
+
+    process: int
+    host: str
+    own: float
+    """Seconds a step that it spends outside of the devices."""
+    median: float
+    """The same of the median process (the lower of two)."""
+    step: float
+    """The whole step (seconds)."""
+    n_times: int = 0
+    """How often in a row it was this process, and by more than a tenth of a step."""
+
+    @property
+    def holds_up(self) -> bool:
+        """Tell whether this is more than chance."""
+        return self.n_times >= _SLOW_TIMES
+
+
+class Peers:
+    """Posts what this process does every so many seconds, and keeps what the others posted."""
+
+    def __init__(self, clock: phases.Phases, process: int, n_processes: int, every: float):
+        """Begin to post; a lone process does not."""
+        self._clock, self._process, self._n, self._every = clock, process, n_processes, every
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._posts: dict[int, Post] = {}
+        self._changed: dict[int, float] = {}
+        self._ends: dict[int, phases.StepEnd] = {}
+        self._slow: Slow | None = None
+        self._answered = time.monotonic()
+        if n_processes > 1:
+            threading.Thread(target=self._run, name="peers", daemon=True).start()
+
+    def close(self) -> None:
+        """Post no more."""
+        self._closed.set()
+
+    def slowest(self) -> Slow | None:
+        """Return the slowest process of the last seconds; None where it is not known."""
+        with self._lock:
+            return self._slow
+
+    def behind(self) -> list[str]:
+        """Return who holds the others up, in words; only the processes that read know."""
+        if self._n == 1 or self._process >= _READERS:
+            return []
+        now = time.monotonic()
+        with self._lock:
+            posts, changed, answered = dict(self._posts), dict(self._changed), self._answered
+        if now - answered > 3 * self._every:
+            return [f"process 0{_at(posts.get(0))} has not answered for {now - answered:.0f} s"]
+        found = []
+        for i in range(self._n):
+            silence = now - changed[i] if i in posts else math.inf
+            if silence > 3 * self._every:
+                told = f" for {silence:.0f} s" if i in posts else ""
+                found.append(f"process {i}{_at(posts.pop(i, None))} has not been heard of{told}")
+        for i in held_up_by({i: post.doing for i, post in posts.items()}):
+            step, phase, seconds = posts[i].doing
+            seconds += now - changed[i]
+            where = f"process {i}{_at(posts[i])} has been in '{phase}'"
+            found.append(f"{where} after step {step} for {seconds:.0f} s")
+        return found or ["every process waits for its devices: see the logs of GPUs and network"]
+
+    def _run(self) -> None:
+        name, host = f"peers/{self._process}", socket.gethostname()
+        while not self._closed.wait(self._every):
+            try:
+                post = Post(host, self._clock.doing(), self._clock.last_step())
+                messages.post(name, json.dumps(post))
+                if self._process < _READERS:
+                    self._take(messages.posted("peers"))
+            except Exception:  # the service is gone: JAX ends this process, and says why
+                continue
+
+    def _take(self, found: dict[str, str]) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._answered = now
+            for name, text in found.items():
+                host, doing, end = json.loads(text)
+                post = Post(host, phases.Doing(*doing), phases.StepEnd(*end) if end else None)
+                process = int(name)
+                if self._posts.get(process) != post:
+                    self._posts[process], self._changed[process] = post, now
+            ends = {i: post.last_step for i, post in self._posts.items() if post.last_step}
+            worst = slowest(self._ends, ends, self._posts, self._slow)
+            if worst or len(ends) > len(self._ends):
+                self._slow, self._ends = worst, ends
+
+
+def held_up_by(doing: Mapping[int, phases.Doing]) -> list[int]:
+    """Return the processes that others wait for: which neither wait for devices, nor are alike."""
+    last = max((one.step for one in doing.values()), default=0)
+    busy = {i: one for i, one in doing.items() if one.phase != phases.DEVICE or one.step < last}
+    if len(busy) < len(doing):
+        return list(busy)
+    common = collections.Counter((one.step, one.phase) for one in busy.values()).most_common(1)
+    others = [i for i, one in busy.items() if (one.step, one.phase) != common[0][0]] if busy else []
+    return others or list(busy)
+
+
+def slowest(
+    before: Mapping[int, phases.StepEnd],
+    after: Mapping[int, phases.StepEnd],
+    posts: Mapping[int, Post],
+    last: Slow | None = None,
+) -> Slow | None:
+    """Return the process that spent most time of its own on a step; None before all took one.
+
+    `last` is what this gave the last time.
+    """
+    own: dict[int, float] = {}
+    whole: list[float] = []
+    for process, end in after.items():
+        start = before.get(process)
+        if start is None or end.step <= start.step:
+            return None
+        own[process] = (end.own_seconds - start.own_seconds) / (end.step - start.step)
+        whole.append((end.seconds - start.seconds) / (end.step - start.step))
+    if len(own) < 2:
+        return None
+    worst = max(own, key=lambda process: own[process])
+    median = statistics.median_low(own.values())
+    step, n_times = statistics.median(whole), 0
+    if own[worst] - median > _SLOW_SHARE * step:
+        n_times = 1 + (last.n_times if last and last.process == worst else 0)
+    return Slow(worst, posts[worst].host, own[worst], median, step, n_times)
+
+
+def _at(post: Post | None) -> str:
+    return f" ({post.host})" if post else ""

@@ -1,0 +1,77 @@
+"""Joining processes: nothing stands between them and the first one."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gpt3jax import errors
+from gpt3jax.config import schema
+from gpt3jax.distributed import joining
+
+import corpus
+
+NAMES = ("grpc_proxy", "https_proxy", "http_proxy", "HTTP_PROXY", "A_PROXY_ID")
+PROXIES = dict.fromkeys(NAMES, "http://127.0.0.1:9")
+OF_TWO = schema.Distributed(n_processes=2, process_id=0, coordinator_address="node0:6000")
+
+
+def test_a_proxy_is_not_asked_for_the_first_process(monkeypatch):
+    """Hidden while JAX makes its client, and there again for all else; so without a proxy."""
+    seen = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda **given: seen.append(dict(os.environ))
+    )
+    for proxies in (PROXIES, {}):
+        for name in PROXIES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in proxies.items():
+            monkeypatch.setenv(name, value)
+        before = dict(os.environ)
+        joining.start(OF_TWO, schema.Mesh())
+        assert not PROXIES.keys() & seen.pop().keys()
+        assert dict(os.environ) == before
+
+
+def test_a_proxy_is_there_again_after_an_error(monkeypatch):
+    def fail(**given):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(errors.TransientError, match="2 processes were expected"):
+        joining.start(OF_TWO, schema.Mesh())
+    assert os.environ["http_proxy"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "grpc_proxy"])
+def test_two_processes_join_behind_a_proxy_that_does_not_answer(name):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    code = """
+import sys
+from gpt3jax import config, distributed
+options = config.Distributed(
+    n_processes=2, process_id=int(sys.argv[1]), coordinator_address=sys.argv[2], start_timeout=60
+)
+distributed.start(options, config.Mesh(cpu_devices=1))
+print(distributed.process())
+distributed.meet("end", 30)
+distributed.leave()
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(i), address],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {name: "http://127.0.0.1:9", "PYTHONPATH": str(corpus.REPOSITORY)},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120) for process in processes]
+    assert [out for out, _ in told] == ["(0, 2)\n", "(1, 2)\n"], told
+    assert not any(process.returncode for process in processes)
+    assert not any("proxy" in err for _, err in told), "JAX warns of what is taken care of"

@@ -1,0 +1,120 @@
+"""Requests to stop, by every signal that schedulers and terminals send; output that is lost."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gpt3jax import errors
+from gpt3jax.run import stopping
+
+import corpus
+
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP", "SIGINT")
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_is_a_request_to_stop(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with stopping.Stop() as stop:
+        assert not stop.requested(1)
+        signal.raise_signal(number)
+        assert stop.requested(1)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("name", SIGNALS[1:])
+def test_a_process_of_several_asks_all(monkeypatch, name):
+    """By SIGTERM, which JAX watches for."""
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping.Stop():
+        assert signal.getsignal(signal.SIGTERM) is before
+        signal.raise_signal(getattr(signal, name))
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_nobody_reads_is_dropped():
+    """Both outputs, long and short, and what is left for the end of the process."""
+    code = "import sys\nfrom gpt3jax import console\nconsole.outlive()\nprint('begun')\n"
+    code += "sys.stdin.read()\nprint('x' * 100_000)\nprint('y', file=sys.stderr)\n"
+    code += "sys.stdout.write('z')\nsys.exit(75)"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe)
+    assert process.stdout.readline() == b"begun\n"
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.close()
+    assert process.wait(timeout=60) == 75
+
+
+def test_a_full_disk_is_still_an_error():
+    code = "from gpt3jax import console\nconsole.outlive()\nprint('x')"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode and b"No space left on device" in done.stderr
+
+
+def test_a_run_ends_as_it_should_where_nobody_reads_why():
+    """With the status of its error, not of the print that failed."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run([sys.executable, "-m", "gpt3jax.main"], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert done.returncode == errors.REFUSED
+
+
+LOOP = """
+import os, sys, time
+import jax, tqdm
+from gpt3jax import console, stopping
+jax.config.update("jax_platforms", "cpu")
+console.outlive()
+with stopping.Stop() as stop:
+    bar = tqdm.tqdm(total=1000)
+    while not stop.requested(1):
+        tqdm.tqdm.write("a step", file=sys.stdout)
+        bar.update(1)
+        time.sleep(0.01)
+    tqdm.tqdm.write("saved", file=sys.stdout)
+    bar.close()
+sys.stdout.flush()
+os._exit(75)
+"""
+
+
+TAKE_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+
+
+def test_a_lost_terminal_stops_and_saves():
+    """As when an ssh session breaks: the kernel sends SIGHUP, and every print fails from then."""
+    ours, theirs = pty.openpty()
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", TAKE_TERMINAL + LOOP],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY)},
+    )  # fmt: skip
+    os.close(theirs)
+    told = b""
+    while told.count(b"a step") < 3:
+        told += os.read(ours, 1 << 16)
+    os.close(ours)
+    assert process.wait(timeout=60) == errors.REQUEUE
