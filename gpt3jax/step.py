@@ -1,13 +1,13 @@
-"""One training step, pure: `train_step(state, batch) -> (state, metrics)`; and one evaluation.
+"""One training step, pure: `train_step(state, batch) -> (state, metrics)`.
 
-A batch is a dict of global arrays `[M, B, ...]` (microbatches, sequences): `tokens, targets,
-loss_mask, positions` `[M, B, T]`, `samples` `[M, B]` (numbers in the run), and `segments` where
-documents are hidden from each other.
+`build` jits it for a mesh, together with the evaluation of a batch and the making of a state.
+`data.global_batch` describes the batch.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +16,60 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt3jax import errors, optimizer
 from gpt3jax.config import schema, validation
 from gpt3jax.data import global_batch
-from gpt3jax.gradient import accumulation, batch_gradient, pipeline
+from gpt3jax.gradient import batch_gradient
 from gpt3jax.hardware import xla_flags
 from gpt3jax.model import attention, gpt
-from gpt3jax.sharding import layouts, replicas, sequence
+from gpt3jax.sharding import layouts
+
+Result = TypeVar("Result")
+Metrics: TypeAlias = dict[str, Any]  # arrays, and the gradient norms as a tree of them
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and all that a checkpoint's arrays hold."""
+    """All that a step changes, and all that the arrays of a checkpoint hold."""
 
-    step: Any  # steps taken, skipped ones included
-    schedule_samples: Any  # samples of successful steps: what the learning rate follows
+    step: jax.Array  # steps taken, skipped ones included
+    schedule_samples: jax.Array  # samples of successful steps, which the learning rate follows
     params: gpt.GPT
-    opt_state: Any
+    opt_state: Any  # Optax's, with moments like `params`
     loss_scale: optimizer.LossScale
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh(Generic[Result]):
+    """A jitted function that runs under a mesh, to which its sharding constraints refer."""
+
+    mesh: jax.sharding.Mesh
+    jitted: Any  # what `jax.jit` returned
+
+    def __call__(self, *args: Any) -> Result:
+        """Run the function on arrays."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args)
+
+    def compile(self, *args: Any) -> None:
+        """Compile the function for arguments like these; JAX keeps it for the call."""
+        with jax.set_mesh(self.mesh):
+            self.jitted.lower(*args).compile()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """The compiled functions of a run on a mesh, and the layout of its state."""
+    """The jitted functions of a run on a mesh, and the layout of its state."""
 
     mesh: jax.sharding.Mesh
     compute: gpt.Compute
     abstract_state: TrainState
-    init: Any  # () -> state
-    adopt: Any  # (params) -> state before the first step, with these parameters
-    train: Any  # (state, batch[, loss limit]) -> (state, metrics)
-    eval: Any  # (params, batch) -> (loss sum, token count)
+    init: OnMesh[TrainState]
+    """() -> state before the first step."""
+    adopt: OnMesh[TrainState]
+    """(params) -> state before the first step, with these parameters."""
+    train: OnMesh[tuple[TrainState, Metrics]]
+    """(state, batch[, loss limit]) -> (state, metrics); the state is donated."""
+    eval: OnMesh[tuple[jax.Array, jax.Array]]
+    """(params, batch) -> (loss sum, number of tokens)."""
 
 
 def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Program:
@@ -63,23 +88,34 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
     abstract = jax.eval_shape(init)
-    shardings = layouts.state_shardings(abstract, mesh, cfg.mesh.shard_optimizer)
+    shardings = layouts.state_shardings(abstract, mesh, over_data=cfg.mesh.shard_optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
+    exact = xla_flags.for_equal_weights(mesh.devices.flat[0].platform)
     adopt = functools.partial(first_state, cfg)
     train = functools.partial(train_step, cfg, compute, run_samples)
-    evaluate = functools.partial(eval_step, cfg, compute)
-    exact = xla_flags.for_equal_weights(mesh.devices.flat[0].platform)
+    evaluate = functools.partial(batch_gradient.loss_sum_and_tokens, cfg, compute)
+
+    def jit(function: Callable[..., Result], out_shardings: Any, **options: Any) -> OnMesh[Result]:
+        return OnMesh(mesh, jax.jit(function, out_shardings=out_shardings, **options))
+
     return Program(
         mesh=mesh,
         compute=compute,
         abstract_state=jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         ),
-        init=_under(mesh, jax.jit(init, out_shardings=shardings, compiler_options=exact)),
-        adopt=_under(mesh, jax.jit(adopt, out_shardings=shardings, donate_argnums=0)),
-        train=_under(mesh, jax.jit(train, out_shardings=(shardings, replicated), donate_argnums=0)),
-        eval=_under(mesh, jax.jit(evaluate, out_shardings=replicated)),
+        init=jit(init, shardings, compiler_options=exact),
+        adopt=jit(adopt, shardings, donate_argnums=0),
+        train=jit(train, (shardings, replicated), donate_argnums=0),
+        eval=jit(evaluate, replicated),
     )
+
+
+def abstract_args(program: Program, cfg: schema.Config, batch_size: int) -> tuple[Any, ...]:
+    """Return the arguments of the training step for batches of this size, as shapes."""
+    batch = global_batch.abstract(cfg, program.mesh, batch_size)
+    limit = (jax.ShapeDtypeStruct((), jnp.float32),) if cfg.faults.limits_loss else ()
+    return program.abstract_state, batch, *limit
 
 
 def choose_compute(cfg: schema.Config, mesh: jax.sharding.Mesh) -> gpt.Compute:
@@ -116,11 +152,12 @@ def train_step(
     run_samples: int,
     state: TrainState,
     batch: global_batch.Batch,
-    loss_limit: Any = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one optimizer step; leave parameters as they are where the gradient is not finite.
+    loss_limit: jax.Array | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Take one optimizer step.
 
-    Also where the loss is above the limit, if there is one.
+    Parameters stay as they are where the gradient is not finite, or where the loss is above a
+    limit.
     """
     n_samples = batch["samples"].size
     loss_value, grads = batch_gradient.mean_loss_and_grads(
@@ -152,48 +189,3 @@ def train_step(
         loss_scale=optimizer.next_loss_scale(cfg.precision, state.loss_scale, finite),
     )
     return new_state, metrics
-
-
-def eval_step(
-    cfg: schema.Config, compute: gpt.Compute, params: gpt.GPT, batch: global_batch.Batch
-) -> tuple[jax.Array, jax.Array]:
-    """Return the summed loss and the number of tokens of a batch, without dropout."""
-
-    def local_sum(params: gpt.GPT, batch: global_batch.Batch) -> jax.Array:
-        if batch_gradient.is_pipelined():
-            return pipeline.batch_loss(params, batch, None, compute, cfg.mesh.virtual_stages)[1]
-
-        def add(total: jax.Array, microbatch: global_batch.Batch) -> jax.Array:
-            return total + batch_gradient.microbatch_loss(params, microbatch, None, compute)[1]
-
-        return accumulation.fold(add, jnp.float32(0), batch)
-
-    weights_MBT = batch["loss_mask"].astype(jnp.float32)
-    parts = sequence.shard_sequence({**batch, "weights": weights_MBT})
-    loss_sum = replicas.sum_over_replicas(
-        local_sum, batch_gradient.params_to_use(cfg, params), parts
-    )
-    return loss_sum, batch["loss_mask"].sum(dtype=jnp.float32)
-
-
-def _under(mesh: jax.sharding.Mesh, jitted: Any) -> Any:
-    """Give a jitted function the mesh that its sharding constraints refer to."""
-
-    @functools.wraps(jitted)
-    def call(*args: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return jitted(*args)
-
-    def compile_only(*args: Any) -> None:
-        with jax.set_mesh(mesh):
-            jitted.lower(*args).compile()  # JAX keeps it for the call
-
-    call.jitted, call.compile = jitted, compile_only  # type: ignore[attr-defined]
-    return call
-
-
-def abstract_args(program: Program, cfg: schema.Config, batch_size: int) -> tuple[Any, ...]:
-    """Return the arguments of the training step for batches of this size, as shapes."""
-    batch = global_batch.abstract_batch(cfg, program.mesh, batch_size)
-    limit = (jax.ShapeDtypeStruct((), jnp.float32),) if cfg.faults.limits_loss else ()
-    return program.abstract_state, batch, *limit

@@ -1,11 +1,12 @@
 """The batch of a step: its arrays, their shapes, and the rows that each process holds.
 
-A batch is a dict of global arrays `[M, B, ...]` (microbatches, sequences): `tokens, targets,
-loss_mask, positions` `[M, B, T]`, `samples` `[M, B]` (numbers in the run), and `segments` where
-documents are hidden from each other.
+A batch is a dict of global arrays `[M, B, ...]` (microbatches, rows of each): `tokens`, `targets`,
+`loss_mask` and `positions` `[M, B, T]`, `samples` `[M, B]` (numbers in the run), and `segments`
+`[M, B, T]` where documents are hidden from each other. Its arithmetic stands here and nowhere else.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +16,44 @@ from jax.sharding import NamedSharding
 from gpt3jax.config import schema
 from gpt3jax.sharding import rules
 
+Batch: TypeAlias = dict[str, jax.Array]
 
-def abstract_batch(
+
+def rows_per_microbatch(cfg: schema.Config, mesh: jax.sharding.Mesh) -> int:
+    """Return how many sequences all devices have at once: B."""
+    return cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
+
+
+def n_microbatches(cfg: schema.Config, mesh: jax.sharding.Mesh, batch_size: int) -> int:
+    """Return how many microbatches a batch of so many sequences has: M."""
+    return batch_size // rows_per_microbatch(cfg, mesh)
+
+
+def abstract(
     cfg: schema.Config, mesh: jax.sharding.Mesh, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a batch `[M, B, ...]`, as the loader lays it on the devices."""
-    n_rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
-    rows = batch_size // n_rows, n_rows
+    """Return the shapes of a batch, laid out on the devices as the loader does it."""
+    rows = n_microbatches(cfg, mesh, batch_size), rows_per_microbatch(cfg, mesh)
     tokens = (*rows, cfg.model.seq_len)
-    shapes: dict[str, Any] = dict.fromkeys(("tokens", "targets", "positions"), (tokens, jnp.int32))
-    shapes |= {"loss_mask": (tokens, jnp.float32), "samples": (rows, jnp.int32)}
+    shapes = {
+        "tokens": (tokens, jnp.int32),
+        "targets": (tokens, jnp.int32),
+        "positions": (tokens, jnp.int32),
+        "loss_mask": (tokens, jnp.float32),
+        "samples": (rows, jnp.int32),
+    }
     if cfg.data.reset_attention_mask:
         shapes["segments"] = (tokens, jnp.int32)
     layout = NamedSharding(mesh, rules.BATCH_SPEC)
-    return {name: jax.ShapeDtypeStruct(*of, sharding=layout) for name, of in shapes.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def microbatch(batch: Batch, i: jax.Array | int) -> Batch:
+    """Return microbatch i of a batch: arrays `[B, ...]`."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
 
 
 def local_rows(mesh: jax.sharding.Mesh, n_rows: int) -> np.ndarray:
@@ -38,15 +63,12 @@ def local_rows(mesh: jax.sharding.Mesh, n_rows: int) -> np.ndarray:
     return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
 
-def device_put_rows(local: Any, mesh: jax.sharding.Mesh, n_rows: int) -> Any:
+def device_put_rows(local: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, n_rows: int) -> Batch:
     """Join each process's rows `[M, local rows, ...]` to global arrays `[M, n_rows, ...]`."""
-    sharding = NamedSharding(mesh, rules.BATCH_SPEC)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(
-            sharding, x, (x.shape[0], n_rows, *x.shape[2:])
-        ),
-        local,
-    )
-
-
-Batch = dict[str, jax.Array]
+    layout = NamedSharding(mesh, rules.BATCH_SPEC)
+    return {
+        name: jax.make_array_from_process_local_data(
+            layout, rows, (rows.shape[0], n_rows, *rows.shape[2:])
+        )
+        for name, rows in local.items()
+    }

@@ -18,8 +18,9 @@ from jax import Array
 
 from gpt3jax import errors
 from gpt3jax.config import schema
+from gpt3jax.data import global_batch
 from gpt3jax.model import dropout, gpt, loss
-from gpt3jax.sharding import layouts, rules, sequence
+from gpt3jax.sharding import layouts, sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,14 +54,13 @@ class Schedule:
 
 
 def describe(cfg: schema.Config, mesh: jax.sharding.Mesh) -> list[str]:
-    """Return the line that tells a run's schedule at full batch size; none without stages."""
+    """Return a line about a run's schedule at full batch size; none without stages."""
     if mesh.shape["stage"] == 1:
         return []
     schedule = Schedule(
         n_stages=mesh.shape["stage"],
         virtual_stages=cfg.mesh.virtual_stages,
-        n_microbatches=cfg.batch.global_batch_size
-        // (cfg.batch.microbatch_size * rules.data_parallel_size(mesh)),
+        n_microbatches=global_batch.n_microbatches(cfg, mesh, cfg.batch.global_batch_size),
     )
     return [
         f"pipeline of {schedule.n_stages} stages x {schedule.virtual_stages} virtual stages, "
@@ -68,24 +68,60 @@ def describe(cfg: schema.Config, mesh: jax.sharding.Mesh) -> list[str]:
     ]
 
 
-def batch_loss(
+def is_in_use() -> bool:
+    """Return whether the layers are cut over pipeline stages on this mesh."""
+    return bool(jax.sharding.get_abstract_mesh().shape["stage"] > 1)
+
+
+def loss_and_grad_sums(
     params: gpt.GPT,
-    batch: dict[str, Array],
-    noise_key: Any,
+    batch: global_batch.Batch,
+    noise_key: Array,
     compute: gpt.Compute,
     virtual_stages: int,
-    sums: Any = None,
-) -> tuple[Array, Array]:
-    """Return this stage's share of the weighted loss of a batch, and of the summed token losses.
+) -> tuple[Array, gpt.GPT]:
+    """Return this stage's share of the summed token losses, and its gradient of the weighted loss.
 
-    Inside a `shard_map` that is manual over `stage`: `params.blocks` are the stage's own, the rest
-    of the parameters and the batch `[M, B, ...]` are whole. `noise_key` None: without dropout.
-
-    `sums`, fp32 zeros like `params.blocks`, is what to differentiate by for the gradient of these:
-    see `_take`.
+    It runs inside a `shard_map` that is manual over `stage`: `params.blocks` are the stage's own,
+    the other parameters and the batch `[M, B, ...]` are whole. Gradients are in fp32.
 
     Raises:
         UserError: the stages do not divide the microbatches.
+    """
+
+    def weighted(params: gpt.GPT, grad_sums: gpt.Block) -> tuple[Array, Array]:
+        return _share_of_loss(params, batch, noise_key, compute, virtual_stages, grad_sums)
+
+    # With respect to `grad_sums` it gives the gradient of `params.blocks`: see `_block_at`.
+    grad = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)
+    zeros = layouts.zeros_like_params(params.blocks)
+    (_, loss_sum), (grads, block_grads) = grad(params, zeros)
+    grads.blocks = block_grads
+    return loss_sum, layouts.constrain_like_params(grads)
+
+
+def loss_sum(
+    params: gpt.GPT, batch: global_batch.Batch, compute: gpt.Compute, virtual_stages: int
+) -> Array:
+    """Return this stage's share of the summed token losses, without dropout.
+
+    Raises:
+        UserError: the stages do not divide the microbatches.
+    """
+    return _share_of_loss(params, batch, None, compute, virtual_stages, None)[1]
+
+
+def _share_of_loss(
+    params: gpt.GPT,
+    batch: global_batch.Batch,
+    noise_key: Array | None,
+    compute: gpt.Compute,
+    virtual_stages: int,
+    grad_sums: gpt.Block | None,
+) -> tuple[Array, Array]:
+    """Return this stage's share of the weighted loss and of the summed token losses.
+
+    Without `noise_key` there is no dropout. `grad_sums` are fp32 zeros like `params.blocks`.
     """
     n_stages = jax.sharding.get_abstract_mesh().shape["stage"]
     check_microbatches(batch["samples"].shape[0], n_stages)
@@ -95,14 +131,9 @@ def batch_loss(
         n_microbatches=batch["samples"].shape[0],
     )
     own = jax.tree.map(lambda x: _own(x, n_stages), batch)
-
-    def embed(_: None, microbatch: dict[str, Array]) -> tuple[None, Array]:
-        noise = _noise(noise_key, microbatch["samples"])
-        return None, params.embed(microbatch["tokens"], microbatch["positions"], noise, compute)
-
-    x_GBTD = jax.lax.scan(embed, None, own)[1]
+    x_GBTD = _embedded(params, own, noise_key, compute)
     stage_pass = _stage_pass(params, batch, noise_key, compute, schedule)
-    x_GBTD = run(schedule, x_GBTD, stage_pass, sums)
+    x_GBTD = run(schedule, x_GBTD, stage_pass, grad_sums)
     x_GBTD = jax.lax.map(lambda x_BTD: params.final_norm(x_BTD, compute), x_GBTD)
     cfg = params.model
     weighted, token_losses_BT = loss.cross_entropy(
@@ -114,6 +145,18 @@ def batch_loss(
         x_GBTD.shape[0] * cfg.n_loss_chunks,
     )
     return weighted, (token_losses_BT * _joined(own["loss_mask"])).sum()
+
+
+def _embedded(
+    params: gpt.GPT, batch: global_batch.Batch, noise_key: Array | None, compute: gpt.Compute
+) -> Array:
+    """Return the embedded tokens `[G, B, T, D]` of a stage's own microbatches."""
+
+    def embed(_: None, microbatch: global_batch.Batch) -> tuple[None, Array]:
+        noise = _noise(noise_key, microbatch["samples"])
+        return None, params.embed(microbatch["tokens"], microbatch["positions"], noise, compute)
+
+    return jax.lax.scan(embed, None, batch)[1]
 
 
 def check_microbatches(n_microbatches: int, n_stages: int) -> None:
@@ -130,14 +173,16 @@ def check_microbatches(n_microbatches: int, n_stages: int) -> None:
 
 
 StagePass = Callable[[Array, Any, Array, Array], gpt.Carry]
-"""(x `[B, T, D]`, sums, microbatch, virtual stage) -> (y `[B, T, D]`, sums)."""
+"""(x `[B, T, D]`, gradient sums, microbatch, virtual stage) -> (y `[B, T, D]`, gradient sums)."""
 
 
-def run(schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, sums: Any) -> Array:
+def run(
+    schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, grad_sums: gpt.Block | None
+) -> Array:
     """Send microbatches through all stages; return them where they came from, `[G, B, T, D]`.
 
     G = M / P: stage p gives and gets microbatches p, P + p, 2 P + p, ... `stage_pass` gets
-    meaningless x while the stage is idle, and hands its sums on from tick to tick.
+    meaningless x while the stage is idle, and hands its gradient sums on from tick to tick.
 
     Besides the ring, a belt of one slot a stage runs the other way. In the P ticks in which stage 0
     takes up a group, the belt brings it that group's inputs, one a tick, and stage 0 lays the
@@ -148,7 +193,7 @@ def run(schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, sums: Any) -> 
     forward = [(i, (i + 1) % n_stages) for i in range(n_stages)]
     backward = [(j, i) for i, j in forward]
 
-    def take(tick: Array | int, arriving_BTD: Array, belts_GBTD: Array) -> tuple[Array, Array]:
+    def turn_belt(tick: Array | int, arriving_BTD: Array, belts_GBTD: Array) -> tuple[Array, Array]:
         """Return the input of a tick, and the belts of all groups after it."""
         group, within = jnp.divmod(tick, n_units)
         slot_BTD = jax.lax.dynamic_index_in_dim(belts_GBTD, group, keepdims=False)
@@ -159,38 +204,38 @@ def run(schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, sums: Any) -> 
         return x_BTD, jax.lax.dynamic_update_index_in_dim(belts_GBTD, slot_BTD, group, 0)
 
     def step(carry: tuple[Array, Array, Any], tick: Array) -> tuple[tuple[Array, Array, Any], None]:
-        *arriving, sums = carry
-        x_BTD, belts_GBTD = take(tick, *arriving)
-        y_BTD, sums = stage_pass(x_BTD, sums, *schedule.unit(tick, stage))
-        return (jax.lax.ppermute(y_BTD, "stage", forward), belts_GBTD, sums), None
+        arriving_BTD, belts_GBTD, grad_sums = carry
+        x_BTD, belts_GBTD = turn_belt(tick, arriving_BTD, belts_GBTD)
+        y_BTD, grad_sums = stage_pass(x_BTD, grad_sums, *schedule.unit(tick, stage))
+        return (jax.lax.ppermute(y_BTD, "stage", forward), belts_GBTD, grad_sums), None
 
     zeros_BTD = jnp.zeros_like(x_GBTD[0])
-    belts_GBTD = jnp.concatenate([x_GBTD, zeros_BTD[None]])  # the last group: of outputs only
-    start = zeros_BTD, belts_GBTD, sums
-    (*last, _), _ = jax.lax.scan(step, start, jnp.arange(schedule.n_ticks))
-    return take(schedule.n_ticks, *last)[1][1:]
+    belts_GBTD = jnp.concatenate([x_GBTD, zeros_BTD[None]])  # the last group has outputs only
+    start = zeros_BTD, belts_GBTD, grad_sums
+    (arriving_BTD, belts_GBTD, _), _ = jax.lax.scan(step, start, jnp.arange(schedule.n_ticks))
+    return turn_belt(schedule.n_ticks, arriving_BTD, belts_GBTD)[1][1:]
 
 
 def _stage_pass(
-    params: gpt.GPT, batch: dict[str, Array], noise_key: Any, compute: gpt.Compute,
+    params: gpt.GPT, batch: global_batch.Batch, noise_key: Array | None, compute: gpt.Compute,
     schedule: Schedule,
 ) -> StagePass:  # fmt: skip
-    """Return what runs one virtual stage of this stage on one microbatch."""
+    """Return a function that runs one virtual stage of this stage on one microbatch."""
     stage = jax.lax.axis_index("stage")
     n_layers = params.model.n_layers // (schedule.n_stages * schedule.virtual_stages)
-    blocks = jax.lax.stop_gradient(params.blocks)  # the sums have it
+    blocks = jax.lax.stop_gradient(params.blocks)  # their gradient goes to `grad_sums`
 
-    def stage_pass(x_BTD: Array, sums: Any, microbatch: Array, virtual_stage: Array) -> gpt.Carry:
-        of_microbatch = {
-            name: jax.lax.dynamic_index_in_dim(batch[name], microbatch, keepdims=False)
-            for name in ("samples", "segments")
-            if name in batch
-        }
+    def stage_pass(
+        x_BTD: Array, grad_sums: gpt.Block | None, microbatch: Array, virtual_stage: Array
+    ) -> gpt.Carry:
+        read = ("samples", "segments")
+        arrays = {name: x for name, x in batch.items() if name in read}
+        of_microbatch = global_batch.microbatch(arrays, microbatch)
 
-        def take(layer: Array, sums: Any) -> tuple[gpt.Block, Any]:
+        def block_of(layer: Array, grad_sums: Any) -> tuple[gpt.Block, Any]:
             # Leaves are [L / P, ...], or [R, L / (P R), ...].
             place = (virtual_stage, layer) if schedule.virtual_stages > 1 else (layer,)
-            return _take(blocks, sums, place)
+            return _block_at(blocks, grad_sums, place)
 
         own_L = jnp.arange(n_layers)
         return params.run_layers(
@@ -200,39 +245,41 @@ def _stage_pass(
             of_microbatch.get("segments"),
             _noise(noise_key, of_microbatch["samples"]),
             compute,
-            take,
-            sums,
+            block_of,
+            grad_sums,
         )
 
     return stage_pass
 
 
 @jax.custom_vjp
-def _take(blocks: gpt.Block, sums: Any, place: tuple[Array, ...]) -> tuple[gpt.Block, Any]:
-    """Return the block at a place of stacked ones, and sums as they are.
+def _block_at(blocks: gpt.Block, grad_sums: Any, place: tuple[Array, ...]) -> tuple[gpt.Block, Any]:
+    """Return the block at a place of stacked ones, and `grad_sums` as they are.
 
-    Backwards the gradient of the block is added to that of the sums, in place and in fp32: so the
-    gradient by the sums that the loop over ticks starts with is that of all blocks. Left to JAX,
-    each tick would lay its gradients beside each other before it adds them, and add them in the
-    format of the weights, which may be 16-bit.
+    In the backward pass the gradient of the block is added to that of `grad_sums`, in place and in
+    fp32. So the gradient with respect to the `grad_sums` that the loop over ticks starts with is
+    the gradient of all blocks. Left to JAX, each tick would lay its gradients beside each other
+    before it adds them, and would add them in the format of the weights, which may be 16-bit.
     """
 
-    def one(leaf: Array) -> Array:
+    def part(leaf: Array) -> Array:
         shape = leaf.shape[len(place) :]
-        part = jax.lax.dynamic_slice(leaf, _start(place, shape), (1,) * len(place) + shape)
-        return part.reshape(shape)
+        piece = jax.lax.dynamic_slice(leaf, _start(place, shape), (1,) * len(place) + shape)
+        return piece.reshape(shape)
 
-    return jax.tree.map(one, blocks), sums
+    return jax.tree.map(part, blocks), grad_sums
 
 
-def _take_forward(
-    blocks: gpt.Block, sums: Any, place: tuple[Array, ...]
+def _block_at_forward(
+    blocks: gpt.Block, grad_sums: Any, place: tuple[Array, ...]
 ) -> tuple[tuple[gpt.Block, Any], tuple[Array, ...]]:
-    return _take(blocks, sums, place), place
+    return _block_at(blocks, grad_sums, place), place
 
 
-def _take_backward(place: tuple[Array, ...], gradients: Any) -> tuple[None, Any, None]:
-    of_block, of_sums = gradients
+def _block_at_backward(
+    place: tuple[Array, ...], cotangents: tuple[gpt.Block, Any]
+) -> tuple[None, Any, None]:
+    block_grads, grad_sums = cotangents
 
     def add(total: Array, part: Array) -> Array:
         start = _start(place, part.shape)
@@ -240,19 +287,18 @@ def _take_backward(place: tuple[Array, ...], gradients: Any) -> tuple[None, Any,
         held = jax.lax.dynamic_slice(total, start, part.shape)
         return jax.lax.dynamic_update_slice(total, held + part, start)
 
-    of_sums = jax.tree.map(add, of_sums, of_block)
-    return None, layouts.constrain_like_params(of_sums), None
+    return None, layouts.constrain_like_params(jax.tree.map(add, grad_sums, block_grads)), None
 
 
-_take.defvjp(_take_forward, _take_backward)
+_block_at.defvjp(_block_at_forward, _block_at_backward)
 
 
-def _start(place: tuple[Array, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+def _start(place: tuple[Array, ...], shape: tuple[int, ...]) -> tuple[Array | int, ...]:
     """Return where the part of a place starts, of this shape, in a stacked array."""
     return (*place, *(0 for _ in shape))
 
 
-def _noise(key: Any, samples_B: Array) -> dropout.Noise | None:
+def _noise(key: Array | None, samples_B: Array) -> dropout.Noise | None:
     return None if key is None else dropout.Noise(key, samples_B)
 
 

@@ -1,101 +1,116 @@
-"""The layout of parameters, optimizer state and gradients, from their declared axes."""
+"""The layout of parameters, optimizer state and gradients, from the axes that they declare.
+
+`state_shardings` turns the declared logical axes into the layout of a whole train state. Init, the
+training step and the restore target all use it.
+"""
 
 import math
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from gpt3jax import errors
 from gpt3jax.config import ranges
 from gpt3jax.sharding import rules
 
+PyTree: TypeAlias = Any  # nested containers of variables and arrays
+Tree = TypeVar("Tree")
+Variable: TypeAlias = "nnx.Variable[jax.Array]"
 
-def constrain_like_params(tree: Any) -> Any:
+
+def state_shardings(abstract_state: PyTree, mesh: Mesh, *, over_data: bool = False) -> PyTree:
+    """Return the NamedSharding of every leaf of a state: parameters, moments, counters.
+
+    Plain arrays are replicated. With `over_data`, the `data` axis cuts parameters and moments too,
+    along their `data_dim`.
+
+    Raises:
+        UserError: mesh axes do not divide a dimension; the message names tensor and numbers.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sharding_of(path: tuple[Any, ...], node: PyTree) -> PyTree:
+        if not is_variable(node):
+            return replicated
+        _check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), node, mesh)
+        dim = data_dim(node, mesh) if over_data else None
+        spec = with_data(rules.spec(variable_axes(node)), dim)
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec), node)
+
+    return jax.tree.map_with_path(sharding_of, abstract_state, is_leaf=is_variable)
+
+
+def constrain_like_params(tree: Tree) -> Tree:
     """Fix each variable of a module-shaped tree (gradients, say) to its parameter's layout."""
 
-    def one(variable: nnx.Variable[Any]) -> Any:
+    def constrain(variable: Variable) -> Variable:
         return jax.tree.map(lambda x: rules.constrain(x, *variable_axes(variable)), variable)
 
-    return jax.tree.map(one, tree, is_leaf=is_variable)
+    return jax.tree.map(constrain, tree, is_leaf=is_variable)
 
 
-def array_names(tree: Any) -> list[str]:
-    """Return the name of each array of a tree of variables, as `blocks/mlp/w_in_DF`."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    return [name.removesuffix("/value") for name in names]
+def zeros_like_params(params: Tree) -> Tree:
+    """Return fp32 zeros in the shapes and layouts of parameters, to add gradients to."""
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return constrain_like_params(zeros)
 
 
-def is_variable(node: Any) -> bool:
-    """Tell a parameter, moment or gradient with its metadata from a plain array."""
-    return isinstance(node, nnx.Variable)
+def data_dim(variable: Variable, mesh: Mesh | AbstractMesh) -> int | None:
+    """Return the dimension of a parameter that `data` cuts where it shards the optimizer.
+
+    This is the largest dimension that `data` divides and that no other axis cuts; None if there
+    is none, as in small vectors.
+    """
+    n_data = mesh.shape["data"]
+    largest, dim = 0, None
+    for i, axis in enumerate(variable_axes(variable)):
+        size = variable.get_value().shape[i]
+        is_whole = all(mesh.shape[a] == 1 for a in rules.RULES[axis])
+        if size > largest and size % n_data == 0 and is_whole:
+            largest, dim = size, i
+    return dim
 
 
-def variable_axes(variable: nnx.Variable[Any]) -> tuple[str | None, ...]:
-    """Return the declared logical axes; what stacks layers adds dimensions but no names.
+def with_data(spec: PartitionSpec, dim: int | None) -> PartitionSpec:
+    """Return a specification that also cuts dimension `dim` by `data`; None cuts nothing."""
+    entries = list(spec)
+    if dim is not None:
+        entries[dim] = "data"
+    return PartitionSpec(*entries)
 
-    Layers are stacked as `[L, ...]`, or, of R virtual stages, as `[R, L / R, ...]`.
+
+def variable_axes(variable: Variable) -> tuple[str | None, ...]:
+    """Return the logical axes of a variable, with those of the dimensions that stack layers.
+
+    Layers are stacked as `[L, ...]` or, with R virtual stages, as `[R, L / R, ...]`.
     """
     axes: tuple[str | None, ...] = variable.get_metadata("axes")
     n_stacked = variable.get_value().ndim - len(axes)
     return ((), ("layers",), (None, "layers"))[n_stacked] + axes
 
 
-def data_dim(variable: nnx.Variable[Any], mesh: Any) -> int | None:
-    """Return which dimension of a parameter `data` cuts where it shards the optimizer.
-
-    The largest that it divides and no other axis cuts; None if there is none, as in small vectors.
-    """
-    n_data = mesh.shape["data"]
-    best, dim = 0, None
-    for i, axis in enumerate(variable_axes(variable)):
-        size = variable.get_value().shape[i]
-        if (
-            size > best
-            and size % n_data == 0
-            and all(mesh.shape[a] == 1 for a in rules.RULES[axis])
-        ):
-            best, dim = size, i
-    return dim
+def is_variable(node: PyTree) -> TypeGuard[Variable]:
+    """Return whether a node is a parameter, moment or gradient with its metadata, not an array."""
+    return isinstance(node, nnx.Variable)
 
 
-def with_data(specification: PartitionSpec, dim: int | None) -> PartitionSpec:
-    """Return a specification that cuts one more dimension, by `data` (None: none)."""
-    entries = list(specification)
-    if dim is not None:
-        entries[dim] = "data"
-    return PartitionSpec(*entries)
+def array_names(tree: PyTree) -> list[str]:
+    """Return the name of each array of a tree of variables, such as `blocks/mlp/w_in_DF`."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return [name.removesuffix("/value") for name in names]
 
 
-def state_shardings(abstract_state: Any, mesh: jax.sharding.Mesh, over_data: bool = False) -> Any:
-    """Return the NamedSharding of every leaf of a state: parameters, moments, counters.
-
-    Used for init, for the step and as the restore target. Plain arrays are replicated. With
-    `over_data`, parameters and moments are cut by `data` too (`data_dim`).
-
-    Raises:
-        UserError: a dimension that its mesh axes do not divide; it names tensor and numbers.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def one(path: Any, node: Any) -> Any:
-        if not is_variable(node):
-            return replicated
-        axes = variable_axes(node)
-        _check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), node, axes, mesh)
-        specification = with_data(rules.spec(axes), data_dim(node, mesh) if over_data else None)
-        return jax.tree.map(lambda _: NamedSharding(mesh, specification), node)
-
-    return jax.tree.map_with_path(one, abstract_state, is_leaf=is_variable)
-
-
-def _check_divides(name: str, variable: Any, axes: Any, mesh: jax.sharding.Mesh) -> None:
-    for size, axis in zip(variable.get_value().shape, axes, strict=True):
-        ways = math.prod(mesh.shape[a] for a in rules.RULES[axis])
+def _check_divides(name: str, variable: Variable, mesh: Mesh) -> None:
+    sizes = variable.get_value().shape
+    for size, axis in zip(sizes, variable_axes(variable), strict=True):
+        mesh_axes = rules.RULES[axis]
+        ways = math.prod(mesh.shape[a] for a in mesh_axes)
         if size % ways:
             raise errors.UserError(
-                f"mesh.{'*'.join(rules.RULES[axis])}={ways} does not divide {axis}={size} of "
-                f"{name}: use one of {ranges.divisors(size)}"
+                f"mesh.{'*'.join(mesh_axes)}={ways} does not divide {axis}={size} of {name}: "
+                f"use one of {ranges.divisors(size)}"
             )

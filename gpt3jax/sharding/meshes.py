@@ -13,7 +13,7 @@ AXES = ("data", "stage", "fsdp", "context", "tensor")
 
 
 def make_mesh(mesh: schema.Mesh) -> jax.sharding.Mesh:
-    """Return the mesh over all devices of all processes, -1 resolved.
+    """Return the mesh over all devices of all processes, with -1 resolved.
 
     Raises:
         UserError: the axes' product is not the number of devices.
@@ -21,16 +21,16 @@ def make_mesh(mesh: schema.Mesh) -> jax.sharding.Mesh:
     n_devices = jax.device_count()
     sizes = axis_sizes(mesh, n_devices)
     if sizes is None:
-        told = " x ".join(f"{a} {getattr(mesh, a)}" for a in AXES)
+        asked = " x ".join(f"{a} {getattr(mesh, a)}" for a in AXES)
         raise errors.UserError(
-            f"mesh: {told} does not fit {n_devices} {jax.default_backend()} device(s): the axes' "
+            f"mesh: {asked} does not fit {n_devices} {jax.default_backend()} device(s): the axes' "
             f"product must be {n_devices}; change one, give -1 to one, or start more devices"
         )
     return jax.make_mesh(list(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def axis_sizes(mesh: schema.Mesh, n_devices: int) -> dict[str, int] | None:
-    """Return the axes' sizes on so many devices, -1 resolved; None if their product is another."""
+    """Return the axes' sizes on so many devices, with -1 resolved; None if they do not fit."""
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():

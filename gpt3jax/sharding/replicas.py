@@ -1,62 +1,134 @@
-"""Sums over the replicas of the `data` axis and over pipeline stages."""
+"""Functions that run on each replica of the model and each pipeline stage, and sums over these.
+
+A replica (`data`) has its own rows of the batch, a stage its own layers. Inside of such a function
+these two axes are manual; all other axes are left to the partitioner.
+"""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
 
 from gpt3jax.sharding import layouts, meshes, rules
 
+Params = TypeVar("Params")
+Batch: TypeAlias = dict[str, jax.Array]
+Sum: TypeAlias = jax.Array
+_MANUAL = frozenset({"data", "stage"})
 
-def sum_over_replicas(
-    function: Any, params: Any, batch: Any, has_grads: bool = False, shard_grads: bool = False
-) -> Any:
-    """Return the global sums of what (params, batch) -> sums gives on a replica or a stage.
 
-    The function runs on each `data` replica's own rows of the batch `[M, B, ...]` and on each
-    stage's own layers, manual over these two axes; all else is left to the partitioner. Sums are
-    added up over both, once; with `has_grads` they are (sum, gradient like params), and gradients
-    of layers stay with their stage. With `shard_grads` each replica gets its `data_dim` part of
-    the gradient only.
+def sum_on_replicas(
+    function: Callable[[Params, Batch], Sum], params: Params
+) -> Callable[[Params, Batch], Sum]:
+    """Return a function that adds up what `function` returns on each replica and stage.
+
+    `params` are the parameters that it will be called with, or their shapes.
     """
-    manual = frozenset({"data", "stage"})
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape["data"] == mesh.shape["stage"] == 1:
-        return function(params, batch)
-
-    def local_spec(node: Any, over_data: bool = False) -> Any:
-        if not layouts.is_variable(node):
-            return PartitionSpec()
-        dim = layouts.data_dim(node, mesh) if over_data else None
-        specification = rules.spec(layouts.variable_axes(node), frozenset(meshes.AXES) - manual)
-        return jax.tree.map(lambda _: layouts.with_data(specification, dim), node)
-
-    def add_up(node: Any) -> Any:
-        of_stage = layouts.is_variable(node) and "layers" in layouts.variable_axes(node)
-        dim = None
-        if layouts.is_variable(node) and shard_grads:
-            dim = layouts.data_dim(node, jax.sharding.get_abstract_mesh())
-        if dim is None:
-            return jax.lax.psum(node, "data" if of_stage else ("data", "stage"))
-        if not of_stage:
-            node = jax.lax.psum(node, "stage")
-        # All axes manual: left to the partitioner, it would gather the gradient first.
-        scatter = functools.partial(
-            jax.lax.psum_scatter, axis_name="data", scatter_dimension=dim, tiled=True
-        )
-        axes = layouts.variable_axes(node)
-        return jax.tree.map(rules.map_shards(scatter, [axes], axes), node)
-
-    specs = jax.tree.map(local_spec, params, is_leaf=layouts.is_variable)
-    grad_specs = jax.tree.map(
-        functools.partial(local_spec, over_data=shard_grads), params, is_leaf=layouts.is_variable
+    if _is_alone():
+        return function
+    return _on_replicas(
+        lambda params, batch: _sum_over_both(function(params, batch)), params, PartitionSpec()
     )
-    summed: Any = jax.shard_map(
-        lambda *args: jax.tree.map(add_up, function(*args), is_leaf=layouts.is_variable),
-        in_specs=(specs, PartitionSpec(None, "data")),
-        out_specs=(PartitionSpec(), grad_specs) if has_grads else PartitionSpec(),
-        axis_names=manual,
+
+
+def sum_grads_on_replicas(
+    function: Callable[[Params, Batch], tuple[Sum, Params]], params: Params
+) -> Callable[[Params, Batch], tuple[Sum, Params]]:
+    """Return a function that adds up the sum and the gradients that `function` returns.
+
+    The gradients are added up once, at the end. Those of layers stay with their stage.
+    """
+    if _is_alone():
+        return function
+
+    def summed(params: Params, batch: Batch) -> tuple[Sum, Params]:
+        loss_sum, grads = function(params, batch)
+        return _sum_over_both(loss_sum), _map_variables(_all_reduced, grads)
+
+    specs = _map_variables(_spec_of_stage, params)
+    return _on_replicas(summed, params, (PartitionSpec(), specs))
+
+
+def scatter_grads_on_replicas(
+    function: Callable[[Params, Batch], tuple[Sum, Params]], params: Params
+) -> Callable[[Params, Batch], tuple[Sum, Params]]:
+    """Return `sum_grads_on_replicas` where a replica gets only its part of each gradient (ZeRO-1).
+
+    `layouts.data_dim` is the dimension that is cut; gradients without one stay whole.
+    """
+    if _is_alone():
+        return function
+
+    def summed(params: Params, batch: Batch) -> tuple[Sum, Params]:
+        loss_sum, grads = function(params, batch)
+        return _sum_over_both(loss_sum), _map_variables(_scattered, grads)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = _map_variables(functools.partial(_spec_of_part, mesh), params)
+    return _on_replicas(summed, params, (PartitionSpec(), specs))
+
+
+def _is_alone() -> bool:
+    shape = jax.sharding.get_abstract_mesh().shape
+    return bool(shape["data"] == shape["stage"] == 1)
+
+
+def _on_replicas(function: Any, params: Any, out_specs: Any) -> Any:
+    return jax.shard_map(
+        function,
+        in_specs=(_map_variables(_spec_of_stage, params), PartitionSpec(None, "data")),
+        out_specs=out_specs,
+        axis_names=_MANUAL,
         check_vma=False,
     )
-    return summed(params, batch)
+
+
+def _map_variables(function: Callable[[Any], Any], tree: Any) -> Any:
+    return jax.tree.map(function, tree, is_leaf=layouts.is_variable)
+
+
+def _spec_of_stage(variable: Any) -> Any:
+    """Return how the manual axes cut a parameter: layers are cut by `stage`."""
+    if not layouts.is_variable(variable):
+        return PartitionSpec()
+    spec = rules.spec(layouts.variable_axes(variable), frozenset(meshes.AXES) - _MANUAL)
+    return jax.tree.map(lambda _: spec, variable)
+
+
+def _spec_of_part(mesh: Any, variable: Any) -> Any:
+    """Return how the manual axes cut a gradient that is scattered over `data`."""
+    spec = _spec_of_stage(variable)
+    if not layouts.is_variable(variable):
+        return spec
+    dim = layouts.data_dim(variable, mesh)
+    return jax.tree.map(lambda one: layouts.with_data(one, dim), spec)
+
+
+def _sum_over_both(x: Any) -> Any:
+    return jax.lax.psum(x, ("data", "stage"))
+
+
+def _belongs_to_stage(variable: Any) -> bool:
+    return layouts.is_variable(variable) and "layers" in layouts.variable_axes(variable)
+
+
+def _all_reduced(grad: Any) -> Any:
+    return jax.lax.psum(grad, "data") if _belongs_to_stage(grad) else _sum_over_both(grad)
+
+
+def _scattered(grad: Any) -> Any:
+    dim = None
+    if layouts.is_variable(grad):
+        dim = layouts.data_dim(grad, jax.sharding.get_abstract_mesh())
+    if dim is None:
+        return _all_reduced(grad)
+    if not _belongs_to_stage(grad):
+        grad = jax.lax.psum(grad, "stage")
+    # All axes are manual here: left to the partitioner, the gradient would be gathered first.
+    scatter = functools.partial(
+        jax.lax.psum_scatter, axis_name="data", scatter_dimension=dim, tiled=True
+    )
+    axes = layouts.variable_axes(grad)
+    return jax.tree.map(rules.map_shards(scatter, [axes], axes), grad)

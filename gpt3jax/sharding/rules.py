@@ -1,16 +1,19 @@
-"""The mesh and the one table that maps logical axes to mesh axes.
+"""The one table that maps logical axes to mesh axes, and the layout of activations by it.
 
-Parameters declare logical axes where they are made (`model`), activations where they are used
-(`constrain`); `state_shardings` turns the declarations into the layout of a whole train state,
-optimizer included. No other file names a mesh axis to lay out arrays or to communicate, but for
-`stage` in `pipeline` and `stacking`; others ask for an axis's size, and `plan` reckons with all.
+Parameters declare logical axes where they are made (`model.gpt`), activations where they are used
+(`constrain`). Only this room names mesh axes to lay out arrays or to communicate, apart from
+`stage` in `gradient.pipeline` and `checkpoint.stacking`. Other rooms ask for an axis's size.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 from jax.sharding import PartitionSpec
+
+Axes: TypeAlias = tuple[str | None, ...]
+Function: TypeAlias = Callable[..., jax.Array]
 
 RULES: dict[str | None, tuple[str, ...]] = {
     # activations
@@ -28,25 +31,25 @@ RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
 }
 
-# [microbatch, batch, ...]; `shard_sequence` cuts the sequence once the batch is on the devices.
+# [microbatch, batch, ...]; `sequence.shard_sequence` cuts the sequence later, on the devices.
 BATCH_SPEC = PartitionSpec(None, ("data", "fsdp"))
 
 
 def data_parallel_size(mesh: jax.sharding.Mesh) -> int:
-    """Return how many ways a batch is split: Megatron's data-parallel size."""
+    """Return into how many parts a batch is split: Megatron's data-parallel size."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def spec(logical_axes: tuple[str | None, ...], manual: frozenset[str] = frozenset()) -> Any:
-    """Return the PartitionSpec of logical axes, without mesh axes that are already manual."""
+def spec(logical_axes: Axes, manual: frozenset[str] = frozenset()) -> PartitionSpec:
+    """Return the PartitionSpec of logical axes, leaving out mesh axes that are manual here."""
     entries = [tuple(a for a in RULES[axis] if a not in manual) for axis in logical_axes]
     used = [a for entry in entries for a in entry]
     assert len(used) == len(set(used)), f"{logical_axes}: two dimensions on one mesh axis"
     return PartitionSpec(*(entry or None for entry in entries))
 
 
-def constrain(x: Any, *logical_axes: str | None) -> Any:
-    """Fix the layout of an activation; where no mesh is set (plain unit tests), leave it alone."""
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Fix the layout of an activation. Without a mesh, as in plain unit tests, do nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -54,7 +57,7 @@ def constrain(x: Any, *logical_axes: str | None) -> Any:
 
 
 def axes_in_use(logical_axis: str | None) -> tuple[str, ...]:
-    """Return the mesh axes that cut a logical axis here: larger than 1, and not manual already."""
+    """Return the mesh axes that cut a logical axis here: those above 1 that are not manual."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
@@ -63,27 +66,26 @@ def axes_in_use(logical_axis: str | None) -> tuple[str, ...]:
 
 
 def n_ways(logical_axis: str | None) -> int:
-    """Return how many ways a logical axis is cut here."""
+    """Return into how many parts a logical axis is cut here."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[a] for a in axes_in_use(logical_axis))
 
 
-def map_shards(
-    function: Any, in_axes: list[tuple[str | None, ...]], out_axes: tuple[str | None, ...]
-) -> Any:
-    """Return the function made to run on each device's own part of its arguments.
+def map_shards(function: Function, in_axes: Sequence[Axes], out_axes: Axes) -> Function:
+    """Return a function that runs `function` on each device's own part of the arguments.
 
-    For kernels that the partitioner cannot split, such as cuDNN's attention. Without a mesh it is
-    the function itself.
+    It serves kernels that the partitioner cannot split, such as cuDNN's attention. Without a mesh
+    it is the function itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
     manual = frozenset(mesh.manual_axes)
-    return jax.shard_map(
+    mapped: Function = jax.shard_map(
         function,
         in_specs=tuple(spec(axes, manual) for axes in in_axes),
         out_specs=spec(out_axes, manual),
         axis_names=set(mesh.axis_names) - manual,
         check_vma=False,
     )
+    return mapped

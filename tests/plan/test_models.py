@@ -54,7 +54,7 @@ def test_batch_is_the_loaders():
     cfg = tiny.make_config(mesh={"data": 2, "fsdp": 4})
     mesh = meshes.make_mesh(cfg.mesh)
     batch = tiny.make_batch(0, cfg, mesh, 2)
-    planned = global_batch.abstract_batch(cfg, mesh, cfg.batch.global_batch_size)
+    planned = global_batch.abstract(cfg, mesh, cfg.batch.global_batch_size)
     assert planned.keys() == batch.keys()
     for name, array in batch.items():
         assert (planned[name].shape, planned[name].dtype) == (array.shape, array.dtype)

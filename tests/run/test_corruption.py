@@ -20,7 +20,7 @@ def random_params(mesh, shard_optimizer=False):
     """Return (abstract, random) parameters in the layout of a mesh; nothing is compiled."""
     cfg = tiny.make_config(model={"d_model": 32})
     abstract = jax.eval_shape(lambda: gpt.GPT(cfg.model, jax.random.key(0), 1))
-    shardings = layouts.state_shardings(abstract, mesh, shard_optimizer)
+    shardings = layouts.state_shardings(abstract, mesh, over_data=shard_optimizer)
     rng = np.random.default_rng(2)
     arrays = jax.tree.map(
         lambda a, s: jax.device_put(rng.normal(size=a.shape).astype(np.float32), s),
