@@ -1,7 +1,22 @@
 """GPT-3 training on pods of NVIDIA GPUs: one jitted, sharded JAX program.
 
-Read on in `main.py` (the entry), `train.py` (the loop), `step.py` (one update), `model.py`
-(the network). `docs/architecture.md` has the map.
+Start with `main.py` (the entry), `train.py` (the loop), `step.py` (one update), then
+`gradient/` and `model/`. Each folder, a room, is a layer, and imports go only down this list:
+
+    main.py, train.py                      a run: the entry, the loop
+    evaluate/ sample/ convert/ preflight/  commands
+    run/                                   what a run does besides its steps
+    plan/                                  what a config takes on GPUs that are not there
+    checkpoint/                            saving and restoring
+    step.py                                one training step
+    gradient/                              loss and gradient of a batch
+    watch/                                 one clock for each process, and what reads it
+    data/                                  the batch, samples, corpora, tokenizers
+    model/ optimizer.py                    the network; the update
+    record/                                console, metrics.jsonl, TensorBoard
+    sharding/                              the mesh, rules and layouts
+    distributed/ hardware/                 processes; GPUs
+    config/ errors.py                      the tree of fields; errors that a user can fix
 
 Shape suffixes, one legend for the whole project: an array's name ends in its dimensions.
 
