@@ -1,6 +1,7 @@
 """8 emulated CPU devices, JAX's compilation cache, and fixtures that many tests share."""
 
 import os
+import signal
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the numpy GPT is slower with more
 
@@ -13,6 +14,7 @@ import corpus
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, in children too
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))

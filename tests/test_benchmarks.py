@@ -71,13 +71,13 @@ def test_train_step_measures_the_step_of_a_recipe(tmp_path, capsys):
     assert "tokens/s (best of 4" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_train_step_measures_one_peer_in_a_process_of_its_own(capfd):
     load("train_step").main(["--cpu-peers", *OURS, *NETWORK, "--seq-len=16", "--batch=2"])
     assert capfd.readouterr().out.startswith("gpt3jax ")
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_sample_measures_one_peer_in_a_process_of_its_own(capfd):
     sizes = ["--seq-len=32", "--prompt=4", "--new=3", "--batches", "1", "2"]
     load("sample").main([*OURS, *NETWORK, *sizes])
@@ -136,7 +136,7 @@ def test_plan_keeps_the_rows_that_it_compiled(capsys, tmp_path):
     assert capsys.readouterr().out.count(row) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_faults_finds_a_killed_run_equal():
     told = run("faults", "--kills=1", "--processes=1", "--steps=24", "--seed=1")
     assert told.splitlines()[-1].endswith("all equal")

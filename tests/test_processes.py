@@ -16,6 +16,7 @@ from gpt3jax.run import folder_lock
 import corpus
 
 pytestmark = pytest.mark.slow
+MIXED = ("--mesh.fsdp=2", "--mesh.tensor=2")
 HEARTBEAT = 10  # seconds
 
 
@@ -96,8 +97,15 @@ def test_processes_skip_the_same_spikes_and_compare_replicas(tmp_path):
     assert_same(found[1], found[0])
 
 
-@pytest.mark.parametrize("mesh", [(), ("--mesh.fsdp=2", "--mesh.tensor=2")], ids=["data", "mixed"])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(
+    ("n", "mesh"),
+    [
+        pytest.param(2, (), id="2-data"),
+        pytest.param(4, MIXED, id="4-mixed"),
+        pytest.param(2, MIXED, id="2-mixed", marks=pytest.mark.slower),
+        pytest.param(4, (), id="4-data", marks=pytest.mark.slower),
+    ],
+)
 def test_processes_together_have_the_losses_of_one(tmp_path, alone, n, mesh):
     folder = corpus.write_run(tmp_path)
     told = run(folder, n, "--train.n-steps=12", *mesh)
@@ -124,7 +132,15 @@ def test_a_finished_run_is_known_by_all(tmp_path, alone):
     assert told.endswith("nothing left to do: the run ended at step 12\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slower),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slower),
+    ],
+)
 def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path, number):
     folder = corpus.write_run(tmp_path)
     processes = start(folder, 2, "--train.n-steps=2000")

@@ -15,6 +15,7 @@ from gpt3jax.checkpoint import metadata, storage
 from gpt3jax.config import batch_schedule, schema, validation
 from gpt3jax.gradient import batch_gradient, pipeline
 
+import one_device
 import tiny
 
 SCHEDULES = [
@@ -71,7 +72,7 @@ def test_what_comes_back_went_through_all_layers_in_order(numbers):
     start[:, 0], start[:, 1] = np.arange(n_microbatches), 0
     # Stage p gives microbatches p, P + p, ...
     given = start.reshape(-1, n_stages, start.shape[1]).swapaxes(0, 1)
-    run = functools.partial(pipeline.run, schedule, stage_pass=stage_pass, sums=None)
+    run = functools.partial(pipeline.run, schedule, stage_pass=stage_pass, grad_sums=None)
     back = jax.jit(jax.vmap(run, axis_name="stage"))(given)
     expected = start.copy()
     expected[:, 1], expected[:, 2:] = n_layers, np.arange(n_layers)
@@ -104,21 +105,6 @@ def mesh_of(cfg):
     )
 
 
-def arrays(tree, like=None):
-    """Return the arrays of a tree by name, in the shapes of `like`: layers `[L, ...]`."""
-    found = tiny.leaves(tree)
-    return {name: array.reshape((like or found)[name].shape) for name, array in found.items()}
-
-
-@functools.cache
-def reference(n_layers):
-    """Return initial weights, first moments after a step (the gradient), metrics: one device."""
-    cfg = config_of({}, n_layers)
-    program, _, metrics = tiny.run(cfg, tiny.make_mesh(), 1, N_STEPS)
-    _, state, _ = tiny.run(cfg, tiny.make_mesh(), 1, 1)
-    return arrays(program.init().params), arrays(state.opt_state.mu), metrics
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -128,22 +114,7 @@ def reference(n_layers):
 )
 def test_losses_and_gradients_do_not_depend_on_stages(case, capfd):
     axes, n_layers, n_microbatches = CASES[case]
-    initial, gradient, expected = reference(n_layers)
-    cfg = config_of(axes, n_layers)
-    program, state, first = tiny.run(cfg, mesh_of(cfg), n_microbatches, 1)
-    for name, array in arrays(program.init().params, initial).items():
-        np.testing.assert_array_equal(array, initial[name], err_msg=name)
-    for name, array in arrays(state.opt_state.mu, gradient).items():
-        error = np.linalg.norm(array - gradient[name]) / np.linalg.norm(gradient[name])
-        assert error < 1e-5, f"{name}: {error}"
-    metrics = [first]
-    for i in range(1, N_STEPS):
-        state, m = program.train(state, tiny.make_batch(i, cfg, program.mesh, n_microbatches))
-        metrics.append(jax.tree.map(lambda x: np.asarray(x)[None], m))
-    for name in ("loss", "grad_norm"):
-        values = np.concatenate([m[name] for m in metrics])
-        np.testing.assert_allclose(values, expected[name], rtol=1e-5, err_msg=name)
-    assert program.train.jitted._cache_size() == 1, "the step was compiled more than once"
+    one_device.check(config_of(axes, n_layers), n_microbatches, one_device.Steps(N_STEPS))
     # Said while compiling, so not where the step comes from the compilation cache.
     assert "rematerialization" not in capfd.readouterr().err
 
@@ -212,12 +183,12 @@ def test_masks_documents_banded_layers_and_evaluation_are_the_same_too():
     ],
 )
 def test_what_is_saved_for_the_backward_pass_changes_no_loss(remat, virtual_stages):
-    _, _, expected = reference(4)
     mesh = {"data": 4, "stage": 2, "virtual_stages": virtual_stages}
     cfg = config_of(mesh, model={"remat": remat})
-    _, _, metrics = tiny.run(cfg, mesh_of(cfg), 4, 2)
-    for name in ("loss", "grad_norm"):
-        np.testing.assert_allclose(metrics[name], expected[name][:2], rtol=1e-5, err_msg=name)
+    whole = one_device.alone(config_of({}), one_device.Steps(2))
+    run = one_device.train(cfg, mesh_of(cfg), 4, one_device.Steps(2))
+    for name in one_device.NORMS:
+        np.testing.assert_allclose(run.metrics[name], whole.metrics[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.slower
@@ -291,7 +262,8 @@ def test_a_checkpoint_comes_back_on_other_stages(tmp_path, here, there):
     for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
         assert leaf.shape == want.shape and leaf.sharding == want.sharding
     expected = tiny.leaves(state)
-    for name, array in arrays(restored, expected).items():
+    for name, array in tiny.leaves(restored).items():
+        array = array.reshape(expected[name].shape)
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 

@@ -71,7 +71,7 @@ def test_rows_of_processes_cover_a_batch_in_order():
     mesh = tiny.make_mesh(data=2, fsdp=2, tensor=2)
     np.testing.assert_array_equal(global_batch.local_rows(mesh, 12), np.arange(12))
     rows = np.random.default_rng(0).integers(0, 9, (3, 12, 5))
-    array = global_batch.device_put_rows(rows, mesh, 12)
+    array = global_batch.device_put_rows({"tokens": rows}, mesh, 12)["tokens"]
     np.testing.assert_array_equal(array, rows)
     assert {s.data.shape for s in array.addressable_shards} == {(3, 3, 5)}
 
