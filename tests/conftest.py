@@ -8,7 +8,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the numpy GPT is slower wi
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import corpus
 
@@ -34,3 +37,20 @@ def no_compilation_cache():
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture
+def no_rematerialization(capfd, no_compilation_cache):
+    """Fail a test in which XLA gathers an array whole to go from one layout to another.
+
+    XLA warns of it while it compiles, hence no cache. A program that needs it comes first, to see
+    that the warning would be seen.
+    """
+    warning = "Involuntary full rematerialization"
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+    here, there = (NamedSharding(mesh, P("a", "b")), NamedSharding(mesh, P(("c", "b", "a"))))
+    move = jax.jit(lambda x: jnp.cos(jnp.sin(x)), in_shardings=here, out_shardings=there)
+    move.lower(jnp.ones((16, 16))).compile()
+    assert warning in capfd.readouterr().err
+    yield
+    assert warning not in capfd.readouterr().err
