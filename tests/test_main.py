@@ -1,12 +1,17 @@
 """What a user can get wrong before the first step: exit status 2, and one line that helps."""
 
+import pathlib
 import sys
+import traceback
 
 import pytest
 
 from gpt3jax import main
 from gpt3jax.data import tokenizer
 from gpt3jax.distributed import launchers
+from gpt3jax.gradient import accumulation
+from gpt3jax.model import loss
+from gpt3jax.run import step_log
 
 import corpus
 
@@ -194,3 +199,31 @@ def test_no_process_of_several_trains_alone(monkeypatch, run, variables, options
         monkeypatch.setenv(name, value)
     told = run("--data.paths=nothing", *options)  # so a failure of this test need not train
     assert all(word in told for word in words), told
+
+
+def test_the_way_from_main_to_the_gradient_is_short(tmp_path, monkeypatch):
+    """It is the stack of a real run at the function that is differentiated, on a mixed mesh."""
+    package = str(corpus.REPOSITORY / "gpt3jax")
+    ways = []
+
+    def note_way(*args):
+        frames = [
+            frame for frame in traceback.extract_stack() if frame.filename.startswith(package)
+        ]
+        ways.append([(pathlib.Path(frame.filename), frame.name) for frame in frames])
+        return microbatch_loss(*args)
+
+    microbatch_loss = accumulation.microbatch_loss
+    monkeypatch.setattr(accumulation, "microbatch_loss", note_way)
+    # The loop compiles the step before it calls it: here its own call is followed.
+    monkeypatch.setattr(step_log.StepLog, "compile_first", lambda *_: None)
+    folder = corpus.write_run(tmp_path)
+    mesh = ("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2")
+    options = (*mesh, "--train.n-steps=1", "--train.eval-interval=0", "--checkpoint.dir=")
+    assert corpus.call_main(monkeypatch, folder, *options) == 0
+    [way] = ways
+    assert way[0] == (pathlib.Path(package, "main.py"), "main")
+    assert len(way) - 1 <= 9, way  # calls: main is not called from the package
+    files = {file for file, _ in way} | {pathlib.Path(loss.__file__)}
+    n_lines = sum(len(file.read_text().splitlines()) for file in files)
+    assert 300 < n_lines < 1000, (n_lines, files)

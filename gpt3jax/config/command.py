@@ -1,5 +1,6 @@
 """How every command begins and ends: its options, its exit status, one line on what to mend."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,16 +13,34 @@ from gpt3jax.config import user_paths, validation
 Options = TypeVar("Options")
 
 
-def run(action: Callable[[], int | None]) -> int:
-    """Return the exit status of a command that does this: its own, `DONE`, or an error's."""
-    try:
-        return action() or errors.DONE
-    except (errors.UserError, RuntimeError) as raised:
-        error = raised if isinstance(raised, errors.UserError) else _no_devices(raised)
-        if error is None:
-            raise
+class Outcome(contextlib.AbstractContextManager["Outcome"]):
+    """The exit status of a command, whose body runs inside of the `with`.
+
+    The body sets `status`, or an error does that ends it: one that the user can fix is printed in
+    one line, any other is raised.
+    """
+
+    def __init__(self) -> None:
+        self.status: int = errors.DONE
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> bool:
+        if isinstance(error, RuntimeError):
+            error = _device_error(error)
+        if not isinstance(error, errors.UserError):
+            return False
         sys.stderr.write(f"gpt3jax: error: {error}\n")
-        return errors.RETRY if isinstance(error, errors.TransientError) else errors.REFUSED
+        retry = isinstance(error, errors.TransientError)
+        self.status = errors.RETRY if retry else errors.REFUSED
+        return True
+
+
+def run(action: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status; print an error that the user can fix."""
+    with Outcome() as outcome:
+        outcome.status = action() or errors.DONE
+    return outcome.status
 
 
 def parse(kind: Any, module: str, description: str | None) -> Any:
@@ -56,7 +75,7 @@ def _checked(options: Options) -> Options:
     return user_paths.expanded(options, "--")
 
 
-def _no_devices(error: RuntimeError) -> errors.UserError | None:
+def _device_error(error: RuntimeError) -> errors.UserError | None:
     """Return what to tell where JAX could not start the GPUs; None for any other error."""
     told = str(error).partition(" (set JAX")[0].rstrip(".")
     if not told.startswith("Unable to initialize backend"):
