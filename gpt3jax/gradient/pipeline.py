@@ -10,7 +10,7 @@ of the microbatches, so neither end of the ring waits for the other.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ from gpt3jax.config import schema
 from gpt3jax.data import global_batch
 from gpt3jax.model import dropout, gpt, loss
 from gpt3jax.sharding import layouts, sequence
+
+GradSums: TypeAlias = gpt.Block | None  # fp32, like `params.blocks`; None without a gradient
+StagePass: TypeAlias = Callable[[Array, GradSums, Array, Array], gpt.Carry]
+"""(x `[B, T, D]`, gradient sums, microbatch, virtual stage) -> (y `[B, T, D]`, gradient sums)."""
+Carried: TypeAlias = tuple[Array, Array, GradSums]  # arriving x, belts, gradient sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class Schedule:
         """Share of the ticks in which a stage has nothing to do."""
         return (self.n_stages - 1) / self.n_ticks
 
-    def unit(self, tick: Any, stage: Any) -> tuple[Array, Array]:
+    def unit(self, tick: Array | int, stage: Array | int) -> tuple[Array, Array]:
         """Return (microbatch, virtual stage) of a stage at a tick; idle ones repeat an end."""
         u = jnp.clip(tick - stage, 0, self.n_microbatches * self.virtual_stages - 1)
         group, within = jnp.divmod(u, self.n_stages * self.virtual_stages)
@@ -117,7 +122,7 @@ def _share_of_loss(
     noise_key: Array | None,
     compute: gpt.Compute,
     virtual_stages: int,
-    grad_sums: gpt.Block | None,
+    grad_sums: GradSums,
 ) -> tuple[Array, Array]:
     """Return this stage's share of the weighted loss and of the summed token losses.
 
@@ -172,13 +177,7 @@ def check_microbatches(n_microbatches: int, n_stages: int) -> None:
         )
 
 
-StagePass = Callable[[Array, Any, Array, Array], gpt.Carry]
-"""(x `[B, T, D]`, gradient sums, microbatch, virtual stage) -> (y `[B, T, D]`, gradient sums)."""
-
-
-def run(
-    schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, grad_sums: gpt.Block | None
-) -> Array:
+def run(schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, grad_sums: GradSums) -> Array:
     """Send microbatches through all stages; return them where they came from, `[G, B, T, D]`.
 
     G = M / P: stage p gives and gets microbatches p, P + p, 2 P + p, ... `stage_pass` gets
@@ -203,7 +202,7 @@ def run(
         slot_BTD = jnp.where(within < n_stages, moved_BTD, slot_BTD)
         return x_BTD, jax.lax.dynamic_update_index_in_dim(belts_GBTD, slot_BTD, group, 0)
 
-    def step(carry: tuple[Array, Array, Any], tick: Array) -> tuple[tuple[Array, Array, Any], None]:
+    def step(carry: Carried, tick: Array) -> tuple[Carried, None]:
         arriving_BTD, belts_GBTD, grad_sums = carry
         x_BTD, belts_GBTD = turn_belt(tick, arriving_BTD, belts_GBTD)
         y_BTD, grad_sums = stage_pass(x_BTD, grad_sums, *schedule.unit(tick, stage))
@@ -226,13 +225,13 @@ def _stage_pass(
     blocks = jax.lax.stop_gradient(params.blocks)  # their gradient goes to `grad_sums`
 
     def stage_pass(
-        x_BTD: Array, grad_sums: gpt.Block | None, microbatch: Array, virtual_stage: Array
+        x_BTD: Array, grad_sums: GradSums, microbatch: Array, virtual_stage: Array
     ) -> gpt.Carry:
         read = ("samples", "segments")
         arrays = {name: x for name, x in batch.items() if name in read}
         of_microbatch = global_batch.microbatch(arrays, microbatch)
 
-        def block_of(layer: Array, grad_sums: Any) -> tuple[gpt.Block, Any]:
+        def block_of(layer: Array, grad_sums: GradSums) -> tuple[gpt.Block, GradSums]:
             # Leaves are [L / P, ...], or [R, L / (P R), ...].
             place = (virtual_stage, layer) if schedule.virtual_stages > 1 else (layer,)
             return _block_at(blocks, grad_sums, place)
@@ -253,7 +252,9 @@ def _stage_pass(
 
 
 @jax.custom_vjp
-def _block_at(blocks: gpt.Block, grad_sums: Any, place: tuple[Array, ...]) -> tuple[gpt.Block, Any]:
+def _block_at(
+    blocks: gpt.Block, grad_sums: GradSums, place: tuple[Array, ...]
+) -> tuple[gpt.Block, GradSums]:
     """Return the block at a place of stacked ones, and `grad_sums` as they are.
 
     In the backward pass the gradient of the block is added to that of `grad_sums`, in place and in
@@ -271,14 +272,14 @@ def _block_at(blocks: gpt.Block, grad_sums: Any, place: tuple[Array, ...]) -> tu
 
 
 def _block_at_forward(
-    blocks: gpt.Block, grad_sums: Any, place: tuple[Array, ...]
-) -> tuple[tuple[gpt.Block, Any], tuple[Array, ...]]:
+    blocks: gpt.Block, grad_sums: GradSums, place: tuple[Array, ...]
+) -> tuple[tuple[gpt.Block, GradSums], tuple[Array, ...]]:
     return _block_at(blocks, grad_sums, place), place
 
 
 def _block_at_backward(
-    place: tuple[Array, ...], cotangents: tuple[gpt.Block, Any]
-) -> tuple[None, Any, None]:
+    place: tuple[Array, ...], cotangents: tuple[gpt.Block, GradSums]
+) -> tuple[None, GradSums, None]:
     block_grads, grad_sums = cotangents
 
     def add(total: Array, part: Array) -> Array:

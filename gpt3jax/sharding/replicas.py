@@ -6,7 +6,7 @@ these two axes are manual; all other axes are left to the partitioner.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
@@ -14,6 +14,9 @@ from jax.sharding import PartitionSpec
 from gpt3jax.sharding import layouts, meshes, rules
 
 Params = TypeVar("Params")
+Result = TypeVar("Result")
+Sums = TypeVar("Sums")
+PyTree: TypeAlias = layouts.PyTree
 Batch: TypeAlias = dict[str, jax.Array]
 Sum: TypeAlias = jax.Array
 _MANUAL = frozenset({"data", "stage"})
@@ -75,21 +78,24 @@ def _is_alone() -> bool:
     return bool(shape["data"] == shape["stage"] == 1)
 
 
-def _on_replicas(function: Any, params: Any, out_specs: Any) -> Any:
-    return jax.shard_map(
+def _on_replicas(
+    function: Callable[[Params, Batch], Result], params: Params, out_specs: PyTree
+) -> Callable[[Params, Batch], Result]:
+    mapped: Callable[[Params, Batch], Result] = jax.shard_map(
         function,
         in_specs=(_map_variables(_spec_of_stage, params), PartitionSpec(None, "data")),
         out_specs=out_specs,
         axis_names=_MANUAL,
         check_vma=False,
     )
+    return mapped
 
 
-def _map_variables(function: Callable[[Any], Any], tree: Any) -> Any:
+def _map_variables(function: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
     return jax.tree.map(function, tree, is_leaf=layouts.is_variable)
 
 
-def _spec_of_stage(variable: Any) -> Any:
+def _spec_of_stage(variable: PyTree) -> PyTree:
     """Return how the manual axes cut a parameter: layers are cut by `stage`."""
     if not layouts.is_variable(variable):
         return PartitionSpec()
@@ -97,28 +103,28 @@ def _spec_of_stage(variable: Any) -> Any:
     return jax.tree.map(lambda _: spec, variable)
 
 
-def _spec_of_part(mesh: Any, variable: Any) -> Any:
+def _spec_of_part(mesh: jax.sharding.AbstractMesh, variable: PyTree) -> PyTree:
     """Return how the manual axes cut a gradient that is scattered over `data`."""
     spec = _spec_of_stage(variable)
     if not layouts.is_variable(variable):
         return spec
     dim = layouts.data_dim(variable, mesh)
-    return jax.tree.map(lambda one: layouts.with_data(one, dim), spec)
+    return jax.tree.map(lambda whole: layouts.with_data(whole, dim), spec)
 
 
-def _sum_over_both(x: Any) -> Any:
+def _sum_over_both(x: Sums) -> Sums:
     return jax.lax.psum(x, ("data", "stage"))
 
 
-def _belongs_to_stage(variable: Any) -> bool:
+def _belongs_to_stage(variable: PyTree) -> bool:
     return layouts.is_variable(variable) and "layers" in layouts.variable_axes(variable)
 
 
-def _all_reduced(grad: Any) -> Any:
+def _all_reduced(grad: PyTree) -> PyTree:
     return jax.lax.psum(grad, "data") if _belongs_to_stage(grad) else _sum_over_both(grad)
 
 
-def _scattered(grad: Any) -> Any:
+def _scattered(grad: PyTree) -> PyTree:
     dim = None
     if layouts.is_variable(grad):
         dim = layouts.data_dim(grad, jax.sharding.get_abstract_mesh())
