@@ -3,7 +3,9 @@
 import dataclasses
 import gzip
 import json
+import pathlib
 import re
+import subprocess
 import tempfile
 
 import pytest
@@ -17,6 +19,7 @@ from gpt3jax.plan import (
     hlo,
     legible,
     memory_model,
+    placement,
     planning,
     report,
     search,
@@ -53,7 +56,7 @@ def recipe_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["--gpus=12"], "not a multiple of --gpus-per-node=8"),
         (["--gpus=8", "--mesh.data=4"], "the axes' product must be 8"),
@@ -76,29 +79,29 @@ def recipe_file(tmp_path):
         (["--gpus=24", "--search"], "no mesh of --gpus=24 divides batch.global_batch_size=16"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_comes_first(recipe_file, args, told, capsys):
+def test_what_a_user_can_fix_is_one_line_and_comes_first(recipe_file, args, message, capsys):
     assert plan.main([f"--config={recipe_file}", "--no-compile", *args]) == 2
     shown = capsys.readouterr()
-    assert told in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 def test_report_without_compiling_keeps_the_contract(recipe_file, tmp_path, capsys):
     file = tmp_path / "plan.json"
     args = [f"--config={recipe_file}", "--gpus=8", "--no-compile", f"--json={file}", "--price=2"]
     assert plan.main(args) == 0
-    found = json.loads(file.read_text())
-    assert found.keys() >= CONTRACT
-    assert found["step_seconds"].keys() == {"low", "expected", "high"}
-    low, expected, high = found["step_seconds"].values()
+    content = json.loads(file.read_text())
+    assert content.keys() >= CONTRACT
+    assert content["step_seconds"].keys() == {"low", "expected", "high"}
+    low, expected, high = content["step_seconds"].values()
     assert 0 < low < expected < high
-    assert sum(found["memory"].values()) == pytest.approx(found["peak_bytes_per_gpu"], abs=8)
-    assert found["mesh"]["data"] == 2 and found["compile_seconds"] is None
-    assert found["cost"] == pytest.approx(2 * found["gpu_hours"])
+    assert sum(content["memory"].values()) == pytest.approx(content["peak_bytes_per_gpu"], abs=8)
+    assert content["mesh"]["data"] == 2 and content["compile_seconds"] is None
+    assert content["cost"] == pytest.approx(2 * content["gpu_hours"])
     assert "Times are estimates" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ([], "of the step waits for communication: --search"),
         (["--model.d-model=65536", "--model.n-layers=48"], "It does not fit: --search"),
@@ -106,10 +109,10 @@ def test_report_without_compiling_keeps_the_contract(recipe_file, tmp_path, caps
         (["--search"], ""),
     ],
 )
-def test_search_is_advised_where_it_may_help(recipe_file, args, told, capsys):
+def test_search_is_advised_where_it_may_help(recipe_file, args, message, capsys):
     assert plan.main([f"--config={recipe_file}", "--gpus=16", "--no-compile", *args]) == 0
     shown = capsys.readouterr().out
-    assert told in shown and ("--search" in shown) == bool(told)
+    assert message in shown and ("--search" in shown) == bool(message)
 
 
 def test_verify_fails_what_does_not_fit_or_would_be_refused(repository, capsys):
@@ -135,26 +138,27 @@ def test_users_text_is_printed_as_it_is(recipe_file, capsys, monkeypatch):
 def test_searched_layouts_fit_and_their_options_give_them(recipe_file):
     cfg = recipe.parse([f"--config={recipe_file}", "--data.mock"])
     gpu = gpus.GPUS["h100"]
-    found = search.candidates(cfg, 8, gpu, gpus.network_of(gpu))
-    assert len(found) > 50
-    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    queue = search.Queue(found, gpu)
-    for one in (queue.next() for _ in range(20)):
-        again = recipe.parse([f"--config={recipe_file}", "--data.mock", *one.overrides])
-        assert again == one.cfg
-        layout = memory_model.lay_out(again, 8, 8)
-        assert layout.sizes == one.layout.sizes
-        assert sum(memory_model.memory(again, layout).values()) == one.peak_bytes
-        assert one.layout.n_gpus == 8
+    candidates = search.candidates(cfg, 8, gpu, gpus.network_of(gpu))
+    assert len(candidates) > 50
+    seconds = [candidate.seconds for candidate in candidates]
+    assert seconds == sorted(seconds)
+    queue = search.Queue(candidates, gpu)
+    for candidate in (queue.next() for _ in range(20)):
+        again = recipe.parse([f"--config={recipe_file}", "--data.mock", *candidate.overrides])
+        assert again == candidate.cfg
+        layout = placement.lay_out(again, 8, 8)
+        assert layout.sizes == candidate.layout.sizes
+        assert sum(memory_model.memory(again, layout).values()) == candidate.peak_bytes
+        assert candidate.layout.n_gpus == 8
 
 
 def test_a_compiled_peak_corrects_the_closed_forms_of_its_kind(recipe_file):
     cfg = recipe.parse([f"--config={recipe_file}", "--data.mock"])
     gpu = gpus.GPUS["h100"]
-    found = search.candidates(cfg, 8, gpu, gpus.network_of(gpu))
-    queue = search.Queue(found, gpu)
+    candidates = search.candidates(cfg, 8, gpu, gpus.network_of(gpu))
+    queue = search.Queue(candidates, gpu)
     first = queue.next()
-    assert first is found[0]
+    assert first is candidates[0]
     queue.note(first, gpu.memory_bytes * 1e6)  # the smallest one would not fit either
     rest = list(iter(queue.next, None))
     assert rest and all(one.cfg.model.remat != first.cfg.model.remat for one in rest)
@@ -166,21 +170,21 @@ def test_search_prints_options_and_plans_the_fastest(recipe_file, tmp_path, caps
     file, page = tmp_path / "plan.json", tmp_path / "plan.html"
     args = ["--gpus=8", "--search", "--no-compile", f"--json={file}", f"--html={page}"]
     assert plan.main([f"--config={recipe_file}", *args]) == 0
-    found = json.loads(file.read_text())
-    best = found["search"][0]
-    assert best["step_seconds"] == min(row["step_seconds"] for row in found["search"])
-    assert best["step_seconds"] == pytest.approx(found["step_seconds"]["expected"])
+    content = json.loads(file.read_text())
+    best = content["search"][0]
+    assert best["step_seconds"] == min(row["step_seconds"] for row in content["search"])
+    assert best["step_seconds"] == pytest.approx(content["step_seconds"]["expected"])
     assert " ".join(best["overrides"]) in capsys.readouterr().out
     text = page.read_text()
     assert "http" not in text.replace("http-equiv", "")  # it needs nothing from elsewhere
-    for told in (
+    for words in (
         "Memory of a GPU",
         "matmul",
-        f"remat {found['step']['remat']}",
+        f"remat {content['step']['remat']}",
         *best["overrides"],
     ):
-        assert told in text
-    assert f"--model.remat={found['step']['remat']}" in best["overrides"]
+        assert words in text
+    assert f"--model.remat={content['step']['remat']}" in best["overrides"]
 
 
 @pytest.mark.parametrize(
@@ -192,15 +196,12 @@ def test_search_says_where_it_drops_a_growing_batch(recipe_file, growth, dropped
     growth = [option, *values.split()] if "ramp" in growth else [growth]
     args = [f"--config={recipe_file}", "--gpus=16", "--data.mock", *growth]
     cfg, gpu = recipe.parse([args[0], *args[2:]]), gpus.GPUS["h100"]
-    found = search.candidates(cfg, 16, gpu, gpus.network_of(gpu))
-    assert {dropped in one.overrides for one in found} == {True, False}
-    for one in found:
-        assert (
-            one.drops_schedule
-            == (dropped in one.overrides)
-            != bool(one.cfg.batch.schedule or one.cfg.batch.ramp)
-        )
-    first = next(one for one in found if one.drops_schedule)
+    candidates = search.candidates(cfg, 16, gpu, gpus.network_of(gpu))
+    assert {dropped in candidate.overrides for candidate in candidates} == {True, False}
+    for candidate in candidates:
+        grows = bool(candidate.cfg.batch.schedule or candidate.cfg.batch.ramp)
+        assert candidate.drops_schedule == (dropped in candidate.overrides) != grows
+    first = next(candidate for candidate in candidates if candidate.drops_schedule)
     again = recipe.parse([args[0], *args[2:], *first.overrides])
     assert again == first.cfg
     assert plan.main([*args, "--search", "--no-compile", "--n-compiled=20"]) == 0
@@ -262,25 +263,32 @@ def test_search_goes_on_where_a_program_cannot_be_read(recipe_file, capsys, monk
     assert "it is written in another way" in capsys.readouterr().out
 
 
-def compile_small(recipe_file, monkeypatch, *options, gpus_per_node=8):
-    """Ask for a step of a compiler that answers at once; return the settings it was given."""
-    asked = []
-
-    def answer(request, settings, file):
-        asked.append(settings)
-        found = {**vars(compiled(7)), "hlo": compiled(7).text}
-        for name in ("text", "program", "cudnn", "cached"):
-            del found[name]
-        file.write_bytes(gzip.compress(json.dumps(found).encode()))
-
-    monkeypatch.setattr(compiler, "_run", answer)
+def compile_step(recipe_file, *options, gpus_per_node=8):
+    """Compile the step of a small recipe on 8 A100."""
     args = [f"--config={recipe_file}", "--data.mock", *options]
     gpu = gpus.GPUS["a100"]
     network = gpus.network_of(gpu, gpus_per_node)
     sizes = {"data": 2, "stage": 1, "fsdp": 2, "context": 1, "tensor": 2}
-    found = compiler.compile_step(recipe.parse(args), args, sizes, gpu, network)
-    assert found.peak_bytes == 7 and found.cached != bool(asked)
-    return asked
+    return compiler.compile_step(recipe.parse(args), args, sizes, gpu, network)
+
+
+def compile_small(recipe_file, monkeypatch, *options, **network):
+    """As `compile_step`, with a process that answers at once; return the variables it was given."""
+    environments = []
+
+    def answer(_, *, input, env, **options):
+        environments.append(env)
+        content = {**vars(compiled(7)), "hlo": compiled(7).text}
+        for name in ("text", "program", "cudnn", "cached"):
+            del content[name]
+        file = pathlib.Path(json.loads(input)["out"])
+        file.write_bytes(gzip.compress(json.dumps(content).encode()))
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    step = compile_step(recipe_file, *options, **network)
+    assert step.peak_bytes == 7 and step.cached != bool(environments)
+    return environments
 
 
 def test_a_step_is_compiled_again_where_the_program_is_another(recipe_file, tmp_path, monkeypatch):
@@ -295,8 +303,9 @@ def test_a_step_is_compiled_again_where_the_program_is_another(recipe_file, tmp_
         ("JAX_DEFAULT_MATMUL_PRECISION", "highest"),
     ):
         monkeypatch.setenv(name, value)
-        [settings] = compile_small(recipe_file, monkeypatch)
-        assert settings[name].endswith(value), "a run takes the user's last"
+        [environment] = compile_small(recipe_file, monkeypatch)
+        options = environment[name].partition(" --xla_dump_to=")[0]
+        assert options.endswith(value), "as in a run, the user's value comes last"
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_schedule=false")
     with pytest.raises(
         errors.UserError, match="did you mean xla_gpu_enable_latency_hiding_scheduler"
@@ -332,7 +341,7 @@ jaxlib._jax.XlaRuntimeError: INTERNAL: it does not lower
 
 
 @pytest.mark.parametrize(
-    ("status", "stderr", "told"),
+    ("status", "stderr", "message"),
     [
         (2, "warning\nmesh.tensor=5 does not divide\n", "mesh.tensor=5 does not divide"),
         (1, TRACEBACK, "failed: jaxlib._jax.XlaRuntimeError: INTERNAL: it does not lower"),
@@ -344,9 +353,17 @@ jaxlib._jax.XlaRuntimeError: INTERNAL: it does not lower
         (-9, "", "ended by SIGKILL .is there too little memory"),
     ],
 )
-def test_why_the_compiler_ended_is_told_in_one_line(status, stderr, told):
-    said = compiler._failure(status, stderr)
-    assert re.search(f"{told}", said) and "\n" not in said
+def test_why_the_compiler_ended_is_an_error_of_one_line(
+    status, stderr, message, recipe_file, tmp_path, monkeypatch
+):
+    def fail(*_, **options):
+        return subprocess.CompletedProcess([], status, stderr=stderr)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(errors.UserError, match=message) as error:
+        compile_step(recipe_file)
+    assert "\n" not in str(error.value)
 
 
 def test_search_says_so_where_nothing_fits(repository, capsys):
@@ -358,9 +375,9 @@ def test_search_says_so_where_nothing_fits(repository, capsys):
 def collectives_of(recipe_file, n_gpus):
     """Return the bytes that each kind of collective must send over each axis, by closed forms."""
     cfg, h100 = recipe.parse([f"--config={recipe_file}", "--data.mock"]), gpus.GPUS["h100"]
-    layout = memory_model.lay_out(cfg, n_gpus, 8)
-    found = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected")
-    return {(one.axis, one.kind): one.bytes_per_step for one in found.traffic}
+    layout = placement.lay_out(cfg, n_gpus, 8)
+    time = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected")
+    return {(row.axis, row.kind): row.bytes_per_step for row in time.traffic}
 
 
 @pytest.fixture(scope="module")
@@ -377,10 +394,10 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     file, program = tmp_path / "plan.json", tmp_path / "step.hlo"
     args = [f"--config={recipe_file}", "--gpus=8", "--verify", f"--json={file}"]
     assert plan.main([*args, f"--dump-hlo={program}"]) == 0
-    found = json.loads(file.read_text())
-    assert found.keys() >= CONTRACT
-    assert found["compiled"]["cudnn"] == {"forward": True, "backward": True}
-    sent = {(one["axis"], one["kind"]): one["bytes_per_step"] for one in found["collectives"]}
+    content = json.loads(file.read_text())
+    assert content.keys() >= CONTRACT
+    assert content["compiled"]["cudnn"] == {"forward": True, "backward": True}
+    sent = {(one["axis"], one["kind"]): one["bytes_per_step"] for one in content["collectives"]}
     needed = collectives_of(recipe_file, 8)
     # Closed forms leave out embedding and head, as large here as a layer: of both the gradient is
     # reduced, and versions of XLA differ in how often they gather them.
@@ -391,22 +408,22 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     others = sum(n_bytes for of, n_bytes in sent.items() if of not in needed)
     # The positions' gradient, summed over tensor, is most of the rest.
     assert others < 0.02 * sum(sent.values())
-    parts = found["step_parts_expected"]  # of every version that was tried
+    parts = content["step_parts_expected"]  # of every version that was tried
     assert parts["matmul"] == pytest.approx(5.04e-5, rel=0.01)
     assert parts["elementwise"] == pytest.approx(3.47e-4, rel=0.05)
-    assert found["peak_bytes_per_gpu"] == pytest.approx(26.2e6, rel=0.03)
-    assert found["compiled"]["largest_buffers"][0]["source"].startswith("gpt3jax/")
-    states = sum(found["memory"][name] for name in ("parameters", "optimizer", "batch"))
-    assert found["compiled"]["argument_bytes"] == pytest.approx(states, rel=0.01)
+    assert content["peak_bytes_per_gpu"] == pytest.approx(26.2e6, rel=0.03)
+    assert content["compiled"]["largest_buffers"][0]["source"].startswith("gpt3jax/")
+    states = sum(content["memory"][name] for name in ("parameters", "optimizer", "batch"))
+    assert content["compiled"]["argument_bytes"] == pytest.approx(states, rel=0.01)
     text = program.read_text()
     assert "reduce-scatter-start" in text or "all-gather-start" in text
     network = gpus.network_of(gpus.GPUS["h100"])
     rates = timeline.Rates(
         matmul=1e15, attention=1e15, memory=1e12, memory_peak=1e12, network=network
     )
-    walked = 8 * timeline.walk(hlo.parse(text), found["mesh"], rates).flops
+    walked = 8 * timeline.walk(hlo.parse(text), content["mesh"], rates).flops
     # All trips of all loops, with what is recomputed.
-    arithmetic = found["model_flops_per_step"] * (1 + found["recomputed_share"])
+    arithmetic = content["model_flops_per_step"] * (1 + content["recomputed_share"])
     assert walked == pytest.approx(arithmetic, rel=0.03)
     assert not re.search(r"all-gather[^=]*\(.*\[\d+,512,2048\]", text)  # whole logits
     assert plan.main(args) == 0
@@ -420,10 +437,10 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
     args = [f"--config={recipe_file}", "--data.mock"]
     cfg, h100 = recipe.parse(args), gpus.GPUS["h100"]
     target = report.Target(gpu=h100, network=gpus.network_of(h100), price=0.0)
-    layout = memory_model.lay_out(cfg, 8, 8)
+    layout = placement.lay_out(cfg, 8, 8)
     whole = compiler.compile_step(cfg, args, layout.sizes, h100, target.network)
     report.build(cfg, layout, target, whole)
-    for written, told in {
+    for written, message in {
         '"__cublas$': "has no cost that is known, but sol",
         '"__cudnn$fmha': "FLOPs a GPU were found",
         '"mask_type"': "mask, window or 4 dimensions of the attention",
@@ -431,10 +448,10 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
         '"lhs_contracting_dimensions"': "no dimensions that it sums over",
         '"exec_time_us"': "no cost of XLA's model was found",
         '"name":""': "has no cost that is known",
-        '"is_sync"': "no collective tells whether",
+        '"is_sync"': "no collective says whether",
         "calls=": "fuses was not found",
         "body=": "repeats was not found",
-        "condition=": "of which XLA does not tell how often it runs",
+        "condition=": "and XLA does not say how often it runs",
         "replica_groups=": "groups of a collective are written in another way",
         "all-gather-start": "which is not known",
         "all-reduce-start": "which is not known",
@@ -444,7 +461,7 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
         text = whole.text.replace(written, f"{written[:2]}newer{written[2:]}")
         assert text != whole.text, written
         with pytest.raises(
-            errors.UserError, match=f"cannot read .*{re.escape(told)}.*--no-compile"
+            errors.UserError, match=f"cannot read .*{re.escape(message)}.*--no-compile"
         ):
             report.build(cfg, layout, target, doctored(whole, text))
 
@@ -466,8 +483,8 @@ def test_attention_over_a_split_sequence_compiles_for_h100(
         "--batch.global-batch-size=1", "--model.n-layers=1",
         *["--data.reset-attention-mask", "--data.eod-id=0"] * documents,
     ]  # fmt: skip
-    found = planning.plan(plan_options.Options(config=recipe_file, gpus=2), args, "")
-    assert found["compiled"]["cudnn"] == {"forward": True, "backward": True}
+    built = planning.plan(plan_options.Options(config=recipe_file, gpus=2), args, "")
+    assert built.compiled.cudnn == {"forward": True, "backward": True}
 
 
 @compiles
@@ -484,11 +501,11 @@ def test_one_microbatchs_activations_are_held_as_the_closed_forms_say(
     peaks = []
     for n_microbatches in (1, 2, 5):
         options = plan_options.Options(config=recipe_file, gpus=8)
-        found = planning.plan(
+        built = planning.plan(
             options, [*args, f"--batch.global-batch-size={64 * n_microbatches}"], ""
         )
-        peaks.append(found["peak_bytes_per_gpu"])
-        assert found["estimated_peak_bytes_per_gpu"] == pytest.approx(peaks[-1], rel=0.25)
+        peaks.append(built.peak.peak_bytes_per_gpu)
+        assert built.peak.estimated_peak_bytes_per_gpu == pytest.approx(peaks[-1], rel=0.25)
     assert max(peaks) < 1.15 * peaks[0], "XLA holds more than one microbatch"
 
 
@@ -501,14 +518,14 @@ def test_zero_gathers_matrices_in_the_compute_format(recipe_file, n_stages):
         f"--mesh.tensor={2 // n_stages}", "--mesh.shard-optimizer", "--model.d-model=512",
         "--model.n-layers=4",
     ]  # fmt: skip
-    found = planning.plan(plan_options.Options(config=recipe_file, gpus=8), args, "")
+    built = planning.plan(plan_options.Options(config=recipe_file, gpus=8), args, "")
     sent = sum(
-        one["bytes_per_step"]
-        for one in found["collectives"]
-        if one["kind"] == "all-gather" and one["axis"] == "data"
+        row.bytes_per_step
+        for row in built.time.collectives
+        if row.kind == "all-gather" and row.axis == "data"
     )
     layers = 4 * 12 * 512**2 / 2  # on 2 stages or 2 of tensor
-    ends = found["parameters"] - 4 * 12 * 512**2  # at most, and in fp32
+    ends = built.work.parameters - 4 * 12 * 512**2  # at most, and in fp32
     assert 0.9 * 2 * layers * 3 / 4 < sent < 1.1 * (2 * layers + 4 * ends) * 3 / 4
 
 
@@ -524,9 +541,9 @@ def test_stages_keep_no_copy_of_weights_or_gradients_for_a_tick(recipe_file, vir
     peaks = []
     for n_microbatches in (4, 32):
         options = plan_options.Options(config=recipe_file, gpus=8)
-        found = planning.plan(options, [*args, f"--batch.global-batch-size={n_microbatches}"], "")
-        peaks.append(found["peak_bytes_per_gpu"])
-        assert found["estimated_peak_bytes_per_gpu"] == pytest.approx(peaks[-1], rel=0.25)
+        built = planning.plan(options, [*args, f"--batch.global-batch-size={n_microbatches}"], "")
+        peaks.append(built.peak.peak_bytes_per_gpu)
+        assert built.peak.estimated_peak_bytes_per_gpu == pytest.approx(peaks[-1], rel=0.25)
     of_a_stage = 2 * 12 * 1024**2  # 8 layers on 4 stages x 2 of tensor, in 2 bytes
     n_ticks = 28 * virtual_stages  # more
     assert peaks[1] - peaks[0] < 0.5 * n_ticks * of_a_stage / virtual_stages

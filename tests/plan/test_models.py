@@ -9,7 +9,7 @@ from gpt3jax import errors, step
 from gpt3jax.config import recipe
 from gpt3jax.data import global_batch
 from gpt3jax.hardware import flops, gpus, xla_flags
-from gpt3jax.plan import hlo, memory_model, time_model
+from gpt3jax.plan import communication, hlo, memory_model, placement, time_model
 from gpt3jax.run import startup
 from gpt3jax.sharding import meshes
 
@@ -26,7 +26,7 @@ MESHES = [
 
 
 def layout_of(cfg, n_gpus=8):
-    return memory_model.lay_out(cfg, n_gpus, 8)
+    return placement.lay_out(cfg, n_gpus, 8)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -40,14 +40,14 @@ def test_parameters_of_a_gpu_are_the_states_own(axes):
     )
     sizes = layout_of(cfg).sizes
     assert sizes == dict(mesh.shape)
-    assert memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer) == held
+    assert memory_model.parameters(cfg, sizes, over_data=cfg.mesh.shard_optimizer) == held
 
 
 @pytest.mark.parametrize("name", ["345m", "gpt3/13b", "175b"])
 def test_parameters_of_one_gpu_are_all(repository, name):
     cfg = recipe.load(str(repository / "configs" / f"{name}.py"))
     sizes = dict.fromkeys(meshes.AXES, 1)
-    assert memory_model.parameters(cfg, sizes, False) == flops.n_params(cfg.model)
+    assert memory_model.parameters(cfg, sizes, over_data=False) == flops.n_params(cfg.model)
 
 
 def test_batch_is_the_loaders():
@@ -84,13 +84,13 @@ def test_members_of_a_group_in_one_node_share_their_cards():
 @pytest.mark.parametrize("gpus_per_node", [4, 8, 16])
 def test_closed_forms_see_the_network_that_a_compiled_collective_has(gpus_per_node):
     sizes = {"data": 2, "stage": 4, "fsdp": 2, "context": 2, "tensor": 2}
-    layout = memory_model.Layout(sizes=sizes, n_microbatches=4, attention="xla", problems=())
+    layout = placement.Layout(sizes=sizes, n_microbatches=4, attention="xla", problems=())
     network = gpus.network_of(gpus.GPUS["h100"], gpus_per_node)
     for i, axis in enumerate(sizes):
         groups = f"replica_groups=mesh['0'=2,'1'=4,'2'=2,'3'=2,'4'=2] {{'{i}'}}"
-        one = hlo.Instruction("c", "(f32[8], f32[8])", "all-gather-start", ("p",), groups)
-        compiled = hlo.collective(one, tuple(sizes.items()), gpus_per_node)
-        planned = time_model._collective("all-gather", axis, 1.0, layout, network)
+        gather = hlo.Instruction("c", "(f32[8], f32[8])", "all-gather-start", ("p",), groups)
+        compiled = hlo.collective(gather, tuple(sizes.items()), gpus_per_node)
+        planned = communication.collective("all-gather", axis, 1.0, layout, network)
         assert (planned.group_size, planned.in_node) == (compiled.group_size, compiled.in_node)
 
 
@@ -144,10 +144,10 @@ def test_communication_that_arithmetic_cannot_hide_is_exposed():
     cfg = tiny.make_config(mesh={"fsdp": 8})
     gpu, layout = gpus.GPUS["h100"], layout_of(cfg)
     slow = gpus.network_of(gpu, nvlink_bandwidth=1e6, latency=1e-9)
-    found = time_model.estimate(cfg, layout, gpu, slow, "expected")
-    busy = sum(one.seconds for one in found.traffic)
-    assert found.seconds == pytest.approx(busy, rel=0.02)
-    assert found.exposed == pytest.approx(sum(one.exposed for one in found.traffic))
+    time = time_model.estimate(cfg, layout, gpu, slow, "expected")
+    busy = sum(row.seconds for row in time.traffic)
+    assert time.parts.seconds == pytest.approx(busy, rel=0.02)
+    assert time.parts.exposed == pytest.approx(sum(row.exposed for row in time.traffic))
 
 
 def test_a_shell_gets_the_settings_and_those_of_the_user_win(repository, capsys):

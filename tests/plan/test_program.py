@@ -62,7 +62,7 @@ def walk(text):
     ],
 )
 def test_replica_groups_in_every_spelling(spelling, groups):
-    assert hlo._groups(spelling + ", dimensions={0}", 8).tolist() == groups
+    assert hlo.groups(spelling + ", dimensions={0}", 8).tolist() == groups
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_collectives_use_the_cards_where_a_group_spans_nodes(op, groups, axes, i
 
 def test_groups_in_another_spelling_are_not_taken_for_all_devices():
     with pytest.raises(errors.UserError, match=f"jax {jax.__version__} .* replica_groups=v4"):
-        hlo._groups(", replica_groups=v4[2,4], dimensions={0}", 8)
+        hlo.groups(", replica_groups=v4[2,4], dimensions={0}", 8)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {{
 
 
 def test_a_loop_without_an_end_is_an_error_of_one_line():
-    with pytest.raises(errors.UserError, match="w, of which XLA does not tell") as error:
+    with pytest.raises(errors.UserError, match="a loop, w, and XLA does not say") as error:
         walk("""
 %condition (p: pred[]) -> pred[] {
   ROOT %c = pred[] parameter(0)
