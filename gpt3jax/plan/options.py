@@ -37,9 +37,9 @@ class Options:
     gpus_per_node: Annotated[int, ranges.Range(1, 2**20)] = 8
     """GPUs that NVLink joins. This and the next three change the plan, not a run's settings."""
     nvlink_gbytes: Annotated[float, ranges.Range(1e-3, 10**6)] | None = None
-    """GB/s that a GPU reaches in one direction inside a node; default: 80% of the data sheet's."""
+    """GB/s that a GPU reaches in one direction inside a node; unset: 80% of the data sheet's."""
     nic_gbytes: Annotated[float, ranges.Range(1e-3, 10**6)] | None = None
-    """GB/s that a GPU reaches in one direction between nodes; default: 90% of its card's."""
+    """GB/s that a GPU reaches in one direction between nodes; unset: 90% of its card's."""
     latency_us: Annotated[float, ranges.Range(1e-3, 10**6)] = 10.0
     """Microseconds to start a collective, and as many again for each doubling of its group."""
 

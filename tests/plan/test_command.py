@@ -159,10 +159,10 @@ def test_a_compiled_peak_corrects_the_closed_forms_of_its_kind(recipe_file):
     queue = search.Queue(candidates, gpu)
     first = queue.next()
     assert first is candidates[0]
-    queue.note(first, gpu.memory_bytes * 1e6)  # the smallest one would not fit either
+    queue.note(first, gpu.memory_bytes * 1e6)  # the smallest would not fit either
     rest = list(iter(queue.next, None))
-    assert rest and all(one.cfg.model.remat != first.cfg.model.remat for one in rest)
-    meshes = [str(one.layout.sizes) for one in [first, *rest]]
+    assert rest and all(candidate.cfg.model.remat != first.cfg.model.remat for candidate in rest)
+    meshes = [str(candidate.layout.sizes) for candidate in [first, *rest]]
     assert max(map(meshes.count, meshes)) <= search.PER_MESH
 
 
@@ -320,13 +320,13 @@ def test_a_step_is_compiled_again_where_the_program_is_another(recipe_file, tmp_
 def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
     recipe_file, tmp_path, monkeypatch
 ):
-    taken = tmp_path / "file"
-    taken.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(taken))
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert compile_small(recipe_file, monkeypatch)
     assert list(tmp_path.glob("gpt3jax-*/plan/*.json.gz"))
-    monkeypatch.setattr(tempfile, "tempdir", str(taken))
+    monkeypatch.setattr(tempfile, "tempdir", str(file))
     with pytest.raises(errors.UserError, match="set XDG_CACHE_HOME"):
         compile_small(recipe_file, monkeypatch)
 
@@ -397,7 +397,7 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     content = json.loads(file.read_text())
     assert content.keys() >= CONTRACT
     assert content["compiled"]["cudnn"] == {"forward": True, "backward": True}
-    sent = {(one["axis"], one["kind"]): one["bytes_per_step"] for one in content["collectives"]}
+    sent = {(row["axis"], row["kind"]): row["bytes_per_step"] for row in content["collectives"]}
     needed = collectives_of(recipe_file, 8)
     # Closed forms leave out embedding and head, as large here as a layer: of both the gradient is
     # reduced, and versions of XLA differ in how often they gather them.

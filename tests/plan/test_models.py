@@ -1,14 +1,12 @@
 """Closed forms of memory and time against the real state and the data sheets."""
 
-import subprocess
-
 import jax
 import pytest
 
-from gpt3jax import errors, step
+from gpt3jax import step
 from gpt3jax.config import recipe
 from gpt3jax.data import global_batch
-from gpt3jax.hardware import flops, gpus, xla_flags
+from gpt3jax.hardware import flops, gpus
 from gpt3jax.plan import communication, hlo, memory_model, placement, time_model
 from gpt3jax.run import startup
 from gpt3jax.sharding import meshes
@@ -73,14 +71,6 @@ def test_target_has_the_data_sheets_peak(name):
     assert text.count("{") == text.count("}") and f'name: "{gpu.name}"' in text
 
 
-def test_members_of_a_group_in_one_node_share_their_cards():
-    network = gpus.network_of(gpus.GPUS["h100"])
-    assert network.bandwidth(8, 8) == ("NVLink", 360e9)
-    assert network.bandwidth(16, 1) == ("NIC", 45e9)
-    assert network.bandwidth(256, 8) == ("NIC", 360e9)
-    assert network.bandwidth(16, 2) == ("NIC", 90e9)
-
-
 @pytest.mark.parametrize("gpus_per_node", [4, 8, 16])
 def test_closed_forms_see_the_network_that_a_compiled_collective_has(gpus_per_node):
     sizes = {"data": 2, "stage": 4, "fsdp": 2, "context": 2, "tensor": 2}
@@ -108,17 +98,6 @@ def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
     assert "may run out of memory" in warnings(round(peak / 0.98))[0]
 
 
-@pytest.mark.parametrize("n_stages", [1, 4])
-@pytest.mark.parametrize("name", ["h100", "a100"])
-def test_flags_of_a_plan_are_those_of_a_run_and_every_one_has_a_reason(name, n_stages):
-    gpu = gpus.GPUS[name]
-    network = gpus.network_of(gpu)
-    run = xla_flags.of_run(gpu, network, n_stages)
-    planned = xla_flags.of_plan(gpu, network, n_stages)
-    assert planned[: len(run)] == run
-    assert all(one.reason for one in (*planned, *xla_flags.variables(n_stages)))
-
-
 def test_mfu_is_that_of_the_log():
     cfg = tiny.make_config(mesh={"data": 4, "tensor": 2})
     done = time_model.work(cfg, layout_of(cfg))
@@ -132,13 +111,6 @@ def test_175b_recomputes_what_the_compiler_does():
     assert 1 + time_model.recompute_share(cfg)[0] == pytest.approx(1.22, abs=0.005)
 
 
-def test_an_unknown_option_of_xla_is_named_with_its_nearest():
-    h100 = gpus.GPUS["h100"]
-    xla_flags.check(xla_flags.text(xla_flags.of_plan(h100, gpus.network_of(h100), 1)))
-    with pytest.raises(errors.UserError, match="did you mean xla_gpu_enable_triton_gemm"):
-        xla_flags.check("--xla_gpu_enable_triton_gem=false")
-
-
 def test_communication_that_arithmetic_cannot_hide_is_exposed():
     """Over a slow network a step takes what the network takes."""
     cfg = tiny.make_config(mesh={"fsdp": 8})
@@ -148,39 +120,3 @@ def test_communication_that_arithmetic_cannot_hide_is_exposed():
     busy = sum(row.seconds for row in time.traffic)
     assert time.parts.seconds == pytest.approx(busy, rel=0.02)
     assert time.parts.exposed == pytest.approx(sum(row.exposed for row in time.traffic))
-
-
-def test_a_shell_gets_the_settings_and_those_of_the_user_win(repository, capsys):
-    recipe_file = f"--config={repository / 'configs' / '175b.py'}"
-    assert xla_flags.main([recipe_file, "--data.mock"]) == 0
-    script = (
-        capsys.readouterr().out + 'echo "$XLA_FLAGS / $JAX_OPTIMIZATION_LEVEL / $JAX_PLATFORMS"'
-    )
-    environment = {"XLA_FLAGS": "--xla_mine=1", "JAX_OPTIMIZATION_LEVEL": "O0"}
-    done = subprocess.run(
-        ["bash", "-euc", script], env=environment, text=True, capture_output=True, check=True
-    )
-    assert (
-        done.stdout.endswith("--xla_mine=1 / O0 / cuda,cpu\n") and "latency_hiding" in done.stdout
-    )
-    assert xla_flags.main([recipe_file, "--data.mock", "--mesh.tensor=5"]) == 2
-    assert "mesh.tensor=5" in capsys.readouterr().err
-    assert xla_flags.main([recipe_file, "--data.mock", "--mesh.stage=-1", "--mesh.data=1"]) == 2
-    assert "mesh.stage=-1" in capsys.readouterr().err
-
-
-def test_a_shell_that_runs_what_it_reads_gets_settings_alone(
-    repository, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
-    talks = tmp_path / "talks.py"
-    path = repository / "configs" / "175b.py"
-    talks.write_text(f"print('rm -rf /')\n{path.read_text()}")
-    assert xla_flags.main([f"--config={talks}", "--data.mock"]) == 0
-    told = capsys.readouterr()
-    assert all(line.startswith("export ") for line in told.out.splitlines())
-    assert "nic_speed_gbps=45" in told.out and "rm -rf /" in told.err  # as for H100s
-    with pytest.raises(SystemExit):
-        xla_flags.main([f"--config={talks}", "--help"])
-    told = capsys.readouterr()
-    assert not told.out and "--mesh.tensor" in told.err
