@@ -1,6 +1,6 @@
 """The collectives that a layout needs in a step, by closed forms: kind, axis, count, bytes.
 
-docs/parallelism.md derives them; what a compiled step runs is read by `timeline`.
+docs/parallelism.md derives them. `timeline` reads those of a compiled step.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def _layer_passes(cfg: schema.Config, layout: placement.Layout) -> int:
 
 
 def _runs_forward_again(cfg: schema.Config, layout: placement.Layout) -> bool:
-    """Return whether the backward pass gathers again what follows the norms."""
+    """Return whether the backward pass gathers the outputs of norms again."""
     return remat.in_effect(cfg.model.remat, layout.sizes["stage"] > 1) != "none"
 
 

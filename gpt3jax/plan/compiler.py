@@ -113,7 +113,7 @@ class _Answer(TypedDict):
 
 
 def missing_extra() -> str:
-    """Return what to do where the compiler for GPUs is not installed, "" where it is."""
+    """Return why there is no compiler for GPUs and how to install it, "" if it is installed."""
     installed = versions()
     plugins = [installed[name] for name in _PLUGINS if name in installed]
     if installed["jax"] in plugins:
@@ -125,13 +125,24 @@ def missing_extra() -> str:
     return f"{reason}: pip install -e '.[plan]'"
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide the program, as far as installed."""
+    installed = {}
+    for name in _PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
 def compile_step(
     cfg: schema.Config, args: list[str], axis_sizes: dict[str, int], gpu: gpus.Gpu,
     network: gpus.Network,
 ) -> Compiled:  # fmt: skip
     """Compile the step of the command line `args`, or read it from the cache.
 
-    `cfg` is what `recipe.parse` makes of `args`; `axis_sizes` are its mesh's, none of them -1.
+    `cfg` is the config of `args`; `axis_sizes` are the sizes of its mesh, none of them -1.
 
     Raises:
         UserError: the model does not fit the mesh, XLA does not know an option of the user's, the
@@ -287,17 +298,6 @@ def _failure(status: int, stderr: str) -> str:
     name = signal.Signals(-status).name
     hint = " (is there too little memory?)" if name == "SIGKILL" else ""
     return f"the compiler was ended by {name}{hint}: {error}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the program, as far as installed."""
-    installed = {}
-    for name in _PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def _sources() -> str:

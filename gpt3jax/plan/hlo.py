@@ -67,7 +67,7 @@ class Instruction:
         if branches := _BRANCHES.search(self.attributes):
             names += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
         if not names:
-            raise unreadable(f"what {self.name} runs was not found")
+            raise unreadable(f"the computation that {self.name} runs was not found")
         return names
 
     @property
@@ -81,7 +81,7 @@ class Instruction:
         """The computation that a loop repeats."""
         match = re.search(r"body=%?([\w.\-]+)", self.attributes)
         if not match:
-            raise unreadable(f"what {self.name} repeats was not found")
+            raise unreadable(f"the computation that {self.name} repeats was not found")
         return match[1]
 
 
@@ -108,7 +108,7 @@ class Program:
             return []
         names = _CALLED.findall(kernel.attributes)
         if not names:
-            raise unreadable(f"what {kernel.name} fuses was not found")
+            raise unreadable(f"the computation that {kernel.name} fuses was not found")
         return [part for name in names for part in self.body(name)]
 
 

@@ -1,4 +1,4 @@
-"""Checks that a compiled step was read completely: its parts against what must be there.
+"""Checks that a compiled step was read completely: it must have all parts that the config needs.
 
 XLA's text has no specification. A part that a version writes in another way is not recognised, and
 would count as no time or a wrong one. So a plan is refused where its parts do not add up.
@@ -26,7 +26,7 @@ def check(
 ) -> None:
     """Check that memory, products, attention, costs and collectives were read.
 
-    `time` is by the compiled step's schedule, `closed_forms` is what it must have at least.
+    `time` is by the compiled step's schedule; `closed_forms` gives the traffic that it needs.
 
     Raises:
         UserError: one of them is missing or wrong.

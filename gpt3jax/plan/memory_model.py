@@ -35,9 +35,9 @@ def parameters(cfg: schema.Config, sizes: dict[str, int], *, over_data: bool) ->
     stack.append((layers, "layers"))
     total = 0
     for tensor in _tensors(cfg.model):
-        total += _local_size([*stack, *tensor], sizes, over_data)
+        total += _local_size([*stack, *tensor], sizes, over_data=over_data)
     for tensor in _ends(cfg.model):
-        total += _local_size(tensor, sizes, over_data)
+        total += _local_size(tensor, sizes, over_data=over_data)
     return total
 
 
@@ -60,7 +60,7 @@ def _ends(model: schema.Model) -> list[Dims]:
     return [table, [(model.seq_len, None), embed], [(model.d_model, None)], [(model.d_model, None)]]
 
 
-def _local_size(dims: Dims, sizes: dict[str, int], over_data: bool) -> int:
+def _local_size(dims: Dims, sizes: dict[str, int], *, over_data: bool) -> int:
     n_cuts = [math.prod(sizes[a] for a in rules.RULES[axis]) for _, axis in dims]
     local = math.prod(size // n for (size, _), n in zip(dims, n_cuts, strict=True))
     n_data = sizes["data"]
@@ -184,7 +184,7 @@ def _head_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
 def budget(cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu) -> tuple[float, float]:
     """Return the budget of a step, and the headroom in it that the compiler cannot see (bytes).
 
-    The budget is what JAX's allocator is given (`xla_flags.MEMORY_FRACTION`).
+    The budget is the memory that JAX's allocator gets (`xla_flags.MEMORY_FRACTION`).
     """
     pool = xla_flags.MEMORY_FRACTION * gpu.memory_bytes
     return pool, headroom(cfg, layout, pool)

@@ -21,7 +21,7 @@ class Layout:
     attention: str
     """The implementation of attention: cudnn or xla."""
     problems: tuple[str, ...]
-    """Why `gpt3jax.main` would refuse the run although its step exists."""
+    """Reasons why `gpt3jax.main` would refuse the run although its step exists."""
 
     @property
     def n_gpus(self) -> int:

@@ -1,4 +1,4 @@
-"""What a plan reports: a small tree of records, and the JSON that `--json` writes of it.
+"""The report of a plan: a small tree of records, and the JSON that `--json` writes of it.
 
 The names of the fields are the keys of the JSON, which other programs read: do not rename them.
 """
@@ -39,7 +39,7 @@ class Peak:
     headroom_bytes: int
     """Memory that the compiler cannot see: cuDNN's workspace, fragmentation."""
     budget_bytes: int
-    """What JAX's allocator is given."""
+    """Memory that JAX's allocator gets."""
     memory: dict[str, int]
     """Bytes by purpose, as `memory_model.memory` names them."""
 
@@ -55,7 +55,7 @@ class StepSeconds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Time:
-    """The time of a step, and what it consists of in the expected case."""
+    """The time of a step, and its parts in the expected case."""
 
     step_seconds: StepSeconds
     step_parts_expected: time_model.StepParts
@@ -92,7 +92,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """What only a compiled step shows; fields are those of `compiler.Compiled`."""
+    """Facts that only a compiled step shows; fields as in `compiler.Compiled`."""
 
     argument_bytes: int
     temp_bytes: int
@@ -153,7 +153,7 @@ class Report:
     compile_seconds: float | None
     compiled: CompiledStep | None
     problems: list[str]
-    """Why `gpt3jax.main` would refuse the run although its step exists."""
+    """Reasons why `gpt3jax.main` would refuse the run although its step exists."""
     gpus: int
     gpu: Gpu
     network: Network

@@ -10,7 +10,7 @@ BUFFERS = ("GiB", "shape", "made by", "source")
 
 
 def head(plan: report.Report) -> str:
-    """Return what is planned, in one paragraph."""
+    """Return model, GPUs, mesh and step in one paragraph."""
     mesh, step = plan.mesh, plan.step
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"
     features = {
@@ -29,7 +29,7 @@ def head(plan: report.Report) -> str:
 
 
 def facts(plan: report.Report) -> list[tuple[str, str]]:
-    """Return what follows from a step's time, as (name, value)."""
+    """Return the figures that follow from a step's time, as (name, value)."""
     run = plan.run
     rows = [
         ("MFU", f"{plan.time.mfu:.1%}"),
@@ -105,7 +105,7 @@ def network(plan: report.Report) -> str:
 
 
 def advice(plan: report.Report) -> str:
-    """Return what to try where a plan is a bad one, else ""."""
+    """Return advice where a plan is bad, else ""."""
     waits = plan.time.exposed_communication_seconds / plan.time.step_seconds.expected
     if not plan.peak.fits:
         return "It does not fit: --search looks for the fastest layout that does."

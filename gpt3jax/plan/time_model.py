@@ -273,7 +273,7 @@ def _exposed(
 ) -> list[Traffic]:
     """Return the collectives with their exposed seconds.
 
-    A share of each axis's communication is exposed, and so is what exceeds the arithmetic.
+    A share of each axis's communication is exposed, and so is the time that exceeds the arithmetic.
     """
     busy = {axis: sum(row.seconds for row in traffic if row.axis == axis) for axis in layout.sizes}
     shares = {axis: ASSUMED[axis].at(case) for axis in layout.sizes}

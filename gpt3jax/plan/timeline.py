@@ -38,7 +38,7 @@ class Rates:
     matmul: float
     """FLOP/s of large products."""
     attention: float
-    """FLOP/s of cuDNN's attention, counting what its mask leaves."""
+    """FLOP/s of cuDNN's attention, counting the scores that its mask leaves."""
     memory: float
     """Bytes a second of kernels that only move data."""
     memory_peak: float

@@ -1,4 +1,4 @@
-"""Whether a compiled step was read whole: each part that a version may write in another way."""
+"""A compiled step that was not read completely is refused, whichever part is missing."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ COMPILED = compiler.Compiled(
 
 
 def check(compiled=COMPILED, axes=None, attention=None, **of_time):
-    """Check a step that has what the closed forms say, but for what is given."""
+    """Check a step that has the figures of the closed forms, except for the given ones."""
     model = {"attention": attention or schema.Attention()}
     mesh = {"data": 2, **(axes or {"fsdp": 2, "tensor": 2})}
     cfg = tiny.make_config(mesh=mesh, model=model)

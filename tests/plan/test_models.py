@@ -85,7 +85,7 @@ def test_closed_forms_see_the_network_that_a_compiled_collective_has(gpus_per_no
 
 
 def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
-    """Both count what the compiler cannot see."""
+    """Both count memory that the compiler cannot see."""
     cfg = tiny.make_config(mesh={"data": 8})
     mesh = meshes.make_mesh(cfg.mesh)
     peak = sum(memory_model.memory(cfg, layout_of(cfg)).values())
@@ -112,7 +112,7 @@ def test_175b_recomputes_what_the_compiler_does():
 
 
 def test_communication_that_arithmetic_cannot_hide_is_exposed():
-    """Over a slow network a step takes what the network takes."""
+    """Over a slow network a step takes as long as its traffic."""
     cfg = tiny.make_config(mesh={"fsdp": 8})
     gpu, layout = gpus.GPUS["h100"], layout_of(cfg)
     slow = gpus.network_of(gpu, nvlink_bandwidth=1e6, latency=1e-9)

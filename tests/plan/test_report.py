@@ -38,7 +38,7 @@ def check(plan, golden):
 
 
 def flat(tree, prefix=""):
-    """Return the leaves of a tree of JSON by their paths; what is empty is a leaf."""
+    """Return the leaves of a tree of JSON by their paths; an empty container is a leaf."""
     if not isinstance(tree, dict | list):
         return {prefix: tree}
     if not tree:
