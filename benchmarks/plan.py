@@ -4,9 +4,9 @@
     python benchmarks/plan.py memory [--no-compile]
     python benchmarks/plan.py runs
 
-Needs the extra `plan`, but with `--no-compile`, which prints the closed forms' figures. Runs on a
-CPU, an hour for all of `layouts`, which keeps its rows in a file and goes on from there. Prints
-Markdown.
+Needs the extra `plan`, except with `--no-compile`, which prints the closed forms' figures. Runs on
+a CPU. All of `layouts` takes an hour; it keeps its rows in a file, and the next call continues from
+there. Prints Markdown.
 """
 
 import argparse
@@ -25,7 +25,7 @@ GPUS = (8, 64, 256, 1024)
 FSDP_TENSOR = ["--mesh.data=1", "--mesh.fsdp=128", "--mesh.tensor=8", "--batch.microbatch-size=12"]
 PIPELINE = ["--mesh.data=8", "--mesh.stage=16", "--mesh.tensor=8"]
 BF16 = ["--precision.compute-dtype=bfloat16", "--batch.schedule="]
-# Unlike layouts: recipe, GPUs, options.
+# Layouts of different kinds: recipe, GPUs, options.
 LAYOUTS = [
     ("175b", 1024, FSDP_TENSOR),
     ("175b", 1024, [*FSDP_TENSOR, "--model.remat=mlp"]),
@@ -37,7 +37,7 @@ LAYOUTS = [
                     "--batch.microbatch-size=3", "--model.remat=mlp"]),
     ("gpt3/13b", 64, ["--mesh.data=8", "--mesh.fsdp=8", "--mesh.shard-optimizer"]),
 ]  # fmt: skip
-# Published steps of 175B that a layout of ours can be held against: seconds, source, kind, layout.
+# Published steps of 175B to compare a layout of ours with: source, seconds, kind of GPU, layout.
 RUNS = [
     ("Pax, 256 H100, fsdp", 30.1, "h100", *LAYOUTS[2]),
     ("Megatron-LM, 1,024 A100, TP 8 x PP 16", 32.0, "a100", *LAYOUTS[3]),
@@ -48,25 +48,25 @@ RUNS = [
 
 
 def report(recipe, n_gpus, args, gpu="h100", **options):
-    """Return the report of a plan without its output."""
+    """Return the report of a plan, and print nothing."""
     config_file = str(CONFIGS / f"{recipe}.py")
-    given = plan_options.Options(config=config_file, gpus=n_gpus, gpu=gpu, **options)
+    request = plan_options.Options(config=config_file, gpus=n_gpus, gpu=gpu, **options)
     with contextlib.redirect_stdout(io.StringIO()):
-        return planning.plan(given, args, "")
+        return planning.plan(request, args, "")
 
 
 def layouts(options):
     """Print the fastest layout that a search finds, for each recipe and number of GPUs.
 
-    Each compiled row is added to the file `--rows` as it comes, and those that it has are printed
-    from there: remove what is to be planned again.
+    Each compiled row is added to the file `--rows` as it comes. Rows that the file already has are
+    printed from there: remove those that are to be planned again.
     """
     file = options.rows if options.compile else None
-    had = {tuple(cells(row)[:2]): row for row in lines_of(file)}
+    known = {tuple(cells(row)[:2]): row for row in lines_of(file)}
     print("| recipe | GPUs | layout | GiB | step s | MFU |\n|---|---|---|---|---|---|")
     for recipe in options.recipes:
         for n in options.gpus:
-            row = had.get((recipe, f"{n:,}"))
+            row = known.get((recipe, f"{n:,}"))
             if row is None:
                 row = layout_row(recipe, n, options.compile)
                 if file:
@@ -87,25 +87,25 @@ def layout_row(recipe, n, compile_steps):
     """Return the row of the faster of two layouts that fit once compiled, or why there is none."""
     start = f"| {recipe} | {n:,} |"
     try:
-        found = report(
+        plan = report(
             recipe, n, ["--batch.schedule="], search=True, n_compiled=2, compile=compile_steps
         )
     except errors.UserError as error:
-        told = str(error).partition(": use more GPUs")[0].replace("|", "/")
-        return f"{start} {told} | | | |"
-    best, tried = found["search"][0], len(found["search"])
-    if not best["fits"]:
-        failed = sum(bool(row["failed"]) for row in found["search"])
-        told = f"none of the {tried} tried fits once compiled"
-        return f"{start} {told}{f', {failed} did not compile' if failed else ''} | | | |"
-    told = " ".join(
+        reason = str(error).partition(": use more GPUs")[0].replace("|", "/")
+        return f"{start} {reason} | | | |"
+    best = plan.search[0]
+    if not best.fits:
+        n_failed = sum(bool(layout.failed) for layout in plan.search)
+        failed = f", {n_failed} did not compile" if n_failed else ""
+        return f"{start} none of the {len(plan.search)} tried fits once compiled{failed} | | | |"
+    options = " ".join(
         arg.removeprefix("--").removeprefix("mesh.").removeprefix("batch.")
-        for arg in best["overrides"]
+        for arg in best.overrides
         if not arg.endswith(("=1", "schedule=", "ramp")) and "no-" not in arg
     )
     return (
-        f"{start} {told} | {best['peak_bytes_per_gpu'] / 2**30:.1f} | "
-        f"{best['step_seconds']:.3g} | {best['mfu']:.1%} |"
+        f"{start} {options} | {best.peak_bytes_per_gpu / 2**30:.1f} | "
+        f"{best.step_seconds:.3g} | {best.mfu:.1%} |"
     )
 
 
@@ -113,9 +113,9 @@ def memory(options):
     """Print the closed forms' peak and the states' minimum beside the compiler's."""
     print("| layout | states GiB | closed forms | compiled | error |\n|---|---|---|---|---|")
     for recipe, n, args in LAYOUTS:
-        found = report(recipe, n, [*args, *BF16], compile=options.compile)
-        peak, ours = found["peak_bytes_per_gpu"], found["estimated_peak_bytes_per_gpu"]
-        states = 16 * found["parameters"] / n  # fp32 weights, gradients, two moments, all cut
+        plan = report(recipe, n, [*args, *BF16], compile=options.compile)
+        peak, ours = plan.peak.peak_bytes_per_gpu, plan.peak.estimated_peak_bytes_per_gpu
+        states = 16 * plan.work.parameters / n  # fp32 weights, gradients, two moments, all cut
         print(
             f"| {recipe} on {n}: {' '.join(a.removeprefix('--') for a in args)} | "
             f"{states / 2**30:.2f} | {ours / 2**30:.2f} | {peak / 2**30:.2f} | "
@@ -130,12 +130,12 @@ def runs(options):
     print(f"| run | published s | estimate s (range) | ratio | {' | '.join(parts)} |")
     print("|---|---|---|---|---|---|---|---|")
     for name, seconds, gpu, recipe, n, args in RUNS:
-        found = report(recipe, n, [*args, *BF16], gpu=gpu, compile=options.compile)
-        low, expected, high = found["step_seconds"].values()
-        of = " | ".join(f"{found['step_parts_expected'][part]:.2f}" for part in parts)
+        time = report(recipe, n, [*args, *BF16], gpu=gpu, compile=options.compile).time
+        estimate = time.step_seconds
+        seconds_of = " | ".join(f"{getattr(time.step_parts_expected, part):.2f}" for part in parts)
         print(
-            f"| {name} | {seconds} | {expected:.3g} ({low:.3g} to {high:.3g}) | "
-            f"{expected / seconds:.2f} | {of} |",
+            f"| {name} | {seconds} | {estimate.expected:.3g} ({estimate.low:.3g} to "
+            f"{estimate.high:.3g}) | {estimate.expected / seconds:.2f} | {seconds_of} |",
             flush=True,
         )
 

@@ -8,7 +8,7 @@ import re
 from gpt3jax.config import schema
 
 # Dense peaks in TFLOP/s by a pattern of JAX's device_kind: 16-bit tensor cores, TF32 tensor cores.
-# NVIDIA's data sheets give the H100's and later GPUs' with 2:4 sparsity: twice these.
+# For the H100 and later GPUs, NVIDIA's data sheets give peaks with 2:4 sparsity: twice these.
 _PEAK_TFLOPS = {
     r"\bA100\b": (312.0, 156.0),  # A100 data sheet, SXM and PCIe
     r"\bH100 NVL\b": (835.5, 417.7),  # H100 data sheet: 1,671 / 2 and 835.5 / 2
@@ -42,13 +42,13 @@ def flops_per_token(model: schema.Model) -> float:
     """Return the FLOPs of training on one token: forward and backward, nothing recomputed.
 
     Megatron-LM's formula (`num_floating_point_operations` in megatron/training/training.py, after
-    Narayanan et al. 2021, appendix), with half of the attention matrix counted, for it is causal:
+    Narayanan et al. 2021, appendix), with half of the attention matrix counted, as it is causal:
 
         6 (L (4 D^2 + 2 D F) + D V) + 12 D (sum over layers of the mean number of positions seen)
 
     6 is 2 FLOPs x (1 forward + 2 backward); V is padded; 12 is 6 for scores and 6 for values. A
-    dense layer's token sees T/2 positions in the mean. A banded layer counts only what lies in its
-    band, w - w^2/(2T) positions, not what a dense one would compute; w >= T gives T/2 again.
+    token of a dense layer sees T/2 positions in the mean. A banded layer counts only the positions
+    in its band, w - w^2/(2T), not those that a dense layer would compute; w >= T gives T/2 again.
     LayerNorm, GELU, softmax, dropout, biases and the optimizer are left out, as in Megatron.
     """
     layers, d, f = model.n_layers, model.d_model, model.d_ff
@@ -65,10 +65,10 @@ def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
     """Return the dense peak FLOP/s of a device by JAX's `device_kind`, None where unknown.
 
     float32 means TF32 tensor cores: JAX's default precision of fp32 products on these GPUs. A MIG
-    slice is unknown, being a part of a GPU.
+    slice is unknown because it is a part of a GPU.
 
     Raises:
-        ValueError: the dtype is none of precision.compute_dtype's.
+        ValueError: precision.compute_dtype cannot be this dtype.
     """
     if compute_dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"compute_dtype={compute_dtype!r}: use bfloat16, float16 or float32")

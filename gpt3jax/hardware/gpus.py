@@ -1,8 +1,8 @@
 """Facts about GPUs and the networks between them, and the text that describes a GPU to XLA.
 
-Imports no JAX. Achieved bandwidths are assumptions, and say so; all else is from data sheets or
-from XLA's own target descriptions (openxla/xla, xla/backends/gpu/target_config/specs, commit
-4336d12e, B200: 300ec95a).
+Imports no JAX. Achieved bandwidths are assumptions, and marked so. All other figures are from data
+sheets or from XLA's own target descriptions (openxla/xla, xla/backends/gpu/target_config/specs,
+commit 4336d12e, B200: 300ec95a).
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import math
 
 from gpt3jax import errors
 
-# The cuDNN that a run would have: pip's for jax[cuda13] at the time of writing.
+# The version of cuDNN that a run has: pip's for jax[cuda13] at the time of writing.
 CUDNN = (9, 28, 1)
 
 # XLA's PrimitiveType numbers (xla_data.proto).
@@ -25,11 +25,11 @@ class Gpu:
     """One kind of GPU."""
 
     name: str
-    """CUDA's device name: XLA picks its cost constants by it, `flops` its peak."""
+    """CUDA's device name, by which XLA picks cost constants, and `flops` the peak."""
     capability: tuple[int, int]
     """Compute capability."""
     accelerated: bool
-    """Compile for the architecture-specific features (sm_90a, sm_100a)."""
+    """Whether to compile for architecture-specific features (sm_90a, sm_100a)."""
     n_cores: int
     """Streaming multiprocessors."""
     fp32_per_core: int
@@ -39,11 +39,11 @@ class Gpu:
     matrix_clock_ghz: float
     """Clock at which the tensor cores reach the data sheet's peak."""
     scalar_ops: dict[str, tuple[int, int]]
-    """By type: units of a multiprocessor, operations of each in a clock."""
+    """By type: units of a multiprocessor, operations of a unit in a clock."""
     matrix_ops: dict[str, int]
     """By type: multiply-adds of a tensor core (4 a multiprocessor) in a clock."""
     memory_bytes: int
-    """What CUDA reports as total memory."""
+    """Total memory as CUDA reports it."""
     memory_bandwidth: float
     """Bytes a second."""
     memory_clock_khz: int
@@ -51,18 +51,26 @@ class Gpu:
     shared_per_core: int
     """Shared memory of a multiprocessor (bytes)."""
     shared_per_block: int
-    """The most that a block may opt in to (bytes)."""
+    """The most shared memory that a block may opt in to (bytes)."""
     pcie_bandwidth: int
     """Bytes a second to the host, each way."""
     nvlink_bandwidth: float
-    """Data sheet's NVLink bytes a second in one direction: half of the sum it prints."""
+    """NVLink bytes a second in one direction: half of the sum in the data sheet."""
     nic_bandwidth: float
     """Bytes a second in one direction of the network card that serves a GPU of a DGX."""
     source: str
 
 
+def _scalar_ops(n_units: int, f16: int, bf16: int) -> dict[str, tuple[int, int]]:
+    """Return `Gpu.scalar_ops` from the FP32 units, of which FP64 has half, and 16-bit rates."""
+    return {
+        "s32": (64, 1), "u32": (64, 1), "f16": (n_units, f16), "f32": (n_units, 1),
+        "f64": (n_units // 2, 1), "bf16": (n_units, bf16),
+    }  # fmt: skip
+
+
 def _matrix_ops(bf16: int, f64: int, f8: int | None) -> dict[str, int]:
-    """Int8 takes twice the 16-bit rate, TF32 half; FP8 where the GPU has it."""
+    """Return `Gpu.matrix_ops`: int8 has twice the 16-bit rate, TF32 half; FP8 where it exists."""
     ops = {"s8": 2 * bf16, "u8": 2 * bf16, "f16": bf16, "f32": bf16 // 2, "f64": f64, "bf16": bf16}
     return ops | ({"f8e5m2": f8, "f8e4m3fn": f8} if f8 else {})
 
@@ -76,10 +84,7 @@ _H100 = Gpu(
     clock_ghz=1.98,
     # 132 x 4 x 512 x 2 x 1.8295201e9 = 989.2 TFLOP/s
     matrix_clock_ghz=1.8295201,
-    scalar_ops={
-        "s32": (64, 1), "u32": (64, 1), "f16": (128, 2), "f32": (128, 1), "f64": (64, 1),
-        "bf16": (128, 2),
-    },
+    scalar_ops=_scalar_ops(128, f16=2, bf16=2),
     matrix_ops=_matrix_ops(bf16=512, f64=32, f8=1024),
     memory_bytes=84_942_979_072,
     memory_bandwidth=3.35232e12,
@@ -92,7 +97,7 @@ _H100 = Gpu(
     nic_bandwidth=50e9,  # 400 Gb/s
     source="XLA h100_sxm.txtpb; NVLink: H100 data sheet (900 GB/s both ways); NIC: DGX H100 data "
     "sheet (8 x 400 Gb/s)",
-)  # fmt: skip
+)
 
 GPUS: dict[str, Gpu] = {
     "h100": _H100,
@@ -112,10 +117,7 @@ GPUS: dict[str, Gpu] = {
         fp32_per_core=64,
         clock_ghz=1.41,
         matrix_clock_ghz=1.41,  # 108 x 4 x 256 x 2 x 1.41e9 = 311.9 TFLOP/s
-        scalar_ops={
-            "s32": (64, 1), "u32": (64, 1), "f16": (64, 4), "f32": (64, 1), "f64": (32, 1),
-            "bf16": (64, 2),
-        },
+        scalar_ops=_scalar_ops(64, f16=4, bf16=2),
         matrix_ops=_matrix_ops(bf16=256, f64=16, f8=None),
         memory_bytes=85_100_068_864,
         memory_bandwidth=2.03904e12,
@@ -138,10 +140,7 @@ GPUS: dict[str, Gpu] = {
         clock_ghz=1.965,
         # 148 x 4 x 1024 x 2 x 1.8353101e9 = 2225 TFLOP/s
         matrix_clock_ghz=1.8353101,
-        scalar_ops={
-            "s32": (64, 1), "u32": (64, 1), "f16": (128, 1), "f32": (128, 1), "f64": (64, 1),
-            "bf16": (128, 1),
-        },
+        scalar_ops=_scalar_ops(128, f16=1, bf16=1),
         matrix_ops=_matrix_ops(bf16=1024, f64=16, f8=2048),
         memory_bytes=191_514_411_008,
         memory_bandwidth=7.67232e12,
@@ -155,27 +154,27 @@ GPUS: dict[str, Gpu] = {
         source="XLA b200.txtpb; NVLink: HGX B200 data sheet (1.8 TB/s both ways); NIC: DGX B200 "
         "data sheet (8 x 400 Gb/s)",
     ),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """What connects GPUs; rates are what large collectives are assumed to reach."""
+    """The network between GPUs; rates are those that large collectives are assumed to reach."""
 
     gpus_per_node: int
     """GPUs joined by NVLink."""
     nvlink_bandwidth: float
-    """Achieved bytes a second and GPU inside a node."""
+    """Bytes a second that a GPU reaches inside a node."""
     nic_bandwidth: float
-    """Achieved bytes a second and GPU between nodes."""
+    """Bytes a second that a GPU reaches between nodes."""
     latency: float
-    """Seconds to start a collective, and as much again per doubling of its group."""
+    """Seconds to start a collective, and as many again for each doubling of its group."""
 
     def bandwidth(self, group_size: int, in_node: int) -> tuple[str, float]:
-        """Return ("NVLink" or "NIC", bytes a second and GPU) of a collective.
+        """Return a collective's network, "NVLink" or "NIC", and its bytes a second for each GPU.
 
-        Of a group's members `in_node` share a node. Between nodes, the members that a node holds
-        use the cards of all of them, and what crosses the node is the same for each.
+        `in_node` members of a group share a node. Between nodes, these members use the network
+        cards of all of them, and the bytes that leave the node are the same for each.
         """
         if in_node >= group_size:
             return "NVLink", self.nvlink_bandwidth
@@ -187,7 +186,7 @@ class Network:
         return start + crossing_bytes / self.bandwidth(group_size, in_node)[1]
 
 
-# Assumed, not measured here: NCCL's bus bandwidth over the link's.
+# Assumed, not measured here: NCCL's bus bandwidth as a share of the link's.
 NVLINK_SHARE, NIC_SHARE = 0.8, 0.9  # H100: 360 of 450 GB/s, 45 of 50
 
 
@@ -198,7 +197,7 @@ def network_of(
     nic_bandwidth: float | None = None,
     latency: float = 10e-6,  # assumed
 ) -> Network:
-    """Return the network of a pod of DGXs, with what is given in place of the usual figures."""
+    """Return the network of a pod of DGXs; given values replace the usual ones."""
     return Network(
         gpus_per_node=gpus_per_node,
         nvlink_bandwidth=nvlink_bandwidth or NVLINK_SHARE * gpu.nvlink_bandwidth,
@@ -211,7 +210,7 @@ def find(name: str) -> Gpu:
     """Return a GPU by its short name.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: no GPU has this name.
     """
     if name not in GPUS:
         raise errors.UserError(f"--gpu={name} is not known: use one of {', '.join(GPUS)}")
@@ -224,7 +223,7 @@ def target_text(gpu: Gpu) -> str:
     feature = "ACCELERATED_FEATURES" if gpu.accelerated else "NONE"
     cudnn = ".".join(map(str, CUDNN))
     scalar = "".join(_rate(kind, gpu.clock_ghz, *units) for kind, units in gpu.scalar_ops.items())
-    # What is not a matrix type runs at the boost clock.
+    # FP64 runs at the boost clock.
     matrix = "".join(
         _rate(kind, gpu.clock_ghz if kind == "f64" else gpu.matrix_clock_ghz, 4, ops)
         for kind, ops in gpu.matrix_ops.items()

@@ -1,7 +1,7 @@
 """The largest temporary arrays of a compiled program, with the source line that makes each.
 
-Reads the report on buffers that XLA dumps (`--xla_dump_to`), and the tables of stack frames that an
-HLO text begins with.
+Reads XLA's report on buffers (`--xla_dump_to`), and the tables of stack frames at the start of an
+HLO text.
 """
 
 import dataclasses
@@ -19,48 +19,49 @@ _VALUE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """Memory that an instruction's result has; others may use it before and after."""
+    """The memory of an instruction's result; other results may use it before and after."""
 
     n_bytes: int
     shape: str
     operation: str
-    """Where it is in the traced function, as "while/body/checkpoint/add"."""
+    """Its place in the traced function, as "while/body/checkpoint/add"."""
     source: str
-    """File and line of this package that asked for it, "" if none did."""
+    """File and line in this package that the instruction comes from, "" if none."""
 
 
 def largest(assignment: str, text: str, n: int = 10) -> list[Buffer]:
     """Return the n largest that do not share memory, from XLA's report and the HLO text."""
     program, frames = hlo.parse(text), _Frames(text)
-    by_name = {one.name: one for body in program.computations.values() for one in body}
+    by_name = {part.name: part for body in program.computations.values() for part in body}
     match = _TEMPORARIES.search(assignment)
     values = _VALUE.findall(match[1]) if match else []
-    found, taken = [], list[tuple[int, int]]()
+    buffers, ranges = list[Buffer](), list[tuple[int, int]]()
     for name, size, offset, shape in sorted(values, key=lambda value: -int(value[1])):
         start, end = int(offset), int(offset) + int(size)
-        if name not in by_name or any(start < b and a < end for a, b in taken):
+        if name not in by_name or any(start < b and a < end for a, b in ranges):
             continue
-        taken.append((start, end))
-        attributes = by_name[name].attributes
-        told = re.search(r'op_name="([^"]*)"', attributes)
-        operation = told[1] if told else by_name[name].op
+        ranges.append((start, end))
+        instruction = by_name[name]
+        match = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        operation = match[1] if match else instruction.op
         shape = re.sub(r"\{[^}]*\}", "", shape)
-        found.append(Buffer(int(size), shape, operation, frames.source(attributes)))
-        if len(found) == n:
+        source = frames.source(instruction.attributes)
+        buffers.append(Buffer(int(size), shape, operation, source))
+        if len(buffers) == n:
             break
-    return found
+    return buffers
 
 
 def _of_package(path: str) -> str:
-    """Return a file of this package as "gpt3jax/...", "" of another one's.
+    """Return the path of a file of this package as "gpt3jax/...", "" for other packages.
 
-    A folder named gpt3jax may hold an environment with all other packages.
+    A folder named gpt3jax may hold a virtual environment with all other packages.
     """
-    _, environment, installed = path.rpartition("-packages/")
-    if environment:
+    _, separator, installed = path.rpartition("-packages/")
+    if separator:
         return installed if installed.startswith("gpt3jax/") else ""
-    _, here, file = path.rpartition("/gpt3jax/")
-    return f"gpt3jax/{file}" if here else ""
+    _, separator, file = path.rpartition("/gpt3jax/")
+    return f"gpt3jax/{file}" if separator else ""
 
 
 class _Frames:
@@ -86,7 +87,7 @@ class _Frames:
             location, parent = self._frames[number]
             file, line = self._locations[location]
             path = _of_package(self._files[file][0])
-            if path and "/sharding/" not in path:  # which others call
+            if path and "/sharding/" not in path:  # other rooms call it
                 return f"{path}:{line}"
-            number = str(int(parent) - 1)  # 1: it has none
+            number = str(int(parent) - 1)  # 1 means no parent
         return ""

@@ -1,7 +1,7 @@
-"""Compiling a config's true training step for GPUs that are not here, in a process of its own.
+"""Compiles a config's true training step for GPUs that are not here, in a process of its own.
 
-`compile_step` starts that process (XLA reads its options once, when JAX starts) and keeps what it
-found in a cache. `python -m gpt3jax.plan.compiler` is the process; it takes a request on its
+`compile_step` starts that process, because XLA reads its options once, when JAX starts; a cache
+keeps its answers. `python -m gpt3jax.plan.compiler` is the process, and reads a request from its
 standard input. Needs the extra `plan`. Nothing is allocated: the step is compiled from shapes.
 """
 
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import zlib
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.experimental.topologies
@@ -37,114 +37,181 @@ from gpt3jax.sharding import meshes
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 # Groups of a config that do not change the program.
 _ELSEWHERE = ("checkpoint.", "log.", "distributed.")
-# What the compiling process is given, whatever the user's own environment says.
-_ALONE = {
+# Variables of the compiling process, whatever the user's own environment says.
+_FIXED = {
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver, and none is needed
     "JAX_ENABLE_COMPILATION_CACHE": "false",
-    "JAX_TRACEBACK_FILTERING": "off",  # else an error ends with advice on its traceback
+    "JAX_TRACEBACK_FILTERING": "off",  # else errors end with advice on tracebacks
 }
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What XLA made of the step; bytes are of one GPU."""
+    """A compiled step; bytes are those of one GPU."""
 
     argument_bytes: int
-    """The state and the batch."""
+    """Bytes of the state and the batch."""
     temp_bytes: int
-    """All else that is alive at the peak."""
+    """Bytes of everything else that is alive at the peak."""
     peak_bytes: int
     attention: str
-    """What attention runs on: cudnn or xla."""
-    largest_buffers: list[dict[str, Any]]
-    """Temporary arrays, as `buffers.Buffer`."""
+    """The implementation of attention: cudnn or xla."""
+    largest_buffers: list[buffers.Buffer]
+    """The largest temporary arrays."""
     cudnn: dict[str, bool]
     """Whether cuDNN's kernels are in the program: forward, backward."""
     compile_seconds: float
-    """Tracing, lowering and compiling."""
+    """Seconds of tracing, lowering and compiling."""
     host_bytes: int
     """The most memory that the compiling process held."""
     versions: dict[str, str]
     cached: bool
-    """Taken from the cache; `compile_seconds` are then of the time it was made."""
+    """Whether it comes from the cache; `compile_seconds` are then those of the first time."""
     text: str
     """The optimised, scheduled program."""
     program: hlo.Program
-    """The same, read."""
+    """The parsed text."""
+
+
+class _Step(TypedDict):
+    """The step to compile, as JSON."""
+
+    args: list[str]
+    """The command line of the recipe."""
+    axis_sizes: dict[str, int]
+    target: str
+    """The GPU, as `gpus.target_text` describes it."""
+    capability: tuple[int, int]
+    gpus_per_node: int
+
+
+class _Request(_Step):
+    """A request to the compiling process."""
+
+    out: str
+    """The file for its answer."""
+    dump: str
+    """The folder for XLA's dumps."""
+
+
+class _Answer(TypedDict):
+    """The answer of the compiling process, and a file of the cache; fields as in `Compiled`."""
+
+    argument_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    attention: str
+    compile_seconds: float
+    host_bytes: int
+    versions: dict[str, str]
+    hlo: str
+    """The program's text."""
+    largest_buffers: list[dict[str, Any]]
+    """Fields of `buffers.Buffer`."""
 
 
 def missing_extra() -> str:
-    """Return what to do where the compiler for GPUs is not installed, "" where it is."""
+    """Return why there is no compiler for GPUs and how to install it, "" if it is installed."""
     installed = versions()
-    found = [installed[name] for name in _PLUGINS if name in installed]
-    if found and installed["jax"] in found:
+    plugins = [installed[name] for name in _PLUGINS if name in installed]
+    if installed["jax"] in plugins:
         return ""
     if sys.platform != "linux":
-        return f"the compiler for GPUs is there for Linux only, not for {sys.platform}"
-    have = f"jax {installed['jax']} needs a CUDA plugin of its version"
-    have += f", not {' or '.join(found)}" if found else ", and there is none"
-    return f"{have}: pip install -e '.[plan]'"
+        return f"the compiler for GPUs exists for Linux only, not for {sys.platform}"
+    reason = f"jax {installed['jax']} needs a CUDA plugin of its version"
+    reason += f", not {' or '.join(plugins)}" if plugins else ", and none is installed"
+    return f"{reason}: pip install -e '.[plan]'"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide the program, as far as installed."""
+    installed = {}
+    for name in _PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
 
 
 def compile_step(
     cfg: schema.Config, args: list[str], axis_sizes: dict[str, int], gpu: gpus.Gpu,
     network: gpus.Network,
 ) -> Compiled:  # fmt: skip
-    """Compile the step of the command line `args`, or find it in the cache.
+    """Compile the step of the command line `args`, or read it from the cache.
 
-    `cfg` is what `recipe.parse` makes of `args`; `axis_sizes` are its mesh's, none of them -1.
+    `cfg` is the config of `args`; `axis_sizes` are the sizes of its mesh, none of them -1.
 
     Raises:
         UserError: the model does not fit the mesh, XLA does not know an option of the user's, the
             compiler failed, or no folder can be written to.
     """
-    n_stages = axis_sizes["stage"]
-    flags = xla_flags.text(xla_flags.of_plan(gpu, network, n_stages))
-    flags = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # a run's user has the last word
-    variables = {one.name: one.value for one in xla_flags.variables(n_stages)}
-    variables |= {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
-    variables |= _ALONE
-    request = {
+    environment = _environment(gpu, network, axis_sizes["stage"])
+    wanted: _Step = {
         "args": args,
         "axis_sizes": axis_sizes,
         "target": gpus.target_text(gpu),
         "capability": gpu.capability,
         "gpus_per_node": network.gpus_per_node,
     }
-    file = _cache_folder() / f"{_key(cfg, request, flags, variables)}.json.gz"
-    found = _read(file)
-    cached = found is not None
-    if found is None:
-        xla_flags.check(flags)
-        _run(request, {**variables, "XLA_FLAGS": flags}, file)
-        found = _read(file)
-        assert found is not None, f"{file} was just written"
-    text = found.pop("hlo")
-    cudnn = hlo.cudnn_attention(text)
-    return Compiled(text=text, program=hlo.parse(text), cudnn=cudnn, cached=cached, **found)
+    file = _cache_folder() / f"{_key(cfg, wanted, environment)}.json.gz"
+    answer = _read(file)
+    cached = answer is not None
+    if answer is None:
+        xla_flags.check(environment["XLA_FLAGS"])
+        _run(wanted, environment, file)
+        answer = _read(file)
+        assert answer is not None, f"{file} was just written"
+    return _compiled(answer, cached=cached)
 
 
-def _key(cfg: schema.Config, request: dict[str, Any], flags: str, variables: dict[str, str]) -> str:
-    """Return a digest of all that decides the program."""
+def _environment(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> dict[str, str]:
+    """Return the variables that the compiling process gets; a user's own go over a run's."""
+    flags = xla_flags.text(xla_flags.of_plan(gpu, network, n_stages))
+    flags = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # XLA takes the last of each
+    of_run = {setting.name: setting.value for setting in xla_flags.variables(n_stages)}
+    of_user = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+    return {**of_run, **of_user, **_FIXED, "XLA_FLAGS": flags}
+
+
+def _key(cfg: schema.Config, wanted: _Step, environment: dict[str, str]) -> str:
+    """Return a digest of everything that decides the program."""
     fields = {k: v for k, v in schema.flatten(cfg).items() if not k.startswith(_ELSEWHERE)}
-    target = [request[name] for name in ("axis_sizes", "target", "gpus_per_node")]
-    described = [fields, target, flags, variables, versions(), _sources()]
+    target = [wanted["axis_sizes"], wanted["target"], wanted["gpus_per_node"]]
+    described = [fields, target, environment, versions(), _sources()]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
 
-def _read(file: pathlib.Path) -> dict[str, Any] | None:
-    """Return what a file of the cache holds; None where it is missing or damaged."""
+def _read(file: pathlib.Path) -> _Answer | None:
+    """Return the content of a file of the cache; None where it is missing or damaged."""
     try:
         return json.loads(gzip.decompress(file.read_bytes()))
     except (OSError, EOFError, ValueError, zlib.error):
         return None
 
 
+def _compiled(answer: _Answer, *, cached: bool) -> Compiled:
+    return Compiled(
+        argument_bytes=answer["argument_bytes"],
+        temp_bytes=answer["temp_bytes"],
+        peak_bytes=answer["peak_bytes"],
+        attention=answer["attention"],
+        largest_buffers=[buffers.Buffer(**buffer) for buffer in answer["largest_buffers"]],
+        cudnn=hlo.cudnn_attention(answer["hlo"]),
+        compile_seconds=answer["compile_seconds"],
+        host_bytes=answer["host_bytes"],
+        versions=answer["versions"],
+        cached=cached,
+        text=answer["hlo"],
+        program=hlo.parse(answer["hlo"]),
+    )
+
+
 def main() -> int:
-    """Answer the request on standard input; the exit status is 2 for what a user can mend."""
-    request = json.load(sys.stdin)
+    """Answer the request on standard input; the exit status is 2 for errors a user can fix."""
+    request: _Request = json.load(sys.stdin)
     try:
         answer = _compile(request)
     except errors.UserError as error:
@@ -155,9 +222,10 @@ def main() -> int:
     return 0
 
 
-def _compile(request: dict[str, Any]) -> dict[str, Any]:
+def _compile(request: _Request) -> _Answer:
     started = time.monotonic()
-    cudnn_attention.answer_for(tuple(request["capability"]), gpus.CUDNN)
+    major, minor = request["capability"]
+    cudnn_attention.answer_for((major, minor), gpus.CUDNN)
     cfg = recipe.parse(request["args"])
     mesh = _target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
@@ -168,10 +236,10 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         traced = program.train.jitted.trace(*args)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    # The step's is the largest: what else was compiled on the way has its own.
+    # The largest report is the step's: other programs that were compiled have their own.
     dumped = pathlib.Path(request["dump"]).glob("*optimizations-buffer-assignment.txt")
     reports = sorted(dumped, key=lambda file: file.stat().st_size)
-    found = buffers.largest(reports[-1].read_text(), text) if reports else []
+    largest = buffers.largest(reports[-1].read_text(), text) if reports else []
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
@@ -181,7 +249,7 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": versions(),
         "hlo": text,
-        "largest_buffers": [dataclasses.asdict(one) for one in found],
+        "largest_buffers": [dataclasses.asdict(buffer) for buffer in largest],
     }
 
 
@@ -192,20 +260,20 @@ def _target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) ->
     topology = jax.experimental.topologies.get_topology_desc(
         platform="cuda", target_config=target, topology=f"1x{n_gpus // per_node}x{per_node}"
     )
-    devices: Any = np.array(topology.devices).reshape(sizes)
+    devices: np.ndarray = np.array(topology.devices).reshape(sizes)
     return jax.sharding.Mesh(devices, meshes.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _run(request: dict[str, Any], settings: dict[str, str], file: pathlib.Path) -> None:
-    """Run the compiling process; its answer appears under the file's name only when whole."""
-    environment = {**os.environ, **settings}
+def _run(wanted: _Step, environment: dict[str, str], file: pathlib.Path) -> None:
+    """Run the compiling process; its answer appears under the file's name only when complete."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        request = {**request, "out": f"{folder}/answer", "dump": f"{folder}/dump"}
-        environment["XLA_FLAGS"] += f" --xla_dump_to={_quoted(request['dump'])}"
+        request: _Request = {**wanted, "out": f"{folder}/answer", "dump": f"{folder}/dump"}
+        dump = f"--xla_dump_to={_quoted(request['dump'])}"
+        flags = f"{environment['XLA_FLAGS']} {dump}"
         done = subprocess.run(
             [sys.executable, "-m", "gpt3jax.plan.compiler"],
             input=json.dumps(request), text=True, errors="replace", capture_output=True,
-            env=environment,
+            env={**os.environ, **environment, "XLA_FLAGS": flags},
         )  # fmt: skip
         if done.returncode:
             raise errors.UserError(_failure(done.returncode, done.stderr))
@@ -213,34 +281,23 @@ def _run(request: dict[str, Any], settings: dict[str, str], file: pathlib.Path) 
 
 
 def _quoted(text: str) -> str:
-    """Return a value as XLA_FLAGS must have it: in quotes that it does not hold (none escape)."""
+    """Return a value as XLA_FLAGS needs it: in quotes that it does not contain (none escape)."""
     quote = '"' if "'" in text else "'"
     return f"{quote}{text}{quote}"
 
 
 def _failure(status: int, stderr: str) -> str:
-    """Return in one line why the compiling process ended: its signal, the error it printed last."""
+    """Return in one line why the compiling process ended: its signal, and its last error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no message"]
     if status == 2:  # `main`
         return lines[-1]
     fatal = re.compile(r"F\d{4} |[A-Za-z_][\w.]*(Error|Exception)\b.*:")  # XLA's, Python's
-    said = next((line for line in reversed(lines) if fatal.match(line)), lines[-1])
+    error = next((line for line in reversed(lines) if fatal.match(line)), lines[-1])
     if status > 0:
-        return f"the compiler failed: {said}"
+        return f"the compiler failed: {error}"
     name = signal.Signals(-status).name
     hint = " (is there too little memory?)" if name == "SIGKILL" else ""
-    return f"the compiler was ended by {name}{hint}: {said}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what decides the program, as far as installed."""
-    installed = {}
-    for name in _PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
+    return f"the compiler was ended by {name}{hint}: {error}"
 
 
 def _sources() -> str:
@@ -253,7 +310,7 @@ def _sources() -> str:
 
 
 def _cache_folder() -> pathlib.Path:
-    """Return the folder of compiled steps, made: the user's, or where that cannot be, a temporary.
+    """Make and return the folder of compiled steps: the user's, else a temporary one.
 
     Raises:
         UserError: neither can be written.

@@ -1,7 +1,7 @@
-"""Reading XLA's scheduled HLO text: instructions, and which mesh axes a collective spans.
+"""A reader of XLA's scheduled HLO text: instructions, and the mesh axes that a collective spans.
 
-Understands what `jax.stages.Compiled.as_text()` gives for GPUs, in the versions of JAX in `TRIED`.
-XLA's text has no specification and changes: what does not read as expected is `unreadable`.
+It understands what `jax.stages.Compiled.as_text()` gives for GPUs in the versions of JAX in
+`TRIED`. XLA's text has no specification and changes: unexpected text is an error (`unreadable`).
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ _CALLERS = ("call", "call-start", "async-start", "conditional")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CUBLAS_PRODUCTS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
-# ...ScaleBiasSoftmax where segments mask it.
+# ...ScaleBiasSoftmax with a mask of segments.
 _CUDNN_ATTENTION = re.compile(r"__cudnn\$fmha\w*Softmax(Backward)?")
 
 
-def unreadable(what: str) -> errors.UserError:
-    """Return the error for a program that does not read as those of the versions in `TRIED`."""
+def unreadable(reason: str) -> errors.UserError:
+    """Return the error for a program that differs from those of the versions in `TRIED`."""
     return errors.UserError(
         f"the plan cannot read the step that jax {importlib.metadata.version('jax')} compiled: "
-        f"{what}. Use --no-compile, or a version that was tried: {', '.join(TRIED)}"
+        f"{reason}. Use --no-compile, or a version that was tried: {', '.join(TRIED)}"
     )
 
 
@@ -45,34 +45,34 @@ class Instruction:
 
     name: str
     shape: str
-    """Of its result, as XLA writes it."""
+    """The shape of its result, as XLA writes it."""
     op: str
     operands: tuple[str, ...]
     """Names of instructions of the same computation."""
     attributes: str
-    """All else, of a constant its value too."""
+    """The rest of the line; for a constant, its value too."""
 
     @property
     def collective(self) -> str:
-        """What it starts or is, of the kinds of collectives; "" for all else."""
+        """The kind of collective that it is or starts; "" for all others."""
         kind = self.op.removesuffix("-start")
         return kind if kind in _KINDS else ""
 
     @property
     def callees(self) -> list[str]:
-        """Computations that it runs; those of a fusion or a sort are parts of one kernel."""
+        """Names of computations that it runs; a fusion or a sort is one kernel, and has none."""
         if self.op not in _CALLERS:
             return []
-        found = _CALLED.findall(self.attributes)
+        names = _CALLED.findall(self.attributes)
         if branches := _BRANCHES.search(self.attributes):
-            found += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
-        if not found:
-            raise unreadable(f"what {self.name} runs was not found")
-        return found
+            names += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
+        if not names:
+            raise unreadable(f"the computation that {self.name} runs was not found")
+        return names
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """The function that a custom call calls; "" for all other instructions."""
         match = _TARGET.search(self.attributes) if self.op == "custom-call" else None
         return match[1] if match else ""
 
@@ -81,7 +81,7 @@ class Instruction:
         """The computation that a loop repeats."""
         match = re.search(r"body=%?([\w.\-]+)", self.attributes)
         if not match:
-            raise unreadable(f"what {self.name} repeats was not found")
+            raise unreadable(f"the computation that {self.name} repeats was not found")
         return match[1]
 
 
@@ -93,38 +93,38 @@ class Program:
     computations: dict[str, list[Instruction]]
 
     def body(self, name: str) -> list[Instruction]:
-        """Return a computation's instructions, of the schedule's in its order.
+        """Return a computation's instructions, in the order of the schedule.
 
         Raises:
-            UserError: there is none of this name.
+            UserError: no computation has this name.
         """
         if name not in self.computations:
             raise unreadable(f"it runs {name}, which was not found")
         return self.computations[name]
 
-    def fused(self, one: Instruction) -> list[Instruction]:
-        """Return what a fusion, started or run at once, is made of; nothing for all else."""
-        if one.op not in ("fusion", "fusion-start"):
+    def fused(self, kernel: Instruction) -> list[Instruction]:
+        """Return the instructions inside a fusion, started or run at once; none for all others."""
+        if kernel.op not in ("fusion", "fusion-start"):
             return []
-        names = _CALLED.findall(one.attributes)
+        names = _CALLED.findall(kernel.attributes)
         if not names:
-            raise unreadable(f"what {one.name} fuses was not found")
+            raise unreadable(f"the computation that {kernel.name} fuses was not found")
         return [part for name in names for part in self.body(name)]
 
 
 def parse(text: str) -> Program:
     """Return the program of an HLO text."""
-    entry, found = "", dict[str, list[Instruction]]()
+    entry, computations = "", dict[str, list[Instruction]]()
     lines: list[Instruction] = []
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
             lines.append(_instruction(match[1], line[match.end() :]))
         elif match := _COMPUTATION.match(line):
-            lines = found.setdefault(match[2], [])
+            lines = computations.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
     if not entry:
         raise unreadable("no entry computation was found")
-    return Program(entry, found)
+    return Program(entry, computations)
 
 
 def _instruction(name: str, text: str) -> Instruction:
@@ -141,50 +141,50 @@ def _instruction(name: str, text: str) -> Instruction:
 def trips(program: Program, loop: Instruction) -> int:
     """Return how often a loop runs its body.
 
-    Where XLA does not say, what its condition compares with: JAX's loops count from 0, by 1. That
-    is a constant there, or one that the loop carries (`step` hides how many microbatches there
-    are).
+    Where XLA does not say, it is the number that the condition compares with, because JAX's loops
+    count from 0 by 1. This is a constant in the condition, or one that the loop carries (`step`
+    hides the number of microbatches).
 
     Raises:
-        UserError: none of them tells.
+        UserError: none of them says.
     """
     if match := _TRIPS.search(loop.attributes):
         return int(match[1])
     condition = list(_condition(program, loop))
-    constants = [one for one in condition if _is_integer(one)]
-    carried = [one for one in condition if one.op == "get-tuple-element"]
-    bounds = [_value(one) for one in constants[:1] or _starts(program, loop, carried)]
+    constants = [part for part in condition if _is_integer(part)]
+    carried = [part for part in condition if part.op == "get-tuple-element"]
+    bounds = [_value(constant) for constant in constants[:1] or _starts(program, loop, carried)]
     if max(bounds, default=0):
         return max(bounds)
-    raise unreadable(f"it has a loop, {loop.name}, of which XLA does not tell how often it runs")
+    raise unreadable(f"it has a loop, {loop.name}, and XLA does not say how often it runs")
 
 
 def _condition(program: Program, loop: Instruction) -> Iterator[Instruction]:
-    """Yield the instructions that tell whether the loop goes on."""
+    """Yield the instructions that decide whether the loop goes on."""
     names = re.findall(r"condition=%?([\w.\-]+)", loop.attributes)
     for name in names:
-        for one in program.body(name):
-            names += re.findall(r"calls=%?([\w.\-]+)", one.attributes)
-            yield one
+        for instruction in program.body(name):
+            names += re.findall(r"calls=%?([\w.\-]+)", instruction.attributes)
+            yield instruction
 
 
 def _starts(
     program: Program, loop: Instruction, carried: list[Instruction]
 ) -> Iterator[Instruction]:
-    """Yield the constants that a loop begins with, of what its condition reads."""
-    of_name = {one.name: one for part in program.computations.values() for one in part}
-    starts = of_name[loop.operands[0]].operands
-    for one in carried:
-        index = re.search(r"index=(\d+)", one.attributes)
+    """Yield the constants with which a loop starts the values that its condition reads."""
+    by_name = {part.name: part for body in program.computations.values() for part in body}
+    starts = by_name[loop.operands[0]].operands
+    for value in carried:
+        index = re.search(r"index=(\d+)", value.attributes)
         name = starts[int(index[1])] if index and int(index[1]) < len(starts) else ""
-        while name and of_name[name].op == "copy":
-            name = of_name[name].operands[0]
-        if name and _is_integer(of_name[name]):
-            yield of_name[name]
+        while name and by_name[name].op == "copy":
+            name = by_name[name].operands[0]
+        if name and _is_integer(by_name[name]):
+            yield by_name[name]
 
 
-def _is_integer(one: Instruction) -> bool:
-    return one.op == "constant" and one.shape == "s32[]"
+def _is_integer(instruction: Instruction) -> bool:
+    return instruction.op == "constant" and instruction.shape == "s32[]"
 
 
 def _value(constant: Instruction) -> int:
@@ -192,7 +192,7 @@ def _value(constant: Instruction) -> int:
 
 
 def _closing(text: str) -> int:
-    """Return the place after the bracket that closes the first one."""
+    """Return the position after the bracket that closes the first one."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -208,13 +208,13 @@ class Collective:
     kind: str
     axes: tuple[str, ...]
     group_size: int
-    """Members of a group; 2 of a permutation, which goes from one to one."""
+    """Members of a group; 2 for a permutation, which sends from one to one."""
     in_node: int
-    """Members of a group in one node, the fewest where nodes differ."""
+    """Members of a group that share a node; the fewest where nodes differ."""
     n_bytes: int
-    """The whole buffer of one execution: what is gathered, reduced, scattered or sent."""
+    """The whole buffer of one execution: the array gathered, reduced, scattered or sent."""
     is_async: bool
-    """Arithmetic may go on meanwhile."""
+    """Whether arithmetic may run meanwhile."""
 
     @property
     def crossing_bytes(self) -> float:
@@ -226,51 +226,56 @@ class Collective:
 
 
 def collective(
-    one: Instruction, axis_sizes: tuple[tuple[str, int], ...], gpus_per_node: int
+    instruction: Instruction, axis_sizes: tuple[tuple[str, int], ...], gpus_per_node: int
 ) -> Collective:
-    """Return what an instruction communicates over which axes.
+    """Return the collective that an instruction runs.
 
-    `axis_sizes` are the mesh's, slowest first; devices are numbered in its order, and each
+    `axis_sizes` are the mesh's, slowest first. Devices are numbered in the mesh's order, and each
     `gpus_per_node` of them are a node.
     """
-    return _collective(one.shape, one.op, one.attributes, axis_sizes, gpus_per_node)
+    name, shape, attributes = instruction.op, instruction.shape, instruction.attributes
+    return _collective(name, shape, attributes, axis_sizes, gpus_per_node)
 
 
 def attention_pass(target: str) -> str:
-    """Return "forward" or "backward" for what calls cuDNN's attention, "" for all else."""
+    """Return "forward" or "backward" for a call of cuDNN's attention, "" for all others."""
     match = _CUDNN_ATTENTION.fullmatch(target)
     return ("backward" if match[1] else "forward") if match else ""
 
 
 def cudnn_attention(text: str) -> dict[str, bool]:
-    """Tell whether cuDNN's attention is in the program, forward and backward."""
+    """Return whether cuDNN's attention is in the program, forward and backward."""
     passes = {attention_pass(target) for target in _TARGET.findall(text)}
     return {name: name in passes for name in ("forward", "backward")}
 
 
 @functools.cache
 def _collective(
-    shape: str, name: str, rest: str, axis_sizes: tuple[tuple[str, int], ...], gpus_per_node: int
+    op: str,
+    shape: str,
+    attributes: str,
+    axis_sizes: tuple[tuple[str, int], ...],
+    gpus_per_node: int,
 ) -> Collective:
-    names, sizes = zip(*axis_sizes, strict=True)
-    kind = name.removesuffix("-start")
-    groups = _groups(rest, math.prod(sizes))
-    places = np.stack(np.unravel_index(groups, sizes))
+    axes, sizes = zip(*axis_sizes, strict=True)
+    kind = op.removesuffix("-start")
+    members = groups(attributes, math.prod(sizes))
+    places = np.stack(np.unravel_index(members, sizes))
     varies = (places != places[..., :1]).any(axis=(1, 2))
-    n = groups.shape[1]
-    nodes = groups // gpus_per_node
+    group_size = members.shape[1]
+    nodes = members // gpus_per_node
     return Collective(
         kind=kind,
-        axes=tuple(axis for axis, moves in zip(names, varies, strict=True) if moves),
-        group_size=n,
+        axes=tuple(axis for axis, moves in zip(axes, varies, strict=True) if moves),
+        group_size=group_size,
         in_node=int((nodes[:, :, None] == nodes[:, None]).sum(axis=2).min()),
-        n_bytes=_buffer_bytes(kind, name != kind, shape, n),
-        is_async=name != kind and '"is_sync":true' not in rest,
+        n_bytes=_buffer_bytes(kind, shape, group_size, starts=op != kind),
+        is_async=op != kind and '"is_sync":true' not in attributes,
     )
 
 
 def n_bytes(shape: str) -> int:
-    """Return the bytes of a shape, of a tuple's parts together."""
+    """Return the bytes of a shape; for a tuple, of all its parts together."""
     return sum(_size(*match.groups()) for match in _SHAPE.finditer(shape))
 
 
@@ -281,8 +286,8 @@ def dims(shape: str) -> tuple[int, ...]:
     return tuple(int(d) for d in match[2].split(",") if d)
 
 
-def _buffer_bytes(kind: str, starts: bool, shape: str, group_size: int) -> int:
-    """Return the size of the whole buffer; a `-start` lists inputs, then outputs."""
+def _buffer_bytes(kind: str, shape: str, group_size: int, *, starts: bool) -> int:
+    """Return the bytes of the whole buffer; the shape of a `-start` lists inputs, then outputs."""
     total = n_bytes(shape)
     if kind in ("all-gather", "reduce-scatter") and starts:
         return total * group_size // (group_size + 1)
@@ -294,7 +299,7 @@ def _buffer_bytes(kind: str, starts: bool, shape: str, group_size: int) -> int:
 
 
 def _size(dtype: str, dims: str) -> int:
-    """Return the bytes of an array of XLA's shape."""
+    """Return the bytes of an array."""
     if dtype in ("u32", "token") and not dims:  # a permutation's context, not data
         return 0
     digits = re.search(r"\d+", dtype)
@@ -303,26 +308,28 @@ def _size(dtype: str, dims: str) -> int:
     return width * math.prod(int(d) for d in dims.split(",") if d)
 
 
-def _groups(rest: str, n_devices: int) -> np.ndarray:
-    """Return the devices of each group, `[groups, members]`, in any of XLA's spellings.
+def groups(attributes: str, n_devices: int) -> np.ndarray:
+    """Return the devices of each group, `[groups, members]`, from any of XLA's spellings.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the spelling is not known.
     """
-    if re.search(r"replica_groups=\{\}", rest):
-        return np.arange(n_devices)[None]  # all
-    if match := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{[\d,{}]*\})\}", rest):
+    if re.search(r"replica_groups=\{\}", attributes):
+        return np.arange(n_devices)[None]  # one group of all
+    if match := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{[\d,{}]*\})\}", attributes):
         listed = re.findall(r"\{([\d,]+)\}", match[1])
         return np.array([[int(d) for d in group.split(",")] for group in listed])
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+    if match := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes
+    ):
         return _iota(match[3]).reshape(int(match[1]), int(match[2]))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
         return _mesh_groups(match[1], match[2], match[3])
-    raise unreadable(f"groups of a collective are written in another way: {rest[:80]}")
+    raise unreadable(f"groups of a collective are written in another way: {attributes[:80]}")
 
 
 def _iota(text: str) -> np.ndarray:
-    """Return the device numbers that "[8,128]T(1,0)" stands for, flat."""
+    """Return the flat device numbers that "[8,128]T(1,0)" means."""
     dims, _, order = text.partition("T")
     sizes = [int(d) for d in dims.strip("[]").split(",")]
     numbers = np.arange(math.prod(sizes)).reshape(sizes)
@@ -334,8 +341,8 @@ def _iota(text: str) -> np.ndarray:
 def _mesh_groups(sizes: str, devices: str, named: str) -> np.ndarray:
     """Return the groups of "mesh['a'=128,'b'=8], device_ids=([128,8]T(1,0)) {'b'}".
 
-    A named axis may be a part of a mesh axis, "'a':(pre)size": the part of that size which comes
-    after `pre` parts.
+    A named axis may be a part of a mesh axis, "'a':(before)size": the part of this size that comes
+    after `before` parts.
     """
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     order = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)", devices)

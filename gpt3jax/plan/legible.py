@@ -1,33 +1,35 @@
-"""Whether a compiled step was read whole: what was found in it against what must be there.
+"""Checks that a compiled step was read completely: it must have all parts that the config needs.
 
-XLA's text has no specification. What a version writes in another way is not recognised and takes
-no time, or a wrong one, so a plan is refused where its parts do not add up.
+XLA's text has no specification. A part that a version writes in another way is not recognised, and
+would count as no time or a wrong one. So a plan is refused where its parts do not add up.
 """
 
 import collections
 
 from gpt3jax.config import schema
-from gpt3jax.plan import compiler, hlo, memory_model, time_model, timeline
+from gpt3jax.plan import compiler, hlo, memory_model, placement, time_model, timeline
 
-# Of the model's FLOPs with what is computed again: compiled steps have 1.00 to 1.02, 1.10 where XLA
-# computes parts of a layer once more, and idle ticks of a pipeline.
+# Bounds of a program's FLOPs, as shares of the model's with recomputation. Compiled steps have 1.00
+# to 1.02, 1.10 where XLA computes parts of a layer once more, and a pipeline's idle ticks.
 LEAST, MOST = 0.9, 1.5
-LEAST_SENT = 0.6  # of what the closed forms send over an axis: compiled steps have 1.0 to 1.9
+# Lower bound of the bytes over an axis, as a share of the closed forms': compiled steps have 1.0 to
+# 1.9.
+LEAST_SENT = 0.6
 
 
 def check(
     cfg: schema.Config,
-    layout: memory_model.Layout,
+    layout: placement.Layout,
     compiled: compiler.Compiled,
     time: time_model.StepTime,
     closed_forms: time_model.StepTime,
 ) -> None:
-    """Check that memory, products, attention, costs and collectives were found.
+    """Check that memory, products, attention, costs and collectives were read.
 
-    `time` is by the compiled step's schedule, `closed_forms` what it must have at least.
+    `time` is by the compiled step's schedule; `closed_forms` gives the traffic that it needs.
 
     Raises:
-        UserError: one was not.
+        UserError: one of them is missing or wrong.
     """
     if not 0 < compiled.argument_bytes <= compiled.peak_bytes:
         raise hlo.unreadable(
@@ -38,41 +40,43 @@ def check(
         raise hlo.unreadable("no temporary array was found in its report on memory")
     if not timeline.COST.search(compiled.text):
         raise hlo.unreadable("no cost of XLA's model was found")
-    _check_flops(cfg, layout, time.flops)
+    _check_flops(cfg, layout, time.parts.flops)
     _check_attention(cfg, layout, compiled)
     if time.traffic and '"is_sync"' not in compiled.text:
-        raise hlo.unreadable("no collective tells whether arithmetic goes on beside it")
+        raise hlo.unreadable("no collective says whether arithmetic runs beside it")
     _check_traffic(time.traffic, closed_forms.traffic)
 
 
-def _check_flops(cfg: schema.Config, layout: memory_model.Layout, found: float) -> None:
+def _check_flops(cfg: schema.Config, layout: placement.Layout, n_flops: float) -> None:
     work = time_model.work(cfg, layout)
     needed = work.model_flops + work.recomputed_flops
-    # XLA's attention works out whole blocks, of a band many scores that the model does not count:
-    # 2 products of 2 FLOPs forward, again where it is recomputed, and 5 backward.
+    # XLA's attention computes whole blocks, and so for a band many scores that the model does not
+    # count: 2 products of 2 FLOPs forward, again where it is recomputed, and 5 backward.
     scores = memory_model.scores(cfg, layout) * layout.n_microbatches * cfg.model.n_layers
-    of_xla = 18 * cfg.model.d_head * scores / layout.sizes["stage"]
-    busy = 1 - time_model.schedule(cfg, layout).bubble
-    if not LEAST * needed <= found <= MOST * (needed + of_xla) / busy:
+    of_scores = 18 * cfg.model.d_head * scores / layout.sizes["stage"]
+    busy = 1 - placement.schedule(cfg, layout).bubble
+    if not LEAST * needed <= n_flops <= MOST * (needed + of_scores) / busy:
         raise hlo.unreadable(
-            f"products and attention of {found:.3g} FLOPs a GPU were found, and it needs "
+            f"products and attention of {n_flops:.3g} FLOPs a GPU were found, and it needs "
             f"{needed:.3g}"
         )
 
 
 def _check_attention(
-    cfg: schema.Config, layout: memory_model.Layout, compiled: compiler.Compiled
+    cfg: schema.Config, layout: placement.Layout, compiled: compiler.Compiled
 ) -> None:
-    # A band over a split sequence is XLA's work.
+    # XLA computes a band over a split sequence.
     split = layout.sizes["context"] > 1 and cfg.model.attention.pattern == "alternating"
     if compiled.attention == "cudnn" and not split and not all(compiled.cudnn.values()):
-        raise hlo.unreadable("cuDNN's attention was not found, which the step has asked for")
+        raise hlo.unreadable("cuDNN's attention was not found, although the step asks for it")
 
 
-def _check_traffic(found: list[time_model.Traffic], least: list[time_model.Traffic]) -> None:
-    sent, needed = _bytes_by_axis(found), _bytes_by_axis(least)
+def _check_traffic(
+    traffic: list[time_model.Traffic], closed_forms: list[time_model.Traffic]
+) -> None:
+    sent, needed = _bytes_by_axis(traffic), _bytes_by_axis(closed_forms)
     for axis, n_bytes in needed.items():
-        # Of keys and values a band needs few, and the closed forms count all.
+        # A band needs few of the keys and values; the closed forms count all.
         share = 0.0 if axis == "context" else LEAST_SENT
         if not sent[axis] or sent[axis] < share * n_bytes:
             raise hlo.unreadable(
@@ -83,7 +87,7 @@ def _check_traffic(found: list[time_model.Traffic], least: list[time_model.Traff
 
 def _bytes_by_axis(traffic: list[time_model.Traffic]) -> dict[str, float]:
     sent: dict[str, float] = collections.defaultdict(float)
-    for one in traffic:
-        for axis in one.axis.split("+"):
-            sent[axis] += one.bytes_per_step
+    for row in traffic:
+        for axis in row.axis.split("+"):
+            sent[axis] += row.bytes_per_step
     return sent

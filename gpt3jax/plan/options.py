@@ -1,4 +1,4 @@
-"""What `gpt3jax.plan` is asked for. Imports no JAX."""
+"""The options of `gpt3jax.plan`. Imports no JAX."""
 
 import dataclasses
 from typing import Annotated
@@ -10,42 +10,42 @@ Path = user_paths.Path  # Options has a field of the name `config`
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is planned for, and what to write."""
+    """What to plan for, and what to write."""
 
     config: Path
     """The recipe, configs/*.py, or the config.json of a run."""
     gpus: Annotated[int, ranges.Range(1, 2**20)]
-    """How many GPUs."""
+    """Number of GPUs."""
     gpu: str = "h100"
-    """Their kind: h100, h200, a100 (80 GB) or b200."""
+    """Kind of GPU: h100, h200, a100 (80 GB) or b200."""
     search: bool = False
     """Look for the fastest layout that fits: mesh, microbatch, remat, sharded optimizer."""
     n_compiled: Annotated[int, ranges.Range(0, 1000)] = 4
-    """How many of the layouts that --search finds are compiled; if none fits, up to 4 more."""
+    """How many layouts --search compiles; if none of them fits, up to 4 more."""
     compile: bool = True
     """Compile the step; --no-compile gives closed forms only."""
     json: Path = ""
-    """File for the report."""
+    """File for the report as JSON."""
     html: Path = ""
-    """File for the report as a page."""
+    """File for the report as a web page."""
     dump_hlo: Path = ""
     """File for the compiled program."""
     verify: bool = False
     """Exit with 1 if the run does not fit or would be refused."""
     price: Annotated[float, ranges.Range(0, 10**6)] = 0.0
-    """Of a GPU-hour, in any currency."""
+    """Price of a GPU-hour, in any currency."""
     gpus_per_node: Annotated[int, ranges.Range(1, 2**20)] = 8
     """GPUs that NVLink joins. This and the next three change the plan, not a run's settings."""
     nvlink_gbytes: Annotated[float, ranges.Range(1e-3, 10**6)] | None = None
-    """GB/s that a GPU reaches in one direction inside a node; left out: 80% of the data sheet's."""
+    """GB/s that a GPU reaches in one direction inside a node; unset: 80% of the data sheet's."""
     nic_gbytes: Annotated[float, ranges.Range(1e-3, 10**6)] | None = None
-    """GB/s that a GPU reaches in one direction between nodes; left out: 90% of its card's."""
+    """GB/s that a GPU reaches in one direction between nodes; unset: 90% of its card's."""
     latency_us: Annotated[float, ranges.Range(1e-3, 10**6)] = 10.0
-    """Microseconds to start a collective, and as many per doubling of its group."""
+    """Microseconds to start a collective, and as many again for each doubling of its group."""
 
 
 def recipe_args(options: Options, overrides: list[str]) -> list[str]:
-    """Return what `recipe.parse` takes: the file, the overrides, and a corpus if none is named."""
+    """Return the arguments for `recipe.parse`: file, overrides, and a corpus if none is named."""
     data = recipe.load(options.config).data
     named = any(
         arg.startswith(("--data.paths", "--data.train", "--data.mock")) for arg in overrides

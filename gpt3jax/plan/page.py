@@ -2,9 +2,8 @@
 
 import html
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from gpt3jax.plan import rows
+from gpt3jax.plan import report, rows
 
 GIB = rows.GIB
 _COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -24,29 +23,31 @@ small { color: #606770 }
 """
 
 
-def render(found: Mapping[str, Any], command: str) -> str:
-    """Return the page of a report, as `terminal.show` takes it, that a command line gave."""
-    fits = '<span class="yes">fits</span>' if found["fits"] else '<span class="no">no fit</span>'
-    low, expected, high = found["step_seconds"].values()
+def render(plan: report.Report, command_line: str) -> str:
+    """Return the page of a report, with the command line that gave it."""
+    seconds = plan.time.step_seconds
+    fits = '<span class="yes">fits</span>' if plan.peak.fits else '<span class="no">no fit</span>'
+    peak = f"{plan.peak.peak_bytes_per_gpu / GIB:.1f} GiB, {fits}"
+    spread = f"{seconds.low:.3g} to {seconds.high:.3g} s"
     parts = [
         "<h1>gpt3jax plan</h1>",
-        f"<p>{html.escape(rows.head(found))}</p>",
-        f"<p><code>{html.escape(command)}</code></p>",
-        *(f'<p class="no">{html.escape(problem)}</p>' for problem in found["problems"]),
-        f"<h2>Memory of a GPU: {found['peak_bytes_per_gpu'] / GIB:.1f} GiB, {fits}</h2>",
-        _memory(found),
-        f"<h2>Step: {expected:.3g} s (estimate; {low:.3g} to {high:.3g} s)</h2>",
-        _time(found),
-        f"<h2>Collectives of a step ({found['collectives_are']})</h2>",
-        _table(rows.COLLECTIVES, rows.of_collectives(found)),
+        f"<p>{html.escape(rows.head(plan))}</p>",
+        f"<p><code>{html.escape(command_line)}</code></p>",
+        *(f'<p class="no">{html.escape(problem)}</p>' for problem in plan.problems),
+        f"<h2>Memory of a GPU: {peak}</h2>",
+        _memory(plan.peak),
+        f"<h2>Step: {seconds.expected:.3g} s (estimate; {spread})</h2>",
+        _time(plan),
+        f"<h2>Collectives of a step ({plan.time.collectives_are})</h2>",
+        _table(rows.COLLECTIVES, rows.collectives(plan)),
     ]
-    if found["search"]:
-        ranked = _table(rows.SEARCHED, rows.of_search(found["search"]))
+    if plan.search:
+        ranked = _table(rows.SEARCHED, rows.searched(plan.search))
         parts += ["<h2>Layouts of the search, fastest first; the first is this page's</h2>", ranked]
-    if found["compiled"]:
-        arrays = _table(rows.BUFFERS, rows.of_buffers(found))
+    if plan.compiled:
+        arrays = _table(rows.BUFFERS, rows.buffers(plan.compiled))
         parts += ["<h2>Largest temporary arrays (compiled)</h2>", arrays]
-    parts += ["<h2>Assumptions</h2>", _assumptions(found)]
+    parts += ["<h2>Assumptions</h2>", _assumptions(plan)]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -55,34 +56,37 @@ def render(found: Mapping[str, Any], command: str) -> str:
     )
 
 
-def _memory(found: Mapping[str, Any]) -> str:
-    shares = {name: n / GIB for name, n in found["memory"].items()}
-    shares["headroom"] = found["headroom_bytes"] / GIB
-    free = found["budget_bytes"] / GIB - sum(shares.values())
+def _memory(peak: report.Peak) -> str:
+    shares = {name: n_bytes / GIB for name, n_bytes in peak.memory.items()}
+    shares["headroom"] = peak.headroom_bytes / GIB
+    free = peak.budget_bytes / GIB - sum(shares.values())
     note = (
-        f"Budget {found['budget_bytes'] / GIB:.1f} GiB, peak {found['peak_is']}; the split is "
-        "estimated but for parameters, optimizer and batch. Headroom is what the compiler cannot "
+        f"Budget {peak.budget_bytes / GIB:.1f} GiB, peak {peak.peak_is}; parameters, optimizer and "
+        "batch are exact, the rest of the split is estimated. Headroom is what the compiler cannot "
         "see: cuDNN's workspace, fragmentation."
     )
     return _bar(shares, "GiB", free) + f"<p><small>{note}</small></p>"
 
 
-def _time(found: Mapping[str, Any]) -> str:
-    parts = found["step_parts_expected"]
-    shares = {name: parts[name] for name in ("matmul", "attention", "elementwise")}
-    waits = {f"waiting for {one['axis']}": 0.0 for one in found["collectives"]}
-    for one in found["collectives"]:
-        waits[f"waiting for {one['axis']}"] += one["exposed"]
-    least = rows.SMALL * found["step_seconds"]["expected"]
+def _time(plan: report.Report) -> str:
+    parts = plan.time.step_parts_expected
+    shares = {
+        "matmul": parts.matmul, "attention": parts.attention, "elementwise": parts.elementwise,
+    }  # fmt: skip
+    waits: dict[str, float] = {}
+    for traffic in plan.time.collectives:
+        name = f"waiting for {traffic.axis}"
+        waits[name] = waits.get(name, 0.0) + traffic.exposed
+    least = rows.SMALL * plan.time.step_seconds.expected
     waits = {name: seconds for name, seconds in waits.items() if seconds > least}
-    return _bar(shares | waits, "s") + _table((), rows.facts(found))
+    return _bar(shares | waits, "s") + _table((), rows.facts(plan))
 
 
-def _assumptions(found: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    told = html.escape(f"{rows.network(found)}. Versions: {versions}")
+def _assumptions(plan: report.Report) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+    note = html.escape(f"{rows.network(plan)}. Versions: {versions}")
     head = ("", "best / expected / worst", "")
-    return _table(head, rows.of_assumptions(found)) + f"<p><small>{told}</small></p>"
+    return _table(head, rows.assumptions(plan)) + f"<p><small>{note}</small></p>"
 
 
 def _bar(shares: Mapping[str, float], unit: str, free: float = 0.0) -> str:
@@ -90,28 +94,28 @@ def _bar(shares: Mapping[str, float], unit: str, free: float = 0.0) -> str:
     blocks, keys = [], []
     for i, (name, share) in enumerate(shares.items()):
         color = _COLORS[i % len(_COLORS)]
-        told = html.escape(f"{name}: {share:.3g} {unit}")
+        label = html.escape(f"{name}: {share:.3g} {unit}")
         blocks.append(
-            f'<div title="{told}" style="width:{share / whole:.3%};background:{color}"></div>'
+            f'<div title="{label}" style="width:{share / whole:.3%};background:{color}"></div>'
         )
-        keys.append(f'<span><i style="background:{color}"></i>{told}</span>')
+        keys.append(f'<span><i style="background:{color}"></i>{label}</span>')
     if free > 0:
         keys.append(f"<span>free: {free:.3g} {unit}</span>")
     return f'<div class="bar">{"".join(blocks)}</div><p class="key">{"".join(keys)}</p>'
 
 
 def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """Return a table; a column is as the cells of its first row are, numbers or text."""
+    """Return a table; its first row decides which columns are numbers."""
     cells = [tuple(row) for row in body]
     numbers = [cell[:1].isdigit() for cell in cells[0]] if cells else []
 
     def line(kind: str, row: Iterable[str]) -> str:
         marks = [' class="n"' if number else "" for number in numbers]
-        told = (
+        columns = (
             f"<{kind}{mark}>{html.escape(cell)}</{kind}>"
             for mark, cell in zip(marks, row, strict=False)
         )
-        return f"<tr>{''.join(told)}</tr>"
+        return f"<tr>{''.join(columns)}</tr>"
 
     lines = [line("th", head), *(line("td", row) for row in cells)]
     return "<table>" + "\n".join(lines) + "</table>"

@@ -1,8 +1,8 @@
 """A plan from end to end: search, compile, report, write."""
 
+import dataclasses
 import json
 import sys
-from typing import Any
 
 from rich import console
 
@@ -10,66 +10,61 @@ from gpt3jax import errors
 from gpt3jax.config import batch_schedule, recipe, schema, user_paths, validation
 from gpt3jax.data import skipping
 from gpt3jax.hardware import gpus
-from gpt3jax.plan import compiler, memory_model, options, page, report, rows, search, terminal
+from gpt3jax.plan import compiler, options, page, placement, report, rows, search, terminal
 
-MORE_COMPILED = 4  # layouts that a search goes on with where those it compiled do not fit
+MORE_COMPILED = 4  # layouts that a search compiles beyond --n-compiled while none fits
 
 
-def plan(given: options.Options, overrides: list[str], told: str) -> dict[str, Any]:
+def plan(request: options.Options, overrides: list[str], command_line: str) -> report.Report:
     """Print the plan, write the files that were asked for, and return the report.
 
-    `told` is the command line, for the page.
+    `overrides` are options of the recipe; the page shows `command_line`.
 
     Raises:
-        UserError: the config, the number of GPUs or a file does not serve.
+        UserError: the config, the number of GPUs or a file cannot be used.
     """
-    gpu = gpus.find(given.gpu)
-    network = gpus.network_of(
-        gpu,
-        given.gpus_per_node,
-        1e9 * given.nvlink_gbytes if given.nvlink_gbytes else None,
-        1e9 * given.nic_gbytes if given.nic_gbytes else None,
-        1e-6 * given.latency_us,
-    )
-    recipe_args = options.recipe_args(given, overrides)
-    target = report.Target(gpu=gpu, network=network, price=given.price)
+    target = _target(request)
+    recipe_args = options.recipe_args(request, overrides)
     width = None if sys.stdout.isatty() else 120
     out = console.Console(width=width, markup=False, emoji=False)  # it prints users' text
-    missing = compiler.missing_extra() if given.compile else "as --no-compile says"
-    if given.dump_hlo and missing:
+    missing = compiler.missing_extra() if request.compile else "--no-compile was given"
+    if request.dump_hlo and missing:
         raise errors.UserError(f"--dump-hlo needs the compiled step: {missing}")
-    searched: list[dict[str, Any]] = []
-    if given.search:
-        searched = _search(recipe_args, given, target, bool(missing), out)
-        recipe_args = [*recipe_args, *searched[0]["overrides"]]
+    searched: list[report.SearchedLayout] = []
+    if request.search:
+        searched = _search(recipe_args, request, target, out, compiles=not missing)
+        recipe_args = [*recipe_args, *searched[0].overrides]
     cfg = _parse(recipe_args)
-    layout = memory_model.lay_out(cfg, given.gpus, network.gpus_per_node)
+    layout = placement.lay_out(cfg, request.gpus, target.network.gpus_per_node)
     compiled = None
     if not missing:
-        found = report.build(cfg, layout, target, None)
-        out.print(
-            f"By closed forms: {found['peak_bytes_per_gpu'] / rows.GIB:.1f} GiB a GPU, "
-            f"{found['step_seconds']['expected']:.3g} s a step. Compiling the step ..."
-        )
-        compiled = compiler.compile_step(cfg, recipe_args, layout.sizes, gpu, network)
-    found = report.build(cfg, layout, target, compiled) | {"search": searched}
-    terminal.show(found, out)
-    if missing and given.compile:
+        _print_estimate(report.build(cfg, layout, target, None), out)
+        compiled = _compile(cfg, recipe_args, layout, target)
+    built = dataclasses.replace(report.build(cfg, layout, target, compiled), search=searched)
+    terminal.show(built, out)
+    if missing and request.compile:
         out.print(f"Not compiled, all figures are by closed forms: {missing}", soft_wrap=True)
-    if given.json:
-        user_paths.write(given.json, json.dumps(found, indent=2) + "\n")
-    if given.html:
-        user_paths.write(given.html, page.render(found, told))
-    if given.dump_hlo and compiled:
-        user_paths.write(given.dump_hlo, compiled.text)
-    return found
+    _write(request, built, compiled, command_line)
+    return built
+
+
+def _target(request: options.Options) -> report.Target:
+    gpu = gpus.find(request.gpu)
+    network = gpus.network_of(
+        gpu,
+        request.gpus_per_node,
+        1e9 * request.nvlink_gbytes if request.nvlink_gbytes else None,
+        1e9 * request.nic_gbytes if request.nic_gbytes else None,
+        1e-6 * request.latency_us,
+    )
+    return report.Target(gpu=gpu, network=network, price=request.price)
 
 
 def _parse(recipe_args: list[str]) -> schema.Config:
-    """Return the config of a run from its first step to its last.
+    """Return the config of a whole run, from its first step to its last.
 
     Raises:
-        UserError: as `recipe.parse`; its schedules do not fit in the run.
+        UserError: as `recipe.parse`; or its schedules are longer than the run.
     """
     cfg = recipe.parse(recipe_args, "gpt3jax.plan")
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
@@ -77,64 +72,90 @@ def _parse(recipe_args: list[str]) -> schema.Config:
     return cfg
 
 
+def _print_estimate(estimate: report.Report, out: console.Console) -> None:
+    """Print the figures of the closed forms, for the minutes until the step is compiled."""
+    out.print(
+        f"By closed forms: {estimate.peak.peak_bytes_per_gpu / rows.GIB:.1f} GiB a GPU, "
+        f"{estimate.time.step_seconds.expected:.3g} s a step. Compiling the step ..."
+    )
+
+
+def _compile(
+    cfg: schema.Config, recipe_args: list[str], layout: placement.Layout, target: report.Target
+) -> compiler.Compiled:
+    return compiler.compile_step(cfg, recipe_args, layout.sizes, target.gpu, target.network)
+
+
+def _write(
+    request: options.Options,
+    built: report.Report,
+    compiled: compiler.Compiled | None,
+    command_line: str,
+) -> None:
+    if request.json:
+        user_paths.write(request.json, json.dumps(report.as_json(built), indent=2) + "\n")
+    if request.html:
+        user_paths.write(request.html, page.render(built, command_line))
+    if request.dump_hlo and compiled:
+        user_paths.write(request.dump_hlo, compiled.text)
+
+
 def _search(
     recipe_args: list[str],
-    given: options.Options,
+    request: options.Options,
     target: report.Target,
-    closed_forms_only: bool,
     out: console.Console,
-) -> list[dict[str, Any]]:
-    """Print and return the best layouts, those that fit first, then by time.
+    *,
+    compiles: bool,
+) -> list[report.SearchedLayout]:
+    """Print and return the best layouts: those that fit first, then by time.
 
     Raises:
         UserError: none fits by closed forms, or none compiled.
     """
-    cfg = _parse(recipe_args)
-    found = search.candidates(cfg, given.gpus, target.gpu, target.network)
-    queue = search.Queue(found, target.gpu)
-    out.print(f"{len(found):,} layouts fit, by closed forms.")
-    layouts: list[dict[str, Any]] = []
-    while one := queue.next():
-        i = len(layouts)
-        if i >= given.n_compiled and any(row["fits"] for row in layouts):
+    candidates = search.candidates(_parse(recipe_args), request.gpus, target.gpu, target.network)
+    out.print(f"{len(candidates):,} layouts fit, by closed forms.")
+    queue = search.Queue(candidates, target.gpu)
+    layouts: list[report.SearchedLayout] = []
+    while candidate := queue.next():
+        n = len(layouts)
+        if n >= request.n_compiled and any(layout.fits for layout in layouts):
             break
-        if i >= max(given.n_compiled, 1) + MORE_COMPILED:
+        if n >= max(request.n_compiled, 1) + MORE_COMPILED:
             break
-        if not closed_forms_only:
-            out.print(f"Compiling layout {i + 1}: {' '.join(one.overrides)}", soft_wrap=True)
-        layouts.append(_searched(one, recipe_args, target, closed_forms_only))
-        if layouts[-1]["peak_bytes_per_gpu"] and not closed_forms_only:
-            queue.note(one, layouts[-1]["peak_bytes_per_gpu"])
-    layouts.sort(key=lambda row: (bool(row["failed"]), not row["fits"], row["step_seconds"] or 0))
-    if all(row["failed"] for row in layouts):
-        raise errors.UserError(f"none of {len(layouts)} layouts compiled: {layouts[0]['failed']}")
+        if compiles:
+            options_text = " ".join(candidate.overrides)
+            out.print(f"Compiling layout {n + 1}: {options_text}", soft_wrap=True)
+        layouts.append(_searched(candidate, recipe_args, target, compiles=compiles))
+        if layouts[-1].peak_bytes_per_gpu and compiles:
+            queue.note(candidate, layouts[-1].peak_bytes_per_gpu)
+    layouts.sort(key=lambda row: (bool(row.failed), not row.fits, row.step_seconds or 0))
+    if all(layout.failed for layout in layouts):
+        raise errors.UserError(f"none of {len(layouts)} layouts compiled: {layouts[0].failed}")
     terminal.show_search(layouts, out)
     return layouts
 
 
 def _searched(
-    one: search.Candidate, recipe_args: list[str], target: report.Target, closed_forms_only: bool
-) -> dict[str, Any]:
-    """Return what is reported of a layout; one that does not compile is no reason to stop."""
-    row = {
-        "overrides": list(one.overrides),
-        "drops_schedule": one.drops_schedule,
-        "failed": "",
-        "fits": False,
-        "peak_bytes_per_gpu": None,
-        "step_seconds": None,
-        "step_seconds_closed_form": one.seconds,
-        "mfu": None,
-    }
+    candidate: search.Candidate, recipe_args: list[str], target: report.Target, *, compiles: bool
+) -> report.SearchedLayout:
+    """Return the figures of a layout; a search goes on after one that does not compile."""
+    searched = report.SearchedLayout(
+        overrides=list(candidate.overrides),
+        drops_schedule=candidate.drops_schedule,
+        step_seconds_closed_form=candidate.seconds,
+    )
+    cfg, layout = candidate.cfg, candidate.layout
     try:
-        compiled = None
-        if not closed_forms_only:
-            args = [*recipe_args, *one.overrides]
-            compiled = compiler.compile_step(
-                one.cfg, args, one.layout.sizes, target.gpu, target.network
-            )
-        built = report.build(one.cfg, one.layout, target, compiled)
+        args = [*recipe_args, *candidate.overrides]
+        compiled = _compile(cfg, args, layout, target) if compiles else None
+        built = report.build(cfg, layout, target, compiled)
     except errors.UserError as error:
-        return row | {"failed": str(error)}
-    row |= {name: built[name] for name in ("fits", "peak_bytes_per_gpu", "mfu")}
-    return row | {"step_seconds": built["step_seconds"]["expected"]}
+        return dataclasses.replace(searched, failed=str(error))
+    return dataclasses.replace(
+        searched,
+        fits=built.peak.fits,
+        peak_bytes_per_gpu=built.peak.peak_bytes_per_gpu,
+        step_seconds=built.time.step_seconds.expected,
+        mfu=built.time.mfu,
+    )

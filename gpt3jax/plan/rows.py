@@ -1,110 +1,113 @@
-"""A report's figures (`report.build`) in words and cells, for the terminal and for the page."""
+"""A report's figures in words and table cells, for the terminal and for the page."""
 
-from collections.abc import Mapping
-from typing import Any
+from gpt3jax.plan import report
 
 GIB = 2**30
-SMALL = 0.001  # of a step: collectives below are in the JSON file alone
+SMALL = 0.001  # share of a step: shorter collectives are in the JSON file alone
 COLLECTIVES = ("kind", "axis", "network", "count", "GB out of a GPU", "s", "exposed s")
 SEARCHED = ("", "step s", "MFU", "GiB", "fits", "options")
 BUFFERS = ("GiB", "shape", "made by", "source")
 
 
-def head(found: Mapping[str, Any]) -> str:
-    """Return what is planned, in one paragraph."""
-    mesh, step = found["mesh"], found["step"]
-    told = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"
-    with_them = {
-        f"{step['virtual_stages']} virtual stages": step["virtual_stages"] > 1,
-        "sharded optimizer": step["shard_optimizer"] and mesh["data"] > 1,
-        "sequence parallelism": step["sequence_parallel"] and mesh["tensor"] > 1,
+def head(plan: report.Report) -> str:
+    """Return model, GPUs, mesh and step in one paragraph."""
+    mesh, step = plan.mesh, plan.step
+    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"
+    features = {
+        f"{step.virtual_stages} virtual stages": step.virtual_stages > 1,
+        "sharded optimizer": step.shard_optimizer and mesh["data"] > 1,
+        "sequence parallelism": step.sequence_parallel and mesh["tensor"] > 1,
     }
-    extras = ", ".join(name for name, used in with_them.items() if used)
+    extras = ", ".join(name for name, used in features.items() if used)
     return (
-        f"{found['parameters']:,} parameters on {found['gpus']:,} x {found['gpu']['name']}, mesh "
-        f"{told}{f' ({extras})' if extras else ''}. A step: "
-        f"{step['global_batch_size']:,} sequences of {step['seq_len']:,} tokens, "
-        f"{found['n_microbatches']} x {step['microbatch_size']} a rank; {step['compute_dtype']}, "
-        f"attention {found['attention']}, remat {step['remat']}"
+        f"{plan.work.parameters:,} parameters on {plan.gpus:,} x {plan.gpu.name}, mesh "
+        f"{axes}{f' ({extras})' if extras else ''}. A step: "
+        f"{step.global_batch_size:,} sequences of {step.seq_len:,} tokens, "
+        f"{plan.n_microbatches} x {step.microbatch_size} a rank; {step.compute_dtype}, "
+        f"attention {plan.attention}, remat {step.remat}"
     )
 
 
-def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what follows from a step's time, as (name, value)."""
+def facts(plan: report.Report) -> list[tuple[str, str]]:
+    """Return the figures that follow from a step's time, as (name, value)."""
+    run = plan.run
     rows = [
-        ("MFU", f"{found['mfu']:.1%}"),
-        ("recomputed FLOPs", f"{found['recomputed_share']:.1%} of the model's"),
-        ("pipeline bubble", f"{found['bubble']:.1%}, in the parts above"),
-        ("tokens/s a GPU", f"{found['tokens_per_second_per_gpu']:,.0f}"),
-        ("run", f"{found['run_tokens'] / 1e9:,.1f}B tokens, {found['run_steps']:,} steps"),
-        ("", f"{found['run_days']:,.1f} days, {found['gpu_hours']:,.0f} GPU-hours"),
+        ("MFU", f"{plan.time.mfu:.1%}"),
+        ("recomputed FLOPs", f"{plan.work.recomputed_share:.1%} of the model's"),
+        ("pipeline bubble", f"{plan.time.bubble:.1%}, in the parts above"),
+        ("tokens/s a GPU", f"{plan.time.tokens_per_second_per_gpu:,.0f}"),
+        ("run", f"{run.run_tokens / 1e9:,.1f}B tokens, {run.run_steps:,} steps"),
+        ("", f"{run.run_days:,.1f} days, {run.gpu_hours:,.0f} GPU-hours"),
     ]
-    if found["cost"] is not None:
-        rows.append(("cost", f"{found['cost']:,.0f}"))
+    if run.cost is not None:
+        rows.append(("cost", f"{run.cost:,.0f}"))
     return rows
 
 
-def of_collectives(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return a report's collectives as cells, with `COLLECTIVES` above them."""
+def collectives(plan: report.Report) -> list[tuple[str, ...]]:
+    """Return the cells of the collectives' table, whose head is `COLLECTIVES`."""
     return [
         (
-            one["kind"], one["axis"], one["network"], f"{one['count']:,}",
-            figure(one["bytes_per_step"] / 1e9), figure(one["seconds"]), figure(one["exposed"]),
+            traffic.kind, traffic.axis, traffic.network, f"{traffic.count:,}",
+            figure(traffic.bytes_per_step / 1e9), figure(traffic.seconds), figure(traffic.exposed),
         )
-        for one in found["collectives"]
+        for traffic in plan.time.collectives
     ]  # fmt: skip
 
 
-def of_buffers(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the largest arrays of a compiled step as cells, with `BUFFERS` above them."""
+def buffers(compiled: report.CompiledStep) -> list[tuple[str, ...]]:
+    """Return the cells of the largest arrays' table, whose head is `BUFFERS`."""
     return [
         (
-            figure(one["n_bytes"] / GIB),
-            one["shape"],
-            "/".join(one["operation"].split("/")[-2:]),
-            one["source"],
+            figure(buffer.n_bytes / GIB),
+            buffer.shape,
+            "/".join(buffer.operation.split("/")[-2:]),
+            buffer.source,
         )
-        for one in found["compiled"]["largest_buffers"]
+        for buffer in compiled.largest_buffers
     ]
 
 
-def of_search(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the layouts of a search as cells, with `SEARCHED` above them."""
-    return [
-        (str(i + 1), "", "", "", "not compiled", row["failed"])
-        if row["failed"]
-        else (
-            str(i + 1), f"{row['step_seconds']:.3g}", f"{row['mfu']:.1%}",
-            f"{row['peak_bytes_per_gpu'] / GIB:.1f}", "yes" if row["fits"] else "NO",
-            " ".join(row["overrides"]),
-        )
-        for i, row in enumerate(rows)
-    ]  # fmt: skip
+def searched(layouts: list[report.SearchedLayout]) -> list[tuple[str, ...]]:
+    """Return the cells of a search's table, whose head is `SEARCHED`."""
+    return [(str(i + 1), *_searched(layout)) for i, layout in enumerate(layouts)]
 
 
-def of_assumptions(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return what a report's times rest on: name, best / expected / worst, source."""
-    return [
-        (name, f"{of['best']:g} / {of['expected']:g} / {of['worst']:g}", of["source"])
-        for name, of in found["assumed"].items()
-    ]
-
-
-def network(found: Mapping[str, Any]) -> str:
-    """Return the network's assumed rates, and where the GPU's figures are from."""
-    network = found["network"]
+def _searched(layout: report.SearchedLayout) -> tuple[str, ...]:
+    if layout.peak_bytes_per_gpu is None or layout.mfu is None:
+        return "", "", "", "not compiled", layout.failed
     return (
-        f"NVLink {network['nvlink_bandwidth'] / 1e9:g} GB/s and NIC "
-        f"{network['nic_bandwidth'] / 1e9:g} GB/s a GPU each way, assumed to be reached; "
-        f"{network['latency'] * 1e6:g} us to start a collective, and as much per doubling of its "
-        f"group. GPU: {found['gpu']['source']}"
+        f"{layout.step_seconds:.3g}",
+        f"{layout.mfu:.1%}",
+        f"{layout.peak_bytes_per_gpu / GIB:.1f}",
+        "yes" if layout.fits else "NO",
+        " ".join(layout.overrides),
     )
 
 
-def advice(found: Mapping[str, Any]) -> str:
-    """Return what to try where a plan is a bad one, else ""."""
-    waits = found["exposed_communication_seconds"] / found["step_seconds"]["expected"]
-    if not found["fits"]:
+def assumptions(plan: report.Report) -> list[tuple[str, ...]]:
+    """Return the assumptions behind the times: name, best / expected / worst, source."""
+    return [
+        (name, f"{share.best:g} / {share.expected:g} / {share.worst:g}", share.source)
+        for name, share in plan.assumed.items()
+    ]
+
+
+def network(plan: report.Report) -> str:
+    """Return the network's assumed rates, and where the GPU's figures are from."""
+    network = plan.network
+    return (
+        f"NVLink {network.nvlink_bandwidth / 1e9:g} GB/s and NIC "
+        f"{network.nic_bandwidth / 1e9:g} GB/s a GPU in each direction; "
+        f"{network.latency * 1e6:g} us to start a collective, and as much again for each doubling "
+        f"of its group. GPU: {plan.gpu.source}"
+    )
+
+
+def advice(plan: report.Report) -> str:
+    """Return advice where a plan is bad, else ""."""
+    waits = plan.time.exposed_communication_seconds / plan.time.step_seconds.expected
+    if not plan.peak.fits:
         return "It does not fit: --search looks for the fastest layout that does."
     if waits > 0.25:  # good layouts wait for less than 15%
         return (

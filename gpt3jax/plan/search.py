@@ -1,25 +1,26 @@
-"""Every sensible layout of a config on N GPUs, the best few of them compiled.
+"""The search for the best layout of a config on N GPUs.
 
 A layout is a mesh, a microbatch size, what is recomputed and whether the optimizer is sharded.
-Closed forms rank those that fit; the compiler and its schedule have the last word.
+Closed forms rank the layouts that fit; the best few are compiled, and their schedules decide.
 """
 
 import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal, get_args
 
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, ranges, schema
 from gpt3jax.hardware import gpus
-from gpt3jax.plan import memory_model, time_model
+from gpt3jax.plan import memory_model, placement, time_model
 from gpt3jax.sharding import meshes
 
-REMATS: tuple[Any, ...] = ("none", "dots", "mlp", "residual", "full")
+Remat = Literal["none", "dots", "mlp", "residual", "full"]
+REMATS: tuple[Remat, ...] = get_args(Remat)
 VIRTUAL_STAGES = (1, 2, 3, 4, 6)  # with more the bubble hardly shrinks
 LARGEST_MICROBATCH = 16
-PER_MESH = 2  # of those that are compiled: neighbours of one mesh differ little
+PER_MESH = 2  # layouts of one mesh that are compiled: they differ little
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,97 +28,118 @@ class Candidate:
     """A layout that fits, by closed forms."""
 
     cfg: schema.Config
-    """What the recipe becomes by `overrides`."""
-    layout: memory_model.Layout
+    """The recipe, changed by `overrides`."""
+    layout: placement.Layout
     peak_bytes: float
     seconds: float
     overrides: tuple[str, ...]
     """Options that make the recipe this layout."""
     drops_schedule: bool
-    """Without the recipe's growing batch, whose small ones do not divide over so many ranks."""
+    """The recipe's growing batch is left out: its small batches do not divide over the ranks."""
 
 
 def candidates(
     cfg: schema.Config, n_gpus: int, gpu: gpus.Gpu, network: gpus.Network
 ) -> list[Candidate]:
-    """Return the layouts that fit, fastest first. The context axis stays the recipe's, -1 is 1.
+    """Return the layouts that fit, fastest first, with the recipe's context axis (-1 counts as 1).
 
     Raises:
-        UserError: none fits, or no layout could: the batch does not divide, its schedule is wrong,
-            or nodes are not whole.
+        UserError: no layout fits, or none is possible: the batch does not divide, its schedule is
+            wrong, or nodes are not whole.
     """
     batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    memory_model.check_nodes(n_gpus, network.gpus_per_node)
-    found, divides = [], False
-    for one in _variants(cfg, n_gpus, network.gpus_per_node):
-        try:
-            layout = memory_model.lay_out(one, n_gpus, network.gpus_per_node)
-        except errors.UserError:  # it does not divide
-            continue
-        divides, drops = True, bool(layout.problems)
-        if drops:
-            layout = dataclasses.replace(layout, problems=())
-            batch = dataclasses.replace(one.batch, schedule="", ramp=())
-            one = dataclasses.replace(one, batch=batch)
-        peak = sum(memory_model.memory(one, layout).values())
-        pool, headroom = memory_model.budget(one, layout, gpu)
-        if peak + headroom > pool:
-            continue
-        seconds = time_model.estimate(one, layout, gpu, network, "expected").seconds
-        found.append(
-            Candidate(
-                cfg=one,
-                layout=layout,
-                peak_bytes=peak,
-                seconds=seconds,
-                overrides=_overrides(one, cfg),
-                drops_schedule=drops,
-            )
-        )
-    if not divides:
+    placement.check_nodes(n_gpus, network.gpus_per_node)
+    possible = list(_possible(cfg, n_gpus, network.gpus_per_node))
+    if not possible:
         raise errors.UserError(
             f"no mesh of --gpus={n_gpus} divides batch.global_batch_size="
             f"{cfg.batch.global_batch_size}, model.n_heads={cfg.model.n_heads} and "
             f"model.n_layers={cfg.model.n_layers}: change the number of GPUs or the batch"
         )
-    if not found:
+    fitting = [
+        candidate
+        for variant, layout in possible
+        if (candidate := _candidate(variant, layout, cfg, gpu, network))
+    ]
+    if not fitting:
         raise errors.UserError(
             f"no layout of this model fits --gpus={n_gpus} {gpu.name}: use more GPUs or others"
         )
-    return sorted(found, key=lambda one: one.seconds)
+    return sorted(fitting, key=lambda candidate: candidate.seconds)
 
 
 class Queue:
-    """The layouts to compile, fastest first, of each mesh only the fastest few.
+    """The layouts to compile: fastest first, and only the fastest few of each mesh.
 
-    What a layout takes once compiled corrects the closed forms of all that recompute alike.
+    The compiled peak of a layout corrects the closed forms of all that recompute alike.
     """
 
-    def __init__(self, found: list[Candidate], gpu: gpus.Gpu) -> None:
-        """Nothing is compiled yet."""
-        self._left, self._gpu = list(found), gpu
-        self._of_mesh: collections.Counter[str] = collections.Counter()
-        self._off: dict[tuple[str, str], float] = {}
+    def __init__(self, candidates: list[Candidate], gpu: gpus.Gpu) -> None:
+        """Start with nothing compiled."""
+        self._left, self._gpu = list(candidates), gpu
+        self._per_mesh: collections.Counter[str] = collections.Counter()
+        self._corrections: dict[tuple[str, str], float] = {}
 
     def next(self) -> Candidate | None:
-        """Return the next layout; None when there is no other that may fit."""
+        """Return the next layout; None when no other may fit."""
         while self._left:
-            one = self._left.pop(0)
-            pool, headroom = memory_model.budget(one.cfg, one.layout, self._gpu)
-            if one.peak_bytes * self._off.get(_kind(one), 1.0) + headroom > pool:
+            candidate = self._left.pop(0)
+            budget, headroom = memory_model.budget(candidate.cfg, candidate.layout, self._gpu)
+            peak_bytes = candidate.peak_bytes * self._corrections.get(_kind(candidate), 1.0)
+            if peak_bytes + headroom > budget:
                 continue
-            self._of_mesh[str(one.layout.sizes)] += 1
-            if self._of_mesh[str(one.layout.sizes)] <= PER_MESH:
-                return one
+            mesh = str(candidate.layout.sizes)
+            self._per_mesh[mesh] += 1
+            if self._per_mesh[mesh] <= PER_MESH:
+                return candidate
         return None
 
-    def note(self, one: Candidate, peak_bytes: float) -> None:
-        """Take the compiled peak of a layout (bytes) into account."""
-        self._off[_kind(one)] = max(self._off.get(_kind(one), 1.0), peak_bytes / one.peak_bytes)
+    def note(self, candidate: Candidate, peak_bytes: float) -> None:
+        """Correct the closed forms by the compiled peak of a layout (bytes)."""
+        kind, correction = _kind(candidate), peak_bytes / candidate.peak_bytes
+        self._corrections[kind] = max(self._corrections.get(kind, 1.0), correction)
 
 
-def _kind(one: Candidate) -> tuple[str, str]:
-    return one.cfg.model.remat, one.layout.attention
+def _kind(candidate: Candidate) -> tuple[str, str]:
+    return candidate.cfg.model.remat, candidate.layout.attention
+
+
+def _possible(
+    cfg: schema.Config, n_gpus: int, gpus_per_node: int
+) -> Iterator[tuple[schema.Config, placement.Layout]]:
+    """Yield the variants of a recipe whose sizes divide, with their layouts."""
+    for variant in _variants(cfg, n_gpus, gpus_per_node):
+        try:
+            yield variant, placement.lay_out(variant, n_gpus, gpus_per_node)
+        except errors.UserError:  # a size does not divide
+            continue
+
+
+def _candidate(
+    variant: schema.Config,
+    layout: placement.Layout,
+    recipe: schema.Config,
+    gpu: gpus.Gpu,
+    network: gpus.Network,
+) -> Candidate | None:
+    """Return a variant as a candidate, without a schedule that does not divide; None: no fit."""
+    drops_schedule = bool(layout.problems)
+    if drops_schedule:
+        layout = dataclasses.replace(layout, problems=())
+        batch = dataclasses.replace(variant.batch, schedule="", ramp=())
+        variant = dataclasses.replace(variant, batch=batch)
+    peak = sum(memory_model.memory(variant, layout).values())
+    budget, headroom = memory_model.budget(variant, layout, gpu)
+    if peak + headroom > budget:
+        return None
+    return Candidate(
+        cfg=variant,
+        layout=layout,
+        peak_bytes=peak,
+        seconds=time_model.estimate(variant, layout, gpu, network, "expected").parts.seconds,
+        overrides=_overrides(variant, recipe),
+        drops_schedule=drops_schedule,
+    )
 
 
 def _variants(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Iterator[schema.Config]:
@@ -125,52 +147,57 @@ def _variants(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Iterator[s
 
     Tensor parallelism stays inside a node, and comes with sequence parallelism.
     """
-    context = max(cfg.mesh.context, 1)
     for tensor, stage in itertools.product(
         ranges.divisors_of(min(gpus_per_node, n_gpus)), ranges.divisors_of(cfg.model.n_layers)
     ):
-        ranks, rest = divmod(n_gpus, tensor * stage * context)
+        ranks, rest = divmod(n_gpus, tensor * stage * max(cfg.mesh.context, 1))
         rows, left = divmod(cfg.batch.global_batch_size, max(ranks, 1))
         if rest or left or not ranks or cfg.model.n_heads % tensor:
             continue
         sizes = [n for n in ranges.divisors_of(rows) if n <= LARGEST_MICROBATCH]
         rounds = VIRTUAL_STAGES if stage > 1 else (1,)
-        remats = REMATS[1:] if stage > 1 else REMATS  # with stages the first two are one
-        for fsdp, size, remat, virtual in itertools.product(
+        remats = REMATS[1:] if stage > 1 else REMATS  # with stages the first two are the same
+        for fsdp, size, remat, virtual_stages in itertools.product(
             ranges.divisors_of(ranks), sizes, remats, rounds
         ):
-            for zero in (False, True) if fsdp < ranks else (False,):
-                mesh = dataclasses.replace(
-                    cfg.mesh,
-                    data=ranks // fsdp,
-                    stage=stage,
-                    fsdp=fsdp,
-                    context=context,
-                    tensor=tensor,
-                    virtual_stages=virtual,
-                    shard_optimizer=zero,
-                    sequence_parallel=tensor > 1,
-                )
+            for mesh in _meshes(cfg.mesh, ranks, fsdp, stage, tensor):
                 yield dataclasses.replace(
                     cfg,
-                    mesh=mesh,
+                    mesh=dataclasses.replace(mesh, virtual_stages=virtual_stages),
                     model=dataclasses.replace(cfg.model, remat=remat),
                     batch=dataclasses.replace(cfg.batch, microbatch_size=size),
                 )
 
 
-def _overrides(cfg: schema.Config, given: schema.Config) -> tuple[str, ...]:
-    mesh = cfg.mesh
-    told = [f"--mesh.{axis}={getattr(mesh, axis)}" for axis in meshes.AXES]
-    told += [
+def _meshes(
+    mesh: schema.Mesh, ranks: int, fsdp: int, stage: int, tensor: int
+) -> Iterator[schema.Mesh]:
+    """Yield a mesh of these sizes, and over replicas the same with a sharded optimizer."""
+    for shard_optimizer in (False, True) if fsdp < ranks else (False,):
+        yield dataclasses.replace(
+            mesh,
+            data=ranks // fsdp,
+            stage=stage,
+            fsdp=fsdp,
+            context=max(mesh.context, 1),
+            tensor=tensor,
+            shard_optimizer=shard_optimizer,
+            sequence_parallel=tensor > 1,
+        )
+
+
+def _overrides(variant: schema.Config, recipe: schema.Config) -> tuple[str, ...]:
+    mesh = variant.mesh
+    overrides = [f"--mesh.{axis}={getattr(mesh, axis)}" for axis in meshes.AXES]
+    overrides += [
         f"--mesh.virtual-stages={mesh.virtual_stages}",
         f"--mesh.{'' if mesh.shard_optimizer else 'no-'}shard-optimizer",
         f"--mesh.{'' if mesh.sequence_parallel else 'no-'}sequence-parallel",
-        f"--batch.microbatch-size={cfg.batch.microbatch_size}",
-        f"--model.remat={cfg.model.remat}",
+        f"--batch.microbatch-size={variant.batch.microbatch_size}",
+        f"--model.remat={variant.model.remat}",
     ]
-    if cfg.batch.schedule != given.batch.schedule:
-        told.append("--batch.schedule=")
-    if cfg.batch.ramp != given.batch.ramp:
-        told.append("--batch.ramp")  # of no number
-    return tuple(told)
+    if variant.batch.schedule != recipe.batch.schedule:
+        overrides.append("--batch.schedule=")
+    if variant.batch.ramp != recipe.batch.ramp:
+        overrides.append("--batch.ramp")  # without values: an empty ramp
+    return tuple(overrides)

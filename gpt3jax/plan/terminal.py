@@ -1,111 +1,110 @@
 """A report as tables on a terminal."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich import box, console, table
 
 from gpt3jax.hardware import xla_flags
-from gpt3jax.plan import rows, time_model
+from gpt3jax.plan import report, rows
 
 
-def show(found: Mapping[str, Any], out: console.Console) -> None:
-    """Print a plan's report as tables, on a console that takes no markup.
-
-    It has the layouts of a search under "search", of which it is the best; none without a search.
-    """
-    out.print(rows.head(found))
-    out.print(_memory_table(found))
-    out.print(_collectives_table(found))
-    if found["compiled"]:
-        out.print(_buffers_table(found))
-    out.print(_time_table(found))
+def show(plan: report.Report, out: console.Console) -> None:
+    """Print a report as tables, on a console that takes no markup."""
+    out.print(rows.head(plan))
+    out.print(_memory_table(plan))
+    out.print(_collectives_table(plan))
+    if plan.compiled:
+        out.print(_buffers_table(plan.compiled))
+    out.print(_time_table(plan))
     out.print(
         "Times are estimates: nothing ran on a GPU. Assumed, as best / expected / worst (shares):"
     )
-    for row in rows.of_assumptions(found):
+    for row in rows.assumptions(plan):
         out.print(f"  {': '.join(row)}", highlight=False, soft_wrap=True)
-    out.print(f"  {rows.network(found)}", highlight=False, soft_wrap=True)
-    if not found["search"] and (advice := rows.advice(found)):
+    out.print(f"  {rows.network(plan)}", highlight=False, soft_wrap=True)
+    if not plan.search and (advice := rows.advice(plan)):
         out.print(advice, soft_wrap=True)
-    for problem in found["problems"]:
+    for problem in plan.problems:
         out.print(f"WARNING: gpt3jax.main would refuse this run: {problem}", soft_wrap=True)
 
 
-def show_search(layouts: list[dict[str, Any]], out: console.Console) -> None:
+def show_search(layouts: list[report.SearchedLayout], out: console.Console) -> None:
     """Print the layouts that a search compiled, fastest first, with the options of each."""
-    found = _table("Layouts, fastest first (estimates)", *rows.SEARCHED[:-1])
-    for *cells, _ in rows.of_search(layouts):
-        found.add_row(*cells)
-    out.print(found)
-    for i, row in enumerate(layouts):
-        failed = f" ({row['failed']})" if row["failed"] else ""
-        told = f"{i + 1}: {' '.join(row['overrides'])}{failed}"
-        out.print(told, highlight=False, soft_wrap=True)
-    if any(row["drops_schedule"] for row in layouts):
+    lines = _table("Layouts, fastest first (estimates)", *rows.SEARCHED[:-1])
+    for *cells, _ in rows.searched(layouts):
+        lines.add_row(*cells)
+    out.print(lines)
+    for i, layout in enumerate(layouts):
+        failed = f" ({layout.failed})" if layout.failed else ""
+        text = f"{i + 1}: {' '.join(layout.overrides)}{failed}"
+        out.print(text, highlight=False, soft_wrap=True)
+    if any(layout.drops_schedule for layout in layouts):
         out.print(
             "Layouts with --batch.schedule= or --batch.ramp leave out the recipe's growing batch, "
-            "whose small ones do not divide over so many ranks.",
+            "whose small batches do not divide over so many ranks.",
             soft_wrap=True,
         )
-    if not any(row["fits"] for row in layouts):
+    if not any(layout.fits for layout in layouts):
         out.print("WARNING: none of these layouts fits.")
 
 
-def _memory_table(found: Mapping[str, Any]) -> table.Table:
-    lines = _table(f"Memory of a GPU ({found['peak_is']} peak)", "", "GiB")
-    for name, n_bytes in found["memory"].items():
+def _memory_table(plan: report.Report) -> table.Table:
+    peak = plan.peak
+    lines = _table(f"Memory of a GPU ({peak.peak_is} peak)", "", "GiB")
+    for name, n_bytes in peak.memory.items():
         exact = name in ("parameters", "optimizer", "batch")
         lines.add_row(f"{name}{'' if exact else ' (estimate)'}", rows.figure(n_bytes / rows.GIB))
     lines.add_section()
-    lines.add_row("peak", rows.figure(found["peak_bytes_per_gpu"] / rows.GIB))
-    if found["compiled"]:
-        closed_form = found["estimated_peak_bytes_per_gpu"] / rows.GIB
+    lines.add_row("peak", rows.figure(peak.peak_bytes_per_gpu / rows.GIB))
+    if plan.compiled:
+        closed_form = peak.estimated_peak_bytes_per_gpu / rows.GIB
         lines.add_row("peak by the closed forms", rows.figure(closed_form))
     lines.add_row(
-        "headroom: cuDNN's workspace, fragmentation", f"{found['headroom_bytes'] / rows.GIB:.2f}"
+        "headroom: cuDNN's workspace, fragmentation", f"{peak.headroom_bytes / rows.GIB:.2f}"
     )
     lines.add_row(
         f"budget: XLA_PYTHON_CLIENT_MEM_FRACTION={xla_flags.MEMORY_FRACTION}",
-        f"{found['budget_bytes'] / rows.GIB:.2f}",
+        f"{peak.budget_bytes / rows.GIB:.2f}",
     )
-    lines.add_row("fits", "yes" if found["fits"] else "NO")
+    lines.add_row("fits", "yes" if peak.fits else "NO")
     return lines
 
 
-def _collectives_table(found: Mapping[str, Any]) -> table.Table:
-    title = f"Collectives of a step ({found['collectives_are']}; seconds estimated, each alone)"
+def _collectives_table(plan: report.Report) -> table.Table:
+    origin = plan.time.collectives_are
+    title = f"Collectives of a step ({origin}; seconds estimated, each alone)"
     lines = _table(title, *rows.COLLECTIVES)
-    least = rows.SMALL * found["step_seconds"]["expected"]
-    for one, row in zip(found["collectives"], rows.of_collectives(found), strict=True):
-        if max(one["seconds"], one["exposed"]) >= least:
-            lines.add_row(*row)
+    least = rows.SMALL * plan.time.step_seconds.expected
+    for traffic, cells in zip(plan.time.collectives, rows.collectives(plan), strict=True):
+        if max(traffic.seconds, traffic.exposed) >= least:
+            lines.add_row(*cells)
     return lines
 
 
-def _buffers_table(found: Mapping[str, Any]) -> table.Table:
+def _buffers_table(compiled: report.CompiledStep) -> table.Table:
     lines = _table("Largest temporary arrays (compiled)", *rows.BUFFERS)
-    for row in rows.of_buffers(found):
-        lines.add_row(*row)
+    for cells in rows.buffers(compiled):
+        lines.add_row(*cells)
     return lines
 
 
-def _time_table(found: Mapping[str, Any]) -> table.Table:
+def _time_table(plan: report.Report) -> table.Table:
     lines = _table("Time (estimate)", "", "")
-    low, expected, high = (found["step_seconds"][case] for case in time_model.CASES)
-    lines.add_row("step", f"{expected:.3g} s ({low:.3g} to {high:.3g})")
-    parts = found["step_parts_expected"]
-    for name in ("matmul", "attention", "elementwise", "exposed"):
-        label = {"exposed": "exposed communication"}.get(name, name)
-        lines.add_row(f"  {label}", f"{parts[name]:.3g} s")
-    for name, value in rows.facts(found):
+    seconds, parts = plan.time.step_seconds, plan.time.step_parts_expected
+    lines.add_row("step", f"{seconds.expected:.3g} s ({seconds.low:.3g} to {seconds.high:.3g})")
+    for label, part in (
+        ("matmul", parts.matmul),
+        ("attention", parts.attention),
+        ("elementwise", parts.elementwise),
+        ("exposed communication", parts.exposed),
+    ):
+        lines.add_row(f"  {label}", f"{part:.3g} s")
+    for name, value in rows.facts(plan):
         lines.add_row(name, value)
-    if found["compiled"]:
+    if plan.compiled:
         lines.add_section()
-        kernels = ", ".join(f"{name} {'yes' if used else 'no'}" for name, used
-                            in found["compiled"]["cudnn"].items())  # fmt: skip
+        used = {name: "yes" if is_used else "no" for name, is_used in plan.compiled.cudnn.items()}
+        kernels = ", ".join(f"{name} {answer}" for name, answer in used.items())
         lines.add_row("cuDNN attention in the program", kernels)
-        lines.add_row("compiled in", f"{found['compile_seconds']:.1f} s")
+        lines.add_row("compiled in", f"{plan.compile_seconds:.1f} s")
     return lines
 
 

@@ -1,35 +1,37 @@
-"""The time of a step, an estimate: of a compiled one by its schedule, else by closed forms.
+"""An estimate of a step's time: from a compiled step's schedule, or from closed forms.
 
-What a GPU reaches of its peaks is a range (`ASSUMED`), each with its source (docs/plan.md tells how
-they were calibrated). A compiled step's schedule says what communication is exposed; closed forms
-assume a share. Imports no JAX beyond `memory_model`'s.
+How much of its peaks a GPU reaches is a range (`ASSUMED`), each with its source; docs/plan.md says
+how they were calibrated. A compiled step's schedule shows which communication is exposed; closed
+forms assume a share.
 """
 
 import dataclasses
 import re
+from typing import Literal
 
 from gpt3jax.config import schema
-from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops, gpus
-from gpt3jax.model import remat
-from gpt3jax.plan import hlo, memory_model, timeline
+from gpt3jax.plan import communication, hlo, memory_model, placement, timeline
+
+Case = Literal["low", "expected", "high"]
+"""Which of an assumption's values to use: for a low, the expected or a high step time."""
+CASES: tuple[Case, ...] = ("low", "expected", "high")
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """An assumption: its optimistic, expected and pessimistic value, and where it is from."""
+    """An assumption: its optimistic, expected and pessimistic value, and its source."""
 
     best: float
     expected: float
     worst: float
     source: str
 
-    def at(self, case: str) -> float:
-        """Return the value of a case: low, expected or high step time."""
+    def at(self, case: Case) -> float:
+        """Return the value in a case."""
         return {"low": self.best, "expected": self.expected, "high": self.worst}[case]
 
 
-CASES = ("low", "expected", "high")
 ASSUMED = {
     "matmul": Range(
         0.72, 0.65, 0.58,
@@ -42,7 +44,7 @@ ASSUMED = {
     ),
     "memory": Range(0.90, 0.80, 0.65, "share of the memory's bandwidth, elementwise: assumed"),
     "network": Range(1.10, 1.00, 0.75, "of the rates below, what collectives reach: assumed"),
-    # Of communication, what closed forms take to be exposed; a compiled step's schedule tells.
+    # Exposed shares of communication; a compiled step's schedule has its own.
     "data": Range(0.5, 1.0, 1.0, "exposed share of sums over data: as compiled 175B steps"),
     "stage": Range(0.1, 0.6, 1.0, "exposed share of hand-overs of stages: as compiled 175B steps"),
     "fsdp": Range(
@@ -63,12 +65,13 @@ class Traffic:
     """Mesh axes, joined by +."""
     count: int
     bytes_per_step: float
-    """What leaves a GPU."""
+    """Bytes that leave a GPU."""
     network: str
+    """NVLink or NIC."""
     seconds: float
-    """On its own, with nothing beside it."""
+    """Seconds it would take alone."""
     exposed: float
-    """Seconds of these that arithmetic does not hide."""
+    """The part of these seconds that no arithmetic hides."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,17 +79,17 @@ class Work:
     """A GPU's arithmetic in a step, without pipeline bubbles."""
 
     model_flops: float
-    """Forward and backward, nothing recomputed: what MFU counts."""
+    """Forward and backward, without recomputation: the FLOPs that MFU counts."""
     recomputed_flops: float
     attention_flops: float
-    """Of both, what attention's scores and values take."""
+    """The part of both that attention's scores and values need."""
     moved_bytes: float
-    """Elementwise work's traffic with the memory."""
+    """Bytes that elementwise work reads from memory and writes to it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """Seconds of one step in one case."""
+class StepParts:
+    """Seconds of one step in one case, and of its parts."""
 
     seconds: float
     matmul: float
@@ -95,51 +98,60 @@ class StepTime:
     exposed: float
     """Communication that no arithmetic hides."""
     bubble: float
-    """Of matmul, attention and elementwise, what idle pipeline ticks take."""
+    """The part of matmul, attention and elementwise that idle pipeline ticks take."""
     flops: float
-    """A GPU's products and attention: what is recomputed and what idle ticks do included."""
+    """FLOPs of a GPU's products and attention, with recomputation and idle ticks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """The time of one step in one case, and its collectives."""
+
+    parts: StepParts
     traffic: list[Traffic]
-    """Largest time first."""
+    """Longest first."""
 
 
-def work(cfg: schema.Config, layout: memory_model.Layout) -> Work:
-    """Return what each GPU computes in a step; all axes share the work out evenly."""
-    model, recomputed = cfg.model, recompute_share(cfg)
+def work(cfg: schema.Config, layout: placement.Layout) -> Work:
+    """Return the arithmetic of a GPU in a step, which all axes divide evenly."""
+    model = cfg.model
+    products_again, attention_again = recompute_share(cfg)
     tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus
-    dense = dataclasses.replace(cfg.model, n_layers=0)
-    of_head = flops.flops_per_token(dense)
-    of_products = 6.0 * model.n_layers * 12 * model.d_model**2
-    of_attention = flops.flops_per_token(model) - of_head - of_products
-    moved = _moved_bytes(cfg, layout, tokens)
+    head_alone = dataclasses.replace(cfg.model, n_layers=0)
+    head = flops.flops_per_token(head_alone)
+    products = 6.0 * model.n_layers * 12 * model.d_model**2
+    attention = flops.flops_per_token(model) - head - products
     return Work(
         model_flops=tokens * flops.flops_per_token(model),
-        recomputed_flops=tokens * (recomputed[0] * of_products + recomputed[1] * of_attention),
-        attention_flops=tokens * (1 + recomputed[1]) * of_attention,
-        moved_bytes=moved,
+        recomputed_flops=tokens * (products_again * products + attention_again * attention),
+        attention_flops=tokens * (1 + attention_again) * attention,
+        moved_bytes=_moved_bytes(cfg, layout, tokens),
     )
 
 
 def recompute_share(cfg: schema.Config) -> tuple[float, float]:
     """Return the shares (products, attention) of 6ND that the backward pass computes again.
 
-    Of a layer's 12 D^2 weights QKV has 3, the projection 1, each matrix of the MLP 4; forward is a
-    third of the FLOPs. The MLP's second product is needed by nothing in the backward pass.
+    A layer has 12 D^2 weights: QKV 3, the projection 1, each matrix of the MLP 4. The forward pass
+    is a third of the FLOPs. Nothing in the backward pass needs the MLP's second product.
     """
     name = cfg.model.remat
     again = {"full": 8, "residual": 7, "mlp": 4}.get(name, 0)
     return again / 12 / 3, 1 / 3 if name in ("full", "residual") else 0.0
 
 
-def _moved_bytes(cfg: schema.Config, layout: memory_model.Layout, tokens: float) -> float:
+def _moved_bytes(cfg: schema.Config, layout: placement.Layout, tokens: float) -> float:
     """Return the bytes that elementwise work reads and writes, fitted to compiled steps.
 
-    A layer, in values of the compute format a token and unit of d_model: 232 where most of it is
-    recomputed, 265 where more is saved (175B, 13B, 857M). Microbatches of several rows that are
-    gathered along the sequence over `tensor` are transposed: 24 values of the whole, forward and
-    backward together. XLA's attention: 84 bytes a score, 111 with dropout, a third more where it
-    runs forward again (857M). Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter.
-    Gradients' sums, and casts of weights: 16 bytes a parameter and microbatch; with stages 6 a
-    step, and 18 a tick (2 + 2 to take a weight, forward and backward, 10 to add its gradient).
+    - Layers: values of the compute format for each token and unit of d_model, 232 where most of the
+      layer is recomputed, 265 where more is saved (175B, 13B, 857M). Microbatches of several rows
+      that are gathered along the sequence over `tensor` are transposed: 24 values of the whole
+      sequence, forward and backward together.
+    - XLA's attention: 84 bytes a score, 111 with dropout, a third more where the forward pass runs
+      again (857M).
+    - Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter.
+    - Sums of gradients, and casts of weights: 16 bytes a parameter and microbatch; with stages 6 a
+      step, and 18 a tick (2 + 2 to copy a weight, forward and backward, 10 to add its gradient).
     """
     model, sizes = cfg.model, layout.sizes
     values = 232 if cfg.model.remat in ("full", "residual", "mlp") else 265
@@ -147,32 +159,23 @@ def _moved_bytes(cfg: schema.Config, layout: memory_model.Layout, tokens: float)
     layers = tokens * model.n_layers * values * width * model.d_model
     if sizes["tensor"] > 1 and cfg.mesh.sequence_parallel and cfg.batch.microbatch_size > 1:
         layers += tokens * model.n_layers * 24 * sizes["tensor"] * width * model.d_model
-    of_score = (111 if model.attention_dropout else 84) * (1 + recompute_share(cfg)[1])
+    score_bytes = (111 if model.attention_dropout else 84) * (1 + recompute_share(cfg)[1])
     scores = memory_model.scores(cfg, layout) * layout.n_microbatches
-    layers += of_score * scores * model.n_layers / sizes["stage"]
+    layers += score_bytes * scores * model.n_layers / sizes["stage"]
     head = tokens * model.padded_vocab_size * 24
-    held = memory_model.parameters(cfg, sizes, False)
+    held = memory_model.parameters(cfg, sizes, over_data=False)
     sums = 16.0 * layout.n_microbatches * held
     if sizes["stage"] > 1:
         ends = dataclasses.replace(cfg, model=dataclasses.replace(model, n_layers=0))
-        of_layers = held - memory_model.parameters(ends, sizes, False)
-        n_ticks = schedule(cfg, layout).n_ticks
-        sums = 6 * held + 18 * n_ticks * of_layers / cfg.mesh.virtual_stages
-    optimizer = 40 * memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer)
+        in_layers = held - memory_model.parameters(ends, sizes, over_data=False)
+        n_ticks = placement.schedule(cfg, layout).n_ticks
+        sums = 6 * held + 18 * n_ticks * in_layers / cfg.mesh.virtual_stages
+    optimizer = 40 * memory_model.parameters(cfg, sizes, over_data=cfg.mesh.shard_optimizer)
     return layers + head + sums + optimizer
 
 
-def schedule(cfg: schema.Config, layout: memory_model.Layout) -> pipeline.Schedule:
-    """Return the pipeline's schedule; with one stage it has no bubble."""
-    return pipeline.Schedule(
-        n_stages=layout.sizes["stage"],
-        virtual_stages=cfg.mesh.virtual_stages,
-        n_microbatches=layout.n_microbatches,
-    )
-
-
-def in_effect(layout: memory_model.Layout, compiled: bool) -> dict[str, Range]:
-    """Return which of `ASSUMED` an estimate rests on."""
+def assumptions(layout: placement.Layout, *, compiled: bool) -> dict[str, Range]:
+    """Return the entries of `ASSUMED` that an estimate uses."""
     names = ["matmul", "memory", "network"]
     if layout.attention == "cudnn":
         names.insert(1, "cudnn")
@@ -181,61 +184,22 @@ def in_effect(layout: memory_model.Layout, compiled: bool) -> dict[str, Range]:
     return {name: ASSUMED[name] for name in names}
 
 
-Row = tuple[str, str, int, float]
-"""Kind, axis, count, bytes of the whole buffer."""
-
-
-def collectives(cfg: schema.Config, layout: memory_model.Layout) -> list[Row]:
-    """Return the collectives that the layout must run in a step (docs/parallelism.md)."""
-    model, sizes = cfg.model, layout.sizes
-    width = memory_model.width(cfg)
-    n_ticks = schedule(cfg, layout).n_ticks
-    # Of each of a stage's layers; idle ticks communicate too.
-    passes = -(-n_ticks // cfg.mesh.virtual_stages)
-    n_layers = model.n_layers // sizes["stage"] * passes
-    again = remat.in_effect(model.remat, sizes["stage"] > 1) != "none"  # what norms give
-    weights = 12 * model.d_model**2 / sizes["tensor"] * width
-    whole = memory_model.activation_bytes(cfg, layout)
-    whole *= sizes["tensor"] if cfg.mesh.sequence_parallel else 1
-    part = memory_model.activation_bytes(cfg, layout)
-    rows: list[Row] = [
-        ("all-gather", "fsdp", 2 * n_layers, weights),
-        ("reduce-scatter", "fsdp", n_layers, weights),
-        ("all-gather", "context", (1 + again) * n_layers, 2 * whole * sizes["context"]),
-        ("reduce-scatter", "context", n_layers, 2 * whole * sizes["context"]),
-        ("collective-permute", "stage", 4 * n_ticks, part),
-    ]
-    rows[2:4] = [(k, a, n, b / sizes["tensor"]) for k, a, n, b in rows[2:4]]
-    if cfg.mesh.sequence_parallel:
-        rows.append(("all-gather", "tensor", (4 + 2 * again) * n_layers, whole))
-        kind = "reduce-scatter"
-    else:
-        kind = "all-reduce"
-    rows.append((kind, "tensor", (4 + (model.remat == "full")) * n_layers, whole))
-    held = memory_model.parameters(cfg, sizes, False)
-    if cfg.mesh.shard_optimizer:
-        rows.append(("reduce-scatter", "data", 1, 4.0 * held))
-        rows.append(("all-gather", "data", 1, float(width * held)))
-    else:
-        rows.append(("all-reduce", "data", 1, 4.0 * held))
-    return [row for row in rows if sizes[row[1]] > 1]
-
-
 def estimate(
     cfg: schema.Config,
-    layout: memory_model.Layout,
+    layout: placement.Layout,
     gpu: gpus.Gpu,
     network: gpus.Network,
-    case: str,
+    case: Case,
     program: hlo.Program | None = None,
 ) -> StepTime:
-    """Return the time of a step in a case (`CASES`), by the schedule of a compiled one if given."""
+    """Return the time of a step: by the schedule of `program` if given, else by closed forms."""
+    reached = _reached(network, case)
     if program is None:
-        return _by_closed_forms(cfg, layout, gpu, _reached(network, case), case)
-    return _by_schedule(cfg, layout, gpu, _reached(network, case), case, program)
+        return _by_closed_forms(cfg, layout, gpu, reached, case)
+    return _by_schedule(cfg, layout, gpu, reached, case, program)
 
 
-def _reached(network: gpus.Network, case: str) -> gpus.Network:
+def _reached(network: gpus.Network, case: Case) -> gpus.Network:
     share = ASSUMED["network"].at(case)
     return dataclasses.replace(
         network,
@@ -246,117 +210,125 @@ def _reached(network: gpus.Network, case: str) -> gpus.Network:
 
 def _by_closed_forms(
     cfg: schema.Config,
-    layout: memory_model.Layout,
+    layout: placement.Layout,
     gpu: gpus.Gpu,
     network: gpus.Network,
-    case: str,
+    case: Case,
 ) -> StepTime:
-    """Arithmetic of all kinds adds up; idle pipeline ticks take as long as working ones.
+    """Add up arithmetic of all kinds and exposed communication.
 
-    Of each axis's communication a share is exposed, and so is what exceeds the arithmetic.
+    Idle pipeline ticks take as long as working ones.
     """
-    done, peak = work(cfg, layout), peak_flops(cfg, gpu)
-    bubble = schedule(cfg, layout).bubble
-    stretch = 1 / (1 - bubble)
-    products = done.model_flops + done.recomputed_flops - done.attention_flops
-    matmul = stretch * products / (peak * ASSUMED["matmul"].at(case))
-    kind = "cudnn" if layout.attention == "cudnn" else "matmul"
-    attention = stretch * done.attention_flops / (peak * ASSUMED[kind].at(case))
-    elementwise = stretch * done.moved_bytes / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
-    arithmetic = matmul + attention + elementwise
-    sent = [_traffic(*row, layout, network) for row in collectives(cfg, layout)]
-    busy = {axis: sum(one.seconds for one in sent if one.axis == axis) for axis in layout.sizes}
-    shares = {axis: ASSUMED[axis].at(case) for axis in layout.sizes}
-    shares["fsdp"] = min(1.0, shares["fsdp"] * (2 * busy["fsdp"] / arithmetic) ** 2)
-    sent = [dataclasses.replace(one, exposed=shares[one.axis] * one.seconds) for one in sent]
-    hidden = sum(one.seconds - one.exposed for one in sent)
-    if hidden > arithmetic:  # there is not enough to hide it
-        share = 1 - arithmetic / hidden
-        sent = [
-            dataclasses.replace(one, exposed=one.exposed + share * (one.seconds - one.exposed))
-            for one in sent
-        ]
-    exposed = sum(one.exposed for one in sent)
-    return StepTime(
+    done, bubble = work(cfg, layout), placement.schedule(cfg, layout).bubble
+    kernels = _kernel_seconds(cfg, layout, gpu, case)
+    arithmetic = kernels["matmul"] + kernels["attention"] + kernels["elementwise"]
+    alone = [_traffic(needed, layout, network) for needed in communication.collectives(cfg, layout)]
+    traffic = _exposed(alone, layout, arithmetic, case)
+    exposed = sum(row.exposed for row in traffic)
+    parts = StepParts(
         seconds=arithmetic + exposed,
-        matmul=matmul,
-        attention=attention,
-        elementwise=elementwise,
+        **kernels,
         exposed=exposed,
         bubble=arithmetic * bubble,
-        flops=stretch * (done.model_flops + done.recomputed_flops),
-        traffic=sorted(sent, key=lambda one: -one.seconds),
+        flops=1 / (1 - bubble) * (done.model_flops + done.recomputed_flops),
     )
+    return StepTime(parts=parts, traffic=sorted(traffic, key=lambda row: -row.seconds))
+
+
+def _kernel_seconds(
+    cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu, case: Case
+) -> dict[str, float]:
+    """Return the seconds of matmul, attention and elementwise, with idle ticks."""
+    done, peak = work(cfg, layout), peak_flops(cfg, gpu)
+    stretch = 1 / (1 - placement.schedule(cfg, layout).bubble)
+    products = done.model_flops + done.recomputed_flops - done.attention_flops
+    kind = "cudnn" if layout.attention == "cudnn" else "matmul"
+    memory_rate = gpu.memory_bandwidth * ASSUMED["memory"].at(case)
+    return {
+        "matmul": stretch * products / (peak * ASSUMED["matmul"].at(case)),
+        "attention": stretch * done.attention_flops / (peak * ASSUMED[kind].at(case)),
+        "elementwise": stretch * done.moved_bytes / memory_rate,
+    }
 
 
 def _traffic(
-    kind: str,
-    axis: str,
-    count: int,
-    n_bytes: float,
-    layout: memory_model.Layout,
-    network: gpus.Network,
+    needed: communication.Needed, layout: placement.Layout, network: gpus.Network
 ) -> Traffic:
-    """Return a row of `collectives` with its time, and nothing exposed."""
-    one = _collective(kind, axis, n_bytes, layout, network)
+    """Return the time of a collective alone, with nothing exposed."""
+    each = communication.collective(needed.kind, needed.axis, needed.n_bytes, layout, network)
+    seconds = network.seconds(each.crossing_bytes, each.group_size, each.in_node)
     return Traffic(
-        kind=kind,
-        axis=axis,
-        count=count,
-        bytes_per_step=count * one.crossing_bytes,
-        network=network.bandwidth(one.group_size, one.in_node)[0],
-        seconds=count * network.seconds(one.crossing_bytes, one.group_size, one.in_node),
+        kind=needed.kind,
+        axis=needed.axis,
+        count=needed.count,
+        bytes_per_step=needed.count * each.crossing_bytes,
+        network=network.bandwidth(each.group_size, each.in_node)[0],
+        seconds=needed.count * seconds,
         exposed=0.0,
     )
 
 
-def _collective(
-    kind: str, axis: str, n_bytes: float, layout: memory_model.Layout, network: gpus.Network
-) -> hlo.Collective:
-    """Return a collective over an axis; one that hands on is as slow as its slowest pair."""
-    size, in_node = layout.sizes[axis], layout.in_node(axis, network.gpus_per_node)
-    if kind == "collective-permute":
-        size, in_node = 2, 2 if in_node == size else 1
-    return hlo.Collective(kind, (axis,), size, in_node, round(n_bytes), True)
+def _exposed(
+    traffic: list[Traffic], layout: placement.Layout, arithmetic: float, case: Case
+) -> list[Traffic]:
+    """Return the collectives with their exposed seconds.
+
+    A share of each axis's communication is exposed, and so is the time that exceeds the arithmetic.
+    """
+    busy = {axis: sum(row.seconds for row in traffic if row.axis == axis) for axis in layout.sizes}
+    shares = {axis: ASSUMED[axis].at(case) for axis in layout.sizes}
+    shares["fsdp"] = min(1.0, shares["fsdp"] * (2 * busy["fsdp"] / arithmetic) ** 2)
+    exposed = [dataclasses.replace(row, exposed=shares[row.axis] * row.seconds) for row in traffic]
+    hidden = sum(row.seconds - row.exposed for row in exposed)
+    if hidden <= arithmetic:
+        return exposed
+    share = 1 - arithmetic / hidden  # there is not enough arithmetic to hide the rest
+    return [
+        dataclasses.replace(row, exposed=row.exposed + share * (row.seconds - row.exposed))
+        for row in exposed
+    ]
 
 
 def _by_schedule(
     cfg: schema.Config,
-    layout: memory_model.Layout,
+    layout: placement.Layout,
     gpu: gpus.Gpu,
     network: gpus.Network,
-    case: str,
+    case: Case,
     program: hlo.Program,
 ) -> StepTime:
+    walked = timeline.walk(program, layout.sizes, _rates(cfg, gpu, network, case))
+    traffic = [
+        Traffic(
+            kind=key[0],
+            axis=key[1],
+            count=round(walked.count[key]),
+            bytes_per_step=walked.crossing_bytes[key],
+            network=key[2],
+            seconds=seconds,
+            exposed=walked.exposed[key],
+        )
+        for key, seconds in sorted(walked.busy.items(), key=lambda item: -item[1])
+    ]
+    kernels = {name: walked.kernels[name] for name in ("matmul", "attention", "elementwise")}
+    parts = StepParts(
+        seconds=walked.seconds,
+        **kernels,
+        exposed=walked.seconds - sum(kernels.values()),
+        bubble=placement.schedule(cfg, layout).bubble * sum(kernels.values()),
+        flops=walked.flops,
+    )
+    return StepTime(parts=parts, traffic=traffic)
+
+
+def _rates(cfg: schema.Config, gpu: gpus.Gpu, network: gpus.Network, case: Case) -> timeline.Rates:
     peak = peak_flops(cfg, gpu)
-    rates = timeline.Rates(
+    return timeline.Rates(
         matmul=peak * ASSUMED["matmul"].at(case),
         attention=peak * ASSUMED["cudnn"].at(case),
         memory=gpu.memory_bandwidth * ASSUMED["memory"].at(case),
         memory_peak=gpu.memory_bandwidth,
         network=network,
-    )
-    found = timeline.walk(program, layout.sizes, rates)
-    sent = [
-        Traffic(
-            kind=key[0],
-            axis=key[1],
-            count=round(found.count[key]),
-            bytes_per_step=found.crossing_bytes[key],
-            network=key[2],
-            seconds=seconds,
-            exposed=found.exposed[key],
-        )
-        for key, seconds in sorted(found.busy.items(), key=lambda item: -item[1])
-    ]
-    kernels = {name: found.kernels[name] for name in ("matmul", "attention", "elementwise")}
-    return StepTime(
-        seconds=found.seconds,
-        **kernels,
-        exposed=found.seconds - sum(kernels.values()),
-        bubble=schedule(cfg, layout).bubble * sum(kernels.values()),
-        flops=found.flops,
-        traffic=sent,
     )
 
 

@@ -15,7 +15,7 @@ from gpt3jax.data import skipping, splits, text
 from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops
 from gpt3jax.model import remat
-from gpt3jax.plan import memory_model
+from gpt3jax.plan import memory_model, placement
 from gpt3jax.run import corruption, faults, step_log
 from gpt3jax.sharding import layouts, meshes, rules
 from gpt3jax.watch import phases
@@ -233,7 +233,7 @@ def step_bytes(
     With the plan's headroom in the bytes that a device offers, `limit`, where it tells.
     """
     rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
-    layout = memory_model.Layout(
+    layout = placement.Layout(
         sizes=dict(mesh.shape),
         n_microbatches=max(cfg.batch.global_batch_size // rows, 1),
         attention=attention,

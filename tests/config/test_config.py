@@ -18,7 +18,7 @@ import pytest
 from gpt3jax import errors, optimizer
 from gpt3jax.config import batch_schedule, ranges, recipe, schema, validation
 from gpt3jax.hardware import flops
-from gpt3jax.plan import memory_model
+from gpt3jax.plan import memory_model, placement
 from gpt3jax.run import faults
 
 RECIPE = """
@@ -399,7 +399,7 @@ def use_numbers(cfg):
     limit = 2 * max(cfg.watchdog.slow_phase_seconds, cfg.watchdog.step_multiple)
     assert max(limit, cfg.checkpoint.retry_pause) < threading.TIMEOUT_MAX
     np.int32([1000 * cfg.distributed.start_timeout, 1000 * cfg.distributed.heartbeat_timeout])
-    memory_model.memory(cfg, memory_model.lay_out(cfg, 1, 1))
+    memory_model.memory(cfg, placement.lay_out(cfg, 1, 1))
 
 
 # What people mean by a 0 that is not allowed, and how it is said.

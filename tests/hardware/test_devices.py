@@ -16,9 +16,9 @@ import corpus
 
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
-    """Return a function that chooses on a machine with or without a GPU; what JAX is told."""
+    """Return a function that chooses on a machine with or without a GPU, and returns the choice."""
     gpu = tmp_path / "nvidia0"
-    monkeypatch.setattr(devices, "_SIGNS", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(devices, "GPU_FILES", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def call(has_gpu, asked=None, cpu_devices=0, has_cuda=True):
@@ -26,7 +26,7 @@ def choose(tmp_path, monkeypatch):
         settings = {"jax_platforms": asked}
         fake = types.SimpleNamespace(values=settings, update=settings.__setitem__)
         monkeypatch.setattr(devices, "jax", types.SimpleNamespace(config=fake))
-        monkeypatch.setattr(devices, "_has_cuda", lambda: has_cuda)
+        monkeypatch.setattr(devices, "has_cuda", lambda: has_cuda)
         devices.choose(cpu_devices)
         return settings
 
@@ -42,8 +42,8 @@ def test_the_machine_decides_where_nobody_does(choose):
 def test_who_asks_for_the_cpu_gets_it(choose):
     for has_gpu in (True, False):
         for asked in (None, "cuda,cpu"):
-            found = choose(has_gpu, asked, cpu_devices=4)
-            assert found == {"jax_platforms": "cpu", "jax_num_cpu_devices": 4}
+            settings = choose(has_gpu, asked, cpu_devices=4)
+            assert settings == {"jax_platforms": "cpu", "jax_num_cpu_devices": 4}
         assert choose(has_gpu, "cpu", has_cuda=False) == {"jax_platforms": "cpu"}
 
 
@@ -72,7 +72,7 @@ def test_hidden_gpus_are_not_wanted(choose, monkeypatch, hidden):
 
 
 @pytest.mark.parametrize(
-    "told, status, words",
+    "message, status, words",
     [
         (
             "Unable to initialize backend 'cuda': Backend 'cuda' is not in the list of known "
@@ -89,9 +89,9 @@ def test_hidden_gpus_are_not_wanted(choose, monkeypatch, hidden):
         ),
     ],
 )
-def test_what_jax_says_of_gpus_that_it_cannot_start_becomes_a_line(capsys, told, status, words):
+def test_what_jax_says_of_gpus_that_it_cannot_start_becomes_a_line(capsys, message, status, words):
     def fail():
-        raise RuntimeError(told)
+        raise RuntimeError(message)
 
     assert command.run(fail) == status
     line = capsys.readouterr().err
@@ -109,13 +109,16 @@ def test_another_error_stays_one():
 START = """
 import sys
 from jax._src import hardware_utils
-from gpt3jax import command, config, devices, distributed, sharding
+from gpt3jax.config import command, schema
+from gpt3jax.distributed import joining
+from gpt3jax.hardware import devices
+from gpt3jax.sharding import meshes
 if len(sys.argv) > 1:
-    devices._SIGNS = (sys.argv[1],)
+    devices.GPU_FILES = (sys.argv[1],)
     hardware_utils.has_visible_nvidia_gpu = lambda: True
 def start():
-    distributed.start(config.Distributed(), config.Mesh())
-    print(sharding.make_mesh(config.Mesh()).devices.flat[0].platform)
+    joining.start(schema.Distributed(), schema.Mesh())
+    print(meshes.make_mesh(schema.Mesh()).devices.flat[0].platform)
 sys.exit(command.run(start))
 """
 
@@ -127,15 +130,15 @@ def start_devices(*arguments):
     return subprocess.run(call, env=environ, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.skipif(bool(devices._visible_gpu()), reason="has a GPU")
-def test_without_a_gpu_the_cpu_is_taken_quietly():
-    """With the extra `plan` as well, whose plugin JAX would start, and tell that it cannot."""
+@pytest.mark.skipif(bool(devices.visible_gpu()), reason="has a GPU")
+def test_without_a_gpu_the_cpu_is_used_quietly():
+    """With the extra `plan` as well: JAX would start its plugin, and print that it cannot."""
     done = start_devices()
     assert (done.returncode, done.stdout, done.stderr) == (0, "cpu\n", "")
 
 
-@pytest.mark.skipif(bool(devices._visible_gpu()), reason="has a GPU")
-@pytest.mark.skipif(not devices._has_cuda(), reason="not installed: the extra plan")
+@pytest.mark.skipif(bool(devices.visible_gpu()), reason="has a GPU")
+@pytest.mark.skipif(not devices.has_cuda(), reason="not installed: the extra plan")
 def test_the_compiler_of_the_extra_plan_is_no_cuda(tmp_path):
     """A machine with a GPU where the extra `plan` alone is installed."""
     (tmp_path / "nvidia0").touch()

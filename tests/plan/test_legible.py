@@ -1,4 +1,4 @@
-"""Whether a compiled step was read whole: each part that a version may write in another way."""
+"""A compiled step that was not read completely is refused, whichever part is missing."""
 
 import dataclasses
 
@@ -7,28 +7,30 @@ import pytest
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.hardware import gpus
-from gpt3jax.plan import compiler, hlo, legible, memory_model, time_model
+from gpt3jax.plan import buffers, compiler, hlo, legible, placement, time_model
 
 import tiny
 
 COST, IS_SYNC = '{"exec_time_us":1,"name":""}', '{"is_sync":false}'
+BUFFER = buffers.Buffer(4, "f32[1]", "add", "")
 COMPILED = compiler.Compiled(
-    argument_bytes=3, temp_bytes=4, peak_bytes=7, attention="cudnn", largest_buffers=[{}],
+    argument_bytes=3, temp_bytes=4, peak_bytes=7, attention="cudnn", largest_buffers=[BUFFER],
     cudnn={"forward": True, "backward": True}, compile_seconds=1.0, host_bytes=0, versions={},
     cached=False, text=COST + IS_SYNC, program=hlo.Program("", {}),
 )  # fmt: skip
 
 
 def check(compiled=COMPILED, axes=None, attention=None, **of_time):
-    """Check a step that has what the closed forms say, but for what is given."""
+    """Check a step that has the figures of the closed forms, except for the given ones."""
     model = {"attention": attention or schema.Attention()}
     mesh = {"data": 2, **(axes or {"fsdp": 2, "tensor": 2})}
     cfg = tiny.make_config(mesh=mesh, model=model)
-    layout = memory_model.lay_out(cfg, 8, 8)
+    layout = placement.lay_out(cfg, 8, 8)
     h100 = gpus.GPUS["h100"]
     least = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected")
     share = of_time.pop("share_of_flops", 1.0)
-    time = dataclasses.replace(least, flops=share * least.flops, **of_time)
+    parts = dataclasses.replace(least.parts, flops=share * least.parts.flops)
+    time = dataclasses.replace(least, parts=parts, **of_time)
     legible.check(cfg, layout, compiled, time, least)
 
 
@@ -41,19 +43,19 @@ def test_what_has_all_its_parts_is_read(axes):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"peak_bytes": 2}, "its peak of 2 bytes does not hold its state and batch of 3"),
         ({"argument_bytes": 0}, "its state and batch of 0"),
         ({"largest_buffers": []}, "no temporary array"),
         ({"text": IS_SYNC}, "no cost of XLA's model"),
-        ({"text": COST}, "no collective tells whether"),
+        ({"text": COST}, "no collective says whether"),
         ({"cudnn": {"forward": True, "backward": False}}, "cuDNN's attention was not found"),
     ],
 )
-def test_a_part_that_was_not_found_is_an_error_of_one_line(wrong, told):
+def test_a_part_that_was_not_found_is_an_error_of_one_line(wrong, message):
     with pytest.raises(
-        errors.UserError, match=f"cannot read .* jax .*{told}.*--no-compile"
+        errors.UserError, match=f"cannot read .* jax .*{message}.*--no-compile"
     ) as error:
         check(dataclasses.replace(COMPILED, **wrong))
     assert "\n" not in str(error.value) and "0.12" in str(error.value)

@@ -1,15 +1,13 @@
 """Closed forms of memory and time against the real state and the data sheets."""
 
-import subprocess
-
 import jax
 import pytest
 
-from gpt3jax import errors, step
+from gpt3jax import step
 from gpt3jax.config import recipe
 from gpt3jax.data import global_batch
-from gpt3jax.hardware import flops, gpus, xla_flags
-from gpt3jax.plan import hlo, memory_model, time_model
+from gpt3jax.hardware import flops, gpus
+from gpt3jax.plan import communication, hlo, memory_model, placement, time_model
 from gpt3jax.run import startup
 from gpt3jax.sharding import meshes
 
@@ -26,7 +24,7 @@ MESHES = [
 
 
 def layout_of(cfg, n_gpus=8):
-    return memory_model.lay_out(cfg, n_gpus, 8)
+    return placement.lay_out(cfg, n_gpus, 8)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -40,14 +38,14 @@ def test_parameters_of_a_gpu_are_the_states_own(axes):
     )
     sizes = layout_of(cfg).sizes
     assert sizes == dict(mesh.shape)
-    assert memory_model.parameters(cfg, sizes, cfg.mesh.shard_optimizer) == held
+    assert memory_model.parameters(cfg, sizes, over_data=cfg.mesh.shard_optimizer) == held
 
 
 @pytest.mark.parametrize("name", ["345m", "gpt3/13b", "175b"])
 def test_parameters_of_one_gpu_are_all(repository, name):
     cfg = recipe.load(str(repository / "configs" / f"{name}.py"))
     sizes = dict.fromkeys(meshes.AXES, 1)
-    assert memory_model.parameters(cfg, sizes, False) == flops.n_params(cfg.model)
+    assert memory_model.parameters(cfg, sizes, over_data=False) == flops.n_params(cfg.model)
 
 
 def test_batch_is_the_loaders():
@@ -73,29 +71,21 @@ def test_target_has_the_data_sheets_peak(name):
     assert text.count("{") == text.count("}") and f'name: "{gpu.name}"' in text
 
 
-def test_members_of_a_group_in_one_node_share_their_cards():
-    network = gpus.network_of(gpus.GPUS["h100"])
-    assert network.bandwidth(8, 8) == ("NVLink", 360e9)
-    assert network.bandwidth(16, 1) == ("NIC", 45e9)
-    assert network.bandwidth(256, 8) == ("NIC", 360e9)
-    assert network.bandwidth(16, 2) == ("NIC", 90e9)
-
-
 @pytest.mark.parametrize("gpus_per_node", [4, 8, 16])
 def test_closed_forms_see_the_network_that_a_compiled_collective_has(gpus_per_node):
     sizes = {"data": 2, "stage": 4, "fsdp": 2, "context": 2, "tensor": 2}
-    layout = memory_model.Layout(sizes=sizes, n_microbatches=4, attention="xla", problems=())
+    layout = placement.Layout(sizes=sizes, n_microbatches=4, attention="xla", problems=())
     network = gpus.network_of(gpus.GPUS["h100"], gpus_per_node)
     for i, axis in enumerate(sizes):
         groups = f"replica_groups=mesh['0'=2,'1'=4,'2'=2,'3'=2,'4'=2] {{'{i}'}}"
-        one = hlo.Instruction("c", "(f32[8], f32[8])", "all-gather-start", ("p",), groups)
-        compiled = hlo.collective(one, tuple(sizes.items()), gpus_per_node)
-        planned = time_model._collective("all-gather", axis, 1.0, layout, network)
+        gather = hlo.Instruction("c", "(f32[8], f32[8])", "all-gather-start", ("p",), groups)
+        compiled = hlo.collective(gather, tuple(sizes.items()), gpus_per_node)
+        planned = communication.collective("all-gather", axis, 1.0, layout, network)
         assert (planned.group_size, planned.in_node) == (compiled.group_size, compiled.in_node)
 
 
 def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
-    """Both count what the compiler cannot see."""
+    """Both count memory that the compiler cannot see."""
     cfg = tiny.make_config(mesh={"data": 8})
     mesh = meshes.make_mesh(cfg.mesh)
     peak = sum(memory_model.memory(cfg, layout_of(cfg)).values())
@@ -106,17 +96,6 @@ def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
     assert warnings(None) == []
     assert warnings(round(peak / 0.96)) == []
     assert "may run out of memory" in warnings(round(peak / 0.98))[0]
-
-
-@pytest.mark.parametrize("n_stages", [1, 4])
-@pytest.mark.parametrize("name", ["h100", "a100"])
-def test_flags_of_a_plan_are_those_of_a_run_and_every_one_has_a_reason(name, n_stages):
-    gpu = gpus.GPUS[name]
-    network = gpus.network_of(gpu)
-    run = xla_flags.of_run(gpu, network, n_stages)
-    planned = xla_flags.of_plan(gpu, network, n_stages)
-    assert planned[: len(run)] == run
-    assert all(one.reason for one in (*planned, *xla_flags.variables(n_stages)))
 
 
 def test_mfu_is_that_of_the_log():
@@ -132,55 +111,12 @@ def test_175b_recomputes_what_the_compiler_does():
     assert 1 + time_model.recompute_share(cfg)[0] == pytest.approx(1.22, abs=0.005)
 
 
-def test_an_unknown_option_of_xla_is_named_with_its_nearest():
-    h100 = gpus.GPUS["h100"]
-    xla_flags.check(xla_flags.text(xla_flags.of_plan(h100, gpus.network_of(h100), 1)))
-    with pytest.raises(errors.UserError, match="did you mean xla_gpu_enable_triton_gemm"):
-        xla_flags.check("--xla_gpu_enable_triton_gem=false")
-
-
 def test_communication_that_arithmetic_cannot_hide_is_exposed():
-    """Over a slow network a step takes what the network takes."""
+    """Over a slow network a step takes as long as its traffic."""
     cfg = tiny.make_config(mesh={"fsdp": 8})
     gpu, layout = gpus.GPUS["h100"], layout_of(cfg)
     slow = gpus.network_of(gpu, nvlink_bandwidth=1e6, latency=1e-9)
-    found = time_model.estimate(cfg, layout, gpu, slow, "expected")
-    busy = sum(one.seconds for one in found.traffic)
-    assert found.seconds == pytest.approx(busy, rel=0.02)
-    assert found.exposed == pytest.approx(sum(one.exposed for one in found.traffic))
-
-
-def test_a_shell_gets_the_settings_and_those_of_the_user_win(repository, capsys):
-    recipe_file = f"--config={repository / 'configs' / '175b.py'}"
-    assert xla_flags.main([recipe_file, "--data.mock"]) == 0
-    script = (
-        capsys.readouterr().out + 'echo "$XLA_FLAGS / $JAX_OPTIMIZATION_LEVEL / $JAX_PLATFORMS"'
-    )
-    environment = {"XLA_FLAGS": "--xla_mine=1", "JAX_OPTIMIZATION_LEVEL": "O0"}
-    done = subprocess.run(
-        ["bash", "-euc", script], env=environment, text=True, capture_output=True, check=True
-    )
-    assert (
-        done.stdout.endswith("--xla_mine=1 / O0 / cuda,cpu\n") and "latency_hiding" in done.stdout
-    )
-    assert xla_flags.main([recipe_file, "--data.mock", "--mesh.tensor=5"]) == 2
-    assert "mesh.tensor=5" in capsys.readouterr().err
-    assert xla_flags.main([recipe_file, "--data.mock", "--mesh.stage=-1", "--mesh.data=1"]) == 2
-    assert "mesh.stage=-1" in capsys.readouterr().err
-
-
-def test_a_shell_that_runs_what_it_reads_gets_settings_alone(
-    repository, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
-    talks = tmp_path / "talks.py"
-    path = repository / "configs" / "175b.py"
-    talks.write_text(f"print('rm -rf /')\n{path.read_text()}")
-    assert xla_flags.main([f"--config={talks}", "--data.mock"]) == 0
-    told = capsys.readouterr()
-    assert all(line.startswith("export ") for line in told.out.splitlines())
-    assert "nic_speed_gbps=45" in told.out and "rm -rf /" in told.err  # as for H100s
-    with pytest.raises(SystemExit):
-        xla_flags.main([f"--config={talks}", "--help"])
-    told = capsys.readouterr()
-    assert not told.out and "--mesh.tensor" in told.err
+    time = time_model.estimate(cfg, layout, gpu, slow, "expected")
+    busy = sum(row.seconds for row in time.traffic)
+    assert time.parts.seconds == pytest.approx(busy, rel=0.02)
+    assert time.parts.exposed == pytest.approx(sum(row.exposed for row in time.traffic))
