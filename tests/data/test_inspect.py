@@ -9,7 +9,17 @@ import pytest
 
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, recipe, schema, validation
-from gpt3jax.data import indexed, inspect, loader, merge, mock, samples, splits, tokenizer
+from gpt3jax.data import (
+    indexed,
+    inspect,
+    loader,
+    merge,
+    mock,
+    samples,
+    splits,
+    tokenizer_sources,
+    tokenizer_training,
+)
 
 import corpus
 import tiny
@@ -39,8 +49,8 @@ def test_a_corpus_is_described(tmp_path, monkeypatch, capsys):
 def test_text_of_documents_and_samples_is_shown(tmp_path, monkeypatch, capsys):
     files = [str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")]
     texts = ["the cat sat on the mat", "a dog barked at it", "é" * 9]
-    tokenizer.train(texts, 300, *files)
-    bpe = tokenizer.from_files(*files)
+    tokenizer_training.train(texts, 300, *files)
+    bpe = tokenizer_sources.from_files(*files)
     with indexed.Writer(str(tmp_path / "a"), np.uint16) as writer:
         for text in texts:
             writer.add_document([[*bpe.encode(text), bpe.eod_id]])
@@ -51,13 +61,15 @@ def test_text_of_documents_and_samples_is_shown(tmp_path, monkeypatch, capsys):
     assert " ".join(map(str, bpe.encode(texts[1]))) in capsys.readouterr().out
     rest = ["--seq-len", "6", "--split", "1", "--samples", "0:2"]
     assert call(monkeypatch, *words, *rest) == 0
-    told = capsys.readouterr().out.splitlines()
-    source = samples.SampleMap(indexed.IndexedCorpus(str(tmp_path / "a")), (0, 3), 6, None, 1234)
+    lines = capsys.readouterr().out.splitlines()
+    source = samples.SampleMap(
+        indexed.IndexedCorpus(str(tmp_path / "a")), (0, 3), samples.Request(seq_len=6, seed=1234)
+    )
     tokens, _ = source.tokens(np.arange(2))
-    assert told[-1] == bpe.decode(tokens[1, :6].tolist())
+    assert lines[-1] == bpe.decode(tokens[1, :6].tolist())
     place, offset = source.sample_index[source.shuffle_index[1]]
-    assert f"sequence(s) {source.document_index[place]}" in told[-2]
-    assert told[-2].endswith(f"from token {offset} of the first")
+    assert f"sequence(s) {source.document_index[place]}" in lines[-2]
+    assert lines[-2].endswith(f"from token {offset} of the first")
 
 
 def test_the_dump_of_a_corpus_has_its_indices_and_samples(tmp_path, monkeypatch):
@@ -65,7 +77,9 @@ def test_the_dump_of_a_corpus_has_its_indices_and_samples(tmp_path, monkeypatch)
     words = [prefix, "--split", "8,2,0", "--which", "valid", "--seq-len", "16", "--seed", "5"]
     words += ["--n-samples", "90", "--eod", "0", "--eod-mask-loss", "--reset-position-ids"]
     assert call(monkeypatch, *words, "--samples", "3:7", "--dump", file) == 0
-    source = samples.SampleMap(indexed.IndexedCorpus(prefix), (160, 200), 16, 90, 5)
+    source = samples.SampleMap(
+        indexed.IndexedCorpus(prefix), (160, 200), samples.Request(seq_len=16, seed=5, n_samples=90)
+    )
     with np.load(file) as dumped:
         assert set(dumped) == {
             "document_index", "sample_index", "shuffle_index",
@@ -90,7 +104,11 @@ def test_the_dump_of_a_blend_has_that_of_its_parts(tmp_path, monkeypatch):
         for i, prefix in enumerate((a, b)):
             n = int(np.ceil((75, 25)[i] * 1.005))
             bounds = samples.split_bounds("949,50,1", 200)[0]
-            part = samples.SampleMap(indexed.IndexedCorpus(prefix), bounds, 16, n, 1234)
+            part = samples.SampleMap(
+                indexed.IndexedCorpus(prefix),
+                bounds,
+                samples.Request(seq_len=16, seed=1234, n_samples=n),
+            )
             np.testing.assert_array_equal(dumped[f"{i}.shuffle_index"], part.shuffle_index)
 
 
@@ -110,9 +128,9 @@ def test_the_samples_of_a_step_are_those_that_it_trains_on(tmp_path, monkeypatch
 
 def test_the_tokenizer_of_a_config_shows_texts(tmp_path, monkeypatch, capsys):
     files = [str(tmp_path / name) for name in ("vocab.json", "merges.txt")]
-    tokenizer.train([], 257, *files)
-    bpe = tokenizer.from_files(*files)
-    bpe._rust.save(str(tmp_path / "tokenizer.json"))
+    tokenizer_training.train([], 257, *files)
+    bpe = tokenizer_sources.from_files(*files)
+    bpe.backend.save(str(tmp_path / "tokenizer.json"))
     with indexed.Writer(str(tmp_path / "texts"), np.uint16) as writer:
         writer.add_document([bpe.encode("Friends, Romans")])
     data = {"paths": (str(tmp_path / "texts"),), "tokenizer": str(tmp_path / "tokenizer.json")}
@@ -166,12 +184,15 @@ def test_merged_corpora_follow_each_other(tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(merged.lengths, np.concatenate([p.lengths for p in parts]))
     ends = [*range(15), 16, 16]
     np.testing.assert_array_equal(merged.document_indices, ends)
-    for wrong, told in ((["--output-prefix", prefixes[0]], "none of them"), ([], "int32 tokens")):
+    for wrong, message in (
+        (["--output-prefix", prefixes[0]], "none of them"),
+        ([], "int32 tokens"),
+    ):
         wide = write(tmp_path / "wide", 3, dtype=np.int32)
         words = ["merge", "--input", prefixes[0], wide, "--output-prefix", new, *wrong]
         monkeypatch.setattr(sys, "argv", words)
         assert merge.main() == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_mock_data_are_megatrons():
@@ -243,7 +264,9 @@ def test_the_last_validation_sample_may_be_partial(tmp_path):
 def build_map(arguments):
     prefix, cache = arguments
     source = samples.SampleMap(
-        indexed.IndexedCorpus(prefix), (0, 200), 16, 900, 5, cache=str(cache)
+        indexed.IndexedCorpus(prefix),
+        (0, 200),
+        samples.Request(seq_len=16, seed=5, n_samples=900, cache=str(cache)),
     )
     return source.shuffle_index.tolist(), type(source.shuffle_index.base).__name__
 
@@ -253,12 +276,16 @@ def test_cached_indices_are_those_built_and_are_built_once(tmp_path, monkeypatch
     built, kind = build_map((prefix, ""))
     assert kind != "memmap"
     assert build_map((prefix, cache)) == (built, "memmap")
-    monkeypatch.setattr(samples, "_shuffled_documents", None)  # no more building
+    monkeypatch.setattr(samples, "build_sample_index", None)  # no more building
     assert build_map((prefix, cache)) == (built, "memmap")
     (entry,) = [path for path in cache.iterdir() if path.is_dir()]
     assert json.loads((entry / "key.json").read_text())["seed"] == 5
     with pytest.raises(TypeError):
-        samples.SampleMap(indexed.IndexedCorpus(prefix), (0, 200), 16, 900, 6, cache=str(cache))
+        samples.SampleMap(
+            indexed.IndexedCorpus(prefix),
+            (0, 200),
+            samples.Request(seq_len=16, seed=6, n_samples=900, cache=str(cache)),
+        )
     monkeypatch.undo()
     file = entry / "shuffle_index.npy"
     file.write_bytes(file.read_bytes()[:-5])  # cut: built again
@@ -283,8 +310,8 @@ def test_blends_are_cached_with_their_parts(tmp_path):
 def test_processes_that_race_for_a_cache_get_the_same(tmp_path):
     prefix = write(tmp_path / "a", 1)
     with multiprocessing.get_context("spawn").Pool(4) as pool:
-        found = pool.map(build_map, [(prefix, tmp_path / "cache")] * 8, chunksize=1)
-    assert found == [(build_map((prefix, ""))[0], "memmap")] * 8
+        built = pool.map(build_map, [(prefix, tmp_path / "cache")] * 8, chunksize=1)
+    assert built == [(build_map((prefix, ""))[0], "memmap")] * 8
     assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
 
 

@@ -144,7 +144,11 @@ def test_a_split_without_documents_is_refused_by_name(tmp_path):
 
 def test_order_tells_epochs_apart_but_not_the_length_of_the_run(corpus):
     cfg = make_config(corpus)
-    n = len(samples.SampleMap(indexed.IndexedCorpus(corpus), (0, 360), 32, None, 1))
+    n = len(
+        samples.SampleMap(
+            indexed.IndexedCorpus(corpus), (0, 360), samples.Request(seq_len=32, seed=1)
+        )
+    )
     short, longer, twice = (splits.open_splits(cfg, 2, m).order for m in (16, n, 2 * n))
     assert short == longer != twice
 
