@@ -31,8 +31,8 @@ DTYPES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 _HEADER = struct.Struct("<9sQBQQ")
-_CHECK_AT_ONCE = 1 << 20  # sequences: bounds the memory of opening a corpus of any size
-_COPY_AT_ONCE = 1 << 23  # tokens
+CHECK_AT_ONCE = 1 << 20  # sequences: bounds the memory of opening a corpus of any size
+COPY_AT_ONCE = 1 << 23  # tokens
 _Mapped: TypeAlias = mmap.mmap | bytes  # bytes of an empty file, which cannot be mapped
 
 
@@ -120,8 +120,8 @@ class IndexedCorpus:
 
     def _count_tokens(self, path: pathlib.Path) -> int:
         size, end = self.dtype.itemsize, 0
-        for low in range(0, len(self), _CHECK_AT_ONCE):
-            lengths = self.lengths[low : low + _CHECK_AT_ONCE].astype(np.int64)
+        for low in range(0, len(self), CHECK_AT_ONCE):
+            lengths = self.lengths[low : low + CHECK_AT_ONCE].astype(np.int64)
             if np.min(lengths) < 0:
                 i = int(np.argmin(lengths))
                 raise errors.UserError(
@@ -129,7 +129,7 @@ class IndexedCorpus:
                     "damaged; copy or prepare it again"
                 )
             ends = end + np.cumsum(lengths * size)
-            wrong = self.pointers[low : low + _CHECK_AT_ONCE] != ends - lengths * size
+            wrong = self.pointers[low : low + CHECK_AT_ONCE] != ends - lengths * size
             if wrong.any():
                 i = int(wrong.argmax())
                 raise errors.UserError(
@@ -328,9 +328,9 @@ class Writer:
         """Append all documents of a corpus whose tokens have the same type, block by block."""
         assert corpus.dtype == self._dtype, (corpus.dtype, self._dtype)
         first = len(self._lengths)
-        for low in range(0, corpus.n_tokens, _COPY_AT_ONCE):
+        for low in range(0, corpus.n_tokens, COPY_AT_ONCE):
             with _writing(self._partial):
-                self._file.write(corpus.tokens[low : low + _COPY_AT_ONCE].data)
+                self._file.write(corpus.tokens[low : low + COPY_AT_ONCE].data)
         self._lengths.frombytes(corpus.lengths.astype(np.int32).tobytes())
         documents = corpus.document_indices[1:].astype(np.int64) + first
         self._documents.frombytes(documents.tobytes())
@@ -358,7 +358,9 @@ class Writer:
             if kind is not None:
                 return
             with _writing(partial), partial.open("wb") as file:
-                self._write_index(file)
+                lengths = np.frombuffer(self._lengths, np.int32)
+                documents = np.frombuffer(self._documents, np.int64)
+                write_index(file, self._code, lengths, documents)
                 _close_durably(file)
             index.unlink(missing_ok=True)  # an old index must not stand beside the new tokens
             self._partial.replace(self._prefix + ".bin")
@@ -367,18 +369,19 @@ class Writer:
             self._partial.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
 
-    def _write_index(self, file: IO[bytes]) -> None:
-        lengths = np.frombuffer(self._lengths, np.int32)
-        documents = np.frombuffer(self._documents, np.int64)
-        file.write(_HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
-        file.write(lengths.astype("<i4").tobytes())
-        end = 0
-        for low in range(0, len(lengths), _CHECK_AT_ONCE):
-            sizes = lengths[low : low + _CHECK_AT_ONCE].astype("<i8") * self._dtype.itemsize
-            ends = end + np.cumsum(sizes)
-            file.write((ends - sizes).tobytes())
-            end = int(ends[-1])
-        file.write(documents.astype("<i8").tobytes())
+
+def write_index(file: IO[bytes], code: int, lengths: np.ndarray, documents: np.ndarray) -> None:
+    """Write the content of PREFIX.idx: type code of the tokens, lengths, document entries."""
+    itemsize = np.dtype(DTYPES[code]).itemsize
+    file.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents)))
+    file.write(lengths.astype("<i4").tobytes())
+    end = 0
+    for low in range(0, len(lengths), CHECK_AT_ONCE):
+        sizes = lengths[low : low + CHECK_AT_ONCE].astype("<i8") * itemsize
+        ends = end + np.cumsum(sizes)
+        file.write((ends - sizes).tobytes())
+        end = int(ends[-1])
+    file.write(documents.astype("<i8").tobytes())
 
 
 def _close_durably(file: IO[bytes]) -> None:

@@ -26,7 +26,7 @@ def train_batches(
     mesh: jax.sharding.Mesh,
     start: int,
     end: int,
-) -> Iterator[tuple[dict[str, jax.Array], int, int]]:
+) -> Iterator[tuple[global_batch.Batch, int, int]]:
     """Yield (batch, size, end) of each batch of samples start...end - 1, on the devices.
 
     `end` is the position after the batch, in samples consumed or skipped.
@@ -47,7 +47,7 @@ def eval_batches(
     mesh: jax.sharding.Mesh,
     split: str,
     n_evals_before: int,
-) -> Iterator[dict[str, jax.Array]] | None:
+) -> Iterator[global_batch.Batch] | None:
     """Yield the batches of one evaluation; each evaluation of a run reads new samples.
 
     None if the split has no samples.
@@ -66,7 +66,7 @@ def _batches(
     mesh: jax.sharding.Mesh,
     stretches: tuple[batch_schedule.Stretch, ...],
     stream: skipping.Stream = skipping.WHOLE,
-) -> Iterator[dict[str, jax.Array]]:
+) -> Iterator[global_batch.Batch]:
     n_rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
     rows = global_batch.local_rows(mesh, n_rows)
     batches = Batches(source, cfg, stretches, n_rows, rows, stream)

@@ -482,10 +482,9 @@ def test_a_killed_run_leaves_no_corpus_and_the_next_is_whole(tmp_path, files):
 def test_errors_are_one_line_and_a_status(tmp_path, monkeypatch, capsys, files):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text("{\n")
-    words = ["prepare", "--input", "a.jsonl", "--output-prefix", "out", "--tokenizer", files[0]]
-    monkeypatch.setattr(
-        sys, "argv", [*words[:-2], "--tokenizer", str(pathlib.Path(files[0]).parent)]
-    )
+    words = ["prepare", "--input", "a.jsonl", "--output-prefix", "out"]
+    folder = str(pathlib.Path(files[0]).parent)
+    monkeypatch.setattr(sys, "argv", [*words, "--tokenizer", folder])
     assert prepare.main() == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.endswith("leave out such lines with --on-bad-line skip")

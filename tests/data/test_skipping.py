@@ -63,9 +63,10 @@ def test_without_stretches_the_stream_is_the_run():
 
 @pytest.mark.parametrize("text", ["9:9", "9:8", "9", "-1:4", "a:b", "1:2:3"])
 def test_what_is_no_stretch_is_refused(repository, text):
-    args = [f"--config={repository}/configs/quickstart.py", "--data.skip-samples", "3:4", text]
-    with pytest.raises((errors.UserError, SystemExit)):
-        recipe.parse(args)
+    args = [f"--config={repository}/configs/quickstart.py", "--data.skip-samples", "3:4"]
+    assert recipe.parse(args).data.skip_samples == ("3:4",)
+    with pytest.raises(errors.UserError, match=rf"data\.skip_samples={text} must be A:B"):
+        recipe.parse([*args, text])
 
 
 def run(folder, mesh, skip, monkeypatch, stop_after=None):

@@ -73,8 +73,8 @@ def test_a_tokenizer_json_serves_in_place_of_the_two_files(data, folder, tmp_pat
     rust.add_special_tokens(["<end>"])
     rust.save(str(tmp_path / "tokenizer.json"))
     end = rust.token_to_id("<end>")
-    one = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_file": "", "merge_file": ""}
-    again = dataclasses.replace(data, **one, eod_id=end, paths=(str(tmp_path / "again"),))
+    files = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_file": "", "merge_file": ""}
+    again = dataclasses.replace(data, **files, eod_id=end, paths=(str(tmp_path / "again"),))
     model = dataclasses.replace(MODEL, vocab_size=end + 1)
     text.ensure_corpus(again, model)
     ours, theirs = (indexed.IndexedCorpus(d.paths[0]).read(0) for d in (data, again))
@@ -136,7 +136,7 @@ def test_interrupted_it_starts_anew(data, monkeypatch):
 
     for target, name in (
         (tokenizer.Tokenizer, "encode_batch"),
-        (indexed.Writer, "_write_index"),
+        (indexed, "write_index"),
         (pathlib.Path, "replace"),
     ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
