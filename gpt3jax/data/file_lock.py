@@ -1,8 +1,9 @@
 """A lock among processes, held on a file; the operating system frees it when its holder dies.
 
-Several processes of a host want the same corpus or index, and one of them is to make it. The
-library `filelock` does not serve: where a file system has no `flock` (Lustre mounted without it),
-it warns and uses lock files that a killed process on another host leaves behind for ever.
+Several processes of a host may want the same corpus or index; one of them makes it. The library
+`filelock` does not serve. Where a file system has no `flock` (Lustre mounted without it), it uses
+lock files, and one that a killed process on another host left is never freed. Where `flock` fails
+in another way (NFS without its lock service), it raises, though the index cache can do without.
 """
 
 import contextlib
