@@ -27,7 +27,7 @@ import tracemalloc
 import numpy as np
 
 from gpt3jax.config import batch_schedule, schema
-from gpt3jax.data import indexed, loader, prepare, samples, splits, tokenizer
+from gpt3jax.data import indexed, loader, prepare, samples, splits, tokenizer_sources
 from gpt3jax.sharding import meshes
 
 SEQ_LEN = 2048
@@ -87,7 +87,7 @@ def encoding(root, options):
             text = path.read_bytes().decode(errors="ignore")
             if size < options.text_mb * 1e6 and "-packages" not in str(path):
                 size += file.write(json.dumps({"text": text}) + "\n")
-    source = tokenizer.Source(vocab_file=files[0], merge_file=files[1])
+    source = tokenizer_sources.Source(vocab_file=files[0], merge_file=files[1])
     job = prepare.Options(
         input=(str(root / "text.jsonl"),),
         output_prefix=str(root / "ours"),
@@ -125,7 +125,7 @@ def megatron_encoding(root, files):
 
 
 class Lengths:
-    """What `SampleMap` needs of a corpus to build its indices; 10M documents have 9.0B tokens."""
+    """The part of a corpus that building indices needs; 10M documents have 9.0B tokens."""
 
     prefix = "synthetic"
 
@@ -141,12 +141,12 @@ class Lengths:
 
 def index(options):
     corpus = Lengths(options.documents)
-    whole = samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
+    whole = samples.SampleMap(corpus, (0, len(corpus)), samples.Request(seq_len=SEQ_LEN, seed=1))
     n, total, documents = len(whole), corpus.n_tokens, whole.document_index
     ours, theirs = [], []
     for _ in range(options.rounds):
         with timed(ours, n, time.process_time):
-            mine = whole._build_sample_index(documents, n, total)
+            built = samples.build_sample_index(corpus.lengths, documents, SEQ_LEN, n)
         if options.megatron:
             from megatron.core.datasets import helpers
 
@@ -154,17 +154,17 @@ def index(options):
                 other = helpers.build_sample_idx(
                     corpus.lengths, documents, SEQ_LEN, 1, total, True, True
                 )
-            assert (mine == other).all(), "the two built different indices"
+            assert (built == other).all(), "the two built different indices"
     show(f"sample index of {options.documents:,} documents", "samples per CPU second", ours, theirs)
     tracemalloc.start()
-    whole._build_sample_index(documents, n, total)
+    samples.build_sample_index(corpus.lengths, documents, SEQ_LEN, n)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
     begin = time.perf_counter()
-    samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
+    samples.SampleMap(corpus, (0, len(corpus)), samples.Request(seq_len=SEQ_LEN, seed=1))
     seconds = time.perf_counter() - begin
     print(
-        f"  {n:,} samples: {peak:.0f} MiB at its peak, {mine.nbytes / 2**20:.0f} MiB kept; "
+        f"  {n:,} samples: {peak:.0f} MiB at its peak, {built.nbytes / 2**20:.0f} MiB kept; "
         f"{seconds:.2f} s with both shuffles; process {_peak_mib():,.0f} MiB",
         flush=True,
     )
@@ -182,7 +182,7 @@ def write_corpus(root, n_megabytes):
 def reading(root, options):
     prefix = write_corpus(root, options.corpus_mb)
     corpus = indexed.IndexedCorpus(prefix)
-    source = samples.SampleMap(corpus, (0, len(corpus)), SEQ_LEN, None, 1)
+    source = samples.SampleMap(corpus, (0, len(corpus)), samples.Request(seq_len=SEQ_LEN, seed=1))
     data = schema.Data(eod_id=50_256)
     other = megatron_dataset(prefix) if options.megatron else None
     rng = np.random.default_rng(2)

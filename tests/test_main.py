@@ -7,7 +7,7 @@ import traceback
 import pytest
 
 from gpt3jax import main
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer_training
 from gpt3jax.distributed import launchers
 from gpt3jax.gradient import accumulation
 from gpt3jax.model import loss
@@ -134,7 +134,7 @@ def test_a_mistyped_option_names_the_nearest(tmp_path, monkeypatch, capfd, optio
 )
 def test_options_that_do_not_fit_are_named_with_the_fix(tmp_path, run, options, words):
     files = str(tmp_path / "vocab.json"), str(tmp_path / "other.txt")
-    tokenizer.train(["a text"], 300, *files)
+    tokenizer_training.train(["a text"], 300, *files)
     (tmp_path / "steps" / "40" / "meta").mkdir(parents=True)
     (tmp_path / "steps" / "40" / "meta" / "metadata").write_text("{}")
     n_files = len(list(tmp_path.rglob("*")))

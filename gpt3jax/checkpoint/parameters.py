@@ -12,7 +12,7 @@ import numpy as np
 from gpt3jax import errors, step
 from gpt3jax.checkpoint import array_blocks, metadata, storage
 from gpt3jax.config import schema
-from gpt3jax.data import tokenizer, tokenizer_files
+from gpt3jax.data import tokenizer, tokenizer_files, tokenizer_sources
 from gpt3jax.distributed import joining
 from gpt3jax.sharding import meshes
 
@@ -141,7 +141,7 @@ def open_for_use(folder: str, axes: schema.Mesh, compute_dtype: str) -> Trained:
 
 
 def open_tokenizer(
-    folder: str, cfg: schema.Config, source: tokenizer.Source
+    folder: str, cfg: schema.Config, source: tokenizer_sources.Source
 ) -> tokenizer.Tokenizer:
     """Return the tokenizer that a command names, else the one that the folder's checkpoint does.
 
@@ -167,7 +167,7 @@ def _own_tokenizer(folder: str, cfg: schema.Config, eod_token: str) -> tokenizer
             f"--checkpoint={folder} names no tokenizer (data.vocab_file, data.tokenizer): give "
             "--vocab-file and --merge-file, or --tokenizer"
         )
-    return tokenizer.of_config(data, eod_token)
+    return tokenizer_sources.of_config(data, eod_token)
 
 
 def new_store(folder: str) -> storage.Checkpoints:

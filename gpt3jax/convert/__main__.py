@@ -22,7 +22,7 @@ import tyro
 from gpt3jax import errors
 from gpt3jax.config import command, schema, user_paths, validation
 from gpt3jax.convert import hf_gpt2, hf_tokenizer, megatron, tensor_files
-from gpt3jax.data import tokenizer, tokenizer_files
+from gpt3jax.data import tokenizer, tokenizer_files, tokenizer_sources
 from gpt3jax.sharding import meshes
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def from_hf(options: FromHf) -> str:
     from gpt3jax.checkpoint import parameters  # after parsing: JAX takes seconds
 
     folder, output = pathlib.Path(options.folder), pathlib.Path(options.output).absolute()
-    vocab = tokenizer.vocabulary(folder) if tokenizer_files.find(folder) else {}
+    vocab = tokenizer_sources.vocabulary(folder) if tokenizer_files.find(folder) else {}
     special = tokenizer_files.special_ids(folder, vocab)
     own_eod = special.get("eos_token", vocab.get(tokenizer.END_OF_TEXT))
     model, eod_id = hf_gpt2.read_config(folder, own_eod)

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.data import tokenizer, tokenizer_files
+from gpt3jax.data import tokenizer_files, tokenizer_sources
 
 
 def asked_for(folder: str, vocab_file: str, merge_file: str) -> dict[str, str]:
@@ -18,7 +18,7 @@ def asked_for(folder: str, vocab_file: str, merge_file: str) -> dict[str, str]:
     if bool(vocab_file) != bool(merge_file) or bool(folder) == bool(vocab_file):
         raise errors.UserError("give --vocab-file and --merge-file together, or --tokenizer")
     if vocab_file:
-        tokenizer.from_files(vocab_file, merge_file)
+        tokenizer_sources.from_files(vocab_file, merge_file)
         return {"vocab_file": vocab_file, "merge_file": merge_file}
     found = tokenizer_files.find(pathlib.Path(folder))
     if not found:
@@ -53,11 +53,11 @@ def write(files: dict[str, str], folder: pathlib.Path, seq_len: int, eod_id: int
         return {}
     beside = pathlib.Path(next(iter(files.values()))).parent
     if tokenizer_files.find(beside) == {field: str(pathlib.Path(f)) for field, f in files.items()}:
-        tokenizer.vocabulary(beside)  # checks, before anything is written
+        tokenizer_sources.vocabulary(beside)  # checks, before anything is written
         tokenizer_files.copy_folder(beside, folder)
     else:
         tokenizer_files.copy_files(files, folder)
-    vocab = tokenizer.vocabulary(folder)
+    vocab = tokenizer_sources.vocabulary(folder)
     if not (folder / tokenizer_files.CONFIG).is_file():
         kind: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": seq_len}
         if "tokenizer" in files:

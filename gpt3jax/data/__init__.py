@@ -1,4 +1,5 @@
-"""From text to batches: corpus files, sample mapping, tokenizer, loading.
+"""From text to batches: corpora, the order of samples, tokenizers, and loading.
 
-Only `loader` touches JAX and Grain; the rest is NumPy.
+`loader` and `global_batch` alone use JAX, `loader` alone Grain; the rest is NumPy. From the top:
+`loader`, `splits`, `blend`, `samples`, `indexed`. The commands are `prepare`, `merge`, `inspect`.
 """

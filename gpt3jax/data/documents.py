@@ -1,7 +1,7 @@
-"""Files of text as documents: JSON lines, plain text, Parquet; compressed or not.
+"""Documents from files of text: JSON lines, plain text, Parquet; compressed or not.
 
-Files are read in chunks of about a MiB, in order. JSON is parsed later, by whoever encodes the
-chunk, so that one reader can feed many.
+Files are read in order, in chunks of about a MiB. JSON is parsed later, by the thread that encodes
+the chunk, so that one reader can feed many threads.
 """
 
 import codecs
@@ -13,87 +13,90 @@ import io
 import json
 import pathlib
 import sys
+import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from gpt3jax import errors
 
 CHUNK_BYTES = 1 << 20
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
-_BOM = codecs.BOM_UTF8  # a mark of the encoding, no text
+_BOM = codecs.BOM_UTF8  # it marks the encoding, and is not part of the text
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _WINDOW_LOG = 31  # the largest window that a zstd file can ask for (--long=31): 2 GiB
-_ROWS = 16  # of a Parquet file, at a time
+_ROWS = 16  # of a Parquet file, read at a time
 _ONE_A_LINE = "the file must have one object a line"
 KNOWN = ", ".join(FORMATS) + ", the first three also with .gz or .zst"
 
+_Column: TypeAlias = Any  # a column of pyarrow, which has no types
+
 
 class BadError(ValueError):
-    """A record that is no document; it says why."""
+    """A record that is not a document; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Consecutive records of a file, or a piece of the text that a file is."""
+    """Consecutive records of a file, or a piece of a text file."""
 
     path: pathlib.Path
-    records: Sequence[Any]
-    """JSON lines (bytes), texts (str, or a list of anything), or what is wrong (BadError)."""
+    records: Sequence[object]
+    """JSON lines (bytes), texts (str, or a list of values), or faults (BadError)."""
     first: int
     """Number of the first record: a line or a row, from 1."""
     position: int
-    """How much of the file is read with it, as it lies on the disk (bytes)."""
+    """Bytes of the file, as stored, that are read up to the end of the chunk."""
     continues: bool = False
-    """The one record goes on with the text of the chunk before."""
+    """The only record continues the text of the chunk before."""
     ends: bool = True
-    """The last record is whole."""
+    """The last record is complete."""
 
 
 def find(inputs: Sequence[str], left_out: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Return the files that are meant by files, globs and folders (searched through), in order.
+    """Return the files that the inputs name, in order: files, globs, and folders with all below.
 
-    Of a folder, hidden files and what lies in hidden folders (`.ipynb_checkpoints`) are left out,
-    and files of an unknown kind, which `left_out` gets.
+    In a folder, hidden files and folders (`.ipynb_checkpoints`) are left out, and so are files of
+    an unknown kind, which are added to `left_out`.
 
     Raises:
-        UserError: one of them leads to no file, or to one of an unknown kind.
+        UserError: an input leads to no file, or to a file of an unknown kind.
     """
     files: list[pathlib.Path] = []
     for word in inputs:
         path = pathlib.Path(word)
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
-            found = [p for p in inside if _format(p)]
+            matches = [p for p in inside if _format(p)]
             left_out += [p for p in inside if not _format(p)]
         else:
-            matches = [word] if path.is_file() else sorted(glob.glob(word, recursive=True))
-            found = [pathlib.Path(match) for match in matches if pathlib.Path(match).is_file()]
-        if not found:
+            words = [word] if path.is_file() else sorted(glob.glob(word, recursive=True))
+            matches = [path for path in map(pathlib.Path, words) if path.is_file()]
+        if not matches:
             raise errors.UserError(f"--input {word}: no file there ({KNOWN})")
-        for unknown in (p for p in found if not _format(p)):
-            raise errors.UserError(f"--input {unknown}: of an unknown kind; known are {KNOWN}")
-        files += found
+        for unknown in (p for p in matches if not _format(p)):
+            raise errors.UserError(f"--input {unknown}: unknown kind of file; known are {KNOWN}")
+        files += matches
     return files
 
 
 def is_hidden(path: pathlib.Path, folder: pathlib.Path) -> bool:
-    """Return whether a file of a folder, or a folder that it lies in there, is hidden."""
+    """Return whether a file in a folder is hidden, or lies in a hidden folder there."""
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def decode(content: bytes) -> str:
-    """Return a file's text, without the mark of UTF-8 that may stand before it.
+    """Return the text of a file, without the mark of UTF-8 (BOM) that may stand before it.
 
     Raises:
-        UnicodeDecodeError: it is not UTF-8.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     return content.decode("utf-8-sig")
 
 
 def text_lines(content: bytes) -> list[str]:
-    """Return a file's lines, which end in a line feed, or in CR LF, and in nothing else.
+    """Return the lines of a file, which end in a line feed, or in CR LF, and in nothing else.
 
     Raises:
         UnicodeDecodeError: as `decode`.
@@ -117,14 +120,14 @@ def read(
     """Yield the chunks of a file.
 
     Args:
-        path: one of those that `find` returned.
+        path: a file that `find` returned.
         key: column of a Parquet file.
         max_bytes: size of the largest document; a larger one becomes a record that is cut there.
-        last_cut: where a text may be cut in two that are encoded apart, so that a `.txt` file of
-            any size can be read; None: it cannot, and the file is read whole.
+        last_cut: returns where a text may be cut in two that are encoded separately, so that a
+            `.txt` file of any size can be read; None: such a file is read whole.
 
     Raises:
-        UserError: the file cannot be read; it names it.
+        UserError: the file cannot be read; the message names it.
     """
     kind = _format(path)
     try:
@@ -143,25 +146,22 @@ def read(
                 yield from _texts(path, file, raw, max_bytes, last_cut)
             else:
                 yield from _lines(path, file, raw, max_bytes)
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-    ) as error:  # cut short, or not compressed as its name says
+    except (OSError, EOFError, zlib.error) as error:  # cut short, or not of the kind it is named
         raise errors.UserError(f"{path}: cannot be read: {error}") from error
 
 
-def text_of(record: Any, key: str, max_bytes: int) -> list[str]:
+def texts_of(record: object, key: str, max_bytes: int) -> list[str]:
     """Return the sequences of a record: its text, or the texts of a list.
 
     Raises:
-        BadError: it has none.
+        BadError: the record is not a document.
     """
     if isinstance(record, BadError):
         raise record
     value = _parse(record, key, max_bytes) if isinstance(record, bytes) else record
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
+    values = value if isinstance(value, list) else [value]
+    texts = [text for text in values if isinstance(text, str)]
+    if len(texts) < len(values):
         raise BadError(f"{key!r} is not a string")
     if sum(map(len, texts)) > max_bytes:
         raise _too_large(max_bytes)
@@ -177,7 +177,7 @@ def _too_large(max_bytes: int) -> BadError:
     return BadError(f"larger than --max-document-mb={max_bytes >> 20}")
 
 
-def _parse(line: bytes, key: str, max_bytes: int) -> Any:
+def _parse(line: bytes, key: str, max_bytes: int) -> object:
     if not line.strip():
         raise BadError("a blank line")
     if line.lstrip().startswith(b"["):
@@ -216,7 +216,7 @@ def _decompressed(raw: IO[bytes], path: pathlib.Path) -> Iterator[IO[bytes]]:
         yield raw
 
 
-def _zstd(path: pathlib.Path) -> Any:
+def _zstd(path: pathlib.Path) -> types.ModuleType:
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
@@ -255,7 +255,7 @@ def _texts(
     max_bytes: int,
     last_cut: Callable[[str], int] | None,
 ) -> Iterator[Chunk]:
-    """Yield pieces of a text file, each to where it may be cut; or the whole."""
+    """Yield pieces of a text file that end where it may be cut; or the whole text."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text, continues = "", False
     while block := file.read(CHUNK_BYTES):
@@ -276,7 +276,7 @@ def _texts(
 
 
 def _check_utf8(file: IO[bytes]) -> BadError | None:
-    """Read through a file: once part of it is written it can no longer be skipped."""
+    """Read a whole file: it can no longer be skipped once part of it is written."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         while block := file.read(CHUNK_BYTES):
@@ -311,7 +311,7 @@ def _rows(path: pathlib.Path, key: str) -> Iterator[Chunk]:
         raise OSError(str(error)) from error
 
 
-def _without_checks(column: Any) -> Any:
+def _without_checks(column: _Column) -> _Column:
     """Return a column of texts as bytes: nothing has checked that the texts are UTF-8."""
     import pyarrow
 
@@ -322,9 +322,10 @@ def _without_checks(column: Any) -> Any:
     return column
 
 
-def _grouped(values: Iterator[Any]) -> Iterator[tuple[int, list[Any]]]:
-    """Yield values as records, about CHUNK_BYTES at a time, with the number of the first."""
-    first, rows, size = 1, [], 0
+def _grouped(values: Iterator[object]) -> Iterator[tuple[int, list[object]]]:
+    """Yield (number of the first, records): values in groups of about CHUNK_BYTES."""
+    first, size = 1, 0
+    rows: list[object] = []
     for value in values:
         rows.append(_as_text(value))
         parts = value if isinstance(value, list) else [value]
@@ -336,8 +337,8 @@ def _grouped(values: Iterator[Any]) -> Iterator[tuple[int, list[Any]]]:
         yield first, rows
 
 
-def _as_text(value: Any) -> Any:
-    """Return a value of a column, bytes (also those in a list) as text or as what is wrong."""
+def _as_text(value: object) -> object:
+    """Return a value of a column, with bytes (also in a list) as text or as a `BadError`."""
     if isinstance(value, list):
         parts = [_as_text(part) for part in value]
         return next((part for part in parts if isinstance(part, BadError)), parts)

@@ -1,34 +1,36 @@
 """Indices on disk: built once, then memory-mapped by all processes of a host (`data.index_cache`).
 
 A Megatron shuffle cannot be evaluated in part, and for 300B tokens its indices take gigabytes: too
-much for each of eight processes a host. An entry appears under its name only when whole, so a
-killed build leaves nothing that looks like one; processes that want the same wait for one to build.
+much for each of eight processes of a host. An entry gets its name only when it is complete, so a
+killed build leaves nothing that looks like an entry. Processes that want the same entry wait while
+one of them builds it.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
 from gpt3jax import errors
+from gpt3jax.data import file_lock
 
-Arrays = dict[str, np.ndarray]
+Arrays: TypeAlias = dict[str, np.ndarray]
+Key: TypeAlias = dict[str, object]  # of JSON values
 
 
-def arrays(folder: str, key: Callable[[], dict[str, Any]], build: Callable[[], Arrays]) -> Arrays:
+def arrays(folder: str, key: Callable[[], Key], build: Callable[[], Arrays]) -> Arrays:
     """Return the arrays that `build` returns, from the folder if it has them.
 
     Args:
-        folder: on a local or a shared disk; "": build, and keep nothing.
-        key: returns all that decides the arrays, as JSON.
-        build: returns them by name.
+        folder: on a local or a shared disk; "": build the arrays, and keep nothing.
+        key: returns all values that decide the arrays.
+        build: returns the arrays by name.
 
     Raises:
         UserError: the folder cannot be written.
@@ -37,19 +39,18 @@ def arrays(folder: str, key: Callable[[], dict[str, Any]], build: Callable[[], A
         return build()
     text = json.dumps(key(), sort_keys=True)
     entry = pathlib.Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:32]
-    if found := _read(entry):
-        return found
+    if kept := _read(entry):
+        return kept
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry.with_suffix(".lock")):
-            if found := _read(entry):  # another process built it meanwhile
-                return found
+        with file_lock.held(entry.with_suffix(".lock"), is_required=False):
+            if kept := _read(entry):  # another process built it meanwhile
+                return kept
             _write(entry, build(), text)
     except OSError as error:
         raise errors.UserError(f"data.index_cache={folder}: {error}") from error
-    found = _read(entry)
-    assert found, entry
-    return found
+    kept = _read(entry)
+    assert kept, entry
+    return kept
 
 
 def _read(entry: pathlib.Path) -> Arrays | None:
@@ -71,16 +72,9 @@ def _write(entry: pathlib.Path, built: Arrays, key: str) -> None:
         (partial / "key.json").write_text(key)
         (partial / "names.json").write_text(json.dumps(list(built)))
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
-        with contextlib.suppress(OSError):  # a host that shares the disk but not the lock was first
+        with contextlib.suppress(
+            OSError
+        ):  # another host, on a shared disk without locks, was first
             partial.rename(entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Keep other processes out, where the file system knows locks."""
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

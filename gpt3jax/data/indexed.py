@@ -1,4 +1,4 @@
-"""Megatron's corpus format: tokens in PREFIX.bin, where each sequence lies in PREFIX.idx.
+"""Megatron's corpus format: the tokens in PREFIX.bin, the places of the sequences in PREFIX.idx.
 
 Little-endian, without padding: magic (9 bytes), version (u64, 1), type code (u8), number of
 sequences (u64), number of document entries (u64), lengths (i32 each), byte offsets (i64 each),
@@ -14,7 +14,7 @@ import pathlib
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, Protocol
+from typing import IO, Protocol, TypeAlias
 
 import numpy as np
 
@@ -22,10 +22,18 @@ from gpt3jax import errors
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+DTYPES: dict[int, type[np.integer]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
 _HEADER = struct.Struct("<9sQBQQ")
-_CHECK_AT_ONCE = 1 << 20  # sequences: bounds the memory of opening a corpus of any size
-_COPY_AT_ONCE = 1 << 23  # tokens
+CHECK_AT_ONCE = 1 << 20  # sequences: bounds the memory of opening a corpus of any size
+COPY_AT_ONCE = 1 << 23  # tokens
+_Mapped: TypeAlias = mmap.mmap | bytes  # bytes of an empty file, which cannot be mapped
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
@@ -34,7 +42,7 @@ def token_dtype(vocab_size: int) -> type[np.generic]:
 
 
 class Corpus(Protocol):
-    """What samples are made of: sequences of tokens, by number."""
+    """Sequences of tokens, by number, from which samples are made."""
 
     prefix: str
     lengths: np.ndarray
@@ -50,7 +58,7 @@ class Corpus(Protocol):
 
 
 class IndexedCorpus:
-    """A corpus, memory-mapped: nothing is copied until it is read.
+    """A memory-mapped corpus: nothing is copied until it is read.
 
     Attributes:
         prefix: path of both files without their extensions.
@@ -59,14 +67,14 @@ class IndexedCorpus:
         lengths: tokens of each sequence, int32.
         pointers: byte at which each sequence begins in the .bin, int64.
         document_indices: 0, then the number of sequences up to each document's end, int64.
-        n_tokens: of all sequences.
+        n_tokens: number of tokens in all sequences.
     """
 
     def __init__(self, prefix: str):
         """Map both files, and check that each sequence begins where the one before it ends.
 
         Raises:
-            UserError: a file is missing, cut, or not what it should be; it names file and fault.
+            UserError: a file is missing, cut or damaged; the message names the file and the fault.
         """
         self.prefix = prefix
         index_path, tokens_path = _paths(prefix)
@@ -88,17 +96,17 @@ class IndexedCorpus:
         return len(self.lengths)
 
     def read(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Return tokens of a sequence, from an offset on, as a view of the map."""
+        """Return tokens of a sequence, starting at an offset, as a view of the map."""
         first = int(self.pointers[sequence]) // self.dtype.itemsize
         stop = first + int(self.lengths[sequence])
         start = first + offset
         return self.tokens[start : stop if length is None else min(stop, start + length)]
 
     def gather(self, sequences: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return pieces of sequences, one after another, as one array of all their tokens.
+        """Return the tokens of pieces of sequences, concatenated.
 
         Piece i is tokens `[offsets[i], offsets[i] + lengths[i])` of `sequences[i]`, int64 each.
-        Its memory is 8 bytes a token, while it runs.
+        While it runs it needs 8 bytes a token.
         """
         starts = self.pointers[sequences] // self.dtype.itemsize + offsets
         ends = np.cumsum(lengths)
@@ -112,8 +120,8 @@ class IndexedCorpus:
 
     def _count_tokens(self, path: pathlib.Path) -> int:
         size, end = self.dtype.itemsize, 0
-        for low in range(0, len(self), _CHECK_AT_ONCE):
-            lengths = self.lengths[low : low + _CHECK_AT_ONCE].astype(np.int64)
+        for low in range(0, len(self), CHECK_AT_ONCE):
+            lengths = self.lengths[low : low + CHECK_AT_ONCE].astype(np.int64)
             if np.min(lengths) < 0:
                 i = int(np.argmin(lengths))
                 raise errors.UserError(
@@ -121,7 +129,7 @@ class IndexedCorpus:
                     "damaged; copy or prepare it again"
                 )
             ends = end + np.cumsum(lengths * size)
-            wrong = self.pointers[low : low + _CHECK_AT_ONCE] != ends - lengths * size
+            wrong = self.pointers[low : low + CHECK_AT_ONCE] != ends - lengths * size
             if wrong.any():
                 i = int(wrong.argmax())
                 raise errors.UserError(
@@ -150,14 +158,15 @@ def tokens_checksum(corpus: Corpus) -> int:
 
 
 def lengths_checksum(corpus: Corpus) -> int:
-    """Return a checksum of the sequences' lengths: what tells a corpus from another."""
+    """Return a checksum of the sequences' lengths, by which corpora are told apart."""
     return zlib.crc32(corpus.lengths.tobytes())
 
 
 def check_tokens(corpus: IndexedCorpus, vocab_size: int) -> None:
-    """Check that a vocabulary fits: the type of the tokens, and a sample of them.
+    """Check that a vocabulary fits the type of the tokens, and a sample of the tokens.
 
-    256 stretches of 4,096 tokens, from end to end; every batch is checked as it is read, too.
+    The sample is 256 stretches of 4,096 tokens over the whole corpus. Every batch is checked too,
+    when it is read.
 
     Raises:
         UserError: the type cannot hold all of the vocabulary, or a token is beyond it.
@@ -173,9 +182,9 @@ def check_tokens(corpus: IndexedCorpus, vocab_size: int) -> None:
         bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
         if len(bad):
             place = start + bad[0]
-            told = f"{corpus.prefix}.bin has token {corpus.tokens[place]} at place {place}"
             raise errors.UserError(
-                f"{told}, outside of model.vocab_size={vocab_size}: is it tokenised for this model?"
+                f"{corpus.prefix}.bin has token {corpus.tokens[place]} at place {place}, outside "
+                f"of model.vocab_size={vocab_size}: is it tokenised for this model?"
             )
 
 
@@ -188,7 +197,7 @@ def _paths(prefix: str) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def _hint(prefix: str) -> str:
-    """Return what may be meant by a prefix that is none, for a message."""
+    """Return a guess at the mistake in a prefix that has no files, for a message."""
     if prefix.endswith((".bin", ".idx")):
         return f"; data.paths takes the prefix of both files: {prefix[:-4]!r} in place of it"
     try:
@@ -201,7 +210,7 @@ def _hint(prefix: str) -> str:
     )
 
 
-def _map(path: pathlib.Path) -> Any:
+def _map(path: pathlib.Path) -> _Mapped:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
@@ -211,7 +220,7 @@ def _map(path: pathlib.Path) -> Any:
         raise errors.UserError(f"{path}: {error}") from error
 
 
-def _read_header(index: Any, path: pathlib.Path) -> tuple[np.dtype[Any], int, int]:
+def _read_header(index: _Mapped, path: pathlib.Path) -> tuple[np.dtype[np.integer], int, int]:
     if index[: len(MAGIC)] != MAGIC:
         raise errors.UserError(
             f"{path} is not an index of Megatron's: it begins with {bytes(index[:9])!r}, "
@@ -244,13 +253,13 @@ def _check_size(path: pathlib.Path, n_bytes: int, needed: int) -> None:
 
 
 class Writer:
-    """Writes a corpus; a context manager. Nothing has its final name until all is written.
+    """A context manager that writes a corpus; its files get their names when all is written.
 
     It keeps 4 bytes a sequence and 8 a document in memory, and no tokens.
     """
 
     def __init__(self, prefix: str, dtype: type[np.generic]):
-        """Open `PREFIX.bin.partial`; the folder is made if need be.
+        """Open `PREFIX.bin.partial`; make the folder if it is absent.
 
         Raises:
             UserError: it cannot be written.
@@ -266,11 +275,11 @@ class Writer:
 
     @property
     def n_documents(self) -> int:
-        """Documents so far."""
+        """Number of documents so far."""
         return len(self._documents) - 1
 
     def add_document(self, sequences: Sequence[np.ndarray | Sequence[int]]) -> None:
-        """Append a document of one or more sequences; without any it keeps its entry.
+        """Append a document of sequences; a document without any gets an entry too.
 
         Raises:
             UserError: a token does not fit the type; the disk is full.
@@ -284,15 +293,16 @@ class Writer:
         tokens: np.ndarray,
         lengths: Sequence[int],
         sequences: Sequence[int],
+        *,
         continues: bool = False,
     ) -> None:
         """Append many documents at once, or one more piece of the last.
 
         Args:
-            tokens: of all sequences, one after another.
-            lengths: tokens of each sequence.
-            sequences: how many sequences each document has.
-            continues: the first sequence goes on with the last one of the corpus.
+            tokens: of all sequences, concatenated.
+            lengths: number of tokens of each sequence.
+            sequences: number of sequences of each document.
+            continues: the first sequence continues the last sequence of the corpus.
 
         Raises:
             UserError: a token does not fit the type; a sequence has 2^31 tokens; the disk is full.
@@ -318,9 +328,9 @@ class Writer:
         """Append all documents of a corpus whose tokens have the same type, block by block."""
         assert corpus.dtype == self._dtype, (corpus.dtype, self._dtype)
         first = len(self._lengths)
-        for low in range(0, corpus.n_tokens, _COPY_AT_ONCE):
+        for low in range(0, corpus.n_tokens, COPY_AT_ONCE):
             with _writing(self._partial):
-                self._file.write(corpus.tokens[low : low + _COPY_AT_ONCE].data)
+                self._file.write(corpus.tokens[low : low + COPY_AT_ONCE].data)
         self._lengths.frombytes(corpus.lengths.astype(np.int32).tobytes())
         documents = corpus.document_indices[1:].astype(np.int64) + first
         self._documents.frombytes(documents.tobytes())
@@ -339,7 +349,7 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         index = pathlib.Path(self._prefix + ".idx")
         partial = pathlib.Path(self._prefix + ".idx.partial")
         try:
@@ -348,27 +358,30 @@ class Writer:
             if kind is not None:
                 return
             with _writing(partial), partial.open("wb") as file:
-                self._write_index(file)
+                lengths = np.frombuffer(self._lengths, np.int32)
+                documents = np.frombuffer(self._documents, np.int64)
+                write_index(file, self._code, lengths, documents)
                 _close_durably(file)
-            index.unlink(missing_ok=True)  # an older corpus's must not stand beside the new tokens
+            index.unlink(missing_ok=True)  # an old index must not stand beside the new tokens
             self._partial.replace(self._prefix + ".bin")
             partial.replace(index)  # last: without it there is no corpus
         finally:
             self._partial.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
 
-    def _write_index(self, file: IO[bytes]) -> None:
-        lengths = np.frombuffer(self._lengths, np.int32)
-        documents = np.frombuffer(self._documents, np.int64)
-        file.write(_HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
-        file.write(lengths.astype("<i4").tobytes())
-        end = 0
-        for low in range(0, len(lengths), _CHECK_AT_ONCE):
-            sizes = lengths[low : low + _CHECK_AT_ONCE].astype("<i8") * self._dtype.itemsize
-            ends = end + np.cumsum(sizes)
-            file.write((ends - sizes).tobytes())
-            end = int(ends[-1])
-        file.write(documents.astype("<i8").tobytes())
+
+def write_index(file: IO[bytes], code: int, lengths: np.ndarray, documents: np.ndarray) -> None:
+    """Write the content of PREFIX.idx: type code of the tokens, lengths, document entries."""
+    itemsize = np.dtype(DTYPES[code]).itemsize
+    file.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents)))
+    file.write(lengths.astype("<i4").tobytes())
+    end = 0
+    for low in range(0, len(lengths), CHECK_AT_ONCE):
+        sizes = lengths[low : low + CHECK_AT_ONCE].astype("<i8") * itemsize
+        ends = end + np.cumsum(sizes)
+        file.write((ends - sizes).tobytes())
+        end = int(ends[-1])
+    file.write(documents.astype("<i8").tobytes())
 
 
 def _close_durably(file: IO[bytes]) -> None:

@@ -1,8 +1,11 @@
-"""`python -m gpt3jax.data.inspect`: look into corpora, and into the samples that a run takes.
+"""Show what is in a corpus, and which samples a run takes from it.
 
 inspect PREFIX --document 7 --vocab-file vocab.json --merge-file merges.txt
+
 inspect PREFIX --seq-len 2048 --n-samples 1000 --samples 0:4
+
 inspect 0.7 PREFIX_1 0.3 PREFIX_2 --seq-len 2048 --n-samples 1000 --dump indices.npz
+
 inspect --config runs/345m/logs/config.json --step 1200
 """
 
@@ -16,32 +19,41 @@ import tyro
 
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, command, ranges, recipe, schema, user_paths, validation
-from gpt3jax.data import blend, indexed, samples, skipping, splits, tokenizer
+from gpt3jax.data import (
+    blend,
+    indexed,
+    samples,
+    skipping,
+    splits,
+    tokenizer,
+    tokenizer_sources,
+)
 
-Path = user_paths.Path  # Options has a field of the name `config`
+Path = user_paths.Path  # Options has a field named `config`
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
+_SAMPLE_INDICES = ("document_index", "sample_index", "shuffle_index")
+_BLEND_INDICES = ("dataset_index", "dataset_sample_index")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `gpt3jax.data.inspect` is asked to show."""
+    """The options of `gpt3jax.data.inspect`."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]] = ()
     """PREFIX of PREFIX.bin and .idx, or WEIGHT PREFIX WEIGHT PREFIX ..."""
     config: Path = ""
-    """In place of paths and of the options down to --reset-attention-mask: a recipe, the
-    config.json of a run's log.dir, or the folder of a checkpoint."""
+    """Use the data of a run: a recipe, the config.json in its log.dir, or a checkpoint folder.
+    It replaces the paths and all options down to --reset-attention-mask, except --which."""
     split: str = "949,50,1"
     """Shares of documents for training, validation and test."""
     which: Literal["train", "valid", "test"] = "train"
-    """The split whose samples are meant."""
+    """The split to show samples of."""
     seq_len: Annotated[int, ranges.Range(1, 2**24)] = 2048
     """Length of a sample (tokens)."""
     n_samples: Annotated[int, ranges.Range(1, ranges.INT32), ranges.READS_COUNTS] | None = None
-    """Samples of the run, as 300000 or 300K, which decide epochs and shuffles; left out: one epoch.
-    """
+    """Samples of the run, as 300000 or 300K: they decide epochs and shuffles (None: one epoch)."""
     seed: ranges.Seed = 1234
-    """Of the shuffles (train.seed)."""
+    """Seed of the shuffles (train.seed)."""
     eod: Annotated[int, ranges.Range(0, 2**30)] = 50_256
     """The end-of-document token."""
     eod_mask_loss: bool = False
@@ -51,24 +63,49 @@ class Options:
     reset_attention_mask: bool = False
     """As data.reset_attention_mask."""
     samples: str = ""
-    """Show samples A:B (from A on, B not included), with their text if there is a tokenizer."""
+    """Show samples A:B (A to B - 1), as text if there is a tokenizer."""
     step: ranges.Positive | None = None
     """With --config: show the samples of this training step (the first is 1)."""
     document: Annotated[int, ranges.Range(0, 2**63 - 1)] | None = None
     """Show this document of the first corpus."""
     dump: Path = ""
-    """Write the indices, and the arrays of --samples, to this .npz file."""
-    source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
-        default_factory=tokenizer.Source
+    """Write the indices, and the arrays of --samples or --step, to this .npz file."""
+    source: tyro.conf.OmitArgPrefixes[tokenizer_sources.Source] = dataclasses.field(
+        default_factory=tokenizer_sources.Source
+    )
+
+
+def main() -> int:
+    """Parse the options and print what they ask for; return the exit status."""
+    return command.run(
+        lambda: print("\n".join(inspect(command.parse(Options, "data.inspect", __doc__))))
     )
 
 
 def inspect(options: Options) -> list[str]:
-    """Return what was asked for as lines; write the dump if there is to be one.
+    """Return lines about corpora, documents and samples; write the dump if one is asked for.
 
     Raises:
         UserError: corpora, recipe or options that cannot be used.
     """
+    cfg = _config(options)
+    data = cfg.data if cfg else _data(options)
+    prefixes, _ = blend.parse(data.paths or data.train_paths)
+    corpora = [indexed.IndexedCorpus(prefix) for prefix in prefixes]
+    text = _tokenizer(options, data)
+    lines = [line for corpus in corpora for line in describe(corpus)]
+    if options.document is not None:
+        if not corpora:
+            raise errors.UserError("--document needs a corpus in files")
+        lines += _document(corpora[0], options.document, text)
+    if options.samples or options.dump or options.step is not None:
+        source, numbers = _run_samples(cfg, options) if cfg else _samples(options, corpora)
+        lines += _show_samples(source, numbers, data, text, options)
+    return lines
+
+
+def _config(options: Options) -> schema.Config | None:
+    """Return the config that `--config` names, or None; check the options that exclude it."""
     cfg = recipe.load(options.config) if options.config else None
     if cfg:
         validation.validate(cfg)
@@ -76,40 +113,42 @@ def inspect(options: Options) -> list[str]:
         raise errors.UserError("give the prefix of a corpus, prefixes with weights, or --config")
     if options.step is not None and cfg is None:
         raise errors.UserError("--step needs --config")
-    data = cfg.data if cfg else _data(options)
-    prefixes, _ = blend.parse(data.paths or data.train_paths)
-    corpora = [indexed.IndexedCorpus(prefix) for prefix in prefixes]
-    text = None
-    if options.source != tokenizer.Source():
-        text = options.source.open()
-    elif data.vocab_file or data.tokenizer:
-        text = tokenizer.of_config(data)
-    lines = [line for corpus in corpora for line in describe(corpus)]
-    if options.document is not None:
-        if not corpora:
-            raise errors.UserError("--document needs a corpus in files")
-        lines += _document(corpora[0], options.document, text)
-    if not (options.samples or options.dump or options.step is not None):
-        return lines
-    source_map, numbers = _run_samples(cfg, options) if cfg else _samples(options, corpora)
-    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(source_map):
+    return cfg
+
+
+def _tokenizer(options: Options, data: schema.Data) -> tokenizer.Tokenizer | None:
+    if options.source != tokenizer_sources.Source():
+        return options.source.open()
+    if data.vocab_file or data.tokenizer:
+        return tokenizer_sources.of_config(data)
+    return None
+
+
+def _show_samples(
+    source: samples.SampleMap | blend.Blend,
+    numbers: np.ndarray,
+    data: schema.Data,
+    text: tokenizer.Tokenizer | None,
+    options: Options,
+) -> list[str]:
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(source):
         raise errors.UserError(
             f"samples {numbers.min()} to {numbers.max()}: the {options.which} split has "
-            f"{len(source_map)}"
+            f"{len(source)}"
         )
-    lines.append(f"{options.which} split: {len(source_map):,} samples")
-    arrays = samples.read(source_map, data, numbers) if len(numbers) else {}
+    lines = [f"{options.which} split: {len(source):,} samples"]
+    arrays = samples.read(source, data, numbers) if len(numbers) else {}
     for i, number in enumerate(numbers):
-        lines += [f"sample {number}: {_origin(source_map, number)}"]
+        lines += [f"sample {number}: {_origin(source, number)}"]
         lines.append(_show(arrays["tokens"][i], text))
     if options.dump:
-        _dump(options.dump, indices(source_map) | arrays)
+        _dump(options.dump, indices(source) | arrays)
         lines.append(f"wrote {options.dump}")
     return lines
 
 
 def describe(corpus: indexed.IndexedCorpus) -> list[str]:
-    """Return lines on a corpus: its size, and how long its sequences are."""
+    """Return lines about a corpus: its size, and a histogram of its sequences' lengths."""
     n_documents = len(corpus.document_indices) - 1
     mean = corpus.n_tokens / max(1, len(corpus))
     lines = [
@@ -127,16 +166,12 @@ def describe(corpus: indexed.IndexedCorpus) -> list[str]:
 
 def indices(source: samples.SampleMap | blend.Blend) -> dict[str, np.ndarray]:
     """Return the index arrays of a map; those of a blend's parts are named `0.document_index`..."""
-    if isinstance(source, blend.Blend):
-        found = {
-            "dataset_index": source.dataset_index,
-            "dataset_sample_index": source.dataset_sample_index,
-        }
-        for i, part in enumerate(source.maps):
-            found |= {f"{i}.{name}": array for name, array in indices(part).items()}
-        return found
-    names = ("document_index", "sample_index", "shuffle_index")
-    return {name: getattr(source, name) for name in names}
+    if isinstance(source, samples.SampleMap):
+        return {name: getattr(source, name) for name in _SAMPLE_INDICES}
+    arrays = {name: getattr(source, name) for name in _BLEND_INDICES}
+    for i, part in enumerate(source.maps):
+        arrays |= {f"{i}.{name}": array for name, array in indices(part).items()}
+    return arrays
 
 
 def _data(options: Options) -> schema.Data:
@@ -153,35 +188,37 @@ def _data(options: Options) -> schema.Data:
 def _samples(
     options: Options, corpora: list[indexed.IndexedCorpus]
 ) -> tuple[samples.SampleMap | blend.Blend, np.ndarray]:
+    """Return the samples of corpora, and the numbers of those to show."""
     _, weights = blend.parse(options.paths)
     if weights is not None and options.n_samples is None:
         raise errors.UserError("a weighted blend has no epoch of its own: give --n-samples")
-    source = splits.Source(corpora, weights, options.split)
-    name = WHICH[options.which]
-    found = splits.build(
-        source, _data(options), name, options.seq_len, options.n_samples, options.seed
+    source = blend.Source(corpora, weights, options.split)
+    request = samples.Request(
+        seq_len=options.seq_len, seed=options.seed, n_samples=options.n_samples
     )
-    if found is None:
+    split = splits.build(source, WHICH[options.which], _data(options), request)
+    if split is None:
         raise errors.UserError(f"--split {options.split} leaves nothing for {options.which}")
-    return found, _numbers(options.samples)
+    return split, _numbers(options.samples)
 
 
 def _run_samples(
     cfg: schema.Config, options: Options
 ) -> tuple[samples.SampleMap | blend.Blend, np.ndarray]:
+    """Return the samples of a run, and the numbers of those to show."""
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     opened = splits.open_splits(cfg, *schedule.end(cfg.train, cfg.model.seq_len))
-    found = getattr(opened, WHICH[options.which])
-    if found is None:
+    split = getattr(opened, WHICH[options.which])
+    if split is None:
         raise errors.UserError(f"{options.config} has no {options.which} split")
     if options.step is None:
-        return found, _numbers(options.samples)
+        return split, _numbers(options.samples)
     if options.which != "train" or options.samples:
-        raise errors.UserError("--step is of training: leave out --which and --samples")
+        raise errors.UserError("--step shows a training step: leave out --which and --samples")
     stream = skipping.from_config(cfg.data)
     batches = stream.schedule(schedule)
     first = batches.consumed_after(options.step - 1)
-    return found, stream.numbers(np.arange(first, first + batches.size(first)))
+    return split, stream.numbers(np.arange(first, first + batches.size(first)))
 
 
 def _numbers(text: str) -> np.ndarray:
@@ -206,7 +243,7 @@ def _show(tokens: np.ndarray, text: tokenizer.Tokenizer | None) -> str:
 
 
 def _origin(source: samples.SampleMap | blend.Blend, number: int) -> str:
-    """Return where a sample comes from: corpus, sequences, and the first token's place."""
+    """Return where a sample comes from: its corpus, its sequences, and where it begins in them."""
     if isinstance(source, blend.Blend):
         part = source.maps[source.dataset_index[number]]
         return _origin(part, source.dataset_sample_index[number])
@@ -223,13 +260,6 @@ def _dump(path: str, arrays: dict[str, np.ndarray]) -> None:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise errors.UserError(f"--dump {path}: {error}") from error
-
-
-def main() -> int:
-    """Parse, print; return the exit status."""
-    return command.run(
-        lambda: print("\n".join(inspect(command.parse(Options, "data.inspect", __doc__))))
-    )
 
 
 if __name__ == "__main__":

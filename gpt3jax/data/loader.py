@@ -1,8 +1,8 @@
-"""From sample numbers to batches on the devices, through Grain; the only file that imports it.
+"""From sample numbers to batches on the devices, through Grain; the only file that imports Grain.
 
-What comes next depends on the number of consumed samples alone: batch k is a range of consecutive
-sample numbers, and each process reads its own rows of it. Grain reads ahead in background threads;
-it holds no state that a checkpoint would need.
+The next batch depends on the number of consumed samples alone: batch k is a range of consecutive
+sample numbers, and each process reads its own rows of it. Grain reads ahead in background threads
+and holds no state that a checkpoint would need.
 """
 
 import bisect
@@ -26,19 +26,19 @@ def train_batches(
     mesh: jax.sharding.Mesh,
     start: int,
     end: int,
-) -> Iterator[tuple[dict[str, jax.Array], int, int]]:
-    """Yield each batch of samples start...end - 1, on the devices, its size and its end.
+) -> Iterator[tuple[global_batch.Batch, int, int]]:
+    """Yield (batch, size, end) of each batch of samples start...end - 1, on the devices.
 
-    The end is the position after it, in samples consumed or left out.
+    `end` is the position after the batch, in samples consumed or skipped.
     """
     stream = skipping.from_config(cfg.data)
-    stretches = stream.schedule(schedule).runs(stream.taken(start), stream.taken(end))
+    stretches = stream.schedule(schedule).runs(stream.n_kept(start), stream.n_kept(end))
     batches = _batches(parts.train, cfg, mesh, stretches, stream)
     ends = (
         (s.size, s.first_sample + (i + 1) * s.size) for s in stretches for i in range(s.n_steps)
     )
-    for batch, (size, taken) in zip(batches, ends, strict=True):
-        yield batch, size, stream.position(taken)
+    for batch, (size, n_kept) in zip(batches, ends, strict=True):
+        yield batch, size, stream.position(n_kept)
 
 
 def eval_batches(
@@ -47,10 +47,10 @@ def eval_batches(
     mesh: jax.sharding.Mesh,
     split: str,
     n_evals_before: int,
-) -> Iterator[dict[str, jax.Array]] | None:
-    """Yield the batches of one evaluation; each evaluation goes on to new samples.
+) -> Iterator[global_batch.Batch] | None:
+    """Yield the batches of one evaluation; each evaluation of a run reads new samples.
 
-    None where the split has no weight.
+    None if the split has no samples.
     """
     source = parts.validation if split == "validation" else parts.test
     if source is None:
@@ -66,7 +66,7 @@ def _batches(
     mesh: jax.sharding.Mesh,
     stretches: tuple[batch_schedule.Stretch, ...],
     stream: skipping.Stream = skipping.WHOLE,
-) -> Iterator[dict[str, jax.Array]]:
+) -> Iterator[global_batch.Batch]:
     n_rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
     rows = global_batch.local_rows(mesh, n_rows)
     batches = Batches(source, cfg, stretches, n_rows, rows, stream)
@@ -84,7 +84,7 @@ class Batches:
     cfg: schema.Config
     stretches: tuple[batch_schedule.Stretch, ...]
     n_rows: int  # of a microbatch, over all processes
-    rows: np.ndarray  # this process's
+    rows: np.ndarray  # those of this process
     stream: skipping.Stream = skipping.WHOLE
 
     def __len__(self) -> int:
@@ -94,12 +94,12 @@ class Batches:
         first_steps = [s.first_step for s in self.stretches]
         s = self.stretches[bisect.bisect_right(first_steps, k) - 1]
         first = s.first_sample + (k - s.first_step) * s.size
-        taken = first + np.arange(0, s.size, self.n_rows)[:, None] + self.rows
-        numbers = self.stream.numbers(taken)
+        kept = first + np.arange(0, s.size, self.n_rows)[:, None] + self.rows
+        numbers = self.stream.numbers(kept)
         batch = samples.read(self.source, self.cfg.data, numbers.ravel())
         self._check_tokens(batch, int(self.stream.numbers(first)))
-        cut = {k: v.reshape(*numbers.shape, *v.shape[1:]) for k, v in batch.items()}
-        return cut | {"samples": numbers.astype(np.int32)}
+        rows = {k: v.reshape(*numbers.shape, *v.shape[1:]) for k, v in batch.items()}
+        return rows | {"samples": numbers.astype(np.int32)}
 
     def _check_tokens(self, batch: dict[str, np.ndarray], first: int) -> None:
         highest = max(int(batch["tokens"].max()), int(batch["targets"].max()))

@@ -1,4 +1,4 @@
-"""`python -m gpt3jax.data.merge`: several corpora into one, copied block by block."""
+"""Merge several corpora into one, block by block."""
 
 import dataclasses
 import sys
@@ -12,20 +12,25 @@ from gpt3jax.data import indexed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `gpt3jax.data.merge` is asked to do."""
+    """The options of `gpt3jax.data.merge`."""
 
     input: tuple[user_paths.Path, ...]
-    """Prefixes of the corpora, in the order of their documents."""
+    """Prefixes of the corpora. Their documents keep this order."""
     output_prefix: user_paths.Path
     """Prefix of the new corpus."""
 
 
+def main() -> int:
+    """Parse the options, merge, print a line about the result; return the exit status."""
+    return command.run(lambda: print(merge(command.parse(Options, "data.merge", __doc__))))
+
+
 def merge(options: Options) -> str:
-    """Write the corpora as one, and return a line on it.
+    """Write the corpora as one, and return a line about it.
 
     Raises:
-        UserError: a corpus that is missing or damaged, two with tokens of unlike types, or an
-            output that is among them or cannot be written.
+        UserError: a corpus is missing or damaged, two have tokens of different types, or the output
+            is one of the inputs or cannot be written.
     """
     if not options.input or options.output_prefix in options.input:
         raise errors.UserError("give --input prefixes, and an --output-prefix that is none of them")
@@ -34,19 +39,14 @@ def merge(options: Options) -> str:
     for corpus in corpora:
         if corpus.dtype != dtype:
             raise errors.UserError(
-                f"{corpus.prefix} has {corpus.dtype} tokens and {corpora[0].prefix} {dtype}: they "
-                "are of different vocabularies; prepare them with one"
+                f"{corpus.prefix} has {corpus.dtype} tokens and {corpora[0].prefix} {dtype}: their "
+                "vocabularies differ; prepare both with one vocabulary"
             )
     with indexed.Writer(options.output_prefix, dtype.type) as writer:
         for corpus in tqdm.tqdm(corpora, desc="merging", unit=" corpora"):
             writer.add_corpus(corpus)
     n_tokens = sum(corpus.n_tokens for corpus in corpora)
     return f"{options.output_prefix}: {writer.n_documents:,} documents, {n_tokens:,} tokens"
-
-
-def main() -> int:
-    """Parse, merge, tell; return the exit status."""
-    return command.run(lambda: print(merge(command.parse(Options, "data.merge", __doc__))))
 
 
 if __name__ == "__main__":

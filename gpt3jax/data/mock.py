@@ -7,7 +7,7 @@ d98e8a64dd.
 
 import numpy as np
 
-SPLIT = "1,1,1"  # whatever data.split says
+SPLIT = "1,1,1"  # data.split has no effect
 
 
 class MockCorpus:

@@ -1,8 +1,8 @@
-"""`python -m gpt3jax.data.prepare`: from text to a corpus, as Megatron's `preprocess_data.py` does.
+"""Turn text into a corpus of tokens, as Megatron's `preprocess_data.py` does.
 
-The main thread reads chunks of a MiB and writes their tokens, in order; `--workers` threads parse
-and encode them (the tokenizers let other threads run meanwhile). A few chunks are in flight, so
-memory does not depend on the size of the input.
+The main thread reads chunks of about a MiB and writes their tokens in order; `--workers` threads
+parse and encode the chunks. Only a few chunks are in memory at a time, so the memory that it needs
+does not depend on the size of the input.
 """
 
 import collections
@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 from concurrent import futures
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Never, TypeAlias
 
 import numpy as np
 import tqdm
@@ -20,56 +20,57 @@ import tyro
 
 from gpt3jax import errors
 from gpt3jax.config import command, ranges, user_paths
-from gpt3jax.data import documents, indexed, tokenizer
+from gpt3jax.data import documents, indexed, tokenizer, tokenizer_sources
 
-N_TOLD = 10  # bad records that are named one by one
+N_BAD_SHOWN = 10  # bad records that the report names
+_Bar: TypeAlias = "tqdm.tqdm[Never]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `gpt3jax.data.prepare` is asked to do."""
+    """The options of `gpt3jax.data.prepare`."""
 
     input: tuple[user_paths.Path, ...]
-    """Files, globs or folders (hidden files left out), read in this order: .jsonl or .json (one
-    object a line), .txt (one document a file), each also with .gz or .zst, and .parquet."""
+    """Files, globs or folders (without their hidden files), read in this order.
+    .jsonl and .json have one object a line, .txt is one document a file, both also as .gz or .zst.
+    .parquet has one document a row."""
     output_prefix: user_paths.Path
-    """The corpus becomes OUTPUT_PREFIX_KEY_document.bin and .idx."""
+    """Write the corpus to OUTPUT_PREFIX_KEY_document.bin and .idx."""
     json_key: str = "text"
-    """Key of the text in a JSON object, or column of a Parquet file."""
-    source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
-        default_factory=tokenizer.Source
+    """The key (or Parquet column) that holds the text."""
+    source: tyro.conf.OmitArgPrefixes[tokenizer_sources.Source] = dataclasses.field(
+        default_factory=tokenizer_sources.Source
     )
     append_eod: bool = False
     """End each document that is not empty with the end-of-document token."""
     workers: Annotated[int, ranges.Range(1, 1000)] = len(os.sched_getaffinity(0))
-    """Threads that encode."""
+    """Number of threads that encode."""
     on_bad_line: Literal["error", "skip"] = "error"
-    """At a line without JSON, without the key, or that is not UTF-8: stop, or leave it out."""
+    """Stop at a line that is not UTF-8, is not JSON or lacks the key; or skip it."""
     on_empty_document: Literal["keep", "skip", "error"] = "keep"
-    """At a document without a token: keep its (empty) entry as Megatron does, leave it out, or
-    stop."""
+    """Keep an entry for a document without tokens, as Megatron does; or skip it; or stop."""
     max_document_mb: Annotated[int, ranges.Range(1, 10**6)] = 256
-    """A larger document is bad; it bounds the memory (MiB). A .txt file may be of any size with a
-    GPT-2 vocabulary."""
+    """Treat a larger document as a bad line (MiB): this limits the memory.
+    With a GPT-2 vocabulary a .txt file may be of any size."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Encoded:
-    """The documents of a chunk as tokens, in the terms of `indexed.Writer.extend`."""
+    """The documents of a chunk as tokens: the arguments of `indexed.Writer.extend`."""
 
     chunk: documents.Chunk
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
     sequences: list[int] = dataclasses.field(default_factory=list)
     bad: list[tuple[int, str]] = dataclasses.field(default_factory=list)
-    """Number of a bad record, and what is wrong with it."""
+    """(number, fault) of each bad record."""
     empty: list[int] = dataclasses.field(default_factory=list)
-    """Numbers of the documents without a token."""
+    """Numbers of the documents without tokens."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Report:
-    """What became of the input."""
+    """How much was written, and what was left out."""
 
     prefix: str
     n_documents: int = 0
@@ -77,19 +78,29 @@ class Report:
     n_empty: int = 0
     n_bad: int = 0
     bad: list[str] = dataclasses.field(default_factory=list)
-    """The first bad ones, by file and line."""
+    """The first N_BAD_SHOWN bad records, as FILE:LINE: FAULT."""
     left_out: list[pathlib.Path] = dataclasses.field(default_factory=list)
-    """Files of folders that are of an unknown kind."""
+    """Files in input folders whose format is not known."""
     drops_characters: bool = False
-    """The tokenizer leaves out what it does not know."""
+    """The tokenizer drops characters that are not in its vocabulary."""
+
+
+def main() -> int:
+    """Parse the options, prepare the corpus, print a report; return the exit status."""
+    return command.run(_prepare_and_report)
+
+
+def _prepare_and_report() -> None:
+    options = command.parse(Options, "data.prepare", __doc__)
+    print("\n".join(report_lines(prepare(options), options)))
 
 
 def prepare(options: Options) -> Report:
     """Write the corpus that the options ask for, under a progress bar.
 
     Raises:
-        UserError: input, tokenizer or output that cannot be used, or a bad document that is not to
-            be skipped. Nothing has the corpus's name then, unless it was there before.
+        UserError: the input, the tokenizer or the output cannot be used, or a bad document must not
+            be skipped. A corpus of the same name that was there before stays as it was.
     """
     left_out: list[pathlib.Path] = []
     files = documents.find(options.input, left_out)
@@ -100,28 +111,40 @@ def prepare(options: Options) -> Report:
         left_out=left_out,
         drops_characters=encoder.drops_characters,
     )
+    with indexed.Writer(report.prefix, indexed.token_dtype(encoder.vocab_size)) as writer:
+        _write_files(files, encoder, options, writer, report)
+        if not report.n_tokens:
+            bad = f": {report.n_bad:,} bad lines, first {report.bad[0]}" if report.bad else ""
+            raise errors.UserError(f"{' '.join(options.input)}: there is no text to encode{bad}")
+    return report
+
+
+def _write_files(
+    files: list[pathlib.Path],
+    encoder: tokenizer.Tokenizer,
+    options: Options,
+    writer: indexed.Writer,
+    report: Report,
+) -> None:
+    """Encode and write files one after another; the report and a progress bar follow."""
+    sizes = {path: path.stat().st_size for path in files}
     max_bytes = options.max_document_mb << 20
     last_cut = tokenizer.last_cut if encoder.splits_at_blanks else None
-    sizes = {path: path.stat().st_size for path in files}
-    every = 0.5 if sys.stderr.isatty() else 30.0
+    interval = 0.5 if sys.stderr.isatty() else 30.0
     with (
-        indexed.Writer(report.prefix, indexed.token_dtype(encoder.vocab_size)) as writer,
         tqdm.tqdm(
-            total=sum(sizes.values()), desc="encoding", unit="B", unit_scale=True, mininterval=every
+            total=sum(sizes.values()), desc="encoding", unit="B", unit_scale=True,
+            mininterval=interval,
         ) as bar,
         futures.ThreadPoolExecutor(options.workers) as pool,
-    ):
+    ):  # fmt: skip
         done = 0
         for path in files:
             chunks = documents.read(path, options.json_key, max_bytes, last_cut)
             for encoded in _encode_in_order(chunks, encoder, options, pool):
                 _write(encoded, writer, options, report)
-                _show(bar, done + encoded.chunk.position, report)
+                _show_progress(bar, done + encoded.chunk.position, report)
             done += sizes[path]
-        if not report.n_tokens:
-            bad = f": {report.n_bad:,} bad lines, {report.bad[0]} first" if report.bad else ""
-            raise errors.UserError(f"{' '.join(options.input)}: there is no text to encode{bad}")
-    return report
 
 
 def _encode_in_order(
@@ -130,7 +153,7 @@ def _encode_in_order(
     options: Options,
     pool: futures.ThreadPoolExecutor,
 ) -> Iterator[Encoded]:
-    """Encode chunks side by side and yield them in their order, a few ahead of the consumer."""
+    """Encode chunks in parallel and yield them in order, a few chunks ahead of the caller."""
     pending: collections.deque[futures.Future[Encoded]] = collections.deque()
     try:
         for chunk in chunks:
@@ -145,12 +168,12 @@ def _encode_in_order(
 
 
 def encode(chunk: documents.Chunk, encoder: tokenizer.Tokenizer, options: Options) -> Encoded:
-    """Return a chunk's documents as tokens, and the faults found."""
+    """Return the documents of a chunk as tokens, and its faults."""
     out = Encoded(chunk=chunk)
     numbers, records = [], []
     for number, record in enumerate(chunk.records, chunk.first):
         try:
-            texts = documents.text_of(record, options.json_key, options.max_document_mb << 20)
+            texts = documents.texts_of(record, options.json_key, options.max_document_mb << 20)
             records.append(texts)
             numbers.append(number)
         except documents.BadError as error:
@@ -174,34 +197,36 @@ def encode(chunk: documents.Chunk, encoder: tokenizer.Tokenizer, options: Option
 
 def _write(encoded: Encoded, writer: indexed.Writer, options: Options, report: Report) -> None:
     path = encoded.chunk.path
-    for number, problem in encoded.bad:
-        told = f"{path}:{number}: {problem}"
+    for number, fault in encoded.bad:
+        message = f"{path}:{number}: {fault}"
         if options.on_bad_line == "error":
-            raise errors.UserError(f"{told}; mend it, or leave such out with --on-bad-line skip")
+            raise errors.UserError(
+                f"{message}; fix it, or leave out such lines with --on-bad-line skip"
+            )
         report.n_bad += 1
-        if report.n_bad <= N_TOLD:
-            report.bad.append(told)
+        if report.n_bad <= N_BAD_SHOWN:
+            report.bad.append(message)
     if encoded.empty and options.on_empty_document == "error":
         raise errors.UserError(
-            f"{path}:{encoded.empty[0]}: an empty document; mend it, or set --on-empty-document"
+            f"{path}:{encoded.empty[0]}: an empty document; fix it, or set --on-empty-document"
         )
     report.n_empty += len(encoded.empty)
     if encoded.sequences:
         tokens = np.concatenate([*encoded.tokens, np.empty(0, np.uint32)])
-        writer.extend(tokens, encoded.lengths, encoded.sequences, encoded.chunk.continues)
+        writer.extend(tokens, encoded.lengths, encoded.sequences, continues=encoded.chunk.continues)
         report.n_tokens += len(tokens)
     report.n_documents = writer.n_documents
 
 
-def _show(bar: "tqdm.tqdm[Any]", position: int, report: Report) -> None:
+def _show_progress(bar: _Bar, position: int, report: Report) -> None:
     bar.update(position - bar.n)
     seconds = max(bar.format_dict["elapsed"], 1e-3)
     n_documents, n_tokens = report.n_documents / seconds, report.n_tokens / seconds
     bar.set_postfix_str(f"{n_documents:,.0f} documents/s, {n_tokens:,.0f} tokens/s", refresh=False)
 
 
-def _lines(report: Report, options: Options) -> list[str]:
-    """Return what was written, for a terminal."""
+def report_lines(report: Report, options: Options) -> list[str]:
+    """Return the lines that say what was written and what was left out."""
     lines = [
         f"{report.prefix}.bin and .idx: {report.n_documents:,} documents, "
         f"{report.n_tokens:,} tokens, {pathlib.Path(report.prefix + '.bin').stat().st_size:,} bytes"
@@ -209,26 +234,18 @@ def _lines(report: Report, options: Options) -> list[str]:
     if report.n_empty:
         lines.append(f"{report.n_empty:,} empty documents ({options.on_empty_document})")
     if report.left_out:
-        n_files = f"{len(report.left_out):,} files in folders"
-        lines.append(f"{n_files} are of other kinds and were left out, {report.left_out[0]} first")
+        lines.append(
+            f"{len(report.left_out):,} files of other kinds in folders were left out, first "
+            f"{report.left_out[0]}"
+        )
     if report.drops_characters:
         lines.append(
-            "WARNING: the tokenizer has neither a token for each byte nor one for what it does not "
-            "know: characters outside of its vocabulary were left out"
+            "WARNING: the tokenizer has neither a token for each byte nor one for unknown "
+            "characters: characters outside its vocabulary were left out"
         )
     if report.n_bad:
         lines += [f"{report.n_bad:,} bad lines were left out:", *report.bad]
     return lines
-
-
-def main() -> int:
-    """Parse, prepare, tell what was written; return the exit status."""
-    return command.run(_prepare)
-
-
-def _prepare() -> None:
-    options = command.parse(Options, "data.prepare", __doc__)
-    print("\n".join(_lines(prepare(options), options)))
 
 
 if __name__ == "__main__":

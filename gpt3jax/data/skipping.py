@@ -1,13 +1,14 @@
-"""Stretches of the training stream that a run leaves out, as OPT and PaLM did after spikes.
+"""Stretches of the training stream that a run skips, as OPT and PaLM did after loss spikes.
 
-A position stays one number: the samples of the stream before it, those left out included. Batches
-are cut from what is left, so one that reaches a stretch goes on behind it.
+A position stays one number: the samples of the stream before it, skipped ones included. Batches are
+cut from the samples that are kept, so a batch that reaches a stretch goes on after it.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+from numpy import typing as npt
 
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, schema, validation
@@ -15,29 +16,29 @@ from gpt3jax.config import batch_schedule, schema, validation
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The training stream without some stretches; samples that are left are `taken`."""
+    """The training stream without some stretches; the other samples are kept."""
 
     left_out: tuple[tuple[int, int], ...] = ()
-    """(first, stop) of each stretch, in order and apart from each other."""
+    """(first, stop) of each stretch, in order, with samples between them."""
 
-    def taken(self, position: int) -> int:
-        """Return how many samples before a position are not left out."""
+    def n_kept(self, position: int) -> int:
+        """Return how many samples before a position are kept."""
         return position - sum(max(0, min(position, b) - a) for a, b in self.left_out)
 
-    def numbers(self, taken: Any) -> Any:
-        """Return the numbers in the stream of taken samples, which are counted from 0."""
-        numbers = np.asarray(taken, np.int64)
+    def numbers(self, kept: npt.ArrayLike) -> np.ndarray:
+        """Return the numbers in the stream of kept samples, which are counted from 0."""
+        numbers = np.asarray(kept, np.int64)
         for first, stop in self.left_out:
             numbers = numbers + (numbers >= first) * (stop - first)
         return numbers
 
-    def position(self, taken: int) -> int:
-        """Return the position right after so many samples; a stretch that follows is ahead."""
-        return int(self.numbers(taken - 1)) + 1 if taken else 0
+    def position(self, n_kept: int) -> int:
+        """Return the position right after so many kept samples, before any stretch that follows."""
+        return int(self.numbers(n_kept - 1)) + 1 if n_kept else 0
 
     def schedule(self, schedule: batch_schedule.BatchSchedule) -> batch_schedule.BatchSchedule:
-        """Return the batch schedule over the samples taken; sizes follow the position."""
-        stages = {self.taken(first): size for first, size in schedule.stages}
+        """Return the batch schedule over the kept samples; sizes follow the position."""
+        stages = {self.n_kept(first): size for first, size in schedule.stages}
         return batch_schedule.BatchSchedule(tuple(stages.items()))
 
     def end(
@@ -45,10 +46,10 @@ class Stream:
     ) -> tuple[int, int]:
         """Return (steps, position) after the last batch that ends at or before `limit`.
 
-        It goes on from `step` and `position`. Without stretches `limit` is where a batch ends; with
-        them, less than a batch may be left over.
+        The run goes on from `step` and `position`. Without stretches a batch ends at `limit`; with
+        stretches, less than a batch may be left over.
         """
-        batches, first, last = self.schedule(schedule), self.taken(position), self.taken(limit)
+        batches, first, last = self.schedule(schedule), self.n_kept(position), self.n_kept(limit)
         n_steps = batches.n_steps(last, first)
         if n_steps and batches.consumed_after(n_steps, first) > last:
             n_steps -= 1
@@ -76,20 +77,20 @@ def from_config(data: schema.Data) -> Stream:
 def run_length(
     cfg: schema.Config, schedule: batch_schedule.BatchSchedule, step: int = 0, position: int = 0
 ) -> tuple[int, int]:
-    """Return the (steps, samples) of a run that goes on from here: what schedules and order follow.
+    """Return the (steps, samples) of a run that goes on from here: its schedules and order follow.
 
-    Its end depends on the start, because the batch size may have been another one before. Where
-    samples are left out, it is as if they were not: then from the first step on.
+    The end depends on the start, because the batch size may have been different before. A run that
+    skips samples has the length that it would have without skipping, from the first step on.
     """
     since = (0, 0) if cfg.data.skip_samples else (step, position)
     return schedule.end(cfg.train, cfg.model.seq_len, *since)
 
 
 def check(stream: Stream, schedule: batch_schedule.BatchSchedule, n_samples: int) -> None:
-    """Check that stretches lie in a run of so many samples and leave something of it.
+    """Check that the stretches lie in a run of so many samples, and leave at least one batch of it.
 
     Raises:
-        UserError: it names the stretch.
+        UserError: they do not; the message names the stretch.
     """
     for first, stop in stream.left_out:
         if first >= n_samples:
@@ -99,22 +100,22 @@ def check(stream: Stream, schedule: batch_schedule.BatchSchedule, n_samples: int
             )
     if stream.left_out and not stream.end(schedule, 0, 0, n_samples)[0]:
         raise errors.UserError(
-            f"data.skip_samples leaves {stream.taken(n_samples)} of the run's {n_samples} samples, "
-            "less than one batch: leave out fewer"
+            f"data.skip_samples leaves {stream.n_kept(n_samples)} of the run's {n_samples} "
+            "samples, less than one batch: leave out fewer"
         )
 
 
-def check_resumed(stream: Stream, before: Any, position: int) -> None:
-    """Check that what a run left out `before` a position (its `data.skip_samples`) stays so.
+def check_resumed(stream: Stream, skipped: Sequence[str] | None, position: int) -> None:
+    """Check that a run still skips what it `skipped` before a position (its `data.skip_samples`).
 
-    Else the length of the rest of the run would change.
+    Otherwise the length of the rest of the run would change.
 
     Raises:
-        UserError: it names the stretch.
+        UserError: it does not; the message names the stretch.
     """
-    for first, stop in map(validation.stretch, before or ()):
+    for first, stop in map(validation.stretch, skipped or ()):
         stop = min(stop, position)
-        if first < stop and stream.taken(stop) > stream.taken(first):
+        if first < stop and stream.n_kept(stop) > stream.n_kept(first):
             raise errors.UserError(
                 f"the checkpoint's run left out samples {first} to {stop - 1}: keep them in "
                 "data.skip_samples until its end (stretches may be added)"

@@ -1,4 +1,4 @@
-"""The samples of a run: which corpora make each split, and what decides the samples' order."""
+"""The samples of a run: the corpora of each split, and the values that decide their order."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,61 +11,38 @@ from gpt3jax.data import blend, indexed, mock, samples, text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The samples of a run, what decides their order, and a line about them."""
+    """The samples of a run, the values that decide their order, and a line that describes them."""
 
     train: samples.Samples
     validation: samples.Samples | None
     test: samples.Samples | None
     order: dict[str, Any]
-    told: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The corpora of a split, and their weights if they are a weighted blend."""
-
-    corpora: Sequence[indexed.Corpus]
-    weights: Sequence[float] | None
-    split: str | None
-    """Shares of documents; None: the split has corpora of its own, and all of them."""
+    description: str
 
 
 def open_splits(cfg: schema.Config, n_steps: int, n_samples: int) -> Splits:
-    """Map the corpora to the samples of a run of n_steps steps and n_samples training samples.
+    """Open the corpora of a run of n_steps steps and n_samples training samples.
 
     Raises:
         UserError: files that are missing or damaged, tokens beyond the vocabulary, or a split
             without documents or samples.
     """
-    data, train = cfg.data, cfg.train
-    text.check_vocabulary(data, cfg.model)
-    sources = open_sources(data, cfg.model)
-    eval_size = train.eval_batches * cfg.batch.global_batch_size
-    n_evals = n_steps // train.eval_interval + 1 if train.eval_interval else 0
-    if n_evals * eval_size > ranges.INT32:
-        raise errors.UserError(
-            f"train.eval_batches={train.eval_batches} takes {n_evals * eval_size} samples in "
-            f"{n_evals} evaluations, and their numbers must stay below 2^31: lower it, or evaluate "
-            "less often (train.eval_interval)"
+    text.check_vocabulary(cfg.data, cfg.model)
+    sources = open_sources(cfg.data, cfg.model)
+    maps = [
+        _build_enough(source, name, cfg, n)
+        for name, source, n in zip(
+            samples.SPLITS, sources, _counts(cfg, n_steps, n_samples), strict=True
         )
-    wanted = [n_samples, n_evals * eval_size, eval_size if n_evals else 0]
-    maps = []
-    for name, source, n in zip(samples.SPLITS, sources, wanted, strict=True):
-        maps.append(build(source, data, name, cfg.model.seq_len, n, train.seed))
-        if maps[-1] is not None and len(maps[-1]) < n:  # unweighted blends are read once only
-            prefixes = " ".join(corpus.prefix for corpus in source.corpora)
-            raise errors.UserError(
-                f"the run needs {n} {name} samples and {prefixes} has {len(maps[-1])}: "
-                "give each prefix a weight, or "
-                + ("shorten the run" if name == "train" else "lower train.eval_batches")
-            )
+    ]
     if maps[0] is None:
         raise errors.UserError(
-            f"data.split={data.split!r} leaves nothing to train on: give its first weight a share"
+            f"data.split={cfg.data.split!r} leaves nothing to train on: give its first weight a "
+            "share"
         )
     parts = maps[0].maps if isinstance(maps[0], blend.Blend) else [maps[0]]
     n_epochs = ", ".join(str(part.epochs.n) for part in parts)
-    corpora = sources[0].corpora
+    corpora, train = sources[0].corpora, cfg.train
     return Splits(
         train=maps[0],
         validation=maps[1],
@@ -80,13 +57,11 @@ def open_splits(cfg: schema.Config, n_steps: int, n_samples: int) -> Splits:
             "epochs (from the length of the run)": n_epochs,
             "last epoch shuffled apart": [part.epochs.last_is_separate for part in parts],
         },
-        told=f"{sum(c.n_tokens for c in corpora):,} tokens in {sum(map(len, corpora)):,} documents "
-        f"of {' '.join(c.prefix for c in corpora)}, {n_epochs} epoch(s), unigram entropy "
-        f"{text.unigram_entropy(corpora[0]):.3f} nats{' (of the first)' * (len(corpora) > 1)}",
+        description=_describe(corpora, n_epochs),
     )
 
 
-def open_sources(data: schema.Data, model: schema.Model) -> list[Source]:
+def open_sources(data: schema.Data, model: schema.Model) -> list[blend.Source]:
     """Open the corpora of the three splits, each file once.
 
     Raises:
@@ -94,7 +69,7 @@ def open_sources(data: schema.Data, model: schema.Model) -> list[Source]:
     """
     if data.mock:
         corpus = mock.MockCorpus(model.vocab_size, data.eod_id)
-        return [Source([corpus], None, mock.SPLIT)] * 3
+        return [blend.Source([corpus], None, mock.SPLIT)] * 3
     fields = ("paths",) * 3 if data.paths else ("train_paths", "validation_paths", "test_paths")
     opened: dict[str, indexed.IndexedCorpus] = {}
     sources = []
@@ -105,34 +80,75 @@ def open_sources(data: schema.Data, model: schema.Model) -> list[Source]:
                 opened[prefix] = indexed.IndexedCorpus(prefix)
                 indexed.check_tokens(opened[prefix], model.vocab_size)
         split = data.split if data.paths else None
-        sources.append(Source([opened[prefix] for prefix in prefixes], weights, split))
+        sources.append(blend.Source([opened[prefix] for prefix in prefixes], weights, split))
     return sources
 
 
 def build(
-    source: Source, data: schema.Data, name: str, seq_len: int, n_samples: int | None, seed: int
-) -> "samples.SampleMap | blend.Blend | None":
+    source: blend.Source, name: str, data: schema.Data, request: samples.Request
+) -> samples.SampleMap | blend.Blend | None:
     """Return the samples of a split by its name (`samples.SPLITS`); None if it has none.
+
+    The switches of `data` complete the request.
 
     Raises:
         UserError: as `blend.build`.
     """
     if not source.corpora:
         return None
-    return blend.build(
-        source.corpora,
-        source.weights,
-        source.split,
-        name,
-        seq_len,
-        n_samples,
-        seed,
-        keep_partial=name == "validation" and not data.drop_last_partial_validation_sequence,
-        cache=data.index_cache,
+    keep_partial = name == "validation" and not data.drop_last_partial_validation_sequence
+    request = dataclasses.replace(request, keep_partial=keep_partial, cache=data.index_cache)
+    return blend.build(source, name, request)
+
+
+def _counts(cfg: schema.Config, n_steps: int, n_samples: int) -> list[int]:
+    """Return how many samples the run needs of each split.
+
+    Raises:
+        UserError: more validation samples than can be numbered.
+    """
+    train = cfg.train
+    eval_size = train.eval_batches * cfg.batch.global_batch_size
+    n_evals = n_steps // train.eval_interval + 1 if train.eval_interval else 0
+    if n_evals * eval_size > ranges.INT32:
+        raise errors.UserError(
+            f"train.eval_batches={train.eval_batches} takes {n_evals * eval_size} samples in "
+            f"{n_evals} evaluations, and their numbers must stay below 2^31: lower it, or evaluate "
+            "less often (train.eval_interval)"
+        )
+    return [n_samples, n_evals * eval_size, eval_size if n_evals else 0]
+
+
+def _build_enough(
+    source: blend.Source, name: str, cfg: schema.Config, n: int
+) -> samples.SampleMap | blend.Blend | None:
+    """Return the samples of a split, at least n.
+
+    Raises:
+        UserError: it has fewer, as may be with an unweighted blend, which is read only once.
+    """
+    request = samples.Request(seq_len=cfg.model.seq_len, seed=cfg.train.seed, n_samples=n)
+    split = build(source, name, cfg.data, request)
+    if split is not None and len(split) < n:
+        prefixes = " ".join(corpus.prefix for corpus in source.corpora)
+        raise errors.UserError(
+            f"the run needs {n} {name} samples and {prefixes} has {len(split)}: "
+            "give each prefix a weight, or "
+            + ("shorten the run" if name == "train" else "lower train.eval_batches")
+        )
+    return split
+
+
+def _describe(corpora: Sequence[indexed.Corpus], n_epochs: str) -> str:
+    first_only = " (of the first)" * (len(corpora) > 1)
+    return (
+        f"{sum(c.n_tokens for c in corpora):,} tokens in {sum(map(len, corpora)):,} documents "
+        f"of {' '.join(c.prefix for c in corpora)}, {n_epochs} epoch(s), unigram entropy "
+        f"{text.unigram_entropy(corpora[0]):.3f} nats{first_only}"
     )
 
 
 def _identity(corpus: indexed.Corpus) -> str:
-    """Return what tells a corpus from another, wherever its files lie."""
+    """Return a text that identifies a corpus, wherever its files are."""
     checksum = indexed.lengths_checksum(corpus)
     return f"{len(corpus)} sequences, {corpus.n_tokens} tokens, lengths {checksum:08x}"

@@ -1,7 +1,5 @@
-"""A corpus from a folder of text, on first use: what `data.from_text` asks for."""
+"""A corpus made from a folder of text at its first use (`data.from_text`)."""
 
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import pathlib
@@ -14,10 +12,17 @@ import tqdm
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.data import documents, indexed, tokenizer
+from gpt3jax.data import (
+    documents,
+    file_lock,
+    indexed,
+    tokenizer,
+    tokenizer_sources,
+    tokenizer_training,
+)
 
-PYTHON = "python"  # data.from_text: the sources of Python's own library, on every machine
-PYTHON_BYTES = 12_000_000  # of them: enough for a short run, some 20 s of work on a slow core
+PYTHON = "python"  # data.from_text: the sources of Python's standard library
+PYTHON_BYTES = 12_000_000  # of these: enough for a short run, some 20 s of work on a slow core
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 _ENCODE_AT_ONCE = 64  # files
 
@@ -25,10 +30,10 @@ _ENCODE_AT_ONCE = 64  # files
 def ensure_corpus(data: schema.Data, model: schema.Model) -> None:
     """Make the corpus `data.paths[0]` from `data.from_text`, unless it is there already.
 
-    One document a file, each with an end-of-document token behind it. The tokenizer is
-    `data.tokenizer`, or `data.vocab_file` and `data.merge_file`; where both of these are absent it
-    is trained first, with `model.vocab_size` tokens. Interrupted, it starts anew the next time. Of
-    several processes on a machine one makes it and the others wait.
+    Each file becomes a document that ends with the end-of-document token. The tokenizer is
+    `data.tokenizer`, or `data.vocab_file` and `data.merge_file`; if both of these files are absent
+    it is trained first, with `model.vocab_size` tokens. If it is interrupted, the next run starts
+    again. Of several processes on a machine, one makes the corpus and the others wait.
 
     Raises:
         UserError: there is no text, or the tokenizer does not fit the model.
@@ -41,18 +46,24 @@ def ensure_corpus(data: schema.Data, model: schema.Model) -> None:
             "trained and written there if the files are absent; or data.tokenizer"
         )
     files = text_files(data.from_text)
-    with _locked(data.paths[0] + ".lock"):
-        if _exists(data.paths[0]):
-            return
-        if data.vocab_file and not tokenizer.exists(data.vocab_file, data.merge_file):
-            texts = read(files, "training the tokenizer", [])
-            tokenizer.train(texts, model.vocab_size, data.vocab_file, data.merge_file)
-        check_vocabulary(data, model)
-        _write(files, data)
+    lock = pathlib.Path(data.paths[0] + ".lock")
+    with file_lock.held(lock, is_required=True):
+        if not _exists(data.paths[0]):
+            _make(files, data, model)
+        lock.unlink(missing_ok=True)  # a process that still waits will see the corpus
+
+
+def _make(files: list[pathlib.Path], data: schema.Data, model: schema.Model) -> None:
+    """Train the tokenizer if need be, and write the corpus."""
+    if data.vocab_file and not tokenizer_training.exists(data.vocab_file, data.merge_file):
+        texts = read(files, "training the tokenizer", [])
+        tokenizer_training.train(texts, model.vocab_size, data.vocab_file, data.merge_file)
+    check_vocabulary(data, model)
+    _write(files, data)
 
 
 def _write(files: list[pathlib.Path], data: schema.Data) -> None:
-    bpe = tokenizer.of_config(data)
+    bpe = tokenizer_sources.of_config(data)
     left_out: list[pathlib.Path] = []
     texts = read(files, f"writing {data.paths[0]}", left_out)
     with indexed.Writer(data.paths[0], indexed.token_dtype(bpe.vocab_size)) as writer:
@@ -74,22 +85,11 @@ def _exists(prefix: str) -> bool:
     return all(pathlib.Path(prefix + end).is_file() for end in (".bin", ".idx"))
 
 
-@contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Keep other processes out; the lock goes with the process that holds it, even if killed."""
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        pathlib.Path(path).unlink(missing_ok=True)  # who still waits will find the corpus
-
-
 def text_files(source: str) -> list[pathlib.Path]:
-    """Return the files of a folder in an order by hash, so that each split is like the others.
+    """Return the files of a folder in the order of a hash, so that all splits are alike.
 
-    Hidden ones, and those in hidden folders, are left out. In the order of their paths the last
-    ones, test and validation, would be unlike the first. Of Python's library it is the first
-    PYTHON_BYTES.
+    In the order of their paths the last files, test and validation, would differ from the first.
+    Hidden files and folders are left out. Of Python's library it returns the first PYTHON_BYTES.
 
     Raises:
         UserError: the folder is missing or empty.
@@ -118,7 +118,7 @@ def text_files(source: str) -> list[pathlib.Path]:
 def read(files: list[pathlib.Path], doing: str, left_out: list[pathlib.Path]) -> Iterator[str]:
     """Yield the text of each file that is UTF-8 and not empty, under a progress bar.
 
-    `left_out` gets those that are not UTF-8.
+    Files that are not UTF-8 are added to `left_out`.
 
     Raises:
         UserError: a file cannot be read.
@@ -139,11 +139,11 @@ def check_vocabulary(data: schema.Data, model: schema.Model) -> None:
     """Check that the tokenizer, if one is named, fits `model.vocab_size` and `data.eod_id`.
 
     Raises:
-        UserError: it does not; it says what to set.
+        UserError: it does not fit; the message says what to set.
     """
     if not (data.vocab_file or data.tokenizer):
         return
-    bpe = tokenizer.of_config(data)
+    bpe = tokenizer_sources.of_config(data)
     if bpe.vocab_size > model.vocab_size:
         raise errors.UserError(
             f"{data.tokenizer or data.vocab_file} has {bpe.vocab_size} tokens, more than "
@@ -158,15 +158,16 @@ def check_vocabulary(data: schema.Data, model: schema.Model) -> None:
         known = ", ".join(f"{number} ({token})" for number, token in sorted(bpe.added.items())[:8])
         raise errors.UserError(
             f"data.eod_id={data.eod_id} is an ordinary token of data.tokenizer={data.tokenizer}: "
-            f"set it to the one that ends a document, of {known}"
+            f"set it to the token that ends a document, one of {known}"
         )
 
 
 def unigram_entropy(corpus: indexed.Corpus, n_tokens: int = 4_000_000) -> float:
-    """Return the entropy (nats per token) of token frequencies, of the first n_tokens tokens.
+    """Return the entropy (nats per token) of the frequencies of the first n_tokens tokens.
 
-    What a model reaches that knows how often each token comes and nothing else. 0 for no token.
+    It is the loss of a model that knows the frequency of each token and nothing else. 0 for no
+    token.
     """
     _, counts = np.unique(corpus.head(n_tokens), return_counts=True)
     shares = counts / counts.sum()
-    return abs(float((shares * np.log(shares)).sum()))  # of -0.0 too
+    return abs(float((shares * np.log(shares)).sum()))  # without the sign of -0.0

@@ -1,13 +1,13 @@
-"""The files that a tokenizer consists of: which lie in a folder, whether they agree, their copies.
+"""The files of a tokenizer: which are in a folder, whether they agree, and their copies.
 
-`tokenizer` reads them; here they are looked at and carried, as they are.
+`tokenizer_sources` makes tokenizers of them; here they are only compared and copied.
 """
 
 import dataclasses
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from gpt3jax import errors
 from gpt3jax.config import schema, user_paths
@@ -16,15 +16,17 @@ TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
-# What transformers' save_pretrained may write of a tokenizer.
+# The files that save_pretrained of transformers may write for a tokenizer.
 _NAMES = (TOKENIZER, VOCAB, MERGES, CONFIG, _SPECIAL, _ADDED, "chat_template.jinja")
+Fields: TypeAlias = dict[str, Any]  # of `config.Data`, as arguments
+_Json: TypeAlias = dict[str, Any]  # read from outside
 
 
 def read_text(path: str) -> str:
     """Return the text of one of GPT-2's two files.
 
     Raises:
-        UserError: it is missing, or not UTF-8.
+        UserError: the file is missing, or not UTF-8.
     """
     if not pathlib.Path(path).is_file():
         raise errors.UserError(f"{path}: no such file (GPT-2's vocab.json and merges.txt)")
@@ -38,7 +40,7 @@ def read_merges(path: str) -> list[tuple[str, str]]:
     """Return the merges of a `merges.txt`.
 
     Raises:
-        UserError: as `read_text`, or a line is no merge; it names the line.
+        UserError: as `read_text`, or a line is not a merge; the message names the line.
     """
     merges = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -54,10 +56,10 @@ def read_merges(path: str) -> list[tuple[str, str]]:
     return merges
 
 
-def find(folder: pathlib.Path) -> dict[str, Any]:
-    """Return the fields of `config.Data` that name the tokenizer of a folder; none if it has none.
+def find(folder: pathlib.Path) -> Fields:
+    """Return the fields of `config.Data` that name the tokenizer of a folder; {} if it has none.
 
-    `tokenizer.json` goes before GPT-2's two files, which lack the tokens that it adds.
+    `tokenizer.json` is preferred to GPT-2's two files, which lack the tokens that it adds.
     """
     if (folder / TOKENIZER).is_file():
         return {"tokenizer": str(folder / TOKENIZER)}
@@ -67,13 +69,13 @@ def find(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def moved(data: schema.Data, folder: pathlib.Path) -> schema.Data:
-    """Return a config whose tokenizer's files, where they are gone, are those of their names here.
+    """Return a config whose missing tokenizer files are replaced by those of the folder.
 
-    So a folder of a checkpoint that has them may be moved.
+    Files of the same name replace them, so a checkpoint's folder that has them may be moved.
     """
     names = ("tokenizer", "vocab_file", "merge_file")
     here = {name: folder / pathlib.Path(getattr(data, name)).name for name in names}
-    gone: dict[str, Any] = {
+    gone: Fields = {
         name: str(path)
         for name, path in here.items()
         if path.is_file() and not pathlib.Path(getattr(data, name)).is_file()
@@ -86,8 +88,8 @@ def pair(folder: pathlib.Path) -> tuple[str, str]:
     return str(folder / VOCAB), str(folder / MERGES)
 
 
-def copy_folder(source: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:
-    """Copy all of a folder's tokenizer as it is; return what `find` does of the copies."""
+def copy_folder(source: pathlib.Path, target: pathlib.Path) -> Fields:
+    """Copy all tokenizer files of a folder, unchanged; return `find` of the copies."""
     for name in _NAMES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -95,21 +97,21 @@ def copy_folder(source: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:
 
 
 def copy_files(named: Mapping[str, str], target: pathlib.Path) -> None:
-    """Copy the files that fields of `config.Data` name, under the names that `find` looks for."""
+    """Copy the files that fields of `config.Data` name, to the names that `find` looks for."""
     names = {"tokenizer": TOKENIZER, "vocab_file": VOCAB, "merge_file": MERGES}
     for field, file in named.items():
         shutil.copyfile(file, target / names[field])
 
 
 def check(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
-    """Check that the files of a folder agree with the tokenizer that is read from it.
+    """Check that the files of a folder agree with the tokenizer that was read from it.
 
     Args:
         folder: the folder.
         vocab: all tokens of that tokenizer, added ones included, and their ids.
 
     Raises:
-        UserError: another file of the folder has other tokens or merges; it names both.
+        UserError: another file has different tokens or merges; the message names both files.
     """
     for name, added in ((_ADDED, _read(folder / _ADDED)), (CONFIG, _decoder(folder))):
         for token, number in added.items():
@@ -126,13 +128,13 @@ def check(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
 def special_ids(folder: pathlib.Path, vocab: Mapping[str, int]) -> dict[str, int]:
     """Return the ids of the tokens that a folder names `bos_token`, `eos_token` or `pad_token`."""
     named = _read(folder / _SPECIAL) | _read(folder / CONFIG)
-    found = {}
+    ids = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = named.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token in vocab:
-            found[name] = vocab[token]
-    return found
+            ids[name] = vocab[token]
+    return ids
 
 
 def _check_pair(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
@@ -150,12 +152,12 @@ def _check_pair(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
         )
 
 
-def _decoder(folder: pathlib.Path) -> dict[str, Any]:
+def _decoder(folder: pathlib.Path) -> dict[str, int]:
     """Return the tokens that a `tokenizer_config.json` adds."""
     entries = _read(folder / CONFIG).get("added_tokens_decoder") or {}
     return {entry["content"]: int(number) for number, entry in entries.items()}
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: pathlib.Path) -> _Json:
     """Return the object in a JSON file, an empty one where there is no file."""
     return user_paths.read_json(path) if path.is_file() else {}

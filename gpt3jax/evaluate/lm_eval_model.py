@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from gpt3jax import errors
 from gpt3jax.checkpoint import parameters
 from gpt3jax.config import schema, user_paths
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer, tokenizer_sources
 from gpt3jax.evaluate import scoring
 from gpt3jax.sample import generate, row_text, text_options
 
@@ -52,7 +52,7 @@ class CheckpointLM(TemplateLM):
         """Return the model of lm-eval's `model_args`, on all devices as replicas.
 
         They are `checkpoint`, and `compute_dtype, batch_size, stride` and the fields of
-        `tokenizer.Source`, as the command's options. Of lm-eval's own it takes `batch_size`.
+        `tokenizer_sources.Source`, as the command's options. Of lm-eval's it takes `batch_size`.
 
         Raises:
             UserError: the checkpoint or the tokenizer cannot be used.
@@ -62,7 +62,7 @@ class CheckpointLM(TemplateLM):
         dtype = given.pop("compute_dtype", "auto")
         size, stride = int(given.pop("batch_size")), int(given.pop("stride", 0))
         source = parameters.open_for_use(folder, schema.Mesh(), dtype)
-        files = user_paths.expanded(tokenizer.Source(**given))
+        files = user_paths.expanded(tokenizer_sources.Source(**given))
         text = parameters.open_tokenizer(folder, source.cfg, files)
         return cls(source, text, size, stride)
 

@@ -12,7 +12,7 @@ import tqdm
 from gpt3jax import errors
 from gpt3jax.checkpoint import parameters
 from gpt3jax.config import schema
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer_sources
 from gpt3jax.evaluate import options, scoring, stream
 
 
@@ -86,7 +86,7 @@ def _open(given: options.Options, cfg: schema.Config) -> tuple[stream.Stream, st
     try:
         found, why = parameters.open_tokenizer(given.checkpoint, cfg, given.source), ""
     except errors.UserError as error:
-        if given.source != tokenizer.Source():
+        if given.source != tokenizer_sources.Source():
             raise
         found, why = None, str(error)
     return stream.of_corpus(given.data, found, cfg, given.max_tokens), why

@@ -9,7 +9,7 @@ import tyro
 
 from gpt3jax import errors
 from gpt3jax.config import ranges, schema, user_paths
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer_sources
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class Options:
     """Windows or questions at a time."""
     json: user_paths.Path = ""
     """Write what was measured to this file as well."""
-    source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
-        default_factory=tokenizer.Source
+    source: tyro.conf.OmitArgPrefixes[tokenizer_sources.Source] = dataclasses.field(
+        default_factory=tokenizer_sources.Source
     )
     mesh: schema.Mesh = dataclasses.field(default_factory=schema.Mesh)
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

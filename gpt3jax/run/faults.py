@@ -126,7 +126,7 @@ class Faults:
     ) -> dict[str, Any]:
         step_number, samples = position
         stream = skipping.from_config(self._cfg.data)
-        taken = stream.taken(samples)
+        taken = stream.n_kept(samples)
         numbers = stream.numbers(np.arange(taken - size, taken))
         cuts = np.flatnonzero(np.diff(numbers) > 1) + 1
         parts = [(int(part[0]), int(part[-1]) + 1) for part in np.split(numbers, cuts)]

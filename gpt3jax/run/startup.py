@@ -175,7 +175,7 @@ def describe(run: Run) -> list[str]:
         f"{flops.n_params(cfg.model):,} parameters, {cfg.precision.compute_dtype}, attention "
         f"{run.program.compute.attention}, remat {remat.in_effect(cfg.model.remat, has_stages)}",
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
-        f"{run.splits.told}",
+        f"{run.splits.description}",
     ]
     lines += warmup_warnings(cfg.optimizer, run.n_samples)
     lines += pipeline.describe(cfg, run.mesh)

@@ -20,7 +20,7 @@ import tyro
 
 from gpt3jax import errors
 from gpt3jax.config import command, ranges, schema, user_paths
-from gpt3jax.data import documents, tokenizer
+from gpt3jax.data import documents, tokenizer, tokenizer_sources
 from gpt3jax.sample import generate, row_text, text_options
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Options:
     choice: tyro.conf.OmitArgPrefixes[text_options.Options] = dataclasses.field(
         default_factory=text_options.Options
     )
-    source: tyro.conf.OmitArgPrefixes[tokenizer.Source] = dataclasses.field(
-        default_factory=tokenizer.Source
+    source: tyro.conf.OmitArgPrefixes[tokenizer_sources.Source] = dataclasses.field(
+        default_factory=tokenizer_sources.Source
     )
     mesh: schema.Mesh = dataclasses.field(default_factory=schema.Mesh)
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -20,7 +20,7 @@ from gpt3jax.checkpoint import metadata, parameters, storage
 from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.convert import hf_gpt2, hf_tokenizer, megatron, tensor_files
-from gpt3jax.data import indexed, tokenizer
+from gpt3jax.data import indexed, tokenizer_sources, tokenizer_training
 from gpt3jax.run import startup
 from gpt3jax.sharding import meshes
 from gpt3jax.watch import phases
@@ -140,8 +140,10 @@ def test_the_commands_convert_both_ways(gpt2, tmp_path, monkeypatch, capsys):
 def tokenizer_folder(tmp_path_factory):
     """Return a folder with all of a tokenizer's files: 257 tokens, and 3 that are added."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.train(["no merges"], 257, str(folder / "vocab.json"), str(folder / "merges.txt"))
-    rust = tokenizer.from_pretrained(str(folder))._rust
+    tokenizer_training.train(
+        ["no merges"], 257, str(folder / "vocab.json"), str(folder / "merges.txt")
+    )
+    rust = tokenizer_sources.from_pretrained(str(folder)).backend
     rust.add_special_tokens(["<s>", "<pad>"])
     rust.add_tokens(["<extra>"])
     rust.enable_truncation(4)
@@ -181,14 +183,14 @@ def test_the_tokenizers_files_travel_along(gpt2, tokenizer_folder, tmp_path, alo
     ids = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     assert ids == {"bos_token_id": 257, "eos_token_id": 0, "pad_token_id": 258}
     cfg = parameters.find(str(ours))[2]
-    found = parameters.open_tokenizer(str(ours), cfg, tokenizer.Source())
+    found = parameters.open_tokenizer(str(ours), cfg, tokenizer_sources.Source())
     assert (found.vocab_size, found.eod_id) == (260, 0)
     text = "no<extra> merges here<s>"
     expected = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     expected.no_truncation()
     assert found.encode(text) == expected.encode(text).ids and 259 in found.encode(text)
     assert found.decode([259, 257]) == "<extra><s>"
-    other = parameters.open_tokenizer(str(ours), cfg, tokenizer.Source(eod_token="<s>"))
+    other = parameters.open_tokenizer(str(ours), cfg, tokenizer_sources.Source(eod_token="<s>"))
     assert other.eod_id == 257
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.data import blend, indexed, samples
+from gpt3jax.data import blend, blend_order, indexed, samples
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "megatron_data"
 CASES = json.loads((GOLDEN / "cases.json").read_text())["cases"]
@@ -27,16 +27,15 @@ def golden_build(case, which):
     chosen = own[which] if own else case["blend"]
     if chosen is None:
         return None
-    return blend.build(
-        [indexed.IndexedCorpus(str(GOLDEN / "corpora" / prefix)) for prefix in chosen[0]],
-        chosen[1],
-        None if own else case["split"],
-        samples.SPLITS[which],
-        case["seq_length"],
-        case["num_samples"][which],
-        case["seed"],
+    corpora = [indexed.IndexedCorpus(str(GOLDEN / "corpora" / prefix)) for prefix in chosen[0]]
+    source = blend.Source(corpora, chosen[1], None if own else case["split"])
+    request = samples.Request(
+        seq_len=case["seq_length"],
+        seed=case["seed"],
+        n_samples=case["num_samples"][which],
         keep_partial=which == 1 and not case["drop_last_partial_validation_sequence"],
     )
+    return blend.build(source, samples.SPLITS[which], request)
 
 
 def check_same(ours, golden, names):
@@ -52,9 +51,9 @@ def check_blend(ours, expect, golden, split):
         ours, golden, [(n, f"{split}.{n}") for n in ("dataset_index", "dataset_sample_index")]
     )
     assert len(ours.maps) == len(expect["datasets"])
-    for i, (one, part) in enumerate(zip(ours.maps, expect["datasets"], strict=True)):
-        assert len(one) == part["len"]
-        check_same(one, golden, [(name, f"{split}.{i}.{name}") for name in INDICES])
+    for i, (ours_part, part) in enumerate(zip(ours.maps, expect["datasets"], strict=True)):
+        assert len(ours_part) == part["len"]
+        check_same(ours_part, golden, [(name, f"{split}.{i}.{name}") for name in INDICES])
 
 
 @pytest.mark.parametrize("which", range(3), ids=SPLITS)
@@ -91,7 +90,7 @@ def test_indices_and_samples_are_megatrons(case, which):
 
 
 def slow_order(weights, size, limits=None):
-    """Take the map that is furthest behind its share, step by step, in Python's own floats."""
+    """Choose the map that is furthest behind its share, step by step, in Python's own floats."""
     counts, order, before = [0] * len(weights), [], []
     for k in range(size):
         lags = {
@@ -107,8 +106,8 @@ def slow_order(weights, size, limits=None):
 
 
 def check_order(weights, size, limits=None):
-    order = blend._order(np.array(weights, np.float64), size, limits)
-    before, totals = blend._count_up(order, len(weights))
+    order = blend_order.choose_maps(np.array(weights, np.float64), size, limits)
+    before, totals = blend_order.count_before(order, len(weights))
     expected, expected_before = slow_order(weights, size, limits)
     assert order.tolist() == expected
     assert before.tolist() == expected_before
@@ -116,9 +115,9 @@ def check_order(weights, size, limits=None):
 
 
 def test_the_order_is_the_one_verified_by_hand():
-    order = blend._order(np.array([0.5, 0.3, 0.2]), 12)
+    order = blend_order.choose_maps(np.array([0.5, 0.3, 0.2]), 12)
     assert order.tolist() == [0, 1, 2, 0, 1, 0, 2, 0, 1, 0, 0, 1]
-    assert blend._count_up(order, 3)[0].tolist() == [0, 0, 0, 1, 1, 2, 1, 3, 2, 4, 5, 3]
+    assert blend_order.count_before(order, 3)[0].tolist() == [0, 0, 0, 1, 1, 2, 1, 3, 2, 4, 5, 3]
 
 
 # Irrational shares, and small fractions whose ties must go to the first.
@@ -139,30 +138,30 @@ SHARES = st.one_of(
 def test_segments_join_to_the_one_order_whatever_their_guesses(
     raw, size, segment, lead_in, is_good
 ):
-    weights = blend._normalise(raw).tolist()
+    weights = blend_order.normalise(raw).tolist()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blend, "_MIN_SEGMENT", segment)
-        patch.setattr(blend, "_LEAD_IN", lead_in)
+        patch.setattr(blend_order, "MIN_SEGMENT", segment)
+        patch.setattr(blend_order, "LEAD_IN", lead_in)
         if not is_good:
-            patch.setattr(blend, "_guess", lambda w, k: np.zeros((len(w), len(k))))
+            patch.setattr(blend_order, "guess_counts", lambda w, k: np.zeros((len(w), len(k))))
         check_order(weights, size)
 
 
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.lists(st.integers(1, 80), min_size=1, max_size=8), segment=st.integers(1, 40))
-def test_all_samples_of_all_are_taken_once(sizes, segment):
+def test_all_samples_of_all_maps_come_once(sizes, segment):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blend, "_MIN_SEGMENT", segment)
+        patch.setattr(blend_order, "MIN_SEGMENT", segment)
         check_order([n / sum(sizes) for n in sizes], sum(sizes), np.array(sizes))
 
 
-def test_a_spent_map_is_not_taken_again():
+def test_a_map_without_samples_left_is_not_chosen_again():
     """Shares that are not the sizes: only the limit keeps the first map from coming more often."""
     check_order([0.9, 0.1], 30, np.array([3, 27]))
 
 
 def test_long_orders_are_exact():
-    weights = blend._normalise([18.1, 16, 14.4, 12.1, 0.3, 0.01]).tolist()
+    weights = blend_order.normalise([18.1, 16, 14.4, 12.1, 0.3, 0.01]).tolist()
     check_order(weights, 40_000)
     check_order([0.5, 0.5], 5_000)
 
@@ -170,15 +169,15 @@ def test_long_orders_are_exact():
 def test_a_good_guess_leaves_little_to_repair(monkeypatch):
     """Else a blend of 100M samples would take an hour."""
     n_steps = []
-    run = blend._run
+    run = blend_order.run_steps
 
     def counted(weights, starts, counts, n, limits):
         n_steps.append(len(starts) * n)
         return run(weights, starts, counts, n, limits)
 
-    monkeypatch.setattr(blend, "_run", counted)
+    monkeypatch.setattr(blend_order, "run_steps", counted)
     for shares in (range(1, 23), [0.5, 0.3, 0.2], [1] + [1e-4] * 30):
-        blend._order(blend._normalise(shares), 200_000)
+        blend_order.choose_maps(blend_order.normalise(shares), 200_000)
         assert sum(n_steps) < 2 * 200_000, shares
         n_steps.clear()
 
@@ -192,42 +191,47 @@ def write(prefix, lengths, first=0):
     return indexed.IndexedCorpus(str(prefix))
 
 
+def build(corpora, weights, split, name, seq_len, n_samples):
+    request = samples.Request(seq_len=seq_len, seed=1, n_samples=n_samples)
+    return blend.build(blend.Source(corpora, weights, split), name, request)
+
+
 @pytest.fixture
 def corpora(tmp_path):
     return [write(tmp_path / f"c{i}", [20] * 10, first=1000 * i) for i in range(3)]
 
 
 def test_a_sample_comes_from_its_map(corpora):
-    ours = blend.build(corpora, [5.0, 3.0, 2.0], "1", "train", 8, 100, 1)
+    ours = build(corpora, [5.0, 3.0, 2.0], "1", "train", 8, 100)
     tokens, n_real = ours.tokens(np.arange(len(ours)))
     np.testing.assert_array_equal(tokens // 1000, np.repeat(ours.dataset_index[:, None], 9, 1))
     for k in (0, 7, len(ours) - 1):
-        one = ours.maps[ours.dataset_index[k]].tokens(ours.dataset_sample_index[k : k + 1])[0]
-        np.testing.assert_array_equal(tokens[k : k + 1], one)
+        row = ours.maps[ours.dataset_index[k]].tokens(ours.dataset_sample_index[k : k + 1])[0]
+        np.testing.assert_array_equal(tokens[k : k + 1], row)
     assert (n_real == 9).all()
 
 
 def test_each_corpus_prepares_its_share_and_half_a_percent(corpora):
-    ours = blend.build(corpora, [5.0, 3.0, 2.0], "1", "train", 8, 1000, 1)
+    ours = build(corpora, [5.0, 3.0, 2.0], "1", "train", 8, 1000)
     assert len(ours) == 1000
-    for one, n in zip(ours.maps, (500, 300, 200), strict=True):
+    for part, n in zip(ours.maps, (500, 300, 200), strict=True):
         wanted = math.ceil(n * 1.005)
-        assert one.epochs == samples.Epochs.needed(200, 8, wanted)
+        assert part.epochs == samples.Epochs.needed(200, 8, wanted)
 
 
 def test_without_weights_each_counts_by_its_samples_up_to_all(corpora, tmp_path):
     corpora = [*corpora[:2], write(tmp_path / "big", [20] * 30)]
-    sized = blend.build(corpora, None, "1", "train", 8, 20, 1)
+    sized = build(corpora, None, "1", "train", 8, 20)
     assert len(sized) == 20
     assert [len(m) for m in sized.maps] == [24, 24, 74]
     assert np.bincount(sized.dataset_index).tolist() == [4, 4, 12]
-    assert len(blend.build(corpora, None, "1", "train", 8, 10**6, 1)) == 122
-    assert len(blend.build(corpora, None, "1", "train", 8, None, 1)) == 122
+    assert len(build(corpora, None, "1", "train", 8, 10**6)) == 122
+    assert len(build(corpora, None, "1", "train", 8, None)) == 122
 
 
 def test_one_corpus_is_a_blend_only_with_a_weight_and_shared_splits(corpora):
     def kind(weights, split):
-        return type(blend.build(corpora[:1], weights, split, "train", 8, 10, 1))
+        return type(build(corpora[:1], weights, split, "train", 8, 10))
 
     assert kind(None, "1") is samples.SampleMap
     assert kind([1.0], "1") is blend.Blend
@@ -236,23 +240,23 @@ def test_one_corpus_is_a_blend_only_with_a_weight_and_shared_splits(corpora):
 
 def test_a_split_without_weight_or_samples_is_none(corpora):
     for weights in (None, [1.0, 1.0, 1.0]):
-        assert blend.build(corpora, weights, "9,1,0", "test", 8, 5, 1) is None
-        assert blend.build(corpora, weights, "8,1,1", "test", 8, 0, 1) is None
+        assert build(corpora, weights, "9,1,0", "test", 8, 5) is None
+        assert build(corpora, weights, "8,1,1", "test", 8, 0) is None
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
 def test_a_weight_that_is_not_above_zero_is_refused(corpora, weight):
     with pytest.raises(errors.UserError, match=r"the weight of .*c1 is .* must be above 0"):
-        blend.build(corpora, [1.0, weight, 1.0], "1", "train", 8, 10, 1)
+        build(corpora, [1.0, weight, 1.0], "1", "train", 8, 10)
 
 
 def test_a_corpus_without_documents_or_samples_is_named(corpora, tmp_path):
     few = write(tmp_path / "few", [3])
     with pytest.raises(errors.UserError, match=r"test split none of the 1 documents of .*few"):
-        blend.build([*corpora, few], [1.0] * 4, "8,1,1", "test", 8, 10, 1)
-    with pytest.raises(errors.UserError, match=r"few: .* not the 8 \+ 1 tokens of one sample"):
-        blend.build([*corpora, few], None, "1", "train", 8, None, 1)
-    assert len(blend.build([*corpora, few], [1.0] * 4, "1", "train", 8, 10, 1)) == 12
+        build([*corpora, few], [1.0] * 4, "8,1,1", "test", 8, 10)
+    with pytest.raises(errors.UserError, match=r"few: .* fewer than the 8 \+ 1 tokens of one"):
+        build([*corpora, few], None, "1", "train", 8, None)
+    assert len(build([*corpora, few], [1.0] * 4, "1", "train", 8, 10)) == 12
 
 
 def test_a_blend_that_takes_more_than_was_prepared_says_so(tmp_path):
@@ -260,7 +264,7 @@ def test_a_blend_that_takes_more_than_was_prepared_says_so(tmp_path):
     heavy = write(tmp_path / "heavy", [81])
     light = write(tmp_path / "light", [50])
     with pytest.raises(errors.UserError, match=r"takes 1\d samples of .*heavy, which prepared 10"):
-        blend.build([heavy] + [light] * 10, [90.0] + [1.0] * 10, "1", "train", 8, 10, 1)
+        build([heavy] + [light] * 10, [90.0] + [1.0] * 10, "1", "train", 8, 10)
 
 
 def test_paths_are_parsed_as_megatron_does():
@@ -274,10 +278,10 @@ def test_paths_are_parsed_as_megatron_does():
         blend.parse(["1", "a", "b", "c"])
 
 
-def test_choosing_needs_no_jax():
-    """A worker that only reads, and `inspect`, start in no time."""
+def test_commands_need_no_jax():
+    """The commands `inspect`, `merge` and `prepare` start at once."""
     code = (
-        "import sys; from gpt3jax.data import blend, samples, text, tokenizer; "
+        "import sys; from gpt3jax.data import inspect, merge, prepare, text; "
         "sys.exit(bool({'jax', 'grain'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

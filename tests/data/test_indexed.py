@@ -186,7 +186,7 @@ def test_any_damage_is_an_error_or_harmless(tmp_path_factory, at, byte, cut):
 
 def test_faults_far_into_an_index_are_found(tmp_path, monkeypatch):
     """The check runs over blocks: one fault behind the first block, in each kind."""
-    monkeypatch.setattr(indexed, "_CHECK_AT_ONCE", 3)
+    monkeypatch.setattr(indexed, "CHECK_AT_ONCE", 3)
     file = pathlib.Path(write(tmp_path / "c", [[[7] * (i + 1)] for i in range(10)]) + ".idx")
     assert indexed.IndexedCorpus(str(tmp_path / "c")).n_tokens == 55
     whole = file.read_bytes()

@@ -61,9 +61,9 @@ def test_each_process_reads_only_its_rows(corpus):
     whole = loader.Batches(source, cfg, stretches, 8, np.arange(8))[2]["tokens"]
     for process in range(4):
         rows = np.arange(2) + 2 * process
-        mine = loader.Batches(source, cfg, stretches, 8, rows)[2]["tokens"]
-        np.testing.assert_array_equal(mine, whole[:, rows])
-        assert mine.shape == (2, 2, 32)
+        own = loader.Batches(source, cfg, stretches, 8, rows)[2]["tokens"]
+        np.testing.assert_array_equal(own, whole[:, rows])
+        assert own.shape == (2, 2, 32)
 
 
 def test_each_evaluation_goes_on_to_new_samples(corpus):
@@ -121,7 +121,7 @@ def test_hosts_and_batch_sizes_may_change_on_the_way(corpus, cuts):
     for end, n_hosts, size in zip(cuts, (4, 2, 8), (16, 16, 8), strict=False):
         stretches = batch_schedule.BatchSchedule(((0, size),)).runs(start, end)
         rows = np.arange(8).reshape(n_hosts, -1)
-        hosts = [loader.Batches(source, cfg, stretches, 8, mine) for mine in rows]
+        hosts = [loader.Batches(source, cfg, stretches, 8, own) for own in rows]
         for k in range(len(hosts[0])):
             parts = [host[k] for host in hosts]
             batch = {n: np.concatenate([p[n] for p in parts], axis=1) for n in parts[0]}
@@ -144,7 +144,11 @@ def test_a_split_without_documents_is_refused_by_name(tmp_path):
 
 def test_order_tells_epochs_apart_but_not_the_length_of_the_run(corpus):
     cfg = make_config(corpus)
-    n = len(samples.SampleMap(indexed.IndexedCorpus(corpus), (0, 360), 32, None, 1))
+    n = len(
+        samples.SampleMap(
+            indexed.IndexedCorpus(corpus), (0, 360), samples.Request(seq_len=32, seed=1)
+        )
+    )
     short, longer, twice = (splits.open_splits(cfg, 2, m).order for m in (16, n, 2 * n))
     assert short == longer != twice
 

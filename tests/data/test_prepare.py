@@ -20,7 +20,14 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from gpt3jax import errors
-from gpt3jax.data import documents, indexed, prepare, tokenizer
+from gpt3jax.data import (
+    documents,
+    indexed,
+    prepare,
+    tokenizer,
+    tokenizer_sources,
+    tokenizer_training,
+)
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 GPT2 = (str(GOLDEN / "gpt2" / "vocab.json"), str(GOLDEN / "gpt2" / "merges.txt"))
@@ -38,17 +45,17 @@ TEXTS = [
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bpe")
     paths = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer.train(TEXTS * 5, 400, *paths)
+    tokenizer_training.train(TEXTS * 5, 400, *paths)
     return paths
 
 
 @pytest.fixture(scope="module")
 def bpe(files):
-    return tokenizer.from_files(*files)
+    return tokenizer_sources.from_files(*files)
 
 
 def options(files, folder, *inputs, **fields):
-    source = tokenizer.Source(vocab_file=files[0], merge_file=files[1])
+    source = tokenizer_sources.Source(vocab_file=files[0], merge_file=files[1])
     return prepare.Options(
         input=tuple(map(str, inputs)),
         output_prefix=str(folder / "out"),
@@ -83,8 +90,8 @@ def test_bytes_are_megatrons(tmp_path, monkeypatch, name, workers):
 
 
 def test_tiktoken_cuts_every_character_as_gpt2_does():
-    gpt2 = tokenizer.from_files(*GPT2)
-    assert gpt2._fast is not None
+    gpt2 = tokenizer_sources.from_files(*GPT2)
+    assert gpt2.uses_tiktoken
     unassigned = {"Cn", "Co", "Cs"}
     assigned = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in unassigned]
     assert len(assigned) > 140_000
@@ -272,7 +279,7 @@ def test_hidden_files_of_a_folder_are_left_out(tmp_path, files, bpe):
     assert read(tmp_path / "out_text_document")[0] == [bpe.encode(".b.txt")]
 
 
-def test_what_is_left_out_of_a_folder_is_told(tmp_path, files, bpe, monkeypatch, capsys):
+def test_the_report_names_what_is_left_out_of_a_folder(tmp_path, files, bpe, monkeypatch, capsys):
     """A kind is known by its name in either case."""
     for name in ("B.TXT", "C.txt.GZ", "d.csv", ".hidden", "sub/e.jsonl.bz2"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -283,25 +290,26 @@ def test_what_is_left_out_of_a_folder_is_told(tmp_path, files, bpe, monkeypatch,
     monkeypatch.setattr(sys, "argv", words)
     assert prepare.main() == 0
     assert read(tmp_path / "out_text_document")[0] == [bpe.encode("B.TXT"), bpe.encode("C.txt.GZ")]
-    told = capsys.readouterr().out
-    assert f"2 files in folders are of other kinds and were left out, {tmp_path}/in/d.csv" in told
-    assert "WARNING" not in told
+    report = capsys.readouterr().out
+    others = f"2 files of other kinds in folders were left out, first {tmp_path}/in/d.csv"
+    assert others in report
+    assert "WARNING" not in report
 
 
-def test_a_tokenizer_that_drops_characters_is_told(tmp_path, files, bpe):
+def test_a_tokenizer_that_drops_characters_is_reported(tmp_path, files, bpe):
     words = {"a": 0, "b": 1, "<|endoftext|>": 2}
     (tmp_path / "a.txt").write_text("axb")
     for model, ids, drops in (
         (tokenizers.models.BPE(words, []), [0, 1], True),
         (tokenizers.models.BPE(words, [], unk_token="<|endoftext|>"), [0, 2, 1], False),
-        (bpe._rust.model, bpe.encode("axb"), False),
+        (bpe.backend.model, bpe.encode("axb"), False),
     ):
         rust = tokenizers.Tokenizer(model)
         rust.save(str(tmp_path / "tokenizer.json"))
-        source = tokenizer.Source(tokenizer=str(tmp_path / "tokenizer.json"))
+        source = tokenizer_sources.Source(tokenizer=str(tmp_path / "tokenizer.json"))
         made = options(files, tmp_path, tmp_path / "a.txt", source=source)
         report = prepare.prepare(made)
-        assert ("left out" in "".join(prepare._lines(report, made))) == drops
+        assert ("WARNING: the tokenizer" in "".join(prepare.report_lines(report, made))) == drops
         assert read(tmp_path / "out_text_document")[0] == [ids]
 
 
@@ -356,10 +364,10 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(table, path, use_dictionary=False, compression="none")
     assert parquet.ParquetFile(path).num_row_groups == 1
-    told = subprocess.run(
+    counts = subprocess.run(
         [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
     ).stdout
-    n_rows, n_chunks, peak = map(int, told.split())
+    n_rows, n_chunks, peak = map(int, counts.split())
     assert n_rows == 12_000 and n_chunks > 40
     assert peak < 24 << 20, peak
 
@@ -405,13 +413,13 @@ def test_a_damaged_file_is_named(tmp_path, files, suffix, how):
 
 
 @pytest.mark.parametrize(
-    "word, told",
+    "word, message",
     [("nothing*.jsonl", "no file there"), ("a.csv", "unknown kind"), ("empty", "no file there")],
 )
-def test_inputs_that_lead_nowhere_are_named(tmp_path, files, word, told):
+def test_inputs_that_lead_nowhere_are_named(tmp_path, files, word, message):
     (tmp_path / "a.csv").write_text("1,2")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(errors.UserError, match=told) as error:
+    with pytest.raises(errors.UserError, match=message) as error:
         prepare.prepare(options(files, tmp_path, tmp_path / word))
     assert word in str(error.value)
 
@@ -430,24 +438,24 @@ def test_a_tokenizer_json_serves_too(tmp_path, files, bpe):
     """In a file, in a folder, or as GPT-2's two files in a folder."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    bpe._rust.save(str(folder / "tokenizer.json"))
+    bpe.backend.save(str(folder / "tokenizer.json"))
     (tmp_path / "a.txt").write_text(TEXTS[0] * 3)
     for name in (folder / "tokenizer.json", folder, pathlib.Path(files[0]).parent):
-        source = tokenizer.Source(tokenizer=str(name))
+        source = tokenizer_sources.Source(tokenizer=str(name))
         prepare.prepare(options(files, tmp_path, tmp_path / "a.txt", source=source))
         assert read(tmp_path / "out_text_document")[0] == [bpe.encode(TEXTS[0] * 3)]
     with pytest.raises(errors.UserError, match=r"no token '</s>'.*--eod-token"):
-        tokenizer.Source(tokenizer=str(folder), eod_token="</s>").open()
+        tokenizer_sources.Source(tokenizer=str(folder), eod_token="</s>").open()
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(errors.UserError, match=r"give a tokenizer\.json"):
-        tokenizer.Source(tokenizer=str(folder)).open()
+        tokenizer_sources.Source(tokenizer=str(folder)).open()
     for wrong in (
         {},
         {"vocab_file": "v"},
         {"vocab_file": "v", "merge_file": "m", "tokenizer": "t"},
     ):
         with pytest.raises(errors.UserError, match="--vocab-file and --merge-file together, or"):
-            tokenizer.Source(**wrong).open()
+            tokenizer_sources.Source(**wrong).open()
 
 
 def test_a_killed_run_leaves_no_corpus_and_the_next_is_whole(tmp_path, files):
@@ -474,17 +482,17 @@ def test_a_killed_run_leaves_no_corpus_and_the_next_is_whole(tmp_path, files):
 def test_errors_are_one_line_and_a_status(tmp_path, monkeypatch, capsys, files):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text("{\n")
-    words = ["prepare", "--input", "a.jsonl", "--output-prefix", "out", "--tokenizer", files[0]]
-    monkeypatch.setattr(
-        sys, "argv", [*words[:-2], "--tokenizer", str(pathlib.Path(files[0]).parent)]
-    )
+    words = ["prepare", "--input", "a.jsonl", "--output-prefix", "out"]
+    folder = str(pathlib.Path(files[0]).parent)
+    monkeypatch.setattr(sys, "argv", [*words, "--tokenizer", folder])
     assert prepare.main() == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith("leave such out with --on-bad-line skip") and "a.jsonl:1: not JSON" in told
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("leave out such lines with --on-bad-line skip")
+    assert "a.jsonl:1: not JSON" in message
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
-def test_a_full_disk_is_told_in_one_line(tmp_path, files):
+def test_a_full_disk_is_an_error_of_one_line(tmp_path, files):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "prepare", str(disk)]

@@ -28,14 +28,13 @@ def golden_split(case, split):
     bounds = samples.split_bounds(case["split"], len(corpus))[which]
     if bounds is None:
         return None
-    return samples.SampleMap(
-        corpus,
-        bounds,
-        case["seq_length"],
-        case["num_samples"][which],
-        case["seed"],
+    request = samples.Request(
+        seq_len=case["seq_length"],
+        seed=case["seed"],
+        n_samples=case["num_samples"][which],
         keep_partial=split == "valid" and not case["drop_last_partial_validation_sequence"],
     )
+    return samples.SampleMap(corpus, bounds, request)
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
@@ -90,7 +89,11 @@ STARTS = [[0, 0], [1, 6], [2, 5], [4, 2], [5, 5], [7, 0], [8, 4], [9, 0]]
     ],
 )
 def test_indices_are_those_verified_by_hand(tmp_path, n_samples, shuffled):
-    ours = samples.SampleMap(write(tmp_path / "c", TINY), (0, 10), 8, n_samples, 1234)
+    ours = samples.SampleMap(
+        write(tmp_path / "c", TINY),
+        (0, 10),
+        samples.Request(seq_len=8, seed=1234, n_samples=n_samples),
+    )
     assert ours.shuffle_index.tolist() == shuffled
     if len(shuffled) == 7:
         assert ours.document_index.tolist() == DOCUMENTS
@@ -147,9 +150,13 @@ def test_random_corpora_give_the_samples_that_the_rules_say(
 ):
     corpus = write(tmp_path_factory.mktemp("corpus") / "c", lengths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "_INDEX_AT_ONCE", at_once[0])
-        patch.setattr(samples, "_READ_AT_ONCE", at_once[1])
-        ours = samples.SampleMap(corpus, (0, len(lengths)), seq_len, n_samples, seed)
+        patch.setattr(samples, "INDEX_AT_ONCE", at_once[0])
+        patch.setattr(samples, "READ_AT_ONCE", at_once[1])
+        ours = samples.SampleMap(
+            corpus,
+            (0, len(lengths)),
+            samples.Request(seq_len=seq_len, seed=seed, n_samples=n_samples),
+        )
         expected = slow_map(lengths, seq_len, n_samples, seed)
         assert len(ours) == len(expected) >= (n_samples or 0)
         tokens, n_real = ours.tokens(np.arange(len(ours)))
@@ -158,7 +165,11 @@ def test_random_corpora_give_the_samples_that_the_rules_say(
 
 
 def test_samples_are_read_in_any_order_and_number(tmp_path):
-    ours = samples.SampleMap(write(tmp_path / "c", [0, 30, 0, 0, 1, 25, 0]), (0, 7), 5, 40, 1)
+    ours = samples.SampleMap(
+        write(tmp_path / "c", [0, 30, 0, 0, 1, 25, 0]),
+        (0, 7),
+        samples.Request(seq_len=5, seed=1, n_samples=40),
+    )
     whole, _ = ours.tokens(np.arange(len(ours)))
     for numbers in ([], [3], [7, 7, 0], list(range(len(ours)))[::-1]):
         tokens, n_real = ours.tokens(np.array(numbers, np.int64))
@@ -168,7 +179,7 @@ def test_samples_are_read_in_any_order_and_number(tmp_path):
 
 def test_a_partial_sample_is_padded_among_whole_ones(tmp_path):
     corpus = write(tmp_path / "c", [9, 8, 6])  # 23 tokens: 2 samples of 8, and 7 tokens
-    ours = samples.SampleMap(corpus, (0, 3), 8, None, 1, keep_partial=True)
+    ours = samples.SampleMap(corpus, (0, 3), samples.Request(seq_len=8, seed=1, keep_partial=True))
     assert len(ours) == 3
     tokens, n_real = ours.tokens(np.arange(3))
     last = ours.shuffle_index.tolist().index(2)
@@ -255,10 +266,25 @@ def test_a_split_that_gets_no_document_is_refused_by_name(tmp_path):
         with pytest.raises(
             errors.UserError, match=r"data.split='949,50,1' gives the test split none of the 10 .*c"
         ):
-            samples.build(corpus, "949,50,1", "test", 4, n, 1)
-    assert samples.build(corpus, "949,50,1", "test", 4, 0, 1) is None
-    assert samples.build(corpus, "949,50,0", "test", 4, 3, 1) is None
-    assert len(samples.build(corpus, "949,50,1", "validation", 4, 3, 1)) >= 3
+            samples.build(
+                corpus, "949,50,1", "test", samples.Request(seq_len=4, seed=1, n_samples=n)
+            )
+    assert (
+        samples.build(corpus, "949,50,1", "test", samples.Request(seq_len=4, seed=1, n_samples=0))
+        is None
+    )
+    assert (
+        samples.build(corpus, "949,50,0", "test", samples.Request(seq_len=4, seed=1, n_samples=3))
+        is None
+    )
+    assert (
+        len(
+            samples.build(
+                corpus, "949,50,1", "validation", samples.Request(seq_len=4, seed=1, n_samples=3)
+            )
+        )
+        >= 3
+    )
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
@@ -268,11 +294,15 @@ def test_a_corpus_without_tokens_is_refused(tmp_path, lengths):
             writer.add_document([[]])
     corpus = indexed.IndexedCorpus(str(tmp_path / "c"))
     with pytest.raises(errors.UserError, match=r"c: there is no token in documents 0 to"):
-        samples.SampleMap(corpus, (0, len(lengths)), 4, 1, 1)
+        samples.SampleMap(
+            corpus, (0, len(lengths)), samples.Request(seq_len=4, seed=1, n_samples=1)
+        )
 
 
 def test_a_corpus_of_one_token_is_repeated_as_often_as_needed(tmp_path):
-    ours = samples.SampleMap(write(tmp_path / "c", [1]), (0, 1), 4, 7, 1)
+    ours = samples.SampleMap(
+        write(tmp_path / "c", [1]), (0, 1), samples.Request(seq_len=4, seed=1, n_samples=7)
+    )
     assert len(ours) == 7
     assert ours.epochs.n == 29  # 7 x 4 + 1 tokens
     assert (ours.tokens(np.arange(7))[0] == 0).all()

@@ -48,7 +48,7 @@ def test_steps_take_what_is_left_in_order(seed):
     for k, batch in enumerate(expected):
         # From any position on, the rest of the run is the same.
         assert stream.end(schedule, k, start, limit) == (n_steps, position)
-        first, size = stream.taken(start), batches.size(stream.taken(start))
+        first, size = stream.n_kept(start), batches.size(stream.n_kept(start))
         assert stream.numbers(first + np.arange(size)).tolist() == batch
         start = stream.position(first + size)
         assert start == batch[-1] + 1
@@ -57,15 +57,16 @@ def test_steps_take_what_is_left_in_order(seed):
 def test_without_stretches_the_stream_is_the_run():
     stream = skipping.from_config(schema.Data())
     schedule = batch_schedule.BatchSchedule(((0, 2), (7, 4)))
-    assert stream.schedule(schedule) == schedule and stream.position(9) == stream.taken(9) == 9
+    assert stream.schedule(schedule) == schedule and stream.position(9) == stream.n_kept(9) == 9
     assert stream.end(schedule, 3, 6, 16) == (6, 16)
 
 
 @pytest.mark.parametrize("text", ["9:9", "9:8", "9", "-1:4", "a:b", "1:2:3"])
 def test_what_is_no_stretch_is_refused(repository, text):
-    args = [f"--config={repository}/configs/quickstart.py", "--data.skip-samples", "3:4", text]
-    with pytest.raises((errors.UserError, SystemExit)):
-        recipe.parse(args)
+    args = [f"--config={repository}/configs/quickstart.py", "--data.skip-samples", "3:4"]
+    assert recipe.parse(args).data.skip_samples == ("3:4",)
+    with pytest.raises(errors.UserError, match=rf"data\.skip_samples={text} must be A:B"):
+        recipe.parse([*args, text])
 
 
 def run(folder, mesh, skip, monkeypatch, stop_after=None):
@@ -144,10 +145,10 @@ def test_the_order_and_the_schedules_are_those_of_the_whole_run(tmp_path):
     cfg = config_for(tmp_path / "run", {"data": 8}, SKIP)
     whole = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, skip_samples=()))
     parts = []
-    for one in (cfg, whole):
-        schedule = batch_schedule.from_config(one.batch, one.model.seq_len)
-        mesh = meshes.make_mesh(one.mesh)
-        parts.append(startup.prepare(one, mesh, schedule, None, startup.step_log.Position(0, 0)))
+    for each in (cfg, whole):
+        schedule = batch_schedule.from_config(each.batch, each.model.seq_len)
+        mesh = meshes.make_mesh(each.mesh)
+        parts.append(startup.prepare(each, mesh, schedule, None, startup.step_log.Position(0, 0)))
     assert parts[0].splits.order == parts[1].splits.order
     assert parts[0].n_samples == parts[1].n_samples == 80
     assert (parts[0].end, parts[1].end) == ((6, 73), (10, 80))
@@ -165,6 +166,6 @@ def test_inspect_shows_the_samples_of_a_step(tmp_path, monkeypatch):
     cfg = corpus.config_of(folder, "--data.skip-samples", "12:30", "40:44")
     (folder / "logs").mkdir()
     (folder / "logs" / "config.json").write_text(json.dumps(schema.flatten(cfg)))
-    told = inspect.inspect(inspect.Options(config="logs/config.json", step=2))
-    numbers = [int(line.split()[1][:-1]) for line in told if line.startswith("sample ")]
+    lines = inspect.inspect(inspect.Options(config="logs/config.json", step=2))
+    numbers = [int(line.split()[1][:-1]) for line in lines if line.startswith("sample ")]
     assert numbers == [8, 9, 10, 11, 30, 31, 32, 33]

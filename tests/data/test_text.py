@@ -9,7 +9,7 @@ import pytest
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.data import indexed, text, tokenizer
+from gpt3jax.data import indexed, text, tokenizer, tokenizer_sources, tokenizer_training
 
 MODEL = schema.Model(n_layers=1, d_model=8, n_heads=1, seq_len=8, vocab_size=300)
 
@@ -39,7 +39,7 @@ def data(tmp_path, folder):
 
 def documents(data):
     corpus = indexed.IndexedCorpus(data.paths[0])
-    bpe = tokenizer.from_files(data.vocab_file, data.merge_file)
+    bpe = tokenizer_sources.from_files(data.vocab_file, data.merge_file)
     return [bpe.decode(corpus.read(i).tolist()) for i in range(len(corpus))]
 
 
@@ -69,12 +69,12 @@ def test_hidden_files_are_no_text_and_others_are_not_dropped_without_a_word(data
 
 def test_a_tokenizer_json_serves_in_place_of_the_two_files(data, folder, tmp_path):
     text.ensure_corpus(data, MODEL)
-    rust = tokenizer.from_files(data.vocab_file, data.merge_file)._rust
+    rust = tokenizer_sources.from_files(data.vocab_file, data.merge_file).backend
     rust.add_special_tokens(["<end>"])
     rust.save(str(tmp_path / "tokenizer.json"))
     end = rust.token_to_id("<end>")
-    one = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_file": "", "merge_file": ""}
-    again = dataclasses.replace(data, **one, eod_id=end, paths=(str(tmp_path / "again"),))
+    files = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_file": "", "merge_file": ""}
+    again = dataclasses.replace(data, **files, eod_id=end, paths=(str(tmp_path / "again"),))
     model = dataclasses.replace(MODEL, vocab_size=end + 1)
     text.ensure_corpus(again, model)
     ours, theirs = (indexed.IndexedCorpus(d.paths[0]).read(0) for d in (data, again))
@@ -136,7 +136,7 @@ def test_interrupted_it_starts_anew(data, monkeypatch):
 
     for target, name in (
         (tokenizer.Tokenizer, "encode_batch"),
-        (indexed.Writer, "_write_index"),
+        (indexed, "write_index"),
         (pathlib.Path, "replace"),
     ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -148,8 +148,10 @@ def test_interrupted_it_starts_anew(data, monkeypatch):
 
 
 def test_of_several_processes_one_makes_it(data, monkeypatch):
-    trained, train = [], tokenizer.train
-    monkeypatch.setattr(tokenizer, "train", lambda *args: (trained.append(1), train(*args)))
+    trained, train = [], tokenizer_training.train
+    monkeypatch.setattr(
+        tokenizer_training, "train", lambda *args: (trained.append(1), train(*args))
+    )
     threads = [threading.Thread(target=text.ensure_corpus, args=(data, MODEL)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -160,7 +162,7 @@ def test_of_several_processes_one_makes_it(data, monkeypatch):
 
 
 def test_a_users_tokenizer_is_used_and_never_overwritten(data, tmp_path):
-    tokenizer.train(["aaaa bbbb " * 50], 260, data.vocab_file, data.merge_file)
+    tokenizer_training.train(["aaaa bbbb " * 50], 260, data.vocab_file, data.merge_file)
     files = [pathlib.Path(path) for path in (data.vocab_file, data.merge_file)]
     before = [path.read_bytes() for path in files]
     text.ensure_corpus(data, MODEL)
@@ -174,7 +176,7 @@ def test_a_users_tokenizer_is_used_and_never_overwritten(data, tmp_path):
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused_before_the_corpus_is_made(data):
-    tokenizer.train(["the text, the text"], 263, data.vocab_file, data.merge_file)
+    tokenizer_training.train(["the text, the text"], 263, data.vocab_file, data.merge_file)
     with pytest.raises(errors.UserError, match=r"has 263 tokens, .*: set model.vocab_size=263"):
         text.ensure_corpus(data, dataclasses.replace(MODEL, vocab_size=262))
     with pytest.raises(errors.UserError, match=r"<\|endoftext\|> as 0, .* set data.eod_id=0"):
@@ -183,7 +185,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_the_corpus_is_made(data
 
 
 def test_a_vocabulary_may_be_smaller_than_the_models(data):
-    tokenizer.train(["the text, the text"], 263, data.vocab_file, data.merge_file)
+    tokenizer_training.train(["the text, the text"], 263, data.vocab_file, data.merge_file)
     text.check_vocabulary(data, MODEL)
     text.check_vocabulary(data, dataclasses.replace(MODEL, vocab_size=263))
     text.check_vocabulary(schema.Data(), MODEL)  # without one there is nothing to check

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt3jax import errors
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer_sources, tokenizer_training
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 GPT2 = (str(GOLDEN / "gpt2" / "vocab.json"), str(GOLDEN / "gpt2" / "merges.txt"))
@@ -27,17 +27,17 @@ TEXT = [
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bpe")
     paths = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer.train(TEXT * 5, 400, *paths)
+    tokenizer_training.train(TEXT * 5, 400, *paths)
     return paths
 
 
 @pytest.fixture(scope="module")
 def bpe(files):
-    return tokenizer.from_files(*files)
+    return tokenizer_sources.from_files(*files)
 
 
 def test_gpt2_is_gpt2():
-    gpt2 = tokenizer.from_files(*GPT2)
+    gpt2 = tokenizer_sources.from_files(*GPT2)
     assert (gpt2.vocab_size, gpt2.eod_id) == (50_257, 50_256)
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.encode("a<|endoftext|>b") == [64, 50256, 65]
@@ -95,53 +95,9 @@ def test_end_of_text_inside_a_text_is_one_token(bpe):
     assert 0 not in bpe.encode("<|endoftext>")
 
 
-def test_training_again_gives_the_same_files(files, tmp_path):
-    again = str(tmp_path / "v" / "vocab.json"), str(tmp_path / "m" / "merges.txt")
-    tokenizer.train(iter(TEXT * 5), 400, *again)
-    for path, new in zip(files, again, strict=True):
-        assert pathlib.Path(path).read_bytes() == pathlib.Path(new).read_bytes()
-        assert len(list(pathlib.Path(new).parent.iterdir())) == 1
-
-
-def test_training_gives_the_size_asked_for_or_what_the_text_allows(bpe, tmp_path):
-    paths = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
-    tokenizer.train(TEXT * 5, 300, *paths)
-    assert tokenizer.from_files(*paths).vocab_size == 300
-    tokenizer.train([], 300, *paths)
-    assert tokenizer.from_files(*paths).vocab_size == 257
-    assert tokenizer.from_files(*paths).decode(tokenizer.from_files(*paths).encode("é")) == "é"
-    with pytest.raises(errors.UserError, match=r"model.vocab_size=256 is too small.* 257 or more"):
-        tokenizer.train(TEXT, 256, *paths)
-    assert bpe.vocab_size <= 400
-
-
-def test_training_that_was_interrupted_does_not_count(files, tmp_path, monkeypatch):
-    paths = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
-    assert tokenizer.exists(*files)
-    assert not tokenizer.exists(*paths)
-    replace = pathlib.Path.replace
-    for n_before in (0, 1):
-        left = [n_before]
-
-        def killed(path, target, left=left):
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return replace(path, target)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(pathlib.Path, "replace", killed)
-            tokenizer.train(TEXT, 300, *paths)
-        assert not tokenizer.exists(*paths)
-    tokenizer.train(TEXT, 300, *paths)
-    assert tokenizer.exists(*paths)
-    pathlib.Path(paths[0]).unlink()
-    assert tokenizer.exists(*paths)  # half of a user's pair: to be mended, not overwritten
-
-
 def saved(bpe, path, **changes):
     """Write a tokenizer as a `tokenizer.json` with other values; return the file."""
-    content = json.loads(bpe._rust.to_str())
+    content = json.loads(bpe.backend.to_str())
     content["model"] |= changes.pop("model", {})
     path.write_text(json.dumps(content | changes))
     return path
@@ -178,16 +134,16 @@ PADDING = {
 )
 def test_tokens_are_those_of_the_whole_text_and_no_others(bpe, tmp_path, change):
     """What a tokenizer.json cuts, pads, adds or varies at random is for training by batches."""
-    found = tokenizer.from_pretrained(str(saved(bpe, tmp_path / "tokenizer.json", **change)))
+    read = tokenizer_sources.from_pretrained(str(saved(bpe, tmp_path / "tokenizer.json", **change)))
     text = "".join(TEXT)
     for _ in range(3):
-        assert found.encode(text) == bpe.encode(text)
-        batch = found.encode_batch([text, "the"])
+        assert read.encode(text) == bpe.encode(text)
+        batch = read.encode_batch([text, "the"])
         assert [ids.tolist() for ids in batch] == [bpe.encode(text), bpe.encode("the")]
 
 
 def test_text_that_is_not_utf8_is_refused(bpe):
-    with pytest.raises(errors.UserError, match="is not UTF-8 at character 1: mend it"):
+    with pytest.raises(errors.UserError, match="is not UTF-8 at character 1: fix it"):
         bpe.encode("a\udcffb")  # as a shell passes the byte 0xff
 
 
@@ -200,13 +156,13 @@ def folder_of(files, folder):
 
 def test_tokens_that_a_tokenizer_json_adds_go_before_gpt2s_files(files, bpe, tmp_path):
     folder = folder_of(files, tmp_path / "both")
-    rust = type(bpe._rust).from_str(bpe._rust.to_str())
+    rust = type(bpe.backend).from_str(bpe.backend.to_str())
     rust.add_tokens(["<extra>"])
     rust.save(str(folder / "tokenizer.json"))
-    found = tokenizer.from_pretrained(str(folder))
-    assert found.vocab_size == bpe.vocab_size + 1
-    assert found.encode("the<extra>") == [*bpe.encode("the"), bpe.vocab_size]
-    assert found.decode([bpe.vocab_size]) == "<extra>"
+    read = tokenizer_sources.from_pretrained(str(folder))
+    assert read.vocab_size == bpe.vocab_size + 1
+    assert read.encode("the<extra>") == [*bpe.encode("the"), bpe.vocab_size]
+    assert read.decode([bpe.vocab_size]) == "<extra>"
 
 
 def other_merges(folder):
@@ -243,16 +199,16 @@ def decoded(folder):
 def test_a_folder_whose_files_disagree_is_refused(files, bpe, tmp_path, change, with_json, message):
     folder = folder_of(files, tmp_path / "folder")
     if with_json:
-        bpe._rust.save(str(folder / "tokenizer.json"))
-    tokenizer.from_pretrained(str(folder))
+        bpe.backend.save(str(folder / "tokenizer.json"))
+    tokenizer_sources.from_pretrained(str(folder))
     change(folder)
     with pytest.raises(errors.UserError, match=message):
-        tokenizer.from_pretrained(str(folder))
+        tokenizer_sources.from_pretrained(str(folder))
 
 
 def test_an_end_of_document_that_has_no_effect_is_refused(files):
     with pytest.raises(errors.UserError, match="'the' cannot be the end-of-document token"):
-        tokenizer.Source(vocab_file=files[0], merge_file=files[1], eod_token="the").open()
+        tokenizer_sources.Source(vocab_file=files[0], merge_file=files[1], eod_token="the").open()
 
 
 def without(vocab, token):
@@ -279,7 +235,7 @@ def test_a_bad_vocabulary_is_named(files, tmp_path, fault):
     bad = tmp_path / "vocab.json"
     bad.write_bytes(new if isinstance(new, bytes) else new.encode())
     with pytest.raises(errors.UserError, match=message):
-        tokenizer.from_files(str(bad), files[1])
+        tokenizer_sources.from_files(str(bad), files[1])
 
 
 BAD_MERGES = {
@@ -296,20 +252,20 @@ def test_bad_merges_are_named(files, tmp_path, fault):
     bad = tmp_path / "merges.txt"
     bad.write_text(text)
     with pytest.raises(errors.UserError, match=message):
-        tokenizer.from_files(files[0], str(bad))
+        tokenizer_sources.from_files(files[0], str(bad))
 
 
 def test_windows_line_ends_do_no_harm(files, bpe, tmp_path):
     crlf = tmp_path / "merges.txt"
     crlf.write_bytes(pathlib.Path(files[1]).read_bytes().replace(b"\n", b"\r\n"))
-    assert tokenizer.from_files(files[0], str(crlf)).encode(TEXT[0]) == bpe.encode(TEXT[0])
+    assert tokenizer_sources.from_files(files[0], str(crlf)).encode(TEXT[0]) == bpe.encode(TEXT[0])
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_missing_file_is_named(files, tmp_path, which):
     paths = [str(tmp_path / "no") if i == which else path for i, path in enumerate(files)]
     with pytest.raises(errors.UserError, match=r"no: no such file \(GPT-2's vocab.json and"):
-        tokenizer.from_files(*paths)
+        tokenizer_sources.from_files(*paths)
 
 
 def test_ids_fit_the_type_they_are_stored_in(bpe):

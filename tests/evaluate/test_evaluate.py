@@ -12,7 +12,7 @@ from gpt3jax import errors, step
 from gpt3jax.checkpoint import metadata, parameters, storage
 from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
-from gpt3jax.data import indexed, loader, splits, tokenizer
+from gpt3jax.data import indexed, loader, splits, tokenizer_sources, tokenizer_training
 from gpt3jax.evaluate import __main__ as evaluate
 from gpt3jax.evaluate import measuring, options, scoring, stream
 from gpt3jax.sharding import meshes
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     convert.from_hf(convert.FromHf(folder=str(GOLDEN), output=str(folder / "checkpoint")))
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer.train(["no merges"], 257, *files)
+    tokenizer_training.train(["no merges"], 257, *files)
     (folder / "text.txt").write_bytes(TEXT.encode())
     (folder / "empty.txt").write_bytes(b"")
     (folder / "latin.txt").write_bytes(b"na\xefve")
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bpe(folder):
-    return tokenizer.from_files(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    return tokenizer_sources.from_files(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
 
 def run(monkeypatch, capsys, folder, *args, tokens=True):

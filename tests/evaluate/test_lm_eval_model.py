@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from gpt3jax import errors
 from gpt3jax.checkpoint import parameters
 from gpt3jax.convert import __main__ as convert
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer, tokenizer_sources, tokenizer_training
 from gpt3jax.evaluate import measuring, options, scoring
 from gpt3jax.sample import generate
 
@@ -46,13 +46,15 @@ def folder(tmp_path_factory):
     """Return a folder with a checkpoint of the golden GPT-2 and a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("lm_eval")
     convert.from_hf(convert.FromHf(folder=str(GOLDEN), output=str(folder / "checkpoint")))
-    tokenizer.train(["no merges"], 257, str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer_training.train(
+        ["no merges"], 257, str(folder / "vocab.json"), str(folder / "merges.txt")
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def bpe(folder):
-    return tokenizer.from_files(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    return tokenizer_sources.from_files(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_whole_texts_are_scored_as_the_command_does(
         (folder / "text.txt").write_text(text)
         given = options.Options(
             checkpoint="checkpoint", text="text.txt", stride=stride or 64,
-            source=tokenizer.Source(vocab_file="vocab.json", merge_file="merges.txt"),
+            source=tokenizer_sources.Source(vocab_file="vocab.json", merge_file="merges.txt"),
         )  # fmt: skip
         found = measuring.measure(given, source)
         np.testing.assert_allclose(answer, -found["loss"] * found["tokens"], rtol=1e-6)

@@ -6,7 +6,7 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer, tokenizer_sources, tokenizer_training
 from gpt3jax.sample import row_text
 
 TEXT = "the cat sat on the mat, na\u00efve \u65e5\u672c\u8a9e \U0001f680  two spaces\nthe end\u00e9"
@@ -15,8 +15,8 @@ END = tokenizer.END_OF_TEXT
 
 def byte_level(folder):
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer.train(["no merges"], 257, *files)
-    return tokenizer.from_files(*files)
+    tokenizer_training.train(["no merges"], 257, *files)
+    return tokenizer_sources.from_files(*files)
 
 
 def metaspace(folder):

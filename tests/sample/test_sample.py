@@ -13,7 +13,7 @@ from gpt3jax import errors, step
 from gpt3jax.checkpoint import metadata, parameters, storage
 from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer, tokenizer_sources, tokenizer_training
 from gpt3jax.model import gpt
 from gpt3jax.sample import __main__ as sample
 from gpt3jax.sample import generate, text_options
@@ -29,7 +29,7 @@ def bpe(tmp_path_factory):
     """Return GPT-2's two files for a vocabulary of 257: a token for each byte."""
     folder = tmp_path_factory.mktemp("bpe")
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer.train(["no merges"], 257, *files)
+    tokenizer_training.train(["no merges"], 257, *files)
     return files
 
 
@@ -169,7 +169,7 @@ def test_a_prompt_that_is_no_text_is_one_line(sat, monkeypatch, capsys):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):
     golden = GOLDEN / "gpt2"
-    source = tokenizer.Source(
+    source = tokenizer_sources.Source(
         vocab_file=str(golden / "vocab.json"), merge_file=str(golden / "merges.txt")
     )
     options = sample.Options(checkpoint=checkpoint_dir, prompt=("x",), source=source)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from gpt3jax import errors
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer, tokenizer_sources, tokenizer_training
 from gpt3jax.model import gpt
 from gpt3jax.sample import completions, generate, job, megatron
 
@@ -35,8 +35,8 @@ GREEDY = {"temperature": 0, "max_tokens": 9, "ignore_eos": True}
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bpe")
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer.train(["no merges"], 257, *files)
-    return tokenizer.from_files(*files)
+    tokenizer_training.train(["no merges"], 257, *files)
+    return tokenizer_sources.from_files(*files)
 
 
 CFG = tiny.make_config(model={"n_layers": 1, "vocab_size": 257, "init_std": 0.3}).model
