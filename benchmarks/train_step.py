@@ -135,14 +135,13 @@ def measure_ours(args):
 
     from gpt3jax import step
     from gpt3jax.config import recipe
-    from gpt3jax.sharding import rules
 
     cfg = recipe.parse(args)
     joining.start(cfg.distributed, cfg.mesh)
     mesh = meshes.make_mesh(cfg.mesh)
     program = step.build(cfg, mesh, 10**9)
     size, t = cfg.batch.global_batch_size, cfg.model.seq_len
-    n_rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
+    n_rows = global_batch.rows_per_microbatch(cfg, mesh)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (size, t + 1), np.int32)
     batch = {
         "tokens": tokens[:, :-1],

@@ -16,7 +16,6 @@ import numpy as np
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, schema
 from gpt3jax.data import blend, global_batch, samples, skipping, splits
-from gpt3jax.sharding import rules
 
 
 def train_batches(
@@ -67,7 +66,7 @@ def _batches(
     stretches: tuple[batch_schedule.Stretch, ...],
     stream: skipping.Stream = skipping.WHOLE,
 ) -> Iterator[global_batch.Batch]:
-    n_rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
+    n_rows = global_batch.rows_per_microbatch(cfg, mesh)
     rows = global_batch.local_rows(mesh, n_rows)
     batches = Batches(source, cfg, stretches, n_rows, rows, stream)
     threads = cfg.data.read_threads if cfg.data.prefetch else 0

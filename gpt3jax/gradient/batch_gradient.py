@@ -1,11 +1,9 @@
 """The mean loss of a batch and its gradient, over all microbatches, replicas and stages."""
 
 import functools
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from gpt3jax.config import schema
 from gpt3jax.data import global_batch
@@ -14,7 +12,6 @@ from gpt3jax.model import gpt, loss
 from gpt3jax.sharding import layouts, replicas, sequence
 
 _NOISE = 0x64726F70  # sets dropout's keys apart from those of the initial weights
-Variable = TypeVar("Variable", bound="nnx.Variable[jax.Array]")
 
 
 def mean_loss_and_grads(
@@ -77,7 +74,7 @@ def params_to_use(cfg: schema.Config, params: gpt.GPT) -> gpt.GPT:
     if not (cfg.mesh.shard_optimizer or pipeline.is_in_use()):
         return params
 
-    def cast(variable: Variable) -> Variable:
+    def cast(variable: layouts.Variable) -> layouts.Variable:
         is_of_layers = "layers" in layouts.variable_axes(variable)
         is_cast = is_of_layers and variable.get_metadata("decays")
         dtype = cfg.precision.compute_dtype if is_cast else jnp.float32
