@@ -11,7 +11,7 @@ import numpy as np
 from gpt3jax import step
 from gpt3jax.config import schema
 from gpt3jax.data import global_batch, indexed
-from gpt3jax.gradient import batch_gradient
+from gpt3jax.gradient import accumulation
 from gpt3jax.model import gpt
 from gpt3jax.sharding import meshes
 
@@ -174,7 +174,7 @@ def network(params, inputs):
     compute = gpt.Compute()
 
     def loss(params):
-        return batch_gradient.microbatch_loss(params, microbatch, None, compute)[0]
+        return accumulation.microbatch_loss(params, microbatch, None, compute)[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     x = params(tokens, microbatch["positions"], microbatch.get("segments"), None, compute)
