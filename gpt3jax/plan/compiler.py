@@ -157,7 +157,7 @@ def main() -> int:
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
-    cudnn_attention.answer_for(tuple(request["capability"]), gpus.CUDNN)
+    cudnn_attention.assume_gpu(tuple(request["capability"]), gpus.CUDNN)
     cfg = recipe.parse(request["args"])
     mesh = _target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)

@@ -37,14 +37,14 @@ def run(cfg, mesh, n_microbatches, documents):
     """Return initial weights, final weights, the metrics of each step and an evaluation."""
     program = step.build(cfg, mesh, cfg.train.n_steps * cfg.batch.global_batch_size)
     state = program.init()
-    initial, told = tiny.leaves(state.params), []
+    initial, metrics_seen = tiny.leaves(state.params), []
     for i in range(N_STEPS):
         batch = tiny.make_batch(i, cfg, mesh, n_microbatches)
         batch = tiny.add_documents(batch) if documents else batch
         state, metrics = program.train(state, batch)
-        told += [metrics["loss"], metrics["grad_norm"]]
-    told += program.eval(state.params, batch)
-    return initial, tiny.leaves(state.params), np.array(told)
+        metrics_seen += [metrics["loss"], metrics["grad_norm"]]
+    metrics_seen += program.eval(state.params, batch)
+    return initial, tiny.leaves(state.params), np.array(metrics_seen)
 
 
 @functools.cache
@@ -68,11 +68,11 @@ def on_one_device(model, documents):
 def test_losses_and_weights_do_not_depend_on_the_split(mesh, model, documents):
     """Five steps with all dropouts; an evaluation comes last."""
     axes, n_microbatches = MESHES[mesh]
-    initial, weights, told = run(
+    initial, weights, metrics = run(
         config_of(model, **axes), tiny.make_mesh(**axes), n_microbatches, documents
     )
-    initial_of_one, weights_of_one, told_of_one = on_one_device(model, documents)
-    np.testing.assert_allclose(told, told_of_one, rtol=1e-5)
+    initial_of_one, weights_of_one, metrics_of_one = on_one_device(model, documents)
+    np.testing.assert_allclose(metrics, metrics_of_one, rtol=1e-5)
     for name, array in weights.items():
         np.testing.assert_array_equal(initial[name], initial_of_one[name], err_msg=name)
         np.testing.assert_allclose(array, weights_of_one[name], atol=1e-5, err_msg=name)
@@ -88,10 +88,13 @@ def attend(axes, implementation="xla", dropout_rate=0.0, documents=False, window
         order = np.asarray(sequence.sequence_order(N))
 
         def weighted(q, k, v):
-            out = attention.attend(
-                q, k, v, implementation=implementation, window=window, noise=noise,
-                dropout_rate=dropout_rate, segments_BT=segments[:, order] if documents else None,
+            options = attention.Options(
+                implementation=implementation, window=window, dropout_rate=dropout_rate,
                 gather_again=documents,
+            )  # fmt: skip
+            segments_BT = segments[:, order] if documents else None
+            out = attention.attend(
+                q, k, v, options=options, segments_BT=segments_BT, noise=noise
             )  # fmt: skip
             return (out * weights[:, order]).sum(), out
 
@@ -152,8 +155,8 @@ def plain_backward(part, sums, out, d_out, *, causal):
 @pytest.mark.parametrize("documents", [False, True])
 def test_three_kernels_a_shard_attend_as_one_device(monkeypatch, context, documents):
     """The cuDNN path, with plain kernels in place of cuDNN's."""
-    monkeypatch.setattr(cudnn_attention, "_forward", plain_forward)
-    monkeypatch.setattr(cudnn_attention, "_backward", plain_backward)
+    monkeypatch.setattr(cudnn_attention, "forward_kernel", plain_forward)
+    monkeypatch.setattr(cudnn_attention, "backward_kernel", plain_backward)
     axes = {"data": 1, "fsdp": 2, "context": context, "tensor": 4 // context}
     assert_equal(attend(axes, "cudnn", documents=documents), attend({}, documents=documents))
 
@@ -169,8 +172,8 @@ def test_cudnns_kernels_take_and_return_what_is_expected(monkeypatch, leading, d
 
     def both():
         part = (q, k, k, *segments)
-        out, sums = cudnn_attention._forward(part, causal=False)
-        return out, sums, cudnn_attention._backward(part, sums, out, out, causal=False)
+        out, sums = cudnn_attention.forward_kernel(part, causal=False)
+        return out, sums, cudnn_attention.backward_kernel(part, sums, out, out, causal=False)
 
     lowered = jax.jit(both).trace().lower(lowering_platforms=("cuda",))
     out, sums, gradients = lowered.out_info
