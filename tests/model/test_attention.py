@@ -1,4 +1,4 @@
-"""Which keys each block reads; XLA's attention, whose derivative is written out, against autodiff."""
+"""The plan of blocks; XLA's attention, whose derivative is written out, against autodiff."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_blocks_read_every_visible_key_once(monkeypatch, query_block, context, w
             within = block.queries.start - block.chunk * length
             assert t == query_starts_CR[shard, block.chunk] + within
             assert s == key_starts_CR[shard, block.chunk] + block.keys.start
-            assert 0 <= s and s + n_keys <= n_positions
+            assert s >= 0 and s + n_keys <= n_positions
             counts_TS[t : t + n_queries, s : s + n_keys] += 1
     t, s = np.arange(n_positions)[:, None], np.arange(n_positions)
     visible_TS = (s <= t) & (t - s <= (n_positions if window is None else window))
