@@ -16,7 +16,7 @@ backward kernel with the joined output and sums, which none does.
 
 import functools
 import inspect
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gpt3jax.sharding import rules, sequence
 
 # From 0.12 on the backward kernel's primitive needs one parameter more, which the function has too.
-_NEWER: dict[str, Any] = (
+_NEWER: dict[str, None] = (
     {"score_mod": None}
     if "score_mod" in inspect.signature(cudnn.dot_product_attention).parameters
     else {}

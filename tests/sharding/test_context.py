@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from gpt3jax import errors, step
 from gpt3jax.config import schema
@@ -203,5 +204,19 @@ def test_minus_one_on_context_is_checked_once_the_devices_are_known():
 def test_no_split_causes_an_involuntary_full_rematerialization(mesh, capfd, no_compilation_cache):
     axes, n_microbatches = MESHES[mesh]
     cfg = config_of("alternating", **axes)
+    reshard_badly()
+    assert "rematerialization" in capfd.readouterr().err, "XLA no longer warns in these words"
     tiny.run(cfg, tiny.make_mesh(**axes), n_microbatches, 1)
     assert "rematerialization" not in capfd.readouterr().err
+
+
+def reshard_badly():
+    """Compile a change of layout for which XLA has nothing better than to copy the whole array."""
+
+    def reshard(x):
+        x = jax.lax.with_sharding_constraint(x * 2, PartitionSpec("fsdp", None))
+        x = jax.lax.with_sharding_constraint(x * 3, PartitionSpec(None, ("context", "tensor")))
+        return x + 1
+
+    with jax.set_mesh(tiny.make_mesh(data=1, fsdp=2, context=2, tensor=2)):
+        jax.jit(reshard).lower(jnp.ones((8, 8))).compile()
