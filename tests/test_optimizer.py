@@ -46,7 +46,7 @@ def schedule_config(a):
 @pytest.mark.parametrize("case", SCHEDULES, ids=lambda case: case["name"])
 def test_learning_rate_and_weight_decay_are_megatrons(case):
     o, run_samples = schedule_config(case["arguments"]), case["arguments"]["wd_incr_steps"]
-    validation._check_optimizer(o)
+    validation.validate(dataclasses.replace(tiny.make_config(), optimizer=o))
     samples, lr, decay = np.array(case["samples_lr_wd"]).T
     exact = optimizer.learning_rate(o, run_samples, samples)
     np.testing.assert_allclose(exact, lr, rtol=1e-13, atol=1e-20)
@@ -70,8 +70,8 @@ def test_a_schedule_that_fits_reaches_its_peak_and_one_that_does_not_is_refused(
             o = schema.Optimizer(**given, wsd_decay_samples=90)
             assert optimizer.learning_rate(o, run, 31) < 0.8  # it falls at once
             has = r"optimizer.decay_samples=100: " if length else r"the run's 100 \("
-            told = f"samples=90 after a warm-up of 30 samples takes 120 samples, .* exceeds {has}"
-            with pytest.raises(errors.UserError, match=told):
+            message = f"=90 after a warm-up of 30 samples takes 120 samples, .* exceeds {has}"
+            with pytest.raises(errors.UserError, match=message):
                 validation.check_schedule(o, run)
 
 
@@ -144,11 +144,11 @@ BFLOAT16 = schema.Precision()
         (dataclasses.replace(HALF, loss_scale_hysteresis=4), HALF, (8, 7, 4), (8, 7, 2)),
     ],
 )  # fmt: skip
-def test_a_dynamic_scale_goes_on_and_every_other_starts_as_the_config_says(
+def test_a_dynamic_scale_is_kept_and_every_other_starts_as_the_config_says(
     then, now, saved, expected
 ):
-    found = optimizer.resumed_loss_scale(then, now, scaled(*saved))
-    assert (float(found.scale), int(found.good_steps), int(found.hysteresis)) == expected
+    state = optimizer.resumed_loss_scale(then, now, scaled(*saved))
+    assert (float(state.scale), int(state.good_steps), int(state.hysteresis)) == expected
 
 
 def test_a_window_shorter_than_the_good_steps_so_far_ends_with_the_next():

@@ -241,9 +241,11 @@ def _stage_pass(
             own_L,
             (virtual_stage * schedule.n_stages + stage) * n_layers + own_L,
             x_BTD,
-            of_microbatch.get("segments"),
-            _noise(noise_key, of_microbatch["samples"]),
-            compute,
+            gpt.ForwardArgs(
+                segments_BT=of_microbatch.get("segments"),
+                noise=_noise(noise_key, of_microbatch["samples"]),
+                compute=compute,
+            ),
             block_of,
             grad_sums,
         )

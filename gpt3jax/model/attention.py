@@ -1,15 +1,16 @@
 """Causal self-attention behind one call, `attend`, with its implementations.
 
-`xla` runs everywhere and does everything: it walks static blocks of queries and leaves out the
-keys that no query of a block can see. `cudnn` is NVIDIA's fused kernel for 16-bit types without
-attention dropout. What a token sees: itself and earlier positions, of its own document where
-segments are given, at most `window` positions back where a window is given.
+`xla` runs everywhere and does everything: it goes through blocks of queries (`plan_blocks`) and
+leaves out the keys that no query of a block can see. `cudnn` is NVIDIA's fused kernel for 16-bit
+types without attention dropout. A token sees itself and earlier positions: of its own document
+where segments are given, at most `window` positions back where a window is given.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +21,46 @@ from jax.ad_checkpoint import checkpoint_name
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.model import cudnn_attention, dropout
-from gpt3jax.sharding import rules, sequence
+from gpt3jax.sharding import sequence
 
 QUERY_BLOCK = 256  # queries whose scores are held at once; 4 blocks at 1,024 were fastest on CPU
 HIDDEN = -1e30  # a score that softmax turns to 0, also in fp32 sums
 
+Segments: TypeAlias = tuple[Array, Array] | None
+"""The document numbers of queries and of keys, where documents are hidden from each other."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a layer attends: what is known when the program is compiled."""
+
+    implementation: str  # "xla" or "cudnn"
+    window: int | None = None  # how many earlier positions a query sees; None: all
+    dropout_rate: float = 0.0  # of the probabilities, where `noise` is given (training)
+    gather_again: bool = False  # the backward pass gathers keys and values over `context` again
+
 
 def choose(model: schema.Model, compute_dtype: str, platform: str) -> str:
-    """Return "cudnn" or "xla" for what the config asks and the devices' platform can do.
+    """Return "cudnn" or "xla": what the config asks for and the devices' platform supports.
 
     Raises:
-        UserError: cuDNN was asked for where there is no GPU or it does not serve.
+        UserError: cuDNN was asked for where there is no GPU or where it does not support the model.
     """
-    asked = model.attention.implementation
-    serves = (
+    requested = model.attention.implementation
+    supported = (
         compute_dtype != "float32"
         and not model.attention_dropout
         and model.d_head % 8 == 0
         and model.d_head <= 128
     )
-    if asked == "cudnn" and not (serves and platform == "gpu"):
+    if requested == "cudnn" and not (supported and platform == "gpu"):
         raise errors.UserError(
             f"model.attention.implementation=cudnn does not serve here (devices: {platform}; "
             f"model.d_head={model.d_head} must be a multiple of 8 up to 128): use auto or xla"
         )
-    if asked == "auto":
-        return "cudnn" if serves and platform == "gpu" else "xla"
-    return asked
+    if requested == "auto":
+        return "cudnn" if supported and platform == "gpu" else "xla"
+    return requested
 
 
 def attend(
@@ -54,179 +68,219 @@ def attend(
     k_BSHK: Array,
     v_BSHK: Array,
     *,
-    implementation: str,
-    window: int | None = None,
+    options: Options,
     segments_BT: Array | None = None,
-    dropout_rate: float = 0.0,
     noise: dropout.Noise | None = None,
-    gather_again: bool = False,
 ) -> Array:
-    """Return attention's output `[B, T, H, K]` in the dtype of v, softmax in fp32.
+    """Return attention's output `[B, T, H, K]` in the dtype of v, with the softmax in fp32.
 
-    `dropout_rate` acts on the probabilities where `noise` is given (training). No scores are kept
-    for the backward pass. With `gather_again` it also gathers keys and values over `context` again.
+    The backward pass keeps no scores.
     """
-    if implementation not in ("xla", "cudnn"):
-        raise ValueError(f"attention implementation {implementation!r}: use xla or cudnn")
-    if noise is None or not dropout_rate:
-        noise, dropout_rate = None, 0.0
-    walk = functools.partial(_walk, noise=noise, window=window, dropout_rate=dropout_rate)
+    if options.implementation not in ("xla", "cudnn"):
+        raise ValueError(f"attention implementation {options.implementation!r}: use xla or cudnn")
+    if not options.dropout_rate:
+        noise = None
     if sequence.context_size() > 1:
-        # cuDNN's masks do not fit a band over chunks; it reads few keys, so XLA's is good enough.
-        fused = implementation == "cudnn" and window is None
-        shards: Any = _zigzag if fused else functools.partial(_walk_shards, walk, window)
-        if gather_again:
-            policy = jax.checkpoint_policies.save_only_these_names(cudnn_attention.SAVED)
-            shards = jax.checkpoint(shards, policy=policy, prevent_cse=False)
-        return shards(q_BTHK, k_BSHK, v_BSHK, segments_BT)
-    if implementation == "cudnn":
-        return _cudnn(q_BTHK, k_BSHK, v_BSHK, window, segments_BT)
+        return _attend_in_shards(q_BTHK, k_BSHK, v_BSHK, options, segments_BT, noise)
+    if options.implementation == "cudnn":
+        return cudnn_attention.attend(q_BTHK, k_BSHK, v_BSHK, options.window, segments_BT)
     k_B1SHK, v_B1SHK, segments_B1S = jax.tree.map(
         lambda x: x[:, None], (k_BSHK, v_BSHK, segments_BT)
     )
-    return walk(0, q_BTHK, k_B1SHK, v_B1SHK, segments_BT, segments_B1S)
+    segments = None if segments_BT is None else (segments_BT, segments_B1S)
+    return _attend_shard(options, noise, 0, q_BTHK, k_B1SHK, v_B1SHK, segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Consecutive queries of one chunk of the sequence, and the consecutive keys that they read.
+
+    Where a block lies in the sequence depends on the shard; how much it reads does not.
+    """
+
+    chunk: int  # which of the shard's chunks
+    queries: slice  # among the shard's queries
+    keys: slice  # among the keys that the chunk has at hand
+    query_starts: tuple[int, ...]  # the position of the first query, on each shard
+    key_starts: tuple[int, ...]  # the position of the first key, on each shard
+
+
+def plan_blocks(
+    query_starts_CR: np.ndarray, key_starts_CR: np.ndarray, length: int, window: int | None
+) -> Iterator[Block]:
+    """Yield the blocks that every shard goes through, in the order of its queries.
+
+    Each of C shards holds R chunks of `length` consecutive positions, which start at
+    `query_starts_CR`; the keys that a chunk has at hand start at `key_starts_CR`.
+    """
+    for chunk in range(query_starts_CR.shape[1]):
+        key_starts_C = key_starts_CR[:, chunk]
+        for begin in range(0, length, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, length)
+            start_C = query_starts_CR[:, chunk] + begin
+            first_C = np.zeros_like(start_C) if window is None else np.maximum(0, start_C - window)
+            # The widest of what the shards need: from the earliest first key to the latest end.
+            first = int((first_C - key_starts_C).min())
+            stop = int((start_C + (end - begin) - key_starts_C).max())
+            yield Block(
+                chunk,
+                slice(chunk * length + begin, chunk * length + end),
+                slice(first, stop),
+                tuple(start_C.tolist()),
+                tuple((key_starts_C + first).tolist()),
+            )
 
 
 def n_scores(n_positions: int, window: int | None) -> int:
-    """Return how many scores of a head and row `xla` works out: of a block all keys it may see."""
-    starts = range(0, n_positions, QUERY_BLOCK)
-    ends = [min(start + QUERY_BLOCK, n_positions) for start in starts]
-    firsts = [0 if window is None else max(0, start - window) for start in starts]
-    blocks = zip(firsts, starts, ends, strict=True)
-    return sum((end - start) * (end - first) for first, start, end in blocks)
+    """Return how many scores `xla` computes for one head and row where one shard holds it all."""
+    start_11 = np.zeros((1, 1), np.int32)
+    blocks = plan_blocks(start_11, start_11, n_positions, window)
+    return sum(_length(block.queries) * _length(block.keys) for block in blocks)
 
 
-def _walk_shards(
-    walk: Any,
-    window: int | None,
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _attend_in_shards(
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    options: Options,
+    segments_BT: Array | None,
+    noise: dropout.Noise | None,
+) -> Array:
+    """Attend where the sequence is split over `context`."""
+    # cuDNN's masks do not fit a band over chunks; it reads few keys, so XLA's is good enough.
+    fused = options.implementation == "cudnn" and options.window is None
+    shards: Callable[..., Array] = cudnn_attention.attend_in_shards
+    if not fused:
+        shards = functools.partial(_xla_in_shards, options, noise)
+    if options.gather_again:
+        policy = jax.checkpoint_policies.save_only_these_names(cudnn_attention.SAVED)
+        shards = jax.checkpoint(shards, policy=policy, prevent_cse=False)
+    return shards(q_BTHK, k_BSHK, v_BSHK, segments_BT)
+
+
+def _xla_in_shards(
+    options: Options,
+    noise: dropout.Noise | None,
     q_BTHK: Array,
     k_BSHK: Array,
     v_BSHK: Array,
     segments_BT: Array | None,
 ) -> Array:
-    """Let each shard of the sequence walk its queries, with the keys and values that it needs."""
+    """Let each shard of the sequence attend from its queries to the keys that it needs."""
     q_BCTHK, q_segments_BCT = sequence.split_sequence((q_BTHK, segments_BT))
     keys = k_BSHK, v_BSHK, segments_BT
-    if window is None:
+    if options.window is None:
         keys = jax.tree.map(lambda x: x[:, :, None], sequence.gather_sequence(keys))
     else:
-        keys = sequence.gather_stretches(keys, window)
+        keys = sequence.gather_stretches(keys, options.window)
     k_BCRSHK, v_BCRSHK, k_segments_BCRS = keys
-    out_BCTHK = jax.vmap(walk, in_axes=(0, 1, 1, 1, 1, 1), out_axes=1)(
-        jnp.arange(q_BCTHK.shape[1]), q_BCTHK, k_BCRSHK, v_BCRSHK, q_segments_BCT, k_segments_BCRS
+    segments: Segments = None
+    if q_segments_BCT is not None and k_segments_BCRS is not None:
+        segments = q_segments_BCT, k_segments_BCRS
+    attend_shard = functools.partial(_attend_shard, options, noise)
+    out_BCTHK = jax.vmap(attend_shard, in_axes=(0, 1, 1, 1, 1), out_axes=1)(
+        jnp.arange(q_BCTHK.shape[1]), q_BCTHK, k_BCRSHK, v_BCRSHK, segments
     )
     return out_BCTHK.reshape(q_BTHK.shape)
 
 
-def _zigzag(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments_BT: Array | None) -> Array:
-    """Run cuDNN's kernels on each shard of the sequence."""
-    arrays = sequence.split_sequence((q_BTHK, k_BSHK, v_BSHK))
-    arrays += sequence.gather_sequence((k_BSHK, v_BSHK))
-    axes: list[tuple[str | None, ...]] = [("batch", "seq", None, "heads", None)] * len(arrays)
-    if segments_BT is not None:
-        arrays += sequence.split_sequence(segments_BT), sequence.gather_sequence(segments_BT)
-        axes += [("batch", "seq", None)] * 2
-    shards_C = jnp.arange(arrays[0].shape[1])
-    local = rules.map_shards(cudnn_attention.attend, [("seq",), *axes], axes[0])
-    return local(shards_C, *arrays).reshape(q_BTHK.shape)
-
-
-def _walk(
+def _attend_shard(
+    options: Options,
+    noise: dropout.Noise | None,
     shard: int | Array,
     q_BTHK: Array,
     k_BRSHK: Array,
     v_BRSHK: Array,
-    q_segments_BT: Array | None,
-    k_segments_BRS: Array | None,
-    *,
-    noise: dropout.Noise | None,
-    window: int | None,
-    dropout_rate: float,
+    segments: Segments,
 ) -> Array:
-    """Attend from the queries of one shard, a block of a chunk at a time.
+    """Attend from the queries of one shard, block by block.
 
-    Each of its R chunks has keys of its own, or all have the same (one R). Where blocks start
-    depends on the shard, but how many keys they read does not.
+    Each of its R chunks has keys of its own, or all have the same (R is 1 then).
     """
-    n_positions = q_BTHK.shape[1] * sequence.context_size()
-    starts_CR = sequence.chunk_starts(n_positions)
-    firsts_CR = sequence.stretch_starts(n_positions, n_positions if window is None else window)
-    length = n_positions // starts_CR.size
-    out = []
-    for i in range(0, q_BTHK.shape[1], length):
-        chunk = i // length
-        keys = [x[:, chunk % x.shape[1]] for x in (k_BRSHK, v_BRSHK)]
-        for begin in range(i, i + length, QUERY_BLOCK):
-            end = min(begin + QUERY_BLOCK, i + length)
-            start_C = starts_CR[:, chunk] + (begin - i)
-            first_C = firsts_CR[:, chunk]
-            seen = slice(
-                0 if window is None else int((np.maximum(0, start_C - window) - first_C).min()),
-                int((start_C + (end - begin) - first_C).max()),
-            )
-            places = (tuple(x.tolist()) for x in (start_C, first_C + seen.start))
-            how = _How(window, dropout_rate, *places)
-            segments = None
-            if q_segments_BT is not None and k_segments_BRS is not None:
-                k_segments_BS = k_segments_BRS[:, chunk % k_segments_BRS.shape[1]]
-                segments = q_segments_BT[:, begin:end], k_segments_BS[:, seen]
-            arrays = q_BTHK[:, begin:end], *(x[:, seen] for x in keys)
-            out.append(_block(how, *arrays, segments, noise, jnp.asarray(shard)))
+    n_positions, window = q_BTHK.shape[1] * sequence.context_size(), options.window
+    query_starts_CR = sequence.chunk_starts(n_positions)
+    key_starts_CR = sequence.stretch_starts(n_positions, n_positions if window is None else window)
+    length = n_positions // query_starts_CR.size
+    plan, out = plan_blocks(query_starts_CR, key_starts_CR, length, window), []
+    for chunk, blocks in itertools.groupby(plan, lambda block: block.chunk):
+        k_BSHK, v_BSHK = (x[:, chunk % x.shape[1]] for x in (k_BRSHK, v_BRSHK))
+        for block in blocks:
+            mask = _Mask(window, options.dropout_rate, block.query_starts, block.key_starts)
+            block_segments = None
+            if segments is not None:
+                k_segments_BS = segments[1][:, chunk % segments[1].shape[1]]
+                block_segments = segments[0][:, block.queries], k_segments_BS[:, block.keys]
+            arrays = q_BTHK[:, block.queries], k_BSHK[:, block.keys], v_BSHK[:, block.keys]
+            out.append(_attend_block(mask, *arrays, block_segments, noise, jnp.asarray(shard)))
     return jnp.concatenate(out, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
-    """What is known of a block when it is compiled."""
+class _Mask:
+    """What decides which of a block's scores count, as far as it is known when it is compiled."""
 
     window: int | None
     dropout_rate: float
-    starts: tuple[int, ...]  # the first query's position, on each shard of the sequence
-    firsts: tuple[int, ...]  # the first key's
+    query_starts: tuple[int, ...]  # the position of the first query, on each shard
+    key_starts: tuple[int, ...]  # the position of the first key, on each shard
+
+
+# The rest of what decides which scores count: segments, dropout's noise, the shard's number.
+_MaskArrays: TypeAlias = tuple[Segments, dropout.Noise | None, Array]
+# Queries, keys, values, the mask's arrays, the output, the logs of the softmax's sums.
+_Residuals: TypeAlias = tuple[Array, Array, Array, _MaskArrays, Array, Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(
-    how: _How, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments: tuple[Array, Array] | None,
+def _attend_block(
+    mask: _Mask, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments: Segments,
     noise: dropout.Noise | None, shard: Array,
 ) -> Array:  # fmt: skip
-    """Attend from consecutive queries to consecutive keys, which start where the shard's do."""
-    return _forward(how, q_BTHK, k_BSHK, v_BSHK, segments, noise, shard)[0]
+    """Attend from a block's queries to its keys."""
+    return _forward(mask, q_BTHK, k_BSHK, v_BSHK, segments, noise, shard)[0]
 
 
 def _forward(
-    how: _How, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, *places: Any
-) -> tuple[Array, Any]:
-    """Return the output, and what `_backward` takes: of the scores the logs of the sums alone."""
-    scores_BHTS, keep_BHTS = _scores_and_mask(how, q_BTHK, k_BSHK, *places)
+    mask: _Mask, q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments: Segments,
+    noise: dropout.Noise | None, shard: Array,
+) -> tuple[Array, _Residuals]:  # fmt: skip
+    """Return the output, and what `_backward` needs: no scores, only the logs of their sums."""
+    mask_arrays = segments, noise, shard
+    scores_BHTS, keep_BHTS = _scores_and_kept(mask, q_BTHK, k_BSHK, mask_arrays)
     max_BHT1 = scores_BHTS.max(-1, keepdims=True)
     exp_BHTS = jnp.exp(scores_BHTS - max_BHT1)
     sum_BHT = jnp.einsum("bhts->bht", exp_BHTS)
     out_BTHK = jnp.einsum(
-        "bhts,bshk->bthk", _dropped(how, exp_BHTS, keep_BHTS).astype(v_BSHK.dtype), v_BSHK,
+        "bhts,bshk->bthk", _dropped(mask, exp_BHTS, keep_BHTS).astype(v_BSHK.dtype), v_BSHK,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     # The softmax's division comes last: K values a row in place of S.
     out_BTHK = (out_BTHK / jnp.einsum("bht->bth", sum_BHT)[..., None]).astype(v_BSHK.dtype)
     out_BTHK = checkpoint_name(out_BTHK, cudnn_attention.SAVED)
     log_sum_BHT1 = checkpoint_name(max_BHT1 + jnp.log(sum_BHT)[..., None], cudnn_attention.SAVED)
-    return out_BTHK, (q_BTHK, k_BSHK, v_BSHK, places, out_BTHK, log_sum_BHT1)
+    return out_BTHK, (q_BTHK, k_BSHK, v_BSHK, mask_arrays, out_BTHK, log_sum_BHT1)
 
 
-def _backward(how: _How, residuals: Any, d_out_BTHK: Array) -> tuple[Any, ...]:
-    """Return the gradients of queries, keys and values, as FlashAttention has them.
+def _backward(
+    mask: _Mask, residuals: _Residuals, d_out_BTHK: Array
+) -> tuple[Array, Array, Array, None, None, None]:
+    """Return the gradients of queries, keys and values, as FlashAttention computes them.
 
     Source: Dao et al. 2022, appendix B. Products take 16-bit operands where the values are 16-bit.
     """
-    q_BTHK, k_BSHK, v_BSHK, places, out_BTHK, log_sum_BHT1 = residuals
-    scores_BHTS, keep_BHTS = _scores_and_mask(how, q_BTHK, k_BSHK, *places)
+    q_BTHK, k_BSHK, v_BSHK, mask_arrays, out_BTHK, log_sum_BHT1 = residuals
+    scores_BHTS, keep_BHTS = _scores_and_kept(mask, q_BTHK, k_BSHK, mask_arrays)
     probs_BHTS = jnp.exp(scores_BHTS - log_sum_BHT1)
-    kept_BHTS = _dropped(how, probs_BHTS, keep_BHTS).astype(v_BSHK.dtype)
+    kept_BHTS = _dropped(mask, probs_BHTS, keep_BHTS).astype(v_BSHK.dtype)
     d_v_BSHK = jnp.einsum("bhts,bthk->bshk", kept_BHTS, d_out_BTHK)
     d_probs_BHTS = jnp.einsum(
         "bthk,bshk->bhts", d_out_BTHK, v_BSHK, preferred_element_type=jnp.float32
     )
-    d_probs_BHTS = _dropped(how, d_probs_BHTS, keep_BHTS)
+    d_probs_BHTS = _dropped(mask, d_probs_BHTS, keep_BHTS)
     mean_BHT = jnp.einsum(
         "bthk,bthk->bht", out_BTHK, d_out_BTHK, preferred_element_type=jnp.float32
     )
@@ -234,55 +288,51 @@ def _backward(how: _How, residuals: Any, d_out_BTHK: Array) -> tuple[Any, ...]:
     scale = q_BTHK.shape[-1] ** -0.5
     d_q_BTHK = jnp.einsum("bhts,bshk->bthk", d_scores_BHTS, k_BSHK * scale)
     d_k_BSHK = jnp.einsum("bhts,bthk->bshk", d_scores_BHTS, q_BTHK * scale)
-    return d_q_BTHK, d_k_BSHK, d_v_BSHK, *(None for _ in places)
+    return d_q_BTHK, d_k_BSHK, d_v_BSHK, None, None, None
 
 
-_block.defvjp(_forward, _backward)
+_attend_block.defvjp(_forward, _backward)
 
 
-def _scores_and_mask(
-    how: _How,
-    q_BTHK: Array,
-    k_BSHK: Array,
-    segments: tuple[Array, Array] | None,
-    noise: dropout.Noise | None,
-    shard: Array,
+def _scores_and_kept(
+    mask: _Mask, q_BTHK: Array, k_BSHK: Array, mask_arrays: _MaskArrays
 ) -> tuple[Array, Array | None]:
     """Return the scores, and which of them dropout keeps (None: all)."""
+    segments, noise, shard = mask_arrays
     scale, n_keys = q_BTHK.shape[-1] ** -0.5, k_BSHK.shape[1]
-    t_T = _of_shard(how.starts, shard) + jnp.arange(q_BTHK.shape[1])
-    s_S = _of_shard(how.firsts, shard) + jnp.arange(n_keys)
+    t_T = _select(mask.query_starts, shard) + jnp.arange(q_BTHK.shape[1])
+    s_S = _select(mask.key_starts, shard) + jnp.arange(n_keys)
     scores_BHTS = jnp.einsum(
         "bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32
     )
-    scores_BHTS = jnp.where(_visible(t_T, s_S, how.window, segments), scores_BHTS, HIDDEN)
+    scores_BHTS = jnp.where(_visible(t_T, s_S, mask.window, segments), scores_BHTS, HIDDEN)
     if noise is None:
         return scores_BHTS, None
     # From position 0 on: what is drawn for a key must not depend on where the block starts.
-    n_drawn, rows = max(how.firsts) + n_keys, (q_BTHK.shape[2],)
-    keep_BTHS = dropout.keep_mask(noise, how.dropout_rate, t_T, rows, n_drawn)
-    parts = [keep_BTHS[..., first : first + n_keys] for first in how.firsts]
-    return scores_BHTS, jnp.einsum("bths->bhts", _of_shard(parts, shard))
+    n_drawn, rows = max(mask.key_starts) + n_keys, (q_BTHK.shape[2],)
+    keep_BTHS = dropout.keep_mask(noise, mask.dropout_rate, t_T, rows, n_drawn)
+    parts = [keep_BTHS[..., start : start + n_keys] for start in mask.key_starts]
+    return scores_BHTS, jnp.einsum("bths->bhts", _select(parts, shard))
 
 
-def _of_shard(values: Sequence[Any], shard: Array) -> Any:
-    """Return a shard's own of the values of all, by selection.
+def _select(values: Sequence[int | Array], shard: Array) -> int | Array:
+    """Return the value of this shard, from those of all shards.
 
     Indexing with a shard's number, for all shards at once, would be a gather for the partitioner.
     """
-    chosen = values[0]
+    selected = values[0]
     for i, value in enumerate(values[1:], start=1):
-        chosen = jnp.where(shard == i, value, chosen)
-    return chosen
+        selected = jnp.where(shard == i, value, selected)
+    return selected
 
 
-def _dropped(how: _How, x_BHTS: Array, keep_BHTS: Array | None) -> Array:
-    return x_BHTS if keep_BHTS is None else jnp.where(keep_BHTS, x_BHTS / (1 - how.dropout_rate), 0)
+def _dropped(mask: _Mask, x_BHTS: Array, keep_BHTS: Array | None) -> Array:
+    if keep_BHTS is None:
+        return x_BHTS
+    return jnp.where(keep_BHTS, x_BHTS / (1 - mask.dropout_rate), 0)
 
 
-def _visible(
-    t_T: Array, s_S: Array, window: int | None, segments: tuple[Array, Array] | None
-) -> Array:
+def _visible(t_T: Array, s_S: Array, window: int | None, segments: Segments) -> Array:
     """Return the bool mask `[T, S]`, or `[B, 1, T, S]` with segments: True where t may see s."""
     visible = t_T[:, None] >= s_S
     if window is not None:
@@ -290,24 +340,3 @@ def _visible(
     if segments is not None:
         visible = visible & (segments[0][:, None, :, None] == segments[1][:, None, None, :])
     return visible
-
-
-def _cudnn(
-    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, window: int | None, segments_BT: Array | None
-) -> Array:
-    kernel = functools.partial(
-        jax.nn.dot_product_attention,
-        is_causal=True,
-        implementation="cudnn",
-        local_window_size=None if window is None else (window, 0),
-    )
-
-    def local(q: Array, k: Array, v: Array, *segments: Array) -> Array:
-        mask = [s[:, None, :, None] == s[:, None, None, :] for s in segments]
-        return kernel(q, k, v, mask=mask[0] if mask else None)
-
-    arrays: list[Any] = [q_BTHK, k_BSHK, v_BSHK]
-    axes: list[tuple[str | None, ...]] = [("batch", None, "heads", None)] * 3
-    if segments_BT is not None:
-        arrays, axes = [*arrays, segments_BT], [*axes, ("batch", None)]
-    return rules.map_shards(local, axes, axes[0])(*arrays)

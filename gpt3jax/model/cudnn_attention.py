@@ -1,11 +1,12 @@
-"""cuDNN's attention where the sequence is split over `context`, an early and a late chunk a shard.
+"""cuDNN's attention: one kernel, or three for each shard of a sequence split over `context`.
 
-cuDNN's causal mask starts at the first query and the first key, so it serves where a chunk meets
-itself, and no mask is needed where it meets an earlier one. Of 2 C chunks, n positions each, shard
-c meets: its two own, causally; with its late chunk all C early ones; and one chunk of each other
-shard more, an early one with its early chunk (shards before c) or a late one with its late chunk
-(shards after c). That is the same n^2 x 2 C on every shard, the least a causal mask allows, and
-three kernels of static shapes. Their outputs are joined by their softmax sums.
+A shard holds an early and a late chunk. cuDNN's causal mask starts at the first query and the first
+key, so it serves where a chunk meets itself, and no mask is needed where it meets an earlier one.
+Of 2 C chunks, n positions each, shard c meets: its own two, causally; with its late chunk all C
+early ones; and one more chunk of each other shard, an early one with its early chunk (shards before
+c) or a late one with its late chunk (shards after c). That is the same n^2 x 2 C on every shard,
+the least a causal mask allows, and three kernels of static shapes. Their outputs are joined by
+their softmax sums. Shape suffixes of this file: J the other shards, P the parts that are joined.
 
 A private module of JAX is used here, `cudnn` (docs/architecture.md lists them all): tried on jax
 0.10.2, 0.11.2 and 0.12.0.1. Public functions would replace it that give the sums in fp32, as
@@ -15,7 +16,7 @@ backward kernel with the joined output and sums, which none does.
 
 import functools
 import inspect
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,53 +24,98 @@ from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.ad_checkpoint import checkpoint_name
 
-# From 0.12 on the backward kernel's primitive wants one thing more, which the function has too.
-_NEWER: dict[str, Any] = (
+from gpt3jax.sharding import rules, sequence
+
+# From 0.12 on the backward kernel's primitive needs one parameter more, which the function has too.
+_NEWER: dict[str, None] = (
     {"score_mod": None}
     if "score_mod" in inspect.signature(cudnn.dot_product_attention).parameters
     else {}
 )
-SAVED = "zigzag"  # the name of what a backward pass needs so as not to run the kernels again
+SAVED = "zigzag"  # the name of what a backward pass needs to not run the kernels again
 
 # Queries, keys, values, and the segments of queries and keys, of one kernel's call.
-Part = tuple[Array, Array, Array, Array | None, Array | None]
+Part: TypeAlias = tuple[Array, Array, Array, Array | None, Array | None]
+# Something of the three kernels each: own chunks, early chunks, chunks of other shards.
+_Three: TypeAlias = tuple[Array, Array, Array]
+_Segments: TypeAlias = tuple[Array | None, Array | None, Array | None]
+# before_J, queries, keys, values, segments, outputs, the logs of the softmax's sums.
+_Residuals: TypeAlias = tuple[Array, Array, _Three, _Three, _Segments, Array, Array]
 
 
 def attend(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, window: int | None, segments_BT: Array | None
+) -> Array:
+    """Return attention's output `[B, T, H, K]` where the sequence is whole on each device."""
+    kernel = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        implementation="cudnn",
+        local_window_size=None if window is None else (window, 0),
+    )
+
+    def local(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
+        mask = None if segments is None else _agree(segments, segments)
+        return kernel(q, k, v, mask=mask)
+
+    arrays: list[Array] = [q_BTHK, k_BSHK, v_BSHK]
+    axes: list[tuple[str | None, ...]] = [("batch", None, "heads", None)] * 3
+    if segments_BT is not None:
+        arrays, axes = [*arrays, segments_BT], [*axes, ("batch", None)]
+    return rules.map_shards(local, axes, axes[0])(*arrays)
+
+
+def attend_in_shards(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segments_BT: Array | None
+) -> Array:
+    """Return attention's output `[B, T, H, K]` where the sequence is split over `context`."""
+    own = sequence.split_sequence((q_BTHK, k_BSHK, v_BSHK))
+    whole = sequence.gather_sequence((k_BSHK, v_BSHK))
+    arrays: list[tuple[Array, ...]] = [own, whole]
+    axes: list[tuple[str | None, ...]] = [("batch", "seq", None, "heads", None)] * 2
+    if segments_BT is not None:
+        both = sequence.split_sequence(segments_BT), sequence.gather_sequence(segments_BT)
+        arrays, axes = [*arrays, both], [*axes, ("batch", "seq", None)]
+    shards_C = jnp.arange(own[0].shape[1])
+    local = rules.map_shards(_attend_shard, [("seq",), *axes], axes[0])
+    return local(shards_C, *arrays).reshape(q_BTHK.shape)
+
+
+def _attend_shard(
     shard_1: Array,
-    q_B1THK: Array,
-    k_B1THK: Array,
-    v_B1THK: Array,
-    k_B1SHK: Array,
-    v_B1SHK: Array,
-    q_segments_B1T: Array | None = None,
-    k_segments_B1S: Array | None = None,
+    own_qkv: tuple[Array, Array, Array],
+    whole_kv: tuple[Array, Array],
+    segments: tuple[Array, Array] | None = None,
 ) -> Array:
     """Return the attention of one shard's queries to all keys up to each, `[B, 1, T, H, K]`.
 
-    T is what a shard holds, its early chunk and its late one; S is the whole sequence, in order.
+    The first arrays are `[B, 1, T, H, K]`, the shard's early chunk and its late one; the second
+    `[B, 1, S, H, K]`, the whole sequence in order; segments are those of both.
     """
+    q_B1THK, k_B1THK, v_B1THK = own_qkv
+    k_B1SHK, v_B1SHK = whole_kv
     n = q_B1THK.shape[2] // 2
     n_others = k_B1SHK.shape[2] // (2 * n) - 1
     before_J = jnp.arange(n_others) < shard_1[0]
 
-    def own(x: Array | None) -> Any:  # [2, B, n, ...]
-        return None if x is None else jnp.stack([x[:, 0, :n], x[:, 0, n:]])
+    def own(x: Array) -> Array:  # [2, B, n, ...]
+        return jnp.stack([x[:, 0, :n], x[:, 0, n:]])
 
-    def early(x: Array | None) -> Any:  # [B, C n, ...]
-        return None if x is None else x[:, 0, : x.shape[2] // 2]
+    def early(x: Array) -> Array:  # [B, C n, ...]
+        return x[:, 0, : x.shape[2] // 2]
 
-    def others(x: Array | None) -> Any:  # [C - 1, B, n, ...]
-        if x is None:
-            return None
+    def others(x: Array) -> Array:  # [C - 1, B, n, ...]
         chunks = jnp.moveaxis(x[:, 0].reshape(x.shape[0], -1, n, *x.shape[3:]), 1, 0)
         return _choose(before_J, chunks[:n_others], chunks[::-1][1 : n_others + 1])
 
-    q_2BTHK, segments_2BT = own(q_B1THK), own(q_segments_B1T)
+    q_2BTHK = own(q_B1THK)
+    segments_2BT = None if segments is None else own(segments[0])
     keys = own(k_B1THK), early(k_B1SHK), others(k_B1SHK)
     values = own(v_B1THK), early(v_B1SHK), others(v_B1SHK)
-    segments = segments_2BT, early(k_segments_B1S), others(k_segments_B1S)
-    out_2BTHK = _joined(before_J, q_2BTHK, keys, values, segments)
+    three_segments: _Segments = (None, None, None)
+    if segments is not None:
+        three_segments = segments_2BT, early(segments[1]), others(segments[1])
+    out_2BTHK = _joined(before_J, q_2BTHK, keys, values, three_segments)
     return jnp.moveaxis(out_2BTHK, 0, 1).reshape(q_B1THK.shape)
 
 
@@ -78,35 +124,39 @@ def _choose(before_J: Array, early: Array, late: Array) -> Array:
     return jnp.where(before_J.reshape(-1, *[1] * (late.ndim - 1)), early, late)
 
 
-def _parts(before_J: Array, q_2BTHK: Array, keys: Any, values: Any, segments: Any) -> list[Part]:
-    """Return what the three kernels take, with a leading dimension beside the batch or without."""
-    picked = functools.partial(_pick, before_J)
+def _parts(
+    before_J: Array, q_2BTHK: Array, keys: _Three, values: _Three, segments: _Segments
+) -> tuple[Part, Part, Part]:
+    """Return the arguments of the three kernels; some have a dimension in front of the batch."""
     s_2BT = segments[0]
-    late = None if s_2BT is None else s_2BT[1]
-    return [
-        (q_2BTHK, keys[0], values[0], s_2BT, s_2BT),
-        (q_2BTHK[1], keys[1], values[1], late, segments[1]),
-        (picked(q_2BTHK), keys[2], values[2], picked(s_2BT), segments[2]),
-    ]
+    late_BT = None if s_2BT is None else s_2BT[1]
+    own = q_2BTHK, keys[0], values[0], s_2BT, s_2BT
+    early = q_2BTHK[1], keys[1], values[1], late_BT, segments[1]
+    q_JBTHK = _pick(before_J, q_2BTHK)
+    s_JBT = None if s_2BT is None else _pick(before_J, s_2BT)
+    return own, early, (q_JBTHK, keys[2], values[2], s_JBT, segments[2])
 
 
-def _pick(before_J: Array, x_2: Any) -> Any:
-    """Return, for each other shard, the part of its own two chunks that it meets."""
-    return None if x_2 is None else _choose(before_J, x_2[:1], x_2[1:])
+def _pick(before_J: Array, x_2: Array) -> Array:
+    """Return, for each other shard, which of this shard's two chunks meets a chunk of it."""
+    return _choose(before_J, x_2[:1], x_2[1:])
 
 
 @jax.custom_vjp
-def _joined(before_J: Array, q_2BTHK: Array, keys: Any, values: Any, segments: Any) -> Array:
+def _joined(
+    before_J: Array, q_2BTHK: Array, keys: _Three, values: _Three, segments: _Segments
+) -> Array:
+    """Return the attention of a shard's two chunks, from the keys of the three kernels."""
     return _joined_forward(before_J, q_2BTHK, keys, values, segments)[0]
 
 
 def _joined_forward(
-    before_J: Array, q_2BTHK: Array, keys: Any, values: Any, segments: Any
-) -> tuple[Array, Any]:
+    before_J: Array, q_2BTHK: Array, keys: _Three, values: _Three, segments: _Segments
+) -> tuple[Array, _Residuals]:
     own, early, others = _parts(before_J, q_2BTHK, keys, values, segments)
-    o1_2BTHK, l1_2BHT = _forward(own, causal=True)
-    o2_BTHK, l2_BHT = _forward(early, causal=False)
-    o3_JBTHK, l3_JBHT = _forward(others, causal=False)
+    o1_2BTHK, l1_2BHT = forward_kernel(own, causal=True)
+    o2_BTHK, l2_BHT = forward_kernel(early, causal=False)
+    o3_JBTHK, l3_JBHT = forward_kernel(others, causal=False)
     nothing = jnp.full_like(l3_JBHT, -jnp.inf)
     first = _join([o1_2BTHK[:1], o3_JBTHK], [l1_2BHT[:1], _choose(before_J, l3_JBHT, nothing)])
     second = _join(
@@ -128,14 +178,16 @@ def _join(outs: list[Array], sums: list[Array]) -> tuple[Array, Array]:
     return out_BTHK.astype(out_PBTHK.dtype), sum_BHT
 
 
-def _joined_backward(residuals: Any, d_out_2BTHK: Array) -> Any:
+def _joined_backward(
+    residuals: _Residuals, d_out_2BTHK: Array
+) -> tuple[None, Array, _Three, _Three, None]:
     before_J, q_2BTHK, keys, values, segments, out_2BTHK, sums_2BHT = residuals
     own, early, others = _parts(before_J, q_2BTHK, keys, values, segments)
     results = sums_2BHT, out_2BTHK, d_out_2BTHK
-    of_others = (_pick(before_J, x) for x in results)
-    dq1_2BTHK, dk1, dv1 = _backward(own, *results, causal=True)
-    dq2_BTHK, dk2, dv2 = _backward(early, *(x[1] for x in results), causal=False)
-    dq3_JBTHK, dk3, dv3 = _backward(others, *of_others, causal=False)
+    met = (_pick(before_J, x) for x in results)
+    dq1_2BTHK, dk1, dv1 = backward_kernel(own, *results, causal=True)
+    dq2_BTHK, dk2, dv2 = backward_kernel(early, *(x[1] for x in results), causal=False)
+    dq3_JBTHK, dk3, dv3 = backward_kernel(others, *met, causal=False)
     dq3_JBTHK = dq3_JBTHK.astype(jnp.float32)
     zeros = jnp.zeros_like(dq3_JBTHK)
     first = dq1_2BTHK[0] + _choose(before_J, dq3_JBTHK, zeros).sum(0)
@@ -147,27 +199,32 @@ def _joined_backward(residuals: Any, d_out_2BTHK: Array) -> Any:
 _joined.defvjp(_joined_forward, _joined_backward)
 
 
-def _fold(x: Any) -> Any:
-    """Make one batch dimension of all leading ones."""
+def _fold(x: Array) -> Array:
+    """Merge all leading dimensions into one of the batch."""
     return x.reshape(-1, *x.shape[-3:])
 
 
-def _mask(part: Part) -> Any:
+def _mask(part: Part) -> Array | None:
     """Return True where segments agree `[B, 1, T, S]`, or None without segments."""
     q, k, _, q_segments, k_segments = part
     if q_segments is None or k_segments is None:
         return None
     q_segments_BT = q_segments.reshape(-1, q.shape[-3])
     k_segments_BS = k_segments.reshape(-1, k.shape[-3])
+    return _agree(q_segments_BT, k_segments_BS)
+
+
+def _agree(q_segments_BT: Array, k_segments_BS: Array) -> Array:
+    """Return `[B, 1, T, S]`: True where a query and a key are of one segment."""
     return q_segments_BT[:, None, :, None] == k_segments_BS[:, None, None, :]
 
 
-def _forward(part: Part, *, causal: bool) -> tuple[Array, Array]:
+def forward_kernel(part: Part, *, causal: bool) -> tuple[Array, Array]:
     """Return cuDNN's output `[..., T, H, K]` and the logs of its softmax sums `[..., H, T]`."""
     q, k, v = (_fold(x) for x in part[:3])
     # Not jax.nn.dot_product_attention: it rounds the sums to the format of q.
     out_BTHK, sums_BHT = cudnn.dot_product_attention(
-        q, k, v, mask=_mask(part), scale=q.shape[-1] ** -0.5, mask_type=_mask_type(causal),
+        q, k, v, mask=_mask(part), scale=q.shape[-1] ** -0.5, mask_type=_mask_type(causal=causal),
         return_residual=True,
     )  # fmt: skip
     return out_BTHK.reshape(part[0].shape), sums_BHT.reshape(
@@ -175,11 +232,11 @@ def _forward(part: Part, *, causal: bool) -> tuple[Array, Array]:
     )
 
 
-def _mask_type(causal: bool) -> Any:
+def _mask_type(*, causal: bool) -> cudnn.MaskType:
     return cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
 
 
-def _backward(part: Part, sums: Array, out: Array, d_out: Array, *, causal: bool) -> list[Array]:
+def backward_kernel(part: Part, sums: Array, out: Array, d_out: Array, *, causal: bool) -> _Three:
     """Return the gradients of q, k, v through the softmax whose output and log-sums are given."""
     arrays = part[:3]
     q, k, v, out, d_out = (_fold(x) for x in (*arrays, out, d_out))
@@ -190,14 +247,15 @@ def _backward(part: Part, sums: Array, out: Array, d_out: Array, *, causal: bool
         q, k, v, *optional, sums.reshape(-1, *sums.shape[-2:]), out, d_out,
         scale=q.shape[-1] ** -0.5, seed=0, dropout_rate=0.0,
         variadic_args=(bias is not None, False),
-        mask_type=_mask_type(causal),
+        mask_type=_mask_type(causal=causal),
         layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None, **_NEWER,
     )  # fmt: skip
-    return [grad.reshape(x.shape) for grad, x in zip(grads, arrays, strict=True)]
+    d_q, d_k, d_v = (grad.reshape(x.shape) for grad, x in zip(grads, arrays, strict=True))
+    return d_q, d_k, d_v
 
 
-def answer_for(capability: tuple[int, int], version: tuple[int, int, int]) -> None:
-    """Let JAX's checks see this capability and version of cuDNN in place of this machine's."""
+def assume_gpu(capability: tuple[int, int], version: tuple[int, int, int]) -> None:
+    """Make JAX's checks see this GPU's capability and this version of cuDNN, not the machine's."""
 
     def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split("."))

@@ -1,11 +1,11 @@
 """Dropout whose masks are a function of where a value stands in the run, and of nothing else.
 
-The key of a draw comes from the seed, the layer and the place in it; then it is folded with the
-sample's number in the run and with the position in the sequence. So a mask depends neither on the
-mesh, nor on the microbatch size, nor on the batch size.
+The key of a draw comes from the seed, the layer and the place in the layer; it is then folded with
+the sample's number in the run and with the position in the sequence. So a mask depends neither on
+the mesh nor on the sizes of the batch and the microbatch.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ from gpt3jax.sharding import sequence
 
 
 class Noise(NamedTuple):
-    """What draws are made from: a key, and the number of each sample in the run."""
+    """The source of random draws: a key, and the number of each sample in the run."""
 
-    key: Any
+    key: Array
     samples_B: Array
 
     def fold(self, number: int | Array) -> "Noise":
-        """Return the noise of a part: a layer of the model, a place in a layer."""
+        """Return the noise of a part of the network: of a layer, or of a place in a layer."""
         return Noise(jax.random.fold_in(self.key, number), self.samples_B)
 
 

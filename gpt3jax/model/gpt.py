@@ -1,15 +1,15 @@
 """GPT-3: a pre-LayerNorm transformer with learned positions, biases and a tied head.
 
 NNX modules only hold parameters; each is a pytree that plain `jax.jit`, `grad`, `scan` and Optax
-take as it is. Blocks are stacked along a leading layer dimension and scanned. Numerics follow
-Megatron-LM; what differs on purpose is listed in docs/from_megatron.md.
+accept. Blocks are stacked along a leading layer dimension and scanned. Numerics follow Megatron-LM;
+docs/from_megatron.md lists the deliberate differences.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +24,42 @@ from gpt3jax.sharding import rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How the network runs here: what changes speed and rounding, but not the parameters."""
+    """How the network runs on this mesh: settings that change speed and rounding, no parameter."""
 
     dtype: str = "float32"
     attention: str = "xla"
     sequence_parallel: bool = False
 
     @property
-    def residual_axes(self) -> tuple[str | None, ...]:
+    def residual_axes(self) -> tuple[str | None, str | None, None]:
         """Logical axes of the residual stream, norms and dropout."""
         return ("batch", "seq_shard" if self.sequence_parallel else "seq", None)
 
 
-def weight(key: Any, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...]) -> Any:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardArgs:
+    """The arguments that all layers of a forward pass share."""
+
+    segments_BT: Array | None = None  # document numbers, where documents are hidden from each other
+    noise: dropout.Noise | None = None  # None: without dropout (evaluation)
+    compute: Compute = Compute()
+
+    def fold(self, number: int | Array) -> "ForwardArgs":
+        """Return the arguments of a part of the network, which has dropout's noise of its own."""
+        if self.noise is None:
+            return self
+        return dataclasses.replace(self, noise=self.noise.fold(number))
+
+
+Axes: TypeAlias = tuple[str | None, ...]
+
+
+def weight(key: Array, shape: tuple[int, ...], std: float, axes: Axes) -> nnx.Param[Array]:
     """Return a matrix drawn from N(0, std), fp32, subject to weight decay."""
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes, decays=True)
 
 
-def vector(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Any:
+def vector(value: float, shape: tuple[int, ...], axes: Axes) -> nnx.Param[Array]:
     """Return a bias or scale, fp32, without weight decay."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decays=False)
 
@@ -66,7 +84,7 @@ class LayerNorm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head causal self-attention."""
 
-    def __init__(self, model: schema.Model, key: Any):
+    def __init__(self, model: schema.Model, key: Array):
         k_qkv, k_out = jax.random.split(key)
         d, h, k = model.d_model, model.n_heads, model.d_head
         self.w_qkv_D3HK = weight(
@@ -78,30 +96,25 @@ class Attention(nnx.Module):
         self.dropout_rate = model.attention_dropout
         self.gather_again = model.remat in ("dots", "mlp")
 
-    def __call__(
-        self,
-        x_BTD: Array,
-        segments_BT: Array | None,
-        noise: dropout.Noise | None,
-        window: int | None,
-        compute: Compute,
-    ) -> Array:
+    def __call__(self, x_BTD: Array, window: int | None, args: ForwardArgs) -> Array:
         """Return the branch's output without its bias, which is added in the residual's layout."""
+        compute = args.compute
         w_qkv_D3HK = self.w_qkv_D3HK[...].astype(compute.dtype)
         qkv_BT3HK = jnp.einsum("btd,dchk->btchk", x_BTD, w_qkv_D3HK)
         qkv_BT3HK += self.b_qkv_3HK[...].astype(compute.dtype)
         qkv_BT3HK = rules.constrain(qkv_BT3HK, "batch", "seq", None, "heads", "head_dim")
         qkv_BT3HK = checkpoint_name(qkv_BT3HK, "qkv")
-        out_BTHK = attention.attend(
-            qkv_BT3HK[:, :, 0],
-            qkv_BT3HK[:, :, 1],
-            qkv_BT3HK[:, :, 2],
+        options = attention.Options(
             implementation=compute.attention,
             window=window,
-            segments_BT=segments_BT,
             dropout_rate=self.dropout_rate,
-            noise=noise,
             gather_again=self.gather_again,
+        )
+        out_BTHK = attention.attend(
+            *(qkv_BT3HK[:, :, i] for i in range(3)),
+            options=options,
+            segments_BT=args.segments_BT,
+            noise=args.noise,
         )
         out_BTHK = rules.constrain(out_BTHK, "batch", "seq", "heads", "head_dim")
         return jnp.einsum("bthk,hkd->btd", out_BTHK, self.w_out_HKD[...].astype(compute.dtype))
@@ -110,7 +123,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """Two matrices with GELU between them."""
 
-    def __init__(self, model: schema.Model, key: Any):
+    def __init__(self, model: schema.Model, key: Array):
         k_in, k_down = jax.random.split(key)
         d, f = model.d_model, model.d_ff
         self.w_in_DF = weight(k_in, (d, f), model.init_std, ("embed", "mlp"))
@@ -132,7 +145,7 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then MLP, each behind a LayerNorm and added to the residual."""
 
-    def __init__(self, model: schema.Model, key: Any):
+    def __init__(self, model: schema.Model, key: Array):
         k_attention, k_mlp = jax.random.split(key)
         self.norm_1 = LayerNorm(model)
         self.attention = Attention(model, k_attention)
@@ -140,50 +153,46 @@ class Block(nnx.Module):
         self.mlp = Mlp(model, k_mlp)
         self.dropout_rate = model.dropout
 
-    def __call__(
-        self,
-        x_BTD: Array,
-        segments_BT: Array | None,
-        noise: dropout.Noise | None,
-        window: int | None,
-        compute: Compute,
-    ) -> Array:
+    def __call__(self, x_BTD: Array, window: int | None, args: ForwardArgs) -> Array:
         """Return the residual stream after the layer."""
-        parts = [None if noise is None else noise.fold(part) for part in range(3)]
-        normed_BTD = self._norm(self.norm_1, x_BTD, compute)
-        out_BTD = self.attention(normed_BTD, segments_BT, parts[0], window, compute)
-        x_BTD = self._add(x_BTD, out_BTD, self.attention.b_out_D, parts[1], compute)
+        parts = [args.fold(part) for part in range(3)]
+        normed_BTD = self._norm(self.norm_1, x_BTD, args.compute)
+        out_BTD = self.attention(normed_BTD, window, parts[0])
+        x_BTD = self._add(x_BTD, out_BTD, self.attention.b_out_D, parts[1])
         x_BTD = checkpoint_name(x_BTD, "residual")
-        out_BTD = self.mlp(self._norm(self.norm_2, x_BTD, compute), compute)
-        return self._add(x_BTD, out_BTD, self.mlp.b_down_D, parts[2], compute)
+        out_BTD = self.mlp(self._norm(self.norm_2, x_BTD, args.compute), args.compute)
+        return self._add(x_BTD, out_BTD, self.mlp.b_down_D, parts[2])
 
     def _norm(self, norm: LayerNorm, x_BTD: Array, compute: Compute) -> Array:
-        # Both constraints: with the second alone the fp32 value is gathered over the tensor axis,
-        # with none the partitioner gathers weights instead.
+        # Both constraints are needed: with the second alone the fp32 value is gathered over the
+        # tensor axis; with none the partitioner gathers weights instead.
         normed_BTD = remat.elementwise(norm)(x_BTD, compute.dtype)
         normed_BTD = rules.constrain(normed_BTD, *compute.residual_axes)
         return rules.constrain(normed_BTD, "batch", "seq", None)
 
     def _add(
-        self, x_BTD: Array, out_BTD: Array, bias: Any, noise: dropout.Noise | None, compute: Compute
+        self, x_BTD: Array, out_BTD: Array, bias_D: nnx.Param[Array], args: ForwardArgs
     ) -> Array:
-        # Both constraints here too: with the second alone, and `context` in use, the partitioner
-        # gathers the whole sequence before the product.
+        # Both constraints are needed here too: with the second alone, and `context` in use, the
+        # partitioner gathers the whole sequence before the product.
         out_BTD = rules.constrain(out_BTD, "batch", "seq", None)
-        out_BTD = rules.constrain(out_BTD, *compute.residual_axes)
-        out_BTD += bias[...].astype(compute.dtype)
-        x_BTD += dropout.apply(out_BTD, self.dropout_rate, noise)
-        return rules.constrain(x_BTD, *compute.residual_axes)
+        out_BTD = rules.constrain(out_BTD, *args.compute.residual_axes)
+        out_BTD += bias_D[...].astype(args.compute.dtype)
+        x_BTD += dropout.apply(out_BTD, self.dropout_rate, args.noise)
+        return rules.constrain(x_BTD, *args.compute.residual_axes)
 
 
-Take = Callable[[Any, Any], tuple[Block, Any]]  # (what stands for a block, sums) -> block, sums
-Carry = tuple[Array, Any]  # the residual stream, sums
+# Gradient sums, in the shapes of stacked blocks, that a pipeline stage hands from layer to layer.
+Sums: TypeAlias = Block | None
+Carry: TypeAlias = tuple[Array, Sums]  # the residual stream, the sums
+# (an entry of `run_layers`' stack, sums) -> the block that the entry stands for, sums
+BlockAt: TypeAlias = Callable[[Array, Sums], tuple[Block, Sums]]
 
 
 class GPT(nnx.Module):
     """The whole network, up to the final hidden states; the head is its embedding table."""
 
-    def __init__(self, model: schema.Model, key: Any, virtual_stages: int = 1):
+    def __init__(self, model: schema.Model, key: Array, virtual_stages: int = 1):
         """Draw the weights; with R virtual stages blocks are stacked `[R, L / R, ...]`."""
         k_embedding, k_positions, k_blocks = jax.random.split(key, 3)
         self.embedding_VD = weight(
@@ -209,10 +218,11 @@ class GPT(nnx.Module):
         noise: dropout.Noise | None = None,
         compute: Compute = Compute(),
     ) -> Array:
-        """Return final hidden states `[B, T, D]`; with `noise` dropout acts (training)."""
+        """Return the final hidden states `[B, T, D]`; dropout acts where `noise` is given."""
         x_BTD = self.embed(tokens_BT, positions_BT, noise, compute)
         numbers_L = jnp.arange(self.model.n_layers)
-        x_BTD, _ = self.run_layers(self.blocks, numbers_L, x_BTD, segments_BT, noise, compute)
+        args = ForwardArgs(segments_BT=segments_BT, noise=noise, compute=compute)
+        x_BTD, _ = self.run_layers(self.blocks, numbers_L, x_BTD, args)
         return self.final_norm(x_BTD, compute)
 
     def embed(
@@ -220,7 +230,7 @@ class GPT(nnx.Module):
     ) -> Array:
         """Return what enters the first layer, `[B, T, D]`."""
         out_axes = compute.residual_axes[:2]
-        # In fp32, because the gradient of a lookup adds up all places of a token, thousands for a
+        # In fp32, because the gradient of a lookup adds up all places of a token: thousands for a
         # frequent one.
         x_BTD = lookup.rows(("vocab", "embed"), out_axes, self.embedding_VD[...], tokens_BT)
         x_BTD += lookup.rows((None, "embed"), out_axes, self.positions_TD[...], positions_BT)
@@ -240,61 +250,46 @@ class GPT(nnx.Module):
 
     def run_layers(
         self,
-        blocks: Any,
+        stack: Block | Array,
         numbers_L: Array,
         x_BTD: Array,
-        segments_BT: Array | None,
-        noise: dropout.Noise | None,
-        compute: Compute,
-        take: Take | None = None,
-        sums: Any = None,
+        args: ForwardArgs,
+        block_at: BlockAt | None = None,
+        sums: Sums = None,
     ) -> Carry:
-        """Return the residual stream after stacked blocks (leaves `[L, ...]`) with these numbers.
+        """Return the residual stream after the layers with these numbers, and the sums.
 
-        They are consecutive layers, the first of which begins a period of `layer_windows`. With
-        `take`, `blocks` is something else stacked, of which it makes the blocks; what it hands on
-        from layer to layer, `sums`, is returned too.
+        `stack` holds their blocks (leaves `[L, ...]`); or, with `block_at`, something that
+        `block_at` makes each block from, and then `sums` go through it from layer to layer. The
+        layers are consecutive, and the first of them begins a period of `layer_windows`.
         """
         windows = layer_windows(self.model)
         # Layers repeat in periods of `len(windows)`; a last, shorter period may be left over.
         n_layers = numbers_L.size
         n_whole = n_layers // len(windows) * len(windows)
+        carry = x_BTD, sums
         for first, stop in ((0, n_whole), (n_whole, n_layers)):
             if first < stop:
-                part = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], (blocks, numbers_L))
-                period = windows[: stop - first]
-                carry = self._scan((x_BTD, sums), part, period, segments_BT, noise, compute, take)
-                x_BTD, sums = carry
-        return x_BTD, sums
+                part = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], (stack, numbers_L))
+                carry = self._scan(carry, part, windows[: stop - first], args, block_at)
+        return carry
 
     def _scan(
         self,
         carry: Carry,
-        part: tuple[Any, Array],
+        part: tuple[Block | Array, Array],
         windows: tuple[int | None, ...],
-        segments_BT: Array | None,
-        noise: dropout.Noise | None,
-        compute: Compute,
-        take: Take | None,
+        args: ForwardArgs,
+        block_at: BlockAt | None,
     ) -> Carry:
-        """Run the layers of `part`, stacked blocks and numbers: a whole number of periods."""
+        """Run the layers of `part`, a stack and its numbers: a whole number of periods."""
+        layer = self._layer(args, block_at)
 
-        def layer(block: Any, own: dropout.Noise | None, carry: Carry, window: int | None) -> Carry:
-            x_BTD, sums = carry
-            if take is not None:
-                block, sums = take(block, sums)
-            return block(x_BTD, segments_BT, own, window, compute), sums
-
-        policy = remat.POLICIES[remat.in_effect(self.model.remat, take is not None)]
-        if policy is not None:
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=3)
-
-        def period(carry: Carry, part: tuple[Any, Array]) -> tuple[Carry, None]:
-            blocks, numbers = part
+        def period(carry: Carry, part: tuple[Block | Array, Array]) -> tuple[Carry, None]:
+            stack, numbers = part
             for i, window in enumerate(windows):
-                block = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
-                layer_noise = None if noise is None else noise.fold(numbers[i])
-                carry = layer(block, layer_noise, carry, window)
+                entry = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+                carry = layer(entry, args.fold(numbers[i]).noise, carry, window)
             return carry, None
 
         def grouped(leaf: Array) -> Array:
@@ -302,12 +297,28 @@ class GPT(nnx.Module):
 
         return jax.lax.scan(period, carry, jax.tree.map(grouped, part))[0]
 
+    def _layer(self, args: ForwardArgs, block_at: BlockAt | None) -> Callable[..., Carry]:
+        """Return what runs one layer: (entry of the stack, noise, carry, window) -> carry."""
+
+        def layer(
+            entry: Block | Array, noise: dropout.Noise | None, carry: Carry, window: int | None
+        ) -> Carry:
+            x_BTD, sums = carry
+            block, sums = (entry, sums) if block_at is None else block_at(entry, sums)
+            assert isinstance(block, Block)
+            return block(x_BTD, window, dataclasses.replace(args, noise=noise)), sums
+
+        policy = remat.POLICIES[remat.in_effect(self.model.remat, block_at is not None)]
+        if policy is None:
+            return layer
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=3)
+
 
 def output_std(model: schema.Model) -> float:
-    """Std of projections into the residual stream, scaled by its 2 L summands (GPT-2, 2.3)."""
+    """Return the std of projections into the residual stream, a sum of 2 L (GPT-2, 2.3)."""
     return model.init_std / math.sqrt(2 * model.n_layers)
 
 
 def layer_windows(model: schema.Model) -> tuple[int | None, ...]:
-    """Return what the layers of one period see: earlier positions, or None for all of them."""
+    """Return how many earlier positions each layer of a period sees; None for all of them."""
     return (None,) if model.attention.pattern == "dense" else (model.attention.band, None)

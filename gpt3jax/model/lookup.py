@@ -1,8 +1,8 @@
 """The lookup of a table's rows and its gradient, written out over the mesh.
 
-XLA's partitioner is not asked: for a table that `fsdp` and `tensor` cut, in a region that is manual
-over `data`, jaxlib 0.11 and 0.12 abort the process on the gather. So each device gathers the
-columns of its own rows, looks up the ids that these rows serve, and sums the result with those of
+It is not left to XLA's partitioner: for a table that `fsdp` and `tensor` cut, in a region that is
+manual over `data`, jaxlib 0.11 and 0.12 abort the process on the gather. So each device gathers the
+columns of its own rows, looks up the ids that stand in these rows, and sums the result with that of
 the other devices. The backward pass adds gradients to a device's own rows, and sums likewise.
 """
 
@@ -21,9 +21,9 @@ Axes = tuple[str | None, str | None]
 def rows(table_axes: Axes, out_axes: Axes, table_VD: Array, ids_BT: Array) -> Array:
     """Return `table[ids]`, `[B, T, D]` with D whole; its gradient is summed in the table's format.
 
-    `table_axes` are the logical axes of the table, `out_axes` those of the result's first two
+    `table_axes` are the logical axes of the table, `out_axes` the axes of the result's first two
     dimensions. Where one mesh axis cuts both the table's rows and the result's positions
-    (sequence parallelism), each device gets the sums of its own positions alone.
+    (sequence parallelism), each device gets the sums for its own positions only.
     """
     row_axes, column_axes = map(rules.axes_in_use, table_axes)
     position_axes = rules.axes_in_use(out_axes[1])
@@ -47,7 +47,7 @@ def rows(table_axes: Axes, out_axes: Axes, table_VD: Array, ids_BT: Array) -> Ar
 def _forward(
     table_axes: Axes, out_axes: Axes, table_VD: Array, ids_BT: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    # The backward pass reads the table's shape alone, so no copy of it is kept.
+    # The backward pass reads only the table's shape, so no copy of it is kept.
     return rows(table_axes, out_axes, table_VD, ids_BT), (table_VD, ids_BT)
 
 
@@ -57,8 +57,8 @@ def _backward(
     row_axes, column_axes = map(rules.axes_in_use, table_axes)
     position_axes = rules.axes_in_use(out_axes[1])
     id_axes = _id_axes(table_axes, out_axes)
-    of_ids = [axis for logical in id_axes for axis in rules.axes_in_use(logical)]
-    sum_axes = tuple(axis for axis in of_ids if axis not in column_axes)
+    cut_ids = [axis for logical in id_axes for axis in rules.axes_in_use(logical)]
+    sum_axes = tuple(axis for axis in cut_ids if axis not in column_axes)
     n_own = residuals[0].shape[0] // rules.n_ways(table_axes[0])
 
     def local(ids: Array, d_x: Array) -> Array:
@@ -81,7 +81,7 @@ rows.defvjp(_forward, _backward)
 
 
 def _id_axes(table_axes: Axes, out_axes: Axes) -> Axes:
-    """Return the axes of the ids: a device needs those of all positions that its rows serve."""
+    """Return the axes of the ids: a device needs all ids that may stand in its rows."""
     row_axes, position_axes = rules.axes_in_use(table_axes[0]), rules.axes_in_use(out_axes[1])
     return (out_axes[0], "seq") if set(row_axes) & set(position_axes) else out_axes
 

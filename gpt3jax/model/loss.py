@@ -1,8 +1,8 @@
 """Next-token cross-entropy, safe and lean on a sharded vocabulary.
 
-Logits exist only a chunk of the sequence at a time, in fp32, sharded over the vocabulary, and are
-never gathered. The forward pass of a training step turns each chunk into gradients at once, so the
-backward pass neither keeps nor recomputes logits.
+Logits exist only for one chunk of the sequence at a time, in fp32, sharded over the vocabulary, and
+are never gathered. The forward pass of a training step turns each chunk into gradients at once, so
+the backward pass neither keeps nor recomputes logits.
 """
 
 import functools
@@ -17,23 +17,24 @@ EXCLUDED = -1e30  # the logit of a padded vocabulary entry that is kept out of t
 
 
 def token_weights(loss_mask_MBT: Array, mean: str, microbatch_size: int) -> Array:
-    """Return what each token counts in the loss that is differentiated; they sum to 1.
+    """Return the weight of each token in the loss that is differentiated; the weights sum to 1.
 
-    "tokens": all tokens of the global batch alike. "microbatches": Megatron's mean over groups of
-    `microbatch_size` sequences of the means within a group; it differs where masks do.
+    With `mean` "tokens" all tokens of the global batch have the same. With "microbatches" the
+    loss is Megatron's: the mean of the means within groups of `microbatch_size` sequences, which
+    differs where groups have different numbers of tokens.
     """
     mask_MBT = loss_mask_MBT.astype(jnp.float32)
     if mean == "tokens":
         return mask_MBT / jnp.maximum(mask_MBT.sum(), 1)
     n_microbatches, n_rows, n_positions = mask_MBT.shape
     n_groups = n_rows // microbatch_size
-    mask = mask_MBT.reshape(n_microbatches, n_groups, microbatch_size, n_positions)
-    n_tokens = jnp.maximum(mask.sum((2, 3), keepdims=True), 1)
-    return (mask / n_tokens / (n_microbatches * n_groups)).reshape(mask_MBT.shape)
+    mask_MGBT = mask_MBT.reshape(n_microbatches, n_groups, microbatch_size, n_positions)
+    n_tokens_MG11 = jnp.maximum(mask_MGBT.sum((2, 3), keepdims=True), 1)
+    return (mask_MGBT / n_tokens_MG11 / (n_microbatches * n_groups)).reshape(mask_MBT.shape)
 
 
 def logits(x_BTD: Array, embedding_VD: Array, vocab_size: int) -> Array:
-    """Return fp32 logits `[B, T, V]`; entries from `vocab_size` on are excluded from a softmax."""
+    """Return fp32 logits `[B, T, V]`; a softmax gives entries from `vocab_size` on no weight."""
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, embedding_VD, preferred_element_type=jnp.float32)
     logits_BTV = rules.constrain(logits_BTV, "batch", "seq", "vocab")
     if vocab_size == embedding_VD.shape[0]:
@@ -51,9 +52,9 @@ def cross_entropy(
 ) -> tuple[Array, Array]:
     """Return sum(weights x token losses), and the token losses `[B, T]`, all fp32.
 
-    The gradient is that of the sum with respect to x (final hidden states) and the embedding table
-    (the tied head); the token losses are for reporting and pass none on. Weights may carry the
-    loss scale, so that 16-bit gradients of logits do not vanish.
+    The sum has a gradient with respect to x (final hidden states) and the embedding table (the tied
+    head); the token losses are for reports and have none. The weights may include the loss scale,
+    so that 16-bit gradients of logits do not vanish.
     """
     total, token_losses_BT = _weighted_sum(
         n_chunks, vocab_size, x_BTD, embedding_VD, targets_BT, weights_BT
@@ -71,8 +72,8 @@ def _weighted_sum(
     weights_BT: Array,
 ) -> tuple[Array, Array]:
     def chunk(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        x, targets = part
-        return None, _losses(logits(x, embedding_VD, vocab_size), targets)[0]
+        x_BUD, targets_BU = part
+        return None, _losses(logits(x_BUD, embedding_VD, vocab_size), targets_BU)[0]
 
     parts = _split(x_BTD, n_chunks), _split(targets_BT, n_chunks)
     token_losses_BT = _join(jax.lax.scan(chunk, None, parts)[1])
@@ -87,27 +88,29 @@ def _weighted_sum_forward(
     targets_BT: Array,
     weights_BT: Array,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    def chunk(d_embedding_DV: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        x, targets, weights = part
-        logits_BTV = logits(x, embedding_VD, vocab_size)
-        losses, exp_BTV, sum_BT = _losses(logits_BTV, targets)
-        d_logits_BTV = exp_BTV * (weights / sum_BT)[..., None]
-        d_logits_BTV -= jnp.where(_hits(logits_BTV, targets), weights[..., None], 0)
-        d_logits_BTV = d_logits_BTV.astype(x.dtype)
-        dx = jnp.einsum("btv,vd->btd", d_logits_BTV, embedding_VD)
+    def chunk(
+        d_embedding_DV: Array, part: tuple[Array, Array, Array]
+    ) -> tuple[Array, tuple[Array, Array]]:
+        x_BUD, targets_BU, weights_BU = part
+        logits_BUV = logits(x_BUD, embedding_VD, vocab_size)
+        losses_BU, exp_BUV, sum_BU = _losses(logits_BUV, targets_BU)
+        d_logits_BUV = exp_BUV * (weights_BU / sum_BU)[..., None]
+        d_logits_BUV -= jnp.where(_hits(logits_BUV, targets_BU), weights_BU[..., None], 0)
+        d_logits_BUV = d_logits_BUV.astype(x_BUD.dtype)
+        d_x_BUD = jnp.einsum("buv,vd->bud", d_logits_BUV, embedding_VD)
         # [D, V]: the other way round this product takes half as long again on a CPU.
         d_embedding_DV += jnp.einsum(
-            "btd,btv->dv", x, d_logits_BTV, preferred_element_type=jnp.float32
+            "bud,buv->dv", x_BUD, d_logits_BUV, preferred_element_type=jnp.float32
         )
         d_embedding_DV = rules.constrain(d_embedding_DV, "embed", "vocab")
-        return d_embedding_DV, (losses, rules.constrain(dx, "batch", "seq", None))
+        return d_embedding_DV, (losses_BU, rules.constrain(d_x_BUD, "batch", "seq", None))
 
-    parts = tuple(_split(a, n_chunks) for a in (x_BTD, targets_BT, weights_BT))
+    parts = _split(x_BTD, n_chunks), _split(targets_BT, n_chunks), _split(weights_BT, n_chunks)
     zeros_DV = jnp.zeros(embedding_VD.shape[::-1], jnp.float32)
-    d_embedding_DV, (losses, dx) = jax.lax.scan(chunk, zeros_DV, parts)
-    token_losses_BT = _join(losses)
+    d_embedding_DV, (losses_NBU, d_x_NBUD) = jax.lax.scan(chunk, zeros_DV, parts)
+    token_losses_BT = _join(losses_NBU)
     out = (token_losses_BT * weights_BT).sum(), token_losses_BT
-    return out, (_join(dx), d_embedding_DV.T.astype(embedding_VD.dtype))
+    return out, (_join(d_x_NBUD), d_embedding_DV.T.astype(embedding_VD.dtype))
 
 
 def _weighted_sum_backward(
@@ -117,9 +120,8 @@ def _weighted_sum_backward(
     cotangents: tuple[Array, Array],
 ) -> tuple[Array, Array, None, None]:
     d_total, _ = cotangents
-    dx_BTD, d_embedding_VD = residuals
-    scaled = [(d * d_total).astype(d.dtype) for d in (dx_BTD, d_embedding_VD)]
-    return scaled[0], scaled[1], None, None
+    d_x_BTD, d_embedding_VD = ((d * d_total).astype(d.dtype) for d in residuals)
+    return d_x_BTD, d_embedding_VD, None, None
 
 
 _weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
@@ -140,14 +142,14 @@ def _hits(logits_BTV: Array, targets_BT: Array) -> Array:
 
 
 def _split(x: Array, n_chunks: int) -> Array:
-    """[B, T, ...] -> [chunk, B, T / chunks, ...], where each shard of T gives a part of each."""
+    """[B, T, ...] -> [N, B, U, ...]: each of N chunks has a part of every shard; U = T / N."""
     n_shards = sequence.context_size()
     parts = x.reshape(x.shape[0], n_shards, n_chunks, -1, *x.shape[2:])
     return jnp.moveaxis(parts, 2, 0).reshape(n_chunks, x.shape[0], -1, *x.shape[2:])
 
 
 def _join(x: Array) -> Array:
-    """[chunk, B, T / chunks, ...] -> [B, T, ...]: undo `_split`."""
+    """[N, B, U, ...] -> [B, T, ...]: undo `_split`."""
     n_chunks, n_rows = x.shape[:2]
     parts = x.reshape(n_chunks, n_rows, sequence.context_size(), -1, *x.shape[3:])
     return jnp.moveaxis(parts, 0, 2).reshape(n_rows, -1, *x.shape[3:])

@@ -225,7 +225,7 @@ def main() -> int:
 def _compile(request: _Request) -> _Answer:
     started = time.monotonic()
     major, minor = request["capability"]
-    cudnn_attention.answer_for((major, minor), gpus.CUDNN)
+    cudnn_attention.assume_gpu((major, minor), gpus.CUDNN)
     cfg = recipe.parse(request["args"])
     mesh = _target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)

@@ -227,12 +227,8 @@ def _read(
     segments_BT = (places_BT >= 0).astype(jnp.int32)  # keeps what is padding apart
 
     def attend(i: int, window: int | None, *qkv: Array) -> tuple[Array, tuple[Array, Array]]:
-        out_BTHK = attention.attend(
-            *qkv,
-            implementation=weights.compute.attention,
-            window=window,
-            segments_BT=segments_BT,
-        )
+        options = attention.Options(implementation=weights.compute.attention, window=window)
+        out_BTHK = attention.attend(*qkv, options=options, segments_BT=segments_BT)
         k_BHSK, v_BHSK = (
             jnp.pad(x_BTHK.swapaxes(1, 2), ((0, 0), (0, 0), (0, n_empty), (0, 0)))
             for x_BTHK in qkv[1:]

@@ -1,4 +1,4 @@
-"""Rows of a table and their gradient, on meshes: what XLA's partitioner is not asked for."""
+"""Rows of a table and their gradient, on meshes: not left to XLA's partitioner."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def expected(table, ids, weights):
 
 
 def looked_up(axes, manual, kinds, table, ids, weights):
-    """Return the same two from the mesh, in a region that is manual over `data`, or automatic."""
+    """Return both from the mesh, in a region that is manual over `data`, or automatic."""
     table_axes, out_axes = kinds
 
     def weighted(table, ids, weights):
@@ -65,8 +65,8 @@ def test_rows_and_their_gradient_are_numpys(mesh, rows, positions):
     ids = rng.integers(0, V, (B, T)).astype(np.int32)
     weights = rng.normal(size=(B, T, D)).astype(np.float32)
     kinds = (rows, "embed"), ("batch", positions)
-    found = looked_up(*MESHES[mesh], kinds, table, ids, weights)
-    for array, right in zip(found, expected(table, ids, weights), strict=True):
+    results = looked_up(*MESHES[mesh], kinds, table, ids, weights)
+    for array, right in zip(results, expected(table, ids, weights), strict=True):
         np.testing.assert_allclose(array, right, atol=1e-5)
 
 

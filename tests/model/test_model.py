@@ -96,7 +96,7 @@ def test_no_position_sees_a_later_one():
 
 def trunk(params, x_BTD):
     block = jax.tree.map(lambda leaf: leaf[0], params.blocks)
-    return block(x_BTD, None, None, None, gpt.Compute())
+    return block(x_BTD, None, gpt.ForwardArgs())
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,11 @@ def remat_case(cfg):
 def test_each_parameters_suffix_axes_and_rank_agree():
     abstract = jax.eval_shape(functools.partial(gpt.GPT, TINY), jax.random.key(0))
     is_variable = layouts.is_variable
-    found = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=is_variable)
+    variables = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=is_variable)
     letters = {"V": "vocab", "H": "heads", "K": "head_dim", "F": "mlp", "3": None, "T": None}
     sizes = {"V": 256, "H": 4, "K": 16, "F": 256, "3": 3, "T": 32, "D": 64}
-    for path, variable in found:
+    assert len(variables) == len(tiny.NUMPY_NAMES)
+    for path, variable in variables:
         name = path[-1].name if hasattr(path[-1], "name") else str(path[-1].key)
         suffix, axes = name.rsplit("_", 1)[1], variable.get_metadata("axes")
         shape = variable.get_value().shape[-len(suffix) :]
@@ -194,9 +195,8 @@ def test_attention_dropout_drops_probabilities():
     """With all values 1, the output is the kept share of each row, scaled up."""
     q = jax.random.normal(jax.random.key(0), (2, 512, 2, 8))
     noise = dropout.Noise(jax.random.key(1), jnp.arange(2))
-    out = attention.attend(
-        q * 0, q, jnp.ones_like(q), implementation="xla", dropout_rate=0.25, noise=noise
-    )
+    options = attention.Options(implementation="xla", dropout_rate=0.25)
+    out = attention.attend(q * 0, q, jnp.ones_like(q), options=options, noise=noise)
     out = np.asarray(out)[:, 64:, :, 0]
     np.testing.assert_allclose(out.mean(), 1, atol=0.01)
     assert 0.02 < out.std() < 0.2

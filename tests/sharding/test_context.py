@@ -1,7 +1,5 @@
 """The sequence split over `context`: the same losses, gradients and weights as on one device."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ from gpt3jax.config import schema
 from gpt3jax.model import attention, cudnn_attention, dropout
 from gpt3jax.sharding import meshes, sequence
 
+import one_device
 import tiny
 
 MESHES = {
@@ -33,25 +32,6 @@ def config_of(model, **mesh):
     return tiny.make_config(model={"n_layers": 2, "n_loss_chunks": 2, **MODELS[model]}, mesh=mesh)
 
 
-def run(cfg, mesh, n_microbatches, documents):
-    """Return initial weights, final weights, the metrics of each step and an evaluation."""
-    program = step.build(cfg, mesh, cfg.train.n_steps * cfg.batch.global_batch_size)
-    state = program.init()
-    initial, told = tiny.leaves(state.params), []
-    for i in range(N_STEPS):
-        batch = tiny.make_batch(i, cfg, mesh, n_microbatches)
-        batch = tiny.add_documents(batch) if documents else batch
-        state, metrics = program.train(state, batch)
-        told += [metrics["loss"], metrics["grad_norm"]]
-    told += program.eval(state.params, batch)
-    return initial, tiny.leaves(state.params), np.array(told)
-
-
-@functools.cache
-def on_one_device(model, documents):
-    return run(config_of(model), tiny.make_mesh(), 1, documents)
-
-
 @pytest.mark.parametrize(
     ("mesh", "model", "documents"),
     [
@@ -68,14 +48,8 @@ def on_one_device(model, documents):
 def test_losses_and_weights_do_not_depend_on_the_split(mesh, model, documents):
     """Five steps with all dropouts; an evaluation comes last."""
     axes, n_microbatches = MESHES[mesh]
-    initial, weights, told = run(
-        config_of(model, **axes), tiny.make_mesh(**axes), n_microbatches, documents
-    )
-    initial_of_one, weights_of_one, told_of_one = on_one_device(model, documents)
-    np.testing.assert_allclose(told, told_of_one, rtol=1e-5)
-    for name, array in weights.items():
-        np.testing.assert_array_equal(initial[name], initial_of_one[name], err_msg=name)
-        np.testing.assert_allclose(array, weights_of_one[name], atol=1e-5, err_msg=name)
+    steps = one_device.Steps(N_STEPS, documents=documents, evaluate=True)
+    one_device.check(config_of(model, **axes), n_microbatches, steps)
 
 
 def attend(axes, implementation="xla", dropout_rate=0.0, documents=False, window=None):
@@ -88,10 +62,13 @@ def attend(axes, implementation="xla", dropout_rate=0.0, documents=False, window
         order = np.asarray(sequence.sequence_order(N))
 
         def weighted(q, k, v):
-            out = attention.attend(
-                q, k, v, implementation=implementation, window=window, noise=noise,
-                dropout_rate=dropout_rate, segments_BT=segments[:, order] if documents else None,
+            options = attention.Options(
+                implementation=implementation, window=window, dropout_rate=dropout_rate,
                 gather_again=documents,
+            )  # fmt: skip
+            segments_BT = segments[:, order] if documents else None
+            out = attention.attend(
+                q, k, v, options=options, segments_BT=segments_BT, noise=noise
             )  # fmt: skip
             return (out * weights[:, order]).sum(), out
 
@@ -152,8 +129,8 @@ def plain_backward(part, sums, out, d_out, *, causal):
 @pytest.mark.parametrize("documents", [False, True])
 def test_three_kernels_a_shard_attend_as_one_device(monkeypatch, context, documents):
     """The cuDNN path, with plain kernels in place of cuDNN's."""
-    monkeypatch.setattr(cudnn_attention, "_forward", plain_forward)
-    monkeypatch.setattr(cudnn_attention, "_backward", plain_backward)
+    monkeypatch.setattr(cudnn_attention, "forward_kernel", plain_forward)
+    monkeypatch.setattr(cudnn_attention, "backward_kernel", plain_backward)
     axes = {"data": 1, "fsdp": 2, "context": context, "tensor": 4 // context}
     assert_equal(attend(axes, "cudnn", documents=documents), attend({}, documents=documents))
 
@@ -169,8 +146,8 @@ def test_cudnns_kernels_take_and_return_what_is_expected(monkeypatch, leading, d
 
     def both():
         part = (q, k, k, *segments)
-        out, sums = cudnn_attention._forward(part, causal=False)
-        return out, sums, cudnn_attention._backward(part, sums, out, out, causal=False)
+        out, sums = cudnn_attention.forward_kernel(part, causal=False)
+        return out, sums, cudnn_attention.backward_kernel(part, sums, out, out, causal=False)
 
     lowered = jax.jit(both).trace().lower(lowering_platforms=("cuda",))
     out, sums, gradients = lowered.out_info
@@ -197,8 +174,8 @@ def test_minus_one_on_context_is_checked_once_the_devices_are_known():
 
 @slow
 @pytest.mark.parametrize("mesh", MESHES)
-def test_no_split_causes_an_involuntary_full_rematerialization(mesh, capfd, no_compilation_cache):
+@pytest.mark.usefixtures("no_rematerialization")
+def test_no_split_causes_an_involuntary_full_rematerialization(mesh):
     axes, n_microbatches = MESHES[mesh]
     cfg = config_of("alternating", **axes)
     tiny.run(cfg, tiny.make_mesh(**axes), n_microbatches, 1)
-    assert "rematerialization" not in capfd.readouterr().err
