@@ -6,9 +6,17 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorstore
 
 from gpt3jax import errors
-from gpt3jax.checkpoint import array_digests, choosing, parameters, sample_order, storage
+from gpt3jax.checkpoint import (
+    array_digests,
+    choosing,
+    parameters,
+    partial_reading,
+    sample_order,
+    storage,
+)
 from gpt3jax.config import schema
 from gpt3jax.data import splits
 from gpt3jax.run import startup, step_log
@@ -42,8 +50,14 @@ def stored_meta(path):
 
 
 def description(path):
-    """Return what Orbax says of the arrays: names, types, how they are cut."""
-    return json.loads((path / "state" / "_METADATA").read_text())
+    """Return what the files say of the arrays: names and types, and the shapes of their chunks."""
+    described = json.loads((path / "state" / "_METADATA").read_text())
+    for array in partial_reading.arrays(path):
+        key = f"{array.name.replace('/', '.')}/"
+        kvstore = {"driver": "ocdbt", "base": f"file://{path}/state/", "path": key}
+        stored = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+        described[array.name] = stored.chunk_layout.write_chunk.shape
+    return described
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_0_1(folder, monkeypatch, capfd):
