@@ -341,10 +341,10 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
                 other.unlink(missing_ok=True)
             return due(number, interval)
 
-        def patient_poll(store, wait=False):
-            while store._manager.is_saving_in_progress():
+        def patient_poll(store, *, wait=False):
+            while store.is_saving():
                 time.sleep(0.01)
-            return poll(store, wait)
+            return poll(store, wait=wait)
 
         monkeypatch.setattr(train, "_due", due_on_a_full_disk)
         monkeypatch.setattr(storage.Checkpoints, "poll", patient_poll)

@@ -97,7 +97,10 @@ def libraries(path):
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("orbax", {"checkpoint.storage", "checkpoint.array_blocks"}),
+        (
+            "orbax",
+            {f"checkpoint.{name}" for name in ("storage", "partial_reading", "array_blocks")},
+        ),
         ("tensorstore", {"checkpoint.array_blocks"}),
         ("grain", {"data.loader"}),
         ("tensorboardX", {"record.metrics"}),

@@ -1,20 +1,19 @@
 """Digests of arrays: position-dependent checksums that are equal on every mesh."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt3jax.checkpoint import array_blocks
+from gpt3jax.checkpoint import array_blocks, array_names
 
 
-def digest(x: Any, first: Any = 0) -> jax.Array:
+def digest(x: jax.Array, first: jax.typing.ArrayLike = 0) -> jax.Array:
     """Return uint32 `[2]`: two position-dependent checksums of an array, as sums modulo 2^32.
 
-    `first` is how many elements of a larger array come before these: digests of its blocks add up
-    to its own.
+    `first` is how many elements of a larger array come before these: the digests of its blocks add
+    up to its own digest.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     position, stride = jnp.full(x.shape, first, jnp.uint32), 1
@@ -33,7 +32,7 @@ def digest(x: Any, first: Any = 0) -> jax.Array:
 
 
 @jax.jit
-def digests(state: Any) -> jax.Array:
+def digests(state: array_names.PyTree) -> jax.Array:
     """Return uint32 `[leaves, 2]`: the digest of each array of a state.
 
     They are the same on every mesh; a single changed value always changes both sums.
@@ -41,14 +40,14 @@ def digests(state: Any) -> jax.Array:
     return jnp.stack([digest(leaf) for leaf in jax.tree.leaves(state)])
 
 
-def digest_of_blocks(blocks: array_blocks.Blocks) -> Any:
+def digest_of_blocks(blocks: array_blocks.Blocks) -> np.ndarray:
     """Return the digest, uint32 `[2]`, of an array that is made block by block."""
     parts = [block_digest(blocks.shape, first, rows) for first, rows in blocks]
-    return np.sum(parts, axis=0, dtype=np.uint32)
+    return np.asarray(np.sum(parts, axis=0, dtype=np.uint32))
 
 
 def block_digest(shape: tuple[int, ...], first_row: int, rows: np.ndarray) -> np.ndarray:
-    """Return what some rows of an array of this shape add to its digest, uint32 `[2]`."""
+    """Return what some rows of an array of a shape add to its digest, uint32 `[2]`."""
     n_before = first_row * math.prod(shape[1:]) % 2**32
     return np.asarray(_digest(rows, np.uint32(n_before)))
 

@@ -1,6 +1,6 @@
-"""What is in a folder of checkpoints, read as plain files: no Orbax, no device, nothing changed.
+"""The content of a folder of checkpoints, read as plain files: no Orbax, no device, no change.
 
-A run may write to the folder meanwhile: what goes away while it is read is left out.
+A run may write to the folder meanwhile: files that vanish while they are read are left out.
 """
 
 import contextlib
@@ -8,13 +8,15 @@ import dataclasses
 import json
 import pathlib
 import re
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from gpt3jax import errors
 from gpt3jax.checkpoint import metadata
 from gpt3jax.config import user_paths
 
-_KINDS = {
+State: TypeAlias = Literal["whole", "damaged", "unfinished"]
+
+_PATTERNS: dict[State, re.Pattern[str]] = {
     "whole": re.compile(r"(\d+)"),  # Orbax gives this name when all is written
     "damaged": re.compile(r"damaged-(\d+)(-\d+)?"),
     "unfinished": re.compile(r"(\d+)\.orbax-checkpoint-tmp.*"),
@@ -26,16 +28,16 @@ class Entry:
     """A checkpoint of a folder, or what is left of one.
 
     Attributes:
-        state: "whole" says that it was written to its end, not that its arrays were read;
+        state: "whole" means that it was written to its end, not that its arrays were read;
             "damaged" that a run has set it aside or that its meta file cannot be read.
         written: seconds since the epoch.
-        n_bytes: of all files.
+        n_bytes: size of all files.
         meta: None where it cannot be read.
     """
 
     name: str
     step: int
-    state: Literal["whole", "damaged", "unfinished"]
+    state: State
     written: float
     n_bytes: int
     meta: metadata.Meta | None
@@ -48,27 +50,28 @@ def entries(folder: str) -> list[Entry]:
         UserError: the folder is not there, cannot be read, or is one checkpoint.
     """
     user_paths.check_not_a_step(pathlib.Path(folder))
-    found: list[Entry] = []
+    listed: list[Entry] = []
     try:
         for path in pathlib.Path(folder).iterdir():
             with contextlib.suppress(FileNotFoundError):
-                found += _entry(path)
+                listed += _entry(path)
     except OSError as error:
         raise errors.UserError(
             f"{folder} cannot be read ({error.strerror}): give a checkpoint.dir"
         ) from error
-    return sorted(found, key=lambda entry: (entry.step, entry.name))
+    return sorted(listed, key=lambda entry: (entry.step, entry.name))
 
 
 def _entry(path: pathlib.Path) -> list[Entry]:
-    for state, pattern in _KINDS.items():
+    for state, pattern in _PATTERNS.items():
         match = pattern.fullmatch(path.name)
         if match and path.is_dir():
             meta = read_meta(path)
-            kind: Any = "damaged" if state == "whole" and meta is None else state
+            unreadable = state == "whole" and meta is None
             return [
                 Entry(
-                    name=path.name, step=int(match[1]), state=kind, meta=meta,
+                    name=path.name, step=int(match[1]), meta=meta,
+                    state="damaged" if unreadable else state,
                     written=_written(path), n_bytes=n_bytes(path),
                 )
             ]  # fmt: skip
@@ -76,7 +79,7 @@ def _entry(path: pathlib.Path) -> list[Entry]:
 
 
 def read_meta(path: pathlib.Path) -> metadata.Meta | None:
-    """Return what a checkpoint's meta file says, or None if it is not there, cut or changed."""
+    """Return what a checkpoint's meta file says, or None if it is missing, cut or changed."""
     try:
         return metadata.checked_meta(json.loads((path / "meta" / "metadata").read_text()))
     except (OSError, ValueError, TypeError, KeyError):
@@ -84,7 +87,7 @@ def read_meta(path: pathlib.Path) -> metadata.Meta | None:
 
 
 def n_bytes(path: pathlib.Path) -> int:
-    """Return the bytes of all files of a folder; those that go away meanwhile are not counted."""
+    """Return the size of all files of a folder; files that vanish meanwhile are not counted."""
     total = 0
     for file in path.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -93,9 +96,9 @@ def n_bytes(path: pathlib.Path) -> int:
 
 
 def _written(path: pathlib.Path) -> float:
-    """Return when it was committed, as Orbax noted, else when its folder last changed."""
+    """Return when Orbax committed it, as its file says, else when its folder last changed."""
     try:
-        noted = json.loads((path / "_CHECKPOINT_METADATA").read_text())
-        return float(noted["commit_timestamp_nsecs"] / 1e9)
+        record = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+        return float(record["commit_timestamp_nsecs"] / 1e9)
     except (OSError, ValueError, KeyError, TypeError):
         return path.stat().st_mtime

@@ -1,17 +1,29 @@
-"""What a checkpoint says of itself besides its arrays. Imports no JAX."""
+"""What a checkpoint says of itself besides its arrays, as JSON. Imports no JAX."""
 
 import dataclasses
 import importlib.metadata
 import json
+import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt3jax import errors
+from gpt3jax.checkpoint import sample_order
 
 
 class DamagedError(errors.UserError):
     """A checkpoint that is there but cannot be read, or reads as something else."""
+
+
+class ChangedError(DamagedError):
+    """A checkpoint whose arrays do not match their digests."""
+
+    def __init__(self, path: pathlib.Path, arrays: list[str]):
+        super().__init__(
+            f"checkpoint {path} was changed since it was written: {', '.join(arrays)} "
+            "do not match their digests"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,34 +32,36 @@ class Meta:
 
     step: int
     consumed_samples: int
-    data_order: dict[str, Any]
-    config: dict[str, Any]
+    data_order: dict[str, object]
+    """What decides the order of samples, by the keys of `sample_order`."""
+    config: dict[str, Any]  # fields of several types
     only_params: bool = False
-    """There is no more state than the parameters: a run starts with them, not from there."""
-    faults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What `faults.Faults` goes on from."""
-    history: Sequence[dict[str, Any]] = ()
-    """What starts of the run changed before, as in config.json (`resuming.entry`)."""
+    """The checkpoint has parameters alone: a run starts with them at step 0."""
+    faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # as `faults.Faults` wrote it
+    """The state of `faults.Faults`, which a resumed run continues."""
+    history: Sequence[dict[str, Any]] = ()  # as `resume.history_entry` wrote it
+    """What earlier starts of the run changed, as in config.json (`resume.history_entry`)."""
     mesh: str = ""
-    """The mesh that it was written on, in words."""
+    """The mesh of the run that wrote it, in words."""
     jax_version: str = ""
     version: str = importlib.metadata.version("gpt3jax")
 
 
-def checked_meta(found: dict[str, Any]) -> Meta:
-    """Return what the JSON of a checkpoint's meta file says.
+def checked_meta(stored: dict[str, Any]) -> Meta:
+    """Return the content of a checkpoint's meta file, written by this version or an earlier one.
 
     Raises:
-        ValueError: it is not as it was written.
+        ValueError: it was changed since it was written.
     """
-    if with_digest(found)["crc32"] != found["crc32"]:
+    if with_checksum(stored)["crc32"] != stored["crc32"]:
         raise ValueError("its meta file was changed since it was written")
-    known = {field.name for field in dataclasses.fields(Meta)}
-    return Meta(**{name: value for name, value in found.items() if name in known})
+    fields = {field.name for field in dataclasses.fields(Meta)}
+    known = {name: value for name, value in stored.items() if name in fields}
+    return Meta(**known | {"data_order": sample_order.with_keys(known["data_order"])})
 
 
-def with_digest(meta: dict[str, Any]) -> dict[str, Any]:
-    """Return the meta data with a checksum of its own text."""
+def with_checksum(meta: Mapping[str, object]) -> dict[str, object]:
+    """Return the content of a meta file with a checksum of its own text."""
     content = {name: value for name, value in meta.items() if name != "crc32"}
     text = json.dumps(content, sort_keys=True)
     return content | {"crc32": zlib.crc32(text.encode())}

@@ -1,20 +1,26 @@
-"""A trained model for use: config, parameters and tokenizer of a checkpoint, no optimizer."""
+"""A trained model for use: config, parameters and tokenizer of a checkpoint, no optimizer.
+
+It also writes checkpoints of parameters alone.
+"""
 
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Literal, TypeAlias
 
 import jax
 import numpy as np
 
 from gpt3jax import errors, step
-from gpt3jax.checkpoint import array_blocks, metadata, storage
+from gpt3jax.checkpoint import array_blocks, array_names, metadata, storage
 from gpt3jax.config import schema
 from gpt3jax.data import tokenizer, tokenizer_files, tokenizer_sources
 from gpt3jax.distributed import joining
+from gpt3jax.model import gpt
 from gpt3jax.sharding import meshes
+
+ComputeDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +28,8 @@ class Trained:
     """A checkpoint to read parameters from, on a mesh.
 
     Attributes:
-        cfg: the config it was written with, but for dropout, remat and mesh, which are those of
-            use without training.
+        cfg: the config that it was written with, except for dropout, remat and mesh, which are
+            set for use without training.
         program: how a model of this config runs on the mesh.
     """
 
@@ -32,26 +38,27 @@ class Trained:
     program: step.Program
     step: int
 
-    def params(self, wanted: Callable[[str], bool] = lambda name: True) -> Any:
-        """Return the parameters (`model.GPT`), or some by name, with `...` in place of others.
+    def params(self, wanted: Callable[[str], bool] = lambda name: True) -> gpt.GPT:
+        """Return the parameters, or some by name, with `...` in place of the others.
 
         Raises:
             DamagedError: they cannot be read, or were changed since they were written.
         """
 
-        def of_params(name: str) -> bool:
-            return storage.is_param(name) and wanted(short_name(name))
+        def is_wanted(name: str) -> bool:
+            return array_names.is_param(name) and wanted(array_names.in_model(name))
 
-        state = self.store.restore(self.step, self.program.abstract_state, of_params)
+        state = self.store.restore(self.step, self.program.abstract_state, is_wanted)
         return state.params
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """Yield a parameter by its name, rows by rows, layers (`[L, ...]`) by layers.
+        """Yield a parameter by its name, in blocks of rows: of layers, where it is `[L, ...]`.
 
         Raises:
-            DamagedError: as `params`; that it was changed is known only after the last rows.
+            DamagedError: as `params`; that a value was changed is known only after the last rows.
         """
-        return self.store.read_blocks(self.step, self.program.abstract_state, long_name(name))
+        layout = self.program.abstract_state
+        return self.store.read_blocks(self.step, layout, array_names.in_state(name))
 
     def whole(self, name: str) -> np.ndarray:
         """Return a parameter by its name.
@@ -59,14 +66,9 @@ class Trained:
         Raises:
             DamagedError: as `params`.
         """
-        [shape] = [
-            leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(
-                self.program.abstract_state.params
-            )
-            if short_name(jax.tree_util.keystr(path, simple=True, separator="/")) == name
-        ]
-        out, n = np.empty(shape, np.float32), 0  # not joined from a list, which would need it twice
+        leaves = dict(array_names.named_leaves(self.program.abstract_state))
+        shape = leaves[array_names.in_state(name)].shape
+        out, n = np.empty(shape, np.float32), 0  # joining a list would need the memory twice
         for rows in self.blocks(name):
             out[n : n + len(rows)] = rows
             n += len(rows)
@@ -74,7 +76,7 @@ class Trained:
 
 
 def find(folder: str) -> tuple[storage.Checkpoints, int, schema.Config]:
-    """Return the checkpoints of a folder, the newest one's step and the config in it.
+    """Return the checkpoints of a folder, and step and config of the newest.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -89,7 +91,9 @@ def find(folder: str) -> tuple[storage.Checkpoints, int, schema.Config]:
     return store, newest, schema.unflatten(schema.Config, store.read_meta(newest).config)
 
 
-def open_newest(folder: str, mesh: jax.sharding.Mesh, compute_dtype: Any = "float32") -> Trained:
+def open_newest(
+    folder: str, mesh: jax.sharding.Mesh, compute_dtype: ComputeDtype = "float32"
+) -> Trained:
     """Return the newest checkpoint of a folder, for use on a mesh.
 
     Raises:
@@ -101,13 +105,13 @@ def open_newest(folder: str, mesh: jax.sharding.Mesh, compute_dtype: Any = "floa
     return Trained(store=store, step=newest, cfg=cfg, program=program)
 
 
-def abstract_state(cfg: schema.Config) -> Any:
-    """Return the layout of a config's state on the first device, whatever its own mesh."""
+def abstract_state(cfg: schema.Config) -> step.TrainState:
+    """Return the layout of a config's state on the first device, whatever mesh the config has."""
     mesh = meshes.make_mesh(schema.Mesh())
     return step.build(_without_training(cfg, "float32"), mesh, run_samples=1).abstract_state
 
 
-def _without_training(cfg: schema.Config, compute_dtype: Any) -> schema.Config:
+def _without_training(cfg: schema.Config, compute_dtype: ComputeDtype) -> schema.Config:
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(
@@ -122,19 +126,21 @@ def _without_training(cfg: schema.Config, compute_dtype: Any) -> schema.Config:
     )
 
 
-def open_for_use(folder: str, axes: schema.Mesh, compute_dtype: str) -> Trained:
+def open_for_use(
+    folder: str, axes: schema.Mesh, compute_dtype: ComputeDtype | Literal["auto"]
+) -> Trained:
     """Return the newest checkpoint of a folder, on the mesh that a command asks for.
 
-    What `stage` and `context` ask for is added to `fsdp`. The format "auto" is float32 on a CPU,
-    bfloat16 elsewhere.
+    The devices of `stage` and `context` are added to `fsdp`. The format "auto" is float32 on a
+    CPU, bfloat16 elsewhere.
 
     Raises:
         UserError: as `open_newest`, or the axes do not fit the devices.
     """
     joining.start(schema.Distributed(), axes)
-    asked = meshes.make_mesh(axes).shape
-    folded = asked["fsdp"] * asked["stage"] * asked["context"]
-    mesh = meshes.make_mesh(schema.Mesh(data=asked["data"], fsdp=folded, tensor=asked["tensor"]))
+    sizes = meshes.make_mesh(axes).shape
+    fsdp = sizes["fsdp"] * sizes["stage"] * sizes["context"]
+    mesh = meshes.make_mesh(schema.Mesh(data=sizes["data"], fsdp=fsdp, tensor=sizes["tensor"]))
     if compute_dtype == "auto":
         compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return open_newest(folder, mesh, compute_dtype)
@@ -143,21 +149,21 @@ def open_for_use(folder: str, axes: schema.Mesh, compute_dtype: str) -> Trained:
 def open_tokenizer(
     folder: str, cfg: schema.Config, source: tokenizer_sources.Source
 ) -> tokenizer.Tokenizer:
-    """Return the tokenizer that a command names, else the one that the folder's checkpoint does.
+    """Return the tokenizer that a command names, else the one that the folder's checkpoint names.
 
     Files that are no longer where the checkpoint says are looked for in its folder.
 
     Raises:
         UserError: none is named, it cannot be read, or it has more tokens than the model.
     """
-    given = source.tokenizer or source.vocab_file or source.merge_file
-    found = source.open() if given else _own_tokenizer(folder, cfg, source.eod_token)
-    if found.vocab_size > cfg.model.vocab_size:
+    is_named = source.tokenizer or source.vocab_file or source.merge_file
+    text = source.open() if is_named else _own_tokenizer(folder, cfg, source.eod_token)
+    if text.vocab_size > cfg.model.vocab_size:
         raise errors.UserError(
-            f"the tokenizer has {found.vocab_size} tokens and the model "
+            f"the tokenizer has {text.vocab_size} tokens and the model "
             f"model.vocab_size={cfg.model.vocab_size}: give the one it was trained with"
         )
-    return found
+    return text
 
 
 def _own_tokenizer(folder: str, cfg: schema.Config, eod_token: str) -> tokenizer.Tokenizer:
@@ -171,10 +177,10 @@ def _own_tokenizer(folder: str, cfg: schema.Config, eod_token: str) -> tokenizer
 
 
 def new_store(folder: str) -> storage.Checkpoints:
-    """Return the checkpoints of a folder, which has none yet.
+    """Return the checkpoints of a folder that has none yet.
 
     Raises:
-        UserError: it has.
+        UserError: it has some.
     """
     store = storage.Checkpoints(folder)
     if store.steps():
@@ -187,21 +193,23 @@ def write(
     cfg: schema.Config,
     rows: Callable[[str, tuple[int, ...], int, int], np.ndarray],
 ) -> None:
-    """Write a checkpoint of parameters alone at step 0, without ever holding one whole.
+    """Write a checkpoint of parameters alone at step 0, without ever holding a parameter whole.
 
     `rows` gets a parameter's name and shape and a range of its first dimension (layers, where it
-    has them), and returns these rows in fp32. It is asked for each twice.
+    has them), and returns these rows in fp32. It is called twice for each range.
 
     Raises:
         UserError: the disk is full, or what `rows` raises.
     """
     program = step.build(cfg, meshes.make_mesh(schema.Mesh()), run_samples=1)
 
-    def one(path: Any, leaf: Any) -> array_blocks.Blocks:
-        name = short_name(jax.tree_util.keystr(path, simple=True, separator="/"))
+    def in_blocks(
+        path: jax.tree_util.KeyPath[object], leaf: jax.ShapeDtypeStruct
+    ) -> array_blocks.Blocks:
+        name = array_names.in_model(array_names.name_of(path))
         return array_blocks.Blocks(leaf.shape, functools.partial(rows, name, leaf.shape))
 
-    params = jax.tree.map_with_path(one, program.abstract_state.params)
+    params = jax.tree.map_with_path(in_blocks, program.abstract_state.params)
     meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=schema.flatten(cfg))
     store.save_params(params, meta)
     failure = store.poll(wait=True)
@@ -211,7 +219,7 @@ def write(
 
 
 def untrained(model: schema.Model, data: schema.Data) -> schema.Config:
-    """Return the config of a checkpoint that has a model's parameters from elsewhere."""
+    """Return the config of a checkpoint of parameters that no run of ours trained."""
     return schema.Config(
         model=model,
         optimizer=schema.Optimizer(peak_lr=0.0),
@@ -219,13 +227,3 @@ def untrained(model: schema.Model, data: schema.Data) -> schema.Config:
         data=data,
         precision=schema.Precision(compute_dtype="float32"),
     )
-
-
-def long_name(name: str) -> str:
-    """Return the name of an array in the state from a parameter's in the model."""
-    return f"params/{name}/value"
-
-
-def short_name(name: str) -> str:
-    """Return a parameter's name in the model from that of an array in the state."""
-    return name.removeprefix("params/").removesuffix("/value")

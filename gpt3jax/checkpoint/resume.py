@@ -1,39 +1,41 @@
 """How a run goes on from a checkpoint that was written under another config, and what that changes.
 
-The config decides what a run does next; of the state it decides the loss scale alone.
+The new config decides what the run does next. In the state it changes the loss scale alone.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 
 from gpt3jax import optimizer, step
-from gpt3jax.checkpoint import metadata
+from gpt3jax.checkpoint import metadata, sample_order
 from gpt3jax.config import batch_schedule, schema
 from gpt3jax.data import skipping
 
-# Where a run lies and how it is started changes nothing that it computes.
-_ELSEWHERE = (
+# The folders of a run and the way it is started change nothing that it computes.
+_WITHOUT_INFLUENCE = (
     "checkpoint.dir", "checkpoint.load", "checkpoint.only_params",
     "checkpoint.allow_new_data_order", "data.index_cache", "distributed.", "log.dir",
     "mesh.cpu_devices", "train.replay_step",
 )  # fmt: skip
-_WIDTH = 60  # of a value in the table; config.json has it whole
+_WIDTH = 60  # of a value in the table; config.json has the whole value
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A fact that was one thing when a checkpoint was written, and is another now."""
+    """A value that was different when a checkpoint was written."""
 
-    then: Any
-    now: Any
+    then: object
+    now: object
 
 
 def with_own_scale(
-    cfg: schema.Config, meta: metadata.Meta, abstract_state: step.TrainState, state: Any
-) -> Any:
+    cfg: schema.Config,
+    meta: metadata.Meta,
+    abstract_state: step.TrainState,
+    state: step.TrainState,
+) -> step.TrainState:
     """Return a checkpoint's state with the loss scale that this config goes on with."""
     then = schema.unflatten(schema.Precision, meta.config, "precision.")
     go_on = functools.partial(optimizer.resumed_loss_scale, then, cfg.precision)
@@ -45,16 +47,16 @@ def with_own_scale(
 def changes(
     then: metadata.Meta, saved: step.TrainState, now: metadata.Meta, state: step.TrainState
 ) -> dict[str, Change]:
-    """Return what differs between a checkpoint and what a run that goes on would write there.
+    """Return what differs between a checkpoint and the one that a resumed run would write there.
 
-    What a checkpoint of an earlier version does not tell is not compared.
+    Values that an earlier version did not write are not compared.
     """
     before, after = _facts(then, saved), _facts(now, state)
     both = {name: Change(before[name], after[name]) for name in after if name in before}
     return {name: change for name, change in both.items() if change.then != change.now}
 
 
-def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, Any]:
+def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, object]:
     """Return the config of a run that goes on from here, and what it means for the next step."""
     cfg = schema.unflatten(schema.Config, meta.config)
     fields = schema.flatten(cfg).items()
@@ -63,34 +65,34 @@ def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, Any]:
     _, n_samples = skipping.run_length(cfg, schedule, *start)
     end = skipping.from_config(cfg.data).end(schedule, *start, n_samples)
     schedules = (cfg.optimizer, n_samples, int(state.schedule_samples))
-    of_next_step = {
+    next_step = {
         "batch size": schedule.size(meta.consumed_samples),
         "learning rate": float(optimizer.learning_rate(*schedules)),
         "weight decay": float(optimizer.weight_decay(*schedules)),
         "loss scale": float(state.loss_scale.scale),
     }
     return {
-        **{name: value for name, value in fields if not name.startswith(_ELSEWHERE)},
-        **meta.data_order,
+        **{name: value for name, value in fields if not name.startswith(_WITHOUT_INFLUENCE)},
+        **sample_order.in_words(meta.data_order),
         **({"mesh": meta.mesh} if meta.mesh else {}),
         **({"jax": meta.jax_version} if meta.jax_version else {}),
         "gpt3jax": meta.version,
         "end of the run": "step {}, {} samples".format(*end),
-        **{f"{name} of step {meta.step + 1}": value for name, value in of_next_step.items()},
+        **{f"{name} of step {meta.step + 1}": value for name, value in next_step.items()},
     }
 
 
-def table(found: dict[str, Change]) -> list[str]:
-    """Return the lines of a table of changes; none without any."""
-    if not found:
+def table(changed: dict[str, Change]) -> list[str]:
+    """Return the lines of a table of changes; no lines if nothing changed."""
+    if not changed:
         return []
     rows = [("changed since that checkpoint", "then", "now")]
-    rows += [(name, _shown(change.then), _shown(change.now)) for name, change in found.items()]
+    rows += [(name, _shown(change.then), _shown(change.now)) for name, change in changed.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return [f"  {name:{widths[0]}}  {then:{widths[1]}}  {now}" for name, then, now in rows]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, tuple | list):
         text = " ".join(map(str, value))
     else:
@@ -98,9 +100,9 @@ def _shown(value: Any) -> str:
     return (text if len(text) <= _WIDTH else f"{text[: _WIDTH - 4]} ...") or '""'
 
 
-def entry(meta: metadata.Meta, found: dict[str, Change]) -> list[dict[str, Any]]:
-    """Return what the history of a run keeps of a start from this checkpoint, if any changed."""
-    if not found:
+def history_entry(meta: metadata.Meta, changed: dict[str, Change]) -> list[dict[str, object]]:
+    """Return what a start from this checkpoint adds to the run's history: nothing, or one entry."""
+    if not changed:
         return []
-    told = {name: dataclasses.asdict(change) for name, change in found.items()}
-    return [{"step": meta.step, "samples": meta.consumed_samples, "changes": told}]
+    as_json = {name: dataclasses.asdict(change) for name, change in changed.items()}
+    return [{"step": meta.step, "samples": meta.consumed_samples, "changes": as_json}]

@@ -1,35 +1,42 @@
 """Which checkpoints of a folder stay when a new one is written; Orbax asks, and deletes the others.
 
-What was kept for good once stays, whatever a later start is told: each checkpoint has the config
-that it was written with, and a mark where a later start decided it.
+A checkpoint that was once kept for good stays, whatever the options of a later start: each one has
+the config that it was written with, and a mark where a later start decided to keep it.
 """
 
 import contextlib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Protocol
 
 _MARK = pathlib.Path("meta", "kept")
 
 
+class _Checkpoint(Protocol):
+    """What Orbax says of a checkpoint."""
+
+    @property
+    def step(self) -> int: ...
+
+
 class Keep:
-    """The newest ones, and those that are kept for good; a preservation policy of Orbax."""
+    """The newest checkpoints, and those that are kept for good; a preservation policy of Orbax."""
 
     def __init__(self, folder: pathlib.Path, n_newest: int | None, period: int) -> None:
-        """Keep so many of a folder (None: all), and the multiples of a period (0: none)."""
+        """Keep the newest of a folder (None: all), and the multiples of a period (0: none)."""
         self._folder, self._n_newest, self._period = folder, n_newest, period
         self._stored: dict[int, bool] = {}
 
     def mark(self, steps: Iterable[int]) -> None:
-        """Mark those of an earlier start that this one's period keeps."""
+        """Mark the checkpoints of earlier starts that this one's period keeps."""
         for step in steps:
             if self._is_multiple(step):
                 with contextlib.suppress(OSError):  # a damaged one
                     (self._folder / str(step) / _MARK).touch()
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Tell of each checkpoint, oldest first, whether it stays."""
+    def should_preserve(self, checkpoints: Sequence[_Checkpoint], *, context: object) -> list[bool]:
+        """Return for each checkpoint, oldest first, whether it stays."""
         n_newest = len(checkpoints) if self._n_newest is None else self._n_newest
         first_new = len(checkpoints) - n_newest
         return [i >= first_new or self._for_good(info.step) for i, info in enumerate(checkpoints)]
@@ -44,9 +51,9 @@ class Keep:
 
 
 def is_kept(path: pathlib.Path) -> bool:
-    """Tell whether a checkpoint is to be kept for good, by what is stored in it.
+    """Return whether a checkpoint is to be kept for good, by what is stored in it.
 
-    One of parameters alone is: no run wrote it. So is one that cannot be read.
+    A checkpoint of parameters alone is kept, as no run wrote it; so is one that cannot be read.
     """
     if (path / _MARK).exists():
         return True

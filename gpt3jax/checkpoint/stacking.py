@@ -1,50 +1,73 @@
-"""How layers are stacked in arrays: `[L, ...]`, or `[R, L / R, ...]` of R virtual stages."""
+"""How layers are stacked in arrays: `[L, ...]`, or `[R, L / R, ...]` of R virtual stages.
+
+Either way they are in their natural order.
+"""
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gpt3jax.checkpoint import array_names
+from gpt3jax.config import schema
 from gpt3jax.sharding import layouts
 
 
-def as_written(abstract_state: Any, virtual_stages: int) -> Any:
-    """Return the layout with layers stacked as in a run of so many virtual stages.
+def as_written(abstract_state: array_names.PyTree, config: dict[str, Any]) -> array_names.PyTree:
+    """Return the layout with layers stacked as in a run of this (flat) config."""
+    virtual_stages: int = config.get("mesh.virtual_stages", schema.Mesh().virtual_stages)
 
-    Either way they are in their natural order: `[L, ...]`, or `[R, L / R, ...]`.
-    """
+    def restack(n_stacked: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return _restacked_shape(leaf, n_stacked, virtual_stages) if n_stacked else leaf
 
-    def one(node: Any) -> Any:
-        axes = layouts.variable_axes(node) if layouts.is_variable(node) else ()
-        if "layers" not in axes:
-            return node
-        n_stacked = axes.index("layers") + 1
-        return jax.tree.map(lambda leaf: restack(leaf, n_stacked), node)
-
-    def restack(leaf: Any, n_stacked: int) -> Any:
-        mesh, n_layers = leaf.sharding.mesh, math.prod(leaf.shape[:n_stacked])
-        stacked: tuple[int, ...] = (n_layers,)
-        if virtual_stages > 1:
-            stacked = (virtual_stages, n_layers // virtual_stages)
-        if stacked == leaf.shape[:n_stacked]:
-            return leaf
-        over_stages = "stage" if stacked[-1] % mesh.shape["stage"] == 0 else None
-        of_layer = leaf.sharding.spec[n_stacked:]
-        spec = jax.sharding.PartitionSpec(*(None,) * (len(stacked) - 1), over_stages, *of_layer)
-        return jax.ShapeDtypeStruct(
-            (*stacked, *leaf.shape[n_stacked:]),
-            leaf.dtype,
-            sharding=jax.sharding.NamedSharding(mesh, spec),
-        )
-
-    return jax.tree.map(one, abstract_state, is_leaf=layouts.is_variable)
+    return _map_with_stacked(restack, abstract_state)
 
 
-def restacked(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+def stacked_dims(state: array_names.PyTree) -> array_names.PyTree:
+    """Return, for each array of a state, how many of its first dimensions stack layers."""
+    return _map_with_stacked(lambda n_stacked, _: n_stacked, state)
+
+
+def restacked(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Return an array in the shape and layout of `like`."""
     if leaf.shape == like.shape:
         return leaf
     reshape = functools.partial(jnp.reshape, shape=like.shape)
     return jax.jit(reshape, out_shardings=like.sharding)(leaf)
+
+
+def _map_with_stacked(
+    function: Callable[[int, Any], object], state: array_names.PyTree
+) -> array_names.PyTree:
+    """Call a function for each array, with the number of its dimensions that stack layers."""
+
+    def map_variable(node: array_names.PyTree) -> array_names.PyTree:
+        axes = layouts.variable_axes(node) if layouts.is_variable(node) else ()
+        n_stacked = axes.index("layers") + 1 if "layers" in axes else 0
+        return jax.tree.map(functools.partial(function, n_stacked), node)
+
+    return jax.tree.map(map_variable, state, is_leaf=layouts.is_variable)
+
+
+def _restacked_shape(
+    leaf: jax.ShapeDtypeStruct, n_stacked: int, virtual_stages: int
+) -> jax.ShapeDtypeStruct:
+    """Return the layout of an array with its layers stacked for so many virtual stages."""
+    assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
+    mesh, n_layers = leaf.sharding.mesh, math.prod(leaf.shape[:n_stacked])
+    stacked: tuple[int, ...] = (n_layers,)
+    if virtual_stages > 1:
+        stacked = (virtual_stages, n_layers // virtual_stages)
+    if stacked == leaf.shape[:n_stacked]:
+        return leaf
+    stage_axis = "stage" if stacked[-1] % mesh.shape["stage"] == 0 else None
+    layer_axes = leaf.sharding.spec[n_stacked:]
+    spec = jax.sharding.PartitionSpec(*(None,) * (len(stacked) - 1), stage_axis, *layer_axes)
+    return jax.ShapeDtypeStruct(
+        (*stacked, *leaf.shape[n_stacked:]),
+        leaf.dtype,
+        sharding=jax.sharding.NamedSharding(mesh, spec),
+    )

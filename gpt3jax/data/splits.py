@@ -47,15 +47,15 @@ def open_splits(cfg: schema.Config, n_steps: int, n_samples: int) -> Splits:
         train=maps[0],
         validation=maps[1],
         test=maps[2],
-        order={
-            "corpus": [_identity(corpus) for corpus in corpora],
+        order={  # the keys of `checkpoint.sample_order`
+            "corpora": [_identity(corpus) for corpus in corpora],
             "tokens": [f"sample {indexed.tokens_checksum(corpus):08x}" for corpus in corpora],
-            "blend weights": sources[0].weights,
-            "data.split": sources[0].split,
-            "model.seq_len": cfg.model.seq_len,
-            "train.seed": train.seed,
-            "epochs (from the length of the run)": n_epochs,
-            "last epoch shuffled apart": [part.epochs.last_is_separate for part in parts],
+            "weights": sources[0].weights,
+            "split": sources[0].split,
+            "seq_len": cfg.model.seq_len,
+            "seed": train.seed,
+            "n_epochs": n_epochs,
+            "last_epoch_apart": [part.epochs.last_is_separate for part in parts],
         },
         description=_describe(corpora, n_epochs),
     )

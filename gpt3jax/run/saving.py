@@ -86,6 +86,6 @@ def report(
     store: storage.Checkpoints | None, recorder: metrics.Recorder, wait: bool = False
 ) -> None:
     """Say so if the last save failed, once it is known; `wait` waits for it."""
-    failure = store.poll(wait) if store is not None else None
+    failure = store.poll(wait=wait) if store is not None else None
     if failure:
         recorder.say(f"WARNING: {failure}; training goes on and tries again at the next interval")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gpt3jax import optimizer, step
-from gpt3jax.checkpoint import metadata, resume, storage
+from gpt3jax.checkpoint import choosing, metadata, resume, storage
 from gpt3jax.config import batch_schedule, schema, validation
 from gpt3jax.data import skipping, splits, text
 from gpt3jax.gradient import pipeline
@@ -38,7 +38,7 @@ class Run:
     """What was seen of faulty steps; it and `replicas` alone change."""
     replicas: corruption.Replicas
     history: tuple[dict[str, Any], ...] = ()
-    """What starts from checkpoints changed so far, this one included: `resuming.entry`."""
+    """What starts from checkpoints changed so far, this one included: `resume.history_entry`."""
 
 
 def start_or_resume(
@@ -52,7 +52,7 @@ def start_or_resume(
     schedule = schedule_of(cfg, mesh)
     text.ensure_corpus(cfg.data, cfg.model)
     store = _open_store(cfg, lost)
-    source = storage.choose_source(store, cfg.checkpoint.load)
+    source = choosing.choose_source(store, cfg.checkpoint.load)
     run_from = functools.cache(functools.partial(prepare, cfg, mesh, schedule, store))
     if source is None:
         start = step_log.Position(0, 0)
@@ -73,7 +73,9 @@ def start_or_resume(
         return run.program.abstract_state, run.splits.order
 
     with clock.during(phases.RESTORE):
-        state, meta, warnings = storage.restore_newest(source, cfg, expect, only_params)
+        state, meta, warnings = choosing.restore_newest(
+            source, cfg, expect, only_params=only_params
+        )
     start, run = position(meta), run_from(position(meta))
     if only_params or meta.only_params:
         told = f"starting with the parameters of {source.folder}, step {meta.step}"
@@ -90,7 +92,7 @@ def _go_on(
     run.faults.restore(meta.faults)
     state = resume.with_own_scale(run.cfg, meta, run.program.abstract_state, saved)
     found = resume.changes(meta, saved, meta_of(run, start), state)
-    history = (*meta.history, *resume.entry(meta, found))
+    history = (*meta.history, *resume.history_entry(meta, found))
     return dataclasses.replace(run, history=history), state, resume.table(found)
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from gpt3jax import errors, step
-from gpt3jax.checkpoint import array_blocks, array_digests, metadata, storage
+from gpt3jax.checkpoint import array_blocks, array_digests, choosing, metadata, storage
 from gpt3jax.config import schema
 from gpt3jax.sharding import meshes
 
 import tiny
 
-ORDER = {"corpus": "a corpus", "train.seed": 1234}
+ORDER = {"corpora": "a corpus", "seed": 1234}
 MESHES = {
     "one": {},
     "data8": {"data": 8},
@@ -82,8 +82,8 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, here, there):
     """Parameters and moments, bit for bit; virtual stages stack layers in another shape."""
     store = saved(tmp_path, here)
     abstract = program(there).abstract_state
-    state, found, warnings = storage.restore_newest(store, config_on(there), expect(abstract))
-    assert (found.step, found.consumed_samples, warnings) == (1, 16, [])
+    state, restored, warnings = choosing.restore_newest(store, config_on(there), expect(abstract))
+    assert (restored.step, restored.consumed_samples, warnings) == (1, 16, [])
     expected = tiny.leaves(trained(here))
     for name, array in tiny.leaves(state).items():
         np.testing.assert_array_equal(array, expected[name].reshape(array.shape), err_msg=name)
@@ -107,7 +107,7 @@ def test_digests_do_not_depend_on_the_mesh():
 @pytest.mark.parametrize("mesh", ["mixed", "stages"])
 def test_an_array_is_read_in_parts_in_the_order_of_its_layers(tmp_path, mesh, monkeypatch):
     """Of any run: with virtual stages as well, whose layers have two dimensions."""
-    monkeypatch.setattr(array_blocks, "_BLOCK_BYTES", 2 * 4 * 64 * 3 * 64)
+    monkeypatch.setattr(array_blocks, "BLOCK_BYTES", 2 * 4 * 64 * 3 * 64)
     store, abstract = saved(tmp_path, mesh), program(mesh).abstract_state
     for name in ("params/blocks/attention/w_qkv_D3HK", "params/embedding_VD", "params/norm/bias_D"):
         expected = tiny.leaves(trained(mesh))[name]
@@ -122,7 +122,7 @@ def test_digests_of_parts_add_up(monkeypatch):
     x = np.random.default_rng().standard_normal((10, 3, 7)).astype(np.float32)
     expected = np.asarray(array_digests.digests([x]))[0]
     for n_bytes in (1, 100, 1 << 20):
-        monkeypatch.setattr(array_blocks, "_BLOCK_BYTES", n_bytes)
+        monkeypatch.setattr(array_blocks, "BLOCK_BYTES", n_bytes)
         blocks = array_blocks.Blocks(x.shape, lambda first, stop: x[first:stop])
         np.testing.assert_array_equal(array_digests.digest_of_blocks(blocks), expected)
 
@@ -141,10 +141,6 @@ def test_a_flipped_bit_or_two_swapped_values_change_a_digest(bit):
         assert same == np.array_equal(x, other)
 
 
-def ocp_args(state):
-    return storage.ocp.args.StandardSave(state)
-
-
 def test_only_the_newest_are_kept(tmp_path):
     assert saved(tmp_path, steps=(1, 2, 3, 4), max_to_keep=2).steps() == [4, 3]
 
@@ -153,7 +149,7 @@ def test_some_are_kept_for_good(tmp_path):
     store = storage.Checkpoints(str(tmp_path), max_to_keep=2, keep_period=3)
     state = {"x": jnp.arange(5.0)}
     for n in range(1, 8):
-        store._save(ocp_args(state), array_digests.digests(state), meta(n))
+        store.save(state, meta(n))
         assert store.wait() == ""
     assert store.steps() == [7, 6, 3]
 
@@ -161,9 +157,9 @@ def test_some_are_kept_for_good(tmp_path):
 def save_one(folder, number, keep_period, max_to_keep=1):
     """Save as a start with these options does."""
     store = storage.Checkpoints(str(folder), max_to_keep, keep_period=keep_period)
-    state, said = {"x": jnp.arange(5.0)}, meta(number)
-    said.config["checkpoint.keep_period"] = keep_period
-    store._save(ocp_args(state), array_digests.digests(state), said)
+    state, saved_meta = {"x": jnp.arange(5.0)}, meta(number)
+    saved_meta.config["checkpoint.keep_period"] = keep_period
+    store.save(state, saved_meta)
     assert store.wait() == ""
     store.close()
     return store.steps()
@@ -192,11 +188,11 @@ def test_what_a_run_did_not_write_is_kept_for_good(tmp_path):
     assert save_one(tmp_path, 4, keep_period=0) == [4, 2, 1]
 
 
-def test_a_step_that_another_run_wrote_is_told(tmp_path):
+def test_a_checkpoint_that_another_run_wrote_is_reported(tmp_path):
     store, state = storage.Checkpoints(str(tmp_path), max_to_keep=1), {"x": jnp.arange(5.0)}
     for n in (1, 2):
         store.check_alone()
-        store._save(ocp_args(state), array_digests.digests(state), meta(n))
+        store.save(state, meta(n))
         assert store.wait() == ""
     store.check_alone()
     (tmp_path / "damaged-7").mkdir()
@@ -226,7 +222,7 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
     other = tiny.make_config(model={"n_layers": 2, "gelu": "erf"})
     abstract = program("mixed").abstract_state
     with pytest.raises(errors.UserError) as error:
-        storage.restore_newest(store, other, expect(abstract))
+        choosing.restore_newest(store, other, expect(abstract))
     assert "model.n_layers: checkpoint 4, here 2" in str(error.value)
     assert "model.gelu: checkpoint tanh, here erf" in str(error.value)
 
@@ -234,12 +230,12 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
 def test_another_order_of_samples_is_refused_unless_allowed(tmp_path):
     store, cfg = saved(tmp_path), tiny.make_config()
     abstract = program("mixed").abstract_state
-    changed = ORDER | {"train.seed": 5}
+    changed = ORDER | {"seed": 5}
     with pytest.raises(errors.UserError, match=r"train.seed: checkpoint 1234, here 5"):
-        storage.restore_newest(store, cfg, expect(abstract, changed))
+        choosing.restore_newest(store, cfg, expect(abstract, changed))
     allowing = dataclasses.replace(cfg.checkpoint, allow_new_data_order=True)
     cfg = dataclasses.replace(cfg, checkpoint=allowing)
-    assert storage.restore_newest(store, cfg, expect(abstract, changed))[1].step == 1
+    assert choosing.restore_newest(store, cfg, expect(abstract, changed))[1].step == 1
 
 
 def damage(folder, how):
@@ -259,10 +255,10 @@ def damage(folder, how):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
     store = saved(tmp_path, steps=(1, 2))
     damage(tmp_path / "2", how)
-    state, found, warnings = storage.restore_newest(
+    state, restored, warnings = choosing.restore_newest(
         store, tiny.make_config(), expect(program("mixed").abstract_state)
     )
-    assert found.step == 1 and store.steps() == [1]
+    assert restored.step == 1 and store.steps() == [1]
     assert len(warnings) == 1 and "going back to an older one" in warnings[0]
     assert (tmp_path / "damaged-2").is_dir()
     expected = tiny.leaves(trained("mixed"))
@@ -276,10 +272,10 @@ def test_without_a_whole_checkpoint_nothing_starts_from_scratch(tmp_path):
     damage(tmp_path / "1", "flip")
     for _ in range(2):  # again, as a restarted job would
         with pytest.raises(errors.UserError, match="no whole checkpoint is left"):
-            storage.restore_newest(
+            choosing.restore_newest(
                 store, tiny.make_config(), expect(program("mixed").abstract_state)
             )
-        assert storage.choose_source(store, "") is store
+        assert choosing.choose_source(store, "") is store
 
 
 def test_changed_meta_data_are_damage(tmp_path):
@@ -297,31 +293,31 @@ def test_another_runs_folder_is_only_read(tmp_path):
     damage(tmp_path / "2", "flip")
     (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # a save under way there
     before = sorted(p.name for p in tmp_path.iterdir())
-    source = storage.choose_source(None, str(tmp_path))
+    source = choosing.choose_source(None, str(tmp_path))
     abstract = program("mixed").abstract_state
-    found = storage.restore_newest(source, tiny.make_config(), expect(abstract))[1]
-    assert found.step == 1 and sorted(p.name for p in tmp_path.iterdir()) == before
+    restored = choosing.restore_newest(source, tiny.make_config(), expect(abstract))[1]
+    assert restored.step == 1 and sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_the_band_of_a_dense_model_may_change(tmp_path):
     store = saved(tmp_path)
     cfg = tiny.make_config(model={"attention": schema.Attention(band=7)})
     abstract = program("mixed").abstract_state
-    assert storage.restore_newest(store, cfg, expect(abstract))[1].step == 1
+    assert choosing.restore_newest(store, cfg, expect(abstract))[1].step == 1
 
 
 def test_an_explicit_load_must_find_something(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(errors.UserError, match="has no checkpoint: correct the folder"):
-            storage.choose_source(None, str(folder))
+            choosing.choose_source(None, str(folder))
     assert not (tmp_path / "nothing").exists()
 
 
 def test_the_runs_own_checkpoint_goes_before_the_one_to_load(tmp_path):
     own, other = saved(tmp_path / "own"), saved(tmp_path / "other")
-    assert storage.choose_source(own, str(other.folder)) is own
+    assert choosing.choose_source(own, str(other.folder)) is own
     empty = storage.Checkpoints(str(tmp_path / "empty"))
-    assert storage.choose_source(empty, str(other.folder)).folder == other.folder
+    assert choosing.choose_source(empty, str(other.folder)).folder == other.folder
 
 
 FEWER = """
@@ -331,11 +327,11 @@ jax.config.update("jax_num_cpu_devices", 2)
 import sys
 sys.path.insert(0, sys.argv[2])
 import tiny
-from gpt3jax import array_blocks, step
-from gpt3jax.checkpoint import checkpoints
+from gpt3jax import step
+from gpt3jax.checkpoint import storage
 cfg = tiny.make_config()
 program = step.build(cfg, tiny.make_mesh(data=1, fsdp=2), 320)
-state = checkpoints.Checkpoints(sys.argv[1]).restore(1, program.abstract_state)
+state = storage.Checkpoints(sys.argv[1]).restore(1, program.abstract_state)
 print("sum", sum(float(abs(x).sum()) for x in jax.tree.leaves(state.params)))
 """
 
@@ -344,6 +340,6 @@ def test_a_state_comes_back_on_fewer_devices(tmp_path):
     """In a process of its own, where the devices that wrote it do not exist."""
     saved(tmp_path, "mixed")
     command = [sys.executable, "-c", FEWER, str(tmp_path), str(pathlib.Path(__file__).parents[1])]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     expected = sum(np.abs(x).sum() for x in tiny.leaves(trained("mixed").params).values())
-    np.testing.assert_allclose(float(told.split()[-1]), expected, rtol=1e-5)
+    np.testing.assert_allclose(float(output.split()[-1]), expected, rtol=1e-5)

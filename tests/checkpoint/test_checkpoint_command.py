@@ -1,4 +1,4 @@
-"""`python -m gpt3jax.checkpoint` tells what is there, and changes nothing."""
+"""`python -m gpt3jax.checkpoint` says what is there, and changes nothing."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from gpt3jax import errors, step
 from gpt3jax.checkpoint import __main__ as cli
-from gpt3jax.checkpoint import listing, metadata, parameters, storage
+from gpt3jax.checkpoint import choosing, listing, metadata, parameters, storage
 from gpt3jax.config import schema
 from gpt3jax.sharding import meshes
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
     for number in (10, 20):
         meta = metadata.Meta(
-            step=number, consumed_samples=16 * number, data_order={"train.seed": 1},
+            step=number, consumed_samples=16 * number, data_order={"seed": 1},
             config=schema.flatten(cfg), history=(CHANGED,),
         )  # fmt: skip
         assert store.save(jax.tree.map(fill, abstract), meta) > 0
@@ -58,8 +58,8 @@ def call(monkeypatch, capsys, *args):
     """Return (status, stdout, stderr) of the command."""
     monkeypatch.setattr(sys, "argv", ["checkpoint", *map(str, args)])
     status = cli.main()
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    output = capsys.readouterr()
+    return status, output.out, output.err
 
 
 def spoil(path, how):
@@ -77,13 +77,13 @@ def spoil_arrays(path):
         spoil(file, "flip")
 
 
-def test_list_tells_whole_damaged_and_unfinished_ones(monkeypatch, capsys, copy):
+def test_list_shows_whole_damaged_and_unfinished_checkpoints(monkeypatch, capsys, copy):
     shutil.copytree(copy / "10", copy / "damaged-10")
     (copy / "30.orbax-checkpoint-tmp").mkdir()
     (copy / "20" / "meta" / "metadata").write_text("{")
     status, out, _ = call(monkeypatch, capsys, "list", copy, "--json")
-    found = {e["name"]: (e["step"], e["state"], e["samples"]) for e in json.loads(out)}
-    assert status == 0 and found == {
+    entries = {e["name"]: (e["step"], e["state"], e["samples"]) for e in json.loads(out)}
+    assert status == 0 and entries == {
         "10": (10, "whole", 160),
         "damaged-10": (10, "damaged", 160),
         "20": (20, "damaged", None),
@@ -93,13 +93,13 @@ def test_list_tells_whole_damaged_and_unfinished_ones(monkeypatch, capsys, copy)
     assert status == 0 and "unfinished" in out and "damaged (damaged-10)" in out
 
 
-def test_show_tells_every_array_and_the_config(monkeypatch, capsys, folder):
+def test_show_has_every_array_and_the_config(monkeypatch, capsys, folder):
     status, out, _ = call(monkeypatch, capsys, "show", folder, "--step=10", "--json")
-    found = json.loads(out)
-    assert status == 0 and (found["step"], found["samples"]) == (10, 160)
-    assert found["meta"]["config"]["model.d_model"] == 16
-    assert found["meta"]["history"] == [CHANGED]
-    arrays = {array["name"]: array for array in found["arrays"]}
+    shown = json.loads(out)
+    assert status == 0 and (shown["step"], shown["samples"]) == (10, 160)
+    assert shown["meta"]["config"]["model.d_model"] == 16
+    assert shown["meta"]["history"] == [CHANGED]
+    arrays = {array["name"]: array for array in shown["arrays"]}
     assert arrays["params/embedding_VD/value"] == {
         "name": "params/embedding_VD/value", "shape": [512, 16], "dtype": "float32",
         "bytes": 4 * 512 * 16,
@@ -108,6 +108,7 @@ def test_show_tells_every_array_and_the_config(monkeypatch, capsys, folder):
     status, out, _ = call(monkeypatch, capsys, "show", folder)
     assert status == 0 and "step 20" in out and "512 x 16" in out
     assert re.search(r"after step 4: train\.n_steps +20 -> 40", out)
+    assert re.search(r"order of samples\s+train\.seed +1\s", out), "in words, not by its key"
 
 
 def test_verify_names_what_is_damaged_and_changes_nothing(monkeypatch, capsys, copy):
@@ -135,10 +136,10 @@ def test_verify_names_the_array_whose_value_was_changed(monkeypatch, copy):
     array.write(values).result()
     entry = listing.entries(str(copy))[-1]
     with pytest.raises(metadata.DamagedError, match=r": params/norm/bias_D/value do not match"):
-        cli.verify_one(str(copy), entry, quiet=True)
+        cli.verify_entry(str(copy), entry, quiet=True)
 
 
-def test_what_is_not_there_is_told_in_one_line(monkeypatch, capsys, folder, tmp_path):
+def test_a_missing_checkpoint_is_reported_in_one_line(monkeypatch, capsys, folder, tmp_path):
     for args, words in (
         (("list", tmp_path / "none"), "cannot be read (No such file"),
         (("show", tmp_path), "has no checkpoint: it has none"),
@@ -154,7 +155,7 @@ def test_one_checkpoint_is_no_folder_of_them(monkeypatch, capsys, folder):
     before, words = sorted(folder.rglob("*")), f"20 is itself a checkpoint, .* {folder}, whose"
     for opened in (
         lambda path: storage.Checkpoints(path),
-        lambda path: storage.choose_source(None, path),
+        lambda path: choosing.choose_source(None, path),
         parameters.find,
         parameters.new_store,
     ):
@@ -187,11 +188,11 @@ def test_each_file_damaged_is_noticed_or_does_not_matter(folder, tmp_path, how):
         spoil(copy / "20" / name, how)
         entry = listing.entries(str(copy))[-1]
         try:
-            verified = bool(cli.verify_one(str(copy), entry, quiet=True))
+            verified = bool(cli.verify_entry(str(copy), entry, quiet=True))
         except metadata.DamagedError:
             verified = False
         store = storage.Checkpoints(str(copy))
-        state, meta, warnings = storage.restore_newest(store, cfg, lambda _: (abstract, {}))
+        state, meta, warnings = choosing.restore_newest(store, cfg, lambda _: (abstract, {}))
         assert (meta.step == 20) == verified == (not warnings), name
         for array, values in tiny.leaves(state).items():
             np.testing.assert_array_equal(values, expected[meta.step][array], err_msg=str(name))

@@ -1,4 +1,4 @@
-"""A run that goes on under another config: the config decides, and what changed is told."""
+"""A run that goes on under another config: the config decides, and changes are reported."""
 
 import dataclasses
 import json
@@ -65,10 +65,10 @@ def resumed(folder, **groups):
     return startup.start_or_resume(make_config(folder, **groups), phases.Phases())
 
 
-def table_of(told):
+def table_of(lines):
     """Return the rows after the line "resumed from": {name: (then, now)}."""
-    assert told[0].startswith("resumed from ")
-    cut = [re.split("  +", line.strip()) for line in told[1:]]
+    assert lines[0].startswith("resumed from ")
+    cut = [re.split("  +", line.strip()) for line in lines[1:]]
     assert not cut or cut[0] == ["changed since that checkpoint", "then", "now"]
     return {name: (then, now) for name, then, now in cut[1:]}
 
@@ -83,14 +83,14 @@ def table_of(told):
     ids=["dynamic", "static", "bfloat16"],
 )
 def test_the_config_decides_whether_a_loss_scale_goes_on(folder, precision, expected):
-    run, state, start, told = resumed(folder, precision=precision)
+    run, state, start, lines = resumed(folder, precision=precision)
     found = tuple(np.asarray(x).item() for x in jax.tree.leaves(state.loss_scale))
     assert start == START and found == expected
     # What the first step compiles must be what the preflight lowered from shapes.
     shapes = run.program.abstract_state.loss_scale
     for leaf, shape in zip(jax.tree.leaves(state.loss_scale), jax.tree.leaves(shapes), strict=True):
         assert (leaf.dtype, leaf.weak_type, leaf.sharding) == (shape.dtype, False, shape.sharding)
-    shown = table_of(told).get("loss scale of step 21", ("1.04858e+06",) * 2)
+    shown = table_of(lines).get("loss scale of step 21", ("1.04858e+06",) * 2)
     assert shown == ("1.04858e+06", f"{expected[0]:.6g}")
 
 
@@ -100,12 +100,12 @@ def test_an_unchanged_run_has_nothing_to_tell(folder):
     launch = schema.Distributed(heartbeat_timeout=5)
     cfg = make_config(folder, checkpoint=elsewhere, log={"dir": str(folder / "logs")})
     cfg = dataclasses.replace(cfg, distributed=launch)
-    run, _, start, told = startup.start_or_resume(cfg, phases.Phases())
-    assert start == START and table_of(told) == {} and run.history == (EARLIER,)
+    run, _, start, lines = startup.start_or_resume(cfg, phases.Phases())
+    assert start == START and table_of(lines) == {} and run.history == (EARLIER,)
 
 
 def test_a_longer_run_says_what_becomes_of_its_learning_rate(folder):
-    run, _, _, told = resumed(folder, train={"n_steps": 40})
+    run, _, _, lines = resumed(folder, train={"n_steps": 40})
     rate = float(optimizer.learning_rate(run.cfg.optimizer, 640, 320))
     assert rate > 3 * 2.1e-4
     expected = {
@@ -115,7 +115,7 @@ def test_a_longer_run_says_what_becomes_of_its_learning_rate(folder):
     }
     shown = {name: (str(then), str(now)) for name, (then, now) in expected.items()}
     shown["learning rate of step 21"] = ("0.00021", f"{rate:.6g}")
-    assert table_of(told) == shown
+    assert table_of(lines) == shown
     changes = {name: {"then": then, "now": now} for name, (then, now) in expected.items()}
     assert run.history == (EARLIER, {"step": 20, "samples": 320, "changes": changes})
     assert startup.meta_of(run, START).history == run.history
@@ -139,13 +139,13 @@ def changes(then, now):
         step=then.step, schedule_samples=then.consumed_samples, params=None, opt_state=None,
         loss_scale=scales,
     )  # fmt: skip
-    found = resume.changes(then, state, now, state)
-    return {name: (change.then, change.now) for name, change in found.items()}
+    changed = resume.changes(then, state, now, state)
+    return {name: (change.then, change.now) for name, change in changed.items()}
 
 
 def meta(cfg):
     return metadata.Meta(
-        step=20, consumed_samples=320, config=schema.flatten(cfg), data_order={"tokens": ["a"]},
+        step=20, consumed_samples=320, config=schema.flatten(cfg), data_order={"n_epochs": "1"},
         mesh="data 8", jax_version="0.10.2",
     )  # fmt: skip
 
@@ -153,9 +153,9 @@ def meta(cfg):
 def test_mesh_versions_and_the_order_of_samples_are_compared():
     now = meta(tiny.make_config())
     other = {"mesh": "data 4 x tensor 2", "jax_version": "0.9.0", "version": "0.0.9"}
-    then = dataclasses.replace(now, **other, data_order={"tokens": ["b"]})
+    then = dataclasses.replace(now, **other, data_order={"n_epochs": "2"})
     assert changes(then, now) == {
-        "tokens": (["b"], ["a"]),
+        "epochs (from the length of the run)": ("2", "1"),
         "mesh": ("data 4 x tensor 2", "data 8"),
         "jax": ("0.9.0", "0.10.2"),
         "gpt3jax": ("0.0.9", now.version),
@@ -170,12 +170,12 @@ def test_what_an_earlier_version_did_not_write_is_not_compared():
     assert changes(then, now) == {"train.checksum_interval": (100, 7)}
 
 
-def test_another_batch_size_is_told_with_where_the_run_ends():
+def test_another_batch_size_is_reported_with_the_end_of_the_run():
     then, now = (meta(tiny.make_config(batch={"global_batch_size": n})) for n in (16, 8))
     then, now = (dataclasses.replace(m, step=10, consumed_samples=160) for m in (then, now))
-    found = changes(then, now)
-    assert found.pop("learning rate of step 11")[0] > 0
-    assert found == {
+    changed = changes(then, now)
+    assert changed.pop("learning rate of step 11")[0] > 0
+    assert changed == {
         "batch.global_batch_size": (16, 8),
         "end of the run": ("step 20, 320 samples", "step 20, 240 samples"),
         "batch size of step 11": (16, 8),

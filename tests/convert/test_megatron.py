@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 from gpt3jax import step
-from gpt3jax.checkpoint import parameters
+from gpt3jax.checkpoint import array_names, parameters
 from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.convert import mcore, megatron, torch_files
@@ -470,4 +470,4 @@ def test_every_parameter_has_a_megatron_name():
     abstract = jax.eval_shape(lambda: step.init_state(tiny.make_config())).params
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
-    assert {parameters.short_name(name) for name in names} == mcore.NAMES.keys()
+    assert {array_names.in_model(name) for name in names} == mcore.NAMES.keys()
