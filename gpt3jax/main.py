@@ -6,7 +6,6 @@ import traceback
 
 from gpt3jax import errors
 from gpt3jax.config import command, recipe
-from gpt3jax.distributed import joining
 from gpt3jax.hardware import xla_flags
 from gpt3jax.record import console
 
@@ -23,8 +22,9 @@ def main() -> int:
 def _train() -> int:
     cfg = recipe.parse(sys.argv[1:])
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    from gpt3jax import train
-    from gpt3jax.run import replay  # after parsing: JAX takes seconds
+    from gpt3jax import train  # after parsing: importing JAX takes seconds
+    from gpt3jax.distributed import joining
+    from gpt3jax.run import replay
 
     joining.start(cfg.distributed, cfg.mesh)
     if cfg.train.replay_step:
@@ -38,4 +38,4 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        os._exit(status)  # a failed process must not wait for others, or for a stuck writer
+        os._exit(status)  # a failed process must not wait for other processes or a stuck writer

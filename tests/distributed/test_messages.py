@@ -54,14 +54,15 @@ def test_two_processes_join_behind_a_proxy_that_does_not_answer(name):
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     code = """
 import sys
-from gpt3jax import config, distributed
+from gpt3jax import config
+from gpt3jax.distributed import joining, messages
 options = config.Distributed(
     n_processes=2, process_id=int(sys.argv[1]), coordinator_address=sys.argv[2], start_timeout=60
 )
-distributed.start(options, config.Mesh(cpu_devices=1))
-print(distributed.process())
-distributed.meet("end", 30)
-distributed.leave()
+joining.start(options, config.Mesh(cpu_devices=1))
+print(messages.process())
+messages.meet("end", 30)
+messages.leave()
 """
     processes = [
         subprocess.Popen(

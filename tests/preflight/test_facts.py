@@ -116,7 +116,7 @@ def test_the_number_of_the_process_is_not_part_of_its_config(tmp_path):
     )
     assert mine == theirs
     assert mine["config"]["optimizer.peak_lr"] == "0.001"
-    assert len(mine["code"]["gpt3jax/model.py"]) == 12 and "jaxlib" in mine["versions"]
+    assert len(mine["code"]["gpt3jax/model/gpt.py"]) == 12 and "jaxlib" in mine["versions"]
 
 
 @pytest.mark.parametrize("spike", ["off", "skip"])
