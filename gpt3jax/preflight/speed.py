@@ -1,7 +1,7 @@
-"""What devices and networks reach: matrix products of each, collectives along each mesh axis.
+"""Measures the speed of devices and networks: matrix products, collectives along each mesh axis.
 
-Short and rough: it tells a broken machine from a sound one, and is no benchmark. All processes must
-call the same functions in the same order; `within` gives a hang an end and a name.
+The measurements are short and rough: they find broken machines and are not a benchmark. All
+processes must call the same functions in the same order; `within` ends and names one that hangs.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt3jax import errors
 
+Result = TypeVar("Result")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is computed and sent, for a kind of device."""
+    """Sizes of the measurements on a kind of device."""
 
     matrix: int
-    """Rows and columns of a product's matrices."""
+    """Rows and columns of each matrix."""
     products: int
-    """Products in a row that are timed together."""
+    """Consecutive products that are timed together."""
     n_bytes: int
-    """Bytes of a device in a collective."""
+    """Bytes of each device in a collective."""
     rounds: int
-    """Times that each is repeated; the best counts: what a machine can do."""
+    """Repetitions of each measurement; the fastest one counts."""
 
 
 _GPU = Sizes(matrix=8192, products=16, n_bytes=256 << 20, rounds=5)  # 18 TFLOP: 25 ms on an H100
@@ -41,7 +43,7 @@ def sizes(platform: str) -> Sizes:
     return _CPU if platform == "cpu" else _GPU
 
 
-def matmul_tflops(device: Any, of: Sizes) -> float:
+def matmul_tflops(device: jax.Device, of: Sizes) -> float:
     """Return the TFLOP/s of bfloat16 products on a device of this process."""
     n = of.matrix
 
@@ -49,7 +51,7 @@ def matmul_tflops(device: Any, of: Sizes) -> float:
         return jax.lax.fori_loop(0, of.products, lambda _, y: y @ w, x)
 
     place = jax.sharding.SingleDeviceSharding(device)
-    # Random bits make a chip draw its true power; the scale keeps the products finite.
+    # Random values make a chip draw its true power; the scale keeps the products finite.
     x, w = (
         jax.device_put(jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16), place)
         for i in range(2)
@@ -61,8 +63,8 @@ def matmul_tflops(device: Any, of: Sizes) -> float:
 def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, of: Sizes) -> float:
     """Return the GB/s of a collective along a mesh axis, in all its groups at once.
 
-    It is what each device sends and receives at least in a ring: of N devices (N - 1) / N of the
-    gathered bytes, and twice that share of the reduced ones ("bus bandwidth" of nccl-tests).
+    The bytes are those that each of N devices sends at least in a ring: (N - 1) / N of the gathered
+    bytes, and twice that share of the reduced ones ("bus bandwidth" of nccl-tests).
     """
     n = mesh.shape[axis]
     length = of.n_bytes // 4
@@ -83,8 +85,8 @@ def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, of: Sizes) 
     return moved / seconds / 1e9
 
 
-def best_seconds(rounds: int, function: Callable[..., Any], *args: Any) -> float:
-    """Return the shortest time of several calls, after one that compiles."""
+def best_seconds(rounds: int, function: Callable[..., jax.Array], *args: jax.Array) -> float:
+    """Return the shortest time of several calls, after a first one that compiles."""
     jax.block_until_ready(function(*args))
     times = []
     for _ in range(rounds):
@@ -94,19 +96,19 @@ def best_seconds(rounds: int, function: Callable[..., Any], *args: Any) -> float
     return min(times)
 
 
-def within(seconds: float, doing: str, action: Callable[[], Any]) -> Any:
-    """Return what an action gives, or end the wait for it.
+def within(seconds: float, doing: str, action: Callable[[], Result]) -> Result:
+    """Return the result of an action that ends within a time limit.
 
     Raises:
-        TransientError: it took longer; its thread is left behind, so the process should end.
+        TransientError: it did not; its thread is still running, so the process should end.
     """
-    result: list[Any] = []
+    result: list[Result] = []
     failure: list[BaseException] = []
 
     def call() -> None:
         try:
             result.append(action())
-        except BaseException as error:  # for the caller, whatever it is
+        except BaseException as error:  # raised again below
             failure.append(error)
 
     thread = threading.Thread(target=call, daemon=True, name=doing)

@@ -26,7 +26,7 @@ def test_the_processes_that_differ_from_most_are_named_with_each_value():
         for key in keys:
             told[i][key] = f"other {i} {key}"
     found = checks.same("config", make_hosts(16), told, "fail", "{n} fields")
-    assert found.status == "fail" and found.told == "not the same on 5 of 16 processes"
+    assert found.status == "fail" and found.result == "not the same on 5 of 16 processes"
     expected = {
         f"{key}=other {i} {key} on process {i} (host-{i // 4}), {usual[key]} on the others"
         for i, keys in changed.items()
@@ -39,8 +39,8 @@ def test_the_processes_that_differ_from_most_are_named_with_each_value():
 def test_equal_processes_pass_and_silent_ones_are_not_compared():
     usual = random_facts(random.Random(), 7)
     found = checks.same("config", make_hosts(5), [usual, None, usual, usual, None], "fail", "{n}")
-    assert (found.status, found.told, found.lines) == ("ok", "7", ())
-    answered = checks.answers(make_hosts(5), [usual, None, usual, usual, None])
+    assert (found.status, found.result, found.lines) == ("ok", "7", ())
+    answered = checks.all_answered(make_hosts(5), [usual, None, usual, usual, None])
     assert answered.status == "retry"
     assert "no answer from processes 1, 4 (host-0, host-1)" in answered.lines[0].text
 
@@ -86,7 +86,7 @@ def test_a_slow_device_is_named_with_its_share():
 def test_clocks_count_only_what_is_sure():
     offsets = [(0.0, 0.0), (1.4, 0.3), (-7.25, 0.01), (1.2, 0.3), None]
     found = checks.clocks(make_hosts(5), offsets)
-    assert found.status == "warn" and "7.250 s (+- 0.010)" in found.told
+    assert found.status == "warn" and "7.250 s (+- 0.010)" in found.result
     assert [line.processes for line in found.lines] == [(1,), (2,)]
     assert "1.400 s (+- 0.300) ahead of process 0" in found.lines[0].text
     assert "7.250 s (+- 0.010) behind process 0" in found.lines[1].text
@@ -138,7 +138,7 @@ def test_memory_names_full_devices_and_gpus_of_others():
 
 def make_check(status, *lines):
     of = tuple(checks.Line(text=text, processes=processes) for text, processes in lines)
-    return checks.Check(name=f"the {status}", status=status, told="told", lines=of)
+    return checks.Check(name=f"the {status}", status=status, result="told", lines=of)
 
 
 def test_each_process_hears_what_concerns_it_and_the_first_hears_all():
