@@ -4,7 +4,6 @@ Facts are those of Megatron-LM at commit d98e8a64dd.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -169,7 +168,7 @@ def theirs_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape),) if tensor.layout == "qkv_bias" else shape
 
 
-def model_of(where: str, args: Mapping[str, Any], vocab_size: int) -> tuple[schema.Model, int]:
+def model_of(where: str, args: Args, vocab_size: int) -> tuple[schema.Model, int]:
     """Return the model that a checkpoint's arguments describe, and its end-of-document token.
 
     Without such an argument the token is vocab_size, which is not a token. `vocab_size` is the size
@@ -205,7 +204,7 @@ def model_of(where: str, args: Mapping[str, Any], vocab_size: int) -> tuple[sche
     return model, _eod_id(args, vocab_size)
 
 
-def check(where: str, args: Mapping[str, Any]) -> None:
+def check(where: str, args: Args) -> None:
     """Check that our network can express the one that a checkpoint's arguments describe.
 
     Raises:
@@ -286,7 +285,7 @@ def _detail_args(model: schema.Model) -> Args:
     }
 
 
-def _attention(where: str, args: Mapping[str, Any]) -> schema.Attention:
+def _attention(where: str, args: Args) -> schema.Attention:
     window, layers = args.get("window_size"), args.get("window_attn_skip_freq")
     if window is None:
         return schema.Attention()
@@ -301,7 +300,7 @@ def _attention(where: str, args: Mapping[str, Any]) -> schema.Attention:
     return schema.Attention(pattern="alternating", band=window[0])
 
 
-def _number(where: str, args: Mapping[str, Any], name: str) -> int:
+def _number(where: str, args: Args, name: str) -> int:
     value = args.get(name, _ABSENT)
     if not isinstance(value, int) or value < 1:
         problem = "is missing" if value is _ABSENT else f"is {value!r}"
@@ -311,11 +310,11 @@ def _number(where: str, args: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _tokenizer_size(args: Mapping[str, Any], padded: int) -> int:
+def _tokenizer_size(args: Args, padded: int) -> int:
     return 50_257 if args.get("tokenizer_type") == "GPT2BPETokenizer" else padded
 
 
-def _eod_id(args: Mapping[str, Any], vocab_size: int) -> int:
+def _eod_id(args: Args, vocab_size: int) -> int:
     """Return the end-of-document token; vocab_size, which is not a token, if it is not stated."""
     eod: int | None = args.get("null_tokenizer_eod_id")
     if eod is not None:
@@ -324,7 +323,7 @@ def _eod_id(args: Mapping[str, Any], vocab_size: int) -> int:
     return vocab_size - 1 if is_last else vocab_size
 
 
-def _vocab_multiple(args: Mapping[str, Any], vocab_size: int, padded: int) -> int:
+def _vocab_multiple(args: Args, vocab_size: int, padded: int) -> int:
     multiple: int = args.get("make_vocab_size_divisible_by") or 128
     multiple *= args.get("tensor_model_parallel_size") or 1
     fits = -(-vocab_size // multiple) * multiple == padded

@@ -20,7 +20,7 @@ from gpt3jax.distributed import messages
 from gpt3jax.preflight import checks, facts
 from gpt3jax.run import startup
 
-# A process's answer of a round, from JSON: text, numbers, or mappings of them; None: it is silent.
+# What a process reports in a round, from JSON; None: it was silent.
 Answer: TypeAlias = Any
 
 

@@ -1,4 +1,4 @@
-"""What is concluded from what processes told: who differs, who is slow, who may try again."""
+"""What the checks conclude from the answers: who differs, who is slow, who may try again."""
 
 import random
 
@@ -20,12 +20,12 @@ def random_facts(rng, n_keys):
 def test_the_processes_that_differ_from_most_are_named_with_each_value():
     rng = random.Random()
     usual = random_facts(rng, 30)
-    told = [dict(usual) for _ in range(16)]
+    answers = [dict(usual) for _ in range(16)]
     changed = {i: rng.sample(sorted(usual), 2) for i in rng.sample(range(16), 5)}
     for i, keys in changed.items():
         for key in keys:
-            told[i][key] = f"other {i} {key}"
-    found = checks.same("config", make_hosts(16), told, "fail", "{n} fields")
+            answers[i][key] = f"other {i} {key}"
+    found = checks.same("config", make_hosts(16), answers, "fail", "{n} fields")
     assert found.status == "fail" and found.result == "not the same on 5 of 16 processes"
     expected = {
         f"{key}=other {i} {key} on process {i} (host-{i // 4}), {usual[key]} on the others"
@@ -93,8 +93,8 @@ def test_clocks_count_only_what_is_sure():
 
 
 def test_an_unreadable_corpus_comes_before_a_comparison():
-    told = [{"c.bin": "9 bytes, digest a"}, {"c.bin": "cannot be read: no such file"}]
-    found = checks.corpus(["a", "b"], told)
+    answers = [{"c.bin": "9 bytes, digest a"}, {"c.bin": "cannot be read: no such file"}]
+    found = checks.corpus(["a", "b"], answers)
     assert found.status == "fail"
     assert [line.text for line in found.lines] == ["c.bin: no such file on process 1 (b)"]
     other = [{"c.bin": "9 bytes, digest a"}, {"c.bin": "9 bytes, digest b"}]
@@ -172,5 +172,5 @@ def test_a_long_list_is_cut_in_the_error_and_kept_in_json():
 
 
 def test_runs_of_processes_are_told_as_ranges():
-    told = checks.named([0, 1, 2, 9, 11, 12], make_hosts(16))
-    assert told == "processes 0-2, 9, 11-12 (host-0, host-2, host-3)"
+    text = checks.named([0, 1, 2, 9, 11, 12], make_hosts(16))
+    assert text == "processes 0-2, 9, 11-12 (host-0, host-2, host-3)"

@@ -1,4 +1,4 @@
-"""What a process tells of itself: enough to see a difference, and nothing that is its own."""
+"""What a process reports about itself: every difference that matters, and nothing of its own."""
 
 import dataclasses
 import os
@@ -39,8 +39,8 @@ def test_a_file_is_known_by_its_size_its_head_and_its_end(tmp_path, n):
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path):
-    told = facts.fingerprint(str(tmp_path / "no"))
-    assert told == "cannot be read: no such file or directory"
+    fingerprint = facts.fingerprint(str(tmp_path / "no"))
+    assert fingerprint == "cannot be read: no such file or directory"
 
 
 def test_all_files_of_the_data_are_looked_at(tmp_path):
