@@ -4,6 +4,7 @@ Facts are those of Megatron-LM at commit d98e8a64dd.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from gpt3jax import errors
 from gpt3jax.config import schema
 
-Args: TypeAlias = dict[str, Any]  # Megatron's command-line arguments, as its checkpoints store them
+Args: TypeAlias = Mapping[str, Any]  # Megatron's command-line arguments, from its checkpoints
 Layout = Literal["same", "linear", "qkv_weight", "qkv_bias"]
 """How Megatron stores a parameter.
 
