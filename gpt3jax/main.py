@@ -13,23 +13,22 @@ from gpt3jax.record import console
 def main() -> int:
     """Parse, join the other processes, train; return the exit status."""
     try:
-        return command.run(_train)
+        with command.Outcome() as outcome:
+            cfg = recipe.parse(sys.argv[1:])
+            xla_flags.check(os.environ.get("XLA_FLAGS", ""))
+            from gpt3jax import train  # after parsing: importing JAX takes seconds
+            from gpt3jax.distributed import joining
+            from gpt3jax.run import replay
+
+            joining.start(cfg.distributed, cfg.mesh)
+            if cfg.train.replay_step:
+                outcome.status = replay.replay(cfg)
+            else:
+                outcome.status = errors.DONE if train.train(cfg) else errors.REQUEUE
     except Exception:
         traceback.print_exc()
         return errors.RETRY
-
-
-def _train() -> int:
-    cfg = recipe.parse(sys.argv[1:])
-    xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    from gpt3jax import train  # after parsing: importing JAX takes seconds
-    from gpt3jax.distributed import joining
-    from gpt3jax.run import replay
-
-    joining.start(cfg.distributed, cfg.mesh)
-    if cfg.train.replay_step:
-        return replay.replay(cfg)
-    return errors.DONE if train.train(cfg) else errors.REQUEUE
+    return outcome.status
 
 
 if __name__ == "__main__":
@@ -38,4 +37,4 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        os._exit(status)  # a failed process must not wait for other processes or a stuck writer
+        os._exit(status)  # a failed process must not wait for others, or for a stuck writer

@@ -1,5 +1,6 @@
 """What all commands share: parsing of options, one-line error messages, exit statuses."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,16 +13,34 @@ from gpt3jax.config import user_paths, validation
 Options = TypeVar("Options")
 
 
+class Outcome(contextlib.AbstractContextManager["Outcome"]):
+    """The exit status of a command that runs inside the `with`.
+
+    The command sets `status`. An error that the user can fix is printed in one line, and sets it
+    too; any other error is raised.
+    """
+
+    def __init__(self) -> None:
+        self.status: int = errors.DONE
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> bool:
+        if isinstance(error, RuntimeError):
+            error = _device_error(error)
+        if not isinstance(error, errors.UserError):
+            return False
+        sys.stderr.write(f"gpt3jax: error: {error}\n")
+        retry = isinstance(error, errors.TransientError)
+        self.status = errors.RETRY if retry else errors.REFUSED
+        return True
+
+
 def run(action: Callable[[], int | None]) -> int:
     """Run a command and return its exit status; print an error that the user can fix."""
-    try:
-        return action() or errors.DONE
-    except (errors.UserError, RuntimeError) as raised:
-        error = raised if isinstance(raised, errors.UserError) else _device_error(raised)
-        if error is None:
-            raise
-        sys.stderr.write(f"gpt3jax: error: {error}\n")
-        return errors.RETRY if isinstance(error, errors.TransientError) else errors.REFUSED
+    with Outcome() as outcome:
+        outcome.status = action() or errors.DONE
+    return outcome.status
 
 
 def parse(kind: Any, module: str, description: str | None) -> Any:

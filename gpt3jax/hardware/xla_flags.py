@@ -1,7 +1,7 @@
-"""XLA's options, each with its reason: on GPUs for a run (`launch/`) and a plan, one on CPUs.
+"""XLA's options, each with its reason: for runs (`launch/`) and plans on GPUs, one for CPUs.
 
-`python -m gpt3jax.hardware.xla_flags --config=RECIPE.py ...` prints those of a run as lines for a
-shell; they must be in the environment before JAX starts. Imports no JAX.
+`python -m gpt3jax.hardware.xla_flags --config=RECIPE.py ...` prints the options of a run as lines
+for a shell; they must be in the environment before JAX starts. Imports no JAX.
 """
 
 import contextlib
@@ -43,21 +43,21 @@ def variables(n_stages: int) -> tuple[Setting, ...]:
         Setting(
             "JAX_PLATFORMS",
             "cuda,cpu",
-            "refuses a machine whose GPUs are not visible: by itself JAX would take its CPU",
+            "refuses a machine whose GPUs are not visible: by itself JAX would use its CPU",
         ),
         Setting(
             "XLA_PYTHON_CLIENT_MEM_FRACTION",
             str(MEMORY_FRACTION),
-            "the allocator's share of the GPU (JAX: 0.75); what is left, 6.3 GiB of an H100, is "
+            "the allocator's share of the GPU (JAX: 0.75); the rest, 6.3 GiB of an H100, is "
             "for CUDA's context, NCCL's buffers and library handles",
         ),
         Setting(
             "JAX_COMPILER_ENABLE_REMAT_PASS",
             "false",
-            "XLA counts saved activations twice and so gathers weights again that are there; "
+            "XLA counts saved activations twice, and so gathers weights again that it still has; "
             "model.remat decides what is recomputed, and the plan says whether it fits",
         ),
-        # With stages it computes parts of a layer once more: slower.
+        # With stages it is slower: it computes parts of a layer once more.
         *([level] if n_stages == 1 else []),
     )
 
@@ -69,9 +69,9 @@ def of_run(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting
         f"chunk_prep_us=1,gpus_per_node={network.gpus_per_node}"
     )
     name = "xla_gpu_enable_analytical_sol_latency_estimator"
-    no_estimator = Setting(name, "false", "XLA's tables for it begin with Hopper")
+    no_estimator = Setting(name, "false", "XLA has tables for it from Hopper on")
     estimator = (
-        Setting(name, "true", "tells the scheduler how long collectives and products take"),
+        Setting(name, "true", "estimates for the scheduler how long collectives and products take"),
         Setting(
             "xla_gpu_analytical_latency_estimator_options",
             options,
@@ -88,13 +88,13 @@ def of_run(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting
         Setting(
             "xla_gpu_enable_latency_hiding_scheduler",
             "true",
-            "starts collectives early and does arithmetic meanwhile",
+            "starts collectives early and runs arithmetic meanwhile",
         ),
         Setting(
             "xla_gpu_memory_limit_slop_factor",
             f"{100 * MEMORY_FRACTION / 0.8:.0f}",
             "percent of 80% of the GPU: the scheduler may use what the allocator has. With XLA's "
-            "own 95 it saves memory from 60 GiB of an H100 on, and exposes communication for it",
+            "own 95 it saves memory from 60 GiB of an H100 on, and exposes communication",
         ),
         *(estimator if gpu.capability >= (9, 0) else (no_estimator,)),
         *([overlap] if n_stages == 1 else []),
@@ -113,30 +113,30 @@ def of_plan(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Settin
         Setting(
             "xla_gpu_collect_cost_model_stats",
             "true",
-            "writes into the program how long XLA thinks that each kernel takes; changes nothing",
+            "writes XLA's estimate of each kernel's time into the program; changes nothing else",
         ),
     )
 
 
 def for_equal_weights(platform: str) -> dict[str, int]:
-    """Return the compiler's options under which drawn weights do not depend on the mesh.
+    """Return the compiler's options with which random weights do not depend on the mesh.
 
-    On a CPU, LLVM's vector loops and the scalar ones that finish a row round `normal` differently
-    (jaxlib 0.12), and where a row ends depends on the mesh. Without optimization there is one loop.
+    On a CPU, LLVM's vector loops and the scalar loops that finish a row round `normal` differently
+    (jaxlib 0.12), and the mesh decides where a row ends. Without optimization there is one loop.
     """
     return {"xla_backend_optimization_level": 0} if platform == "cpu" else {}
 
 
 def text(settings: tuple[Setting, ...]) -> str:
-    """Return options as XLA_FLAGS has them."""
-    return " ".join(f"--{one.name}={one.value}" for one in settings)
+    """Return options in the form of XLA_FLAGS."""
+    return " ".join(f"--{setting.name}={setting.value}" for setting in settings)
 
 
 def check(flags: str) -> None:
-    """Check that this XLA knows all options in `flags`: else it would abort without a hint.
+    """Check that this XLA knows all options in `flags`: it would abort without a hint.
 
     Raises:
-        UserError: it names the first unknown one, and the nearest known ones.
+        UserError: an option is unknown; the error names the nearest known ones.
     """
     names = [name.encode() for name in re.findall(r"--(xla_\w+)", flags)]
     spec = importlib.util.find_spec("jaxlib")
@@ -148,26 +148,26 @@ def check(flags: str) -> None:
         for name in names:
             if code.find(name + b"\0") >= 0:
                 continue
-            known = {found.decode() for found in re.findall(rb"xla_[a-z0-9_]+(?=\0)", code)}
+            known = {match.decode() for match in re.findall(rb"xla_[a-z0-9_]+(?=\0)", code)}
             near = difflib.get_close_matches(name.decode(), known, 3)
             hint = f"did you mean {' or '.join(near)}?" if near else "remove it"
             raise errors.UserError(f"XLA_FLAGS: this XLA has no option {name.decode()}: {hint}")
 
 
 def _gpu_here() -> gpus.Gpu:
-    """Return this machine's kind of GPU, an H100 where it does not tell or is of another kind."""
+    """Return this machine's kind of GPU; an H100 where it is unknown or of another kind."""
     names = str(nvidia_smi.query("name")).lower()
     return next((gpu for name, gpu in gpus.GPUS.items() if name in names), gpus.GPUS["h100"])
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Print the settings of a run here for a shell; what is set already stays and wins.
+    """Print, for a shell, the settings of a run on this machine; variables already set win.
 
     The shell runs what it reads, so nothing else goes to standard output: neither `--help` nor what
     a recipe prints.
     """
 
-    def tell() -> None:
+    def print_settings() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             cfg = recipe.parse(sys.argv[1:] if args is None else args)
         if cfg.mesh.stage == -1:
@@ -178,11 +178,12 @@ def main(args: Sequence[str] | None = None) -> int:
         gpu, n_stages = _gpu_here(), cfg.mesh.stage
         flags = text(of_run(gpu, gpus.network_of(gpu), n_stages))
         lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']
-        for one in variables(n_stages):
-            lines.append(f'export {one.name}="${{{one.name}:-{one.value}}}"')
+        for variable in variables(n_stages):
+            name, value = variable.name, variable.value
+            lines.append(f'export {name}="${{{name}:-{value}}}"')
         sys.stdout.write("\n".join(lines) + "\n")
 
-    return command.run(tell)
+    return command.run(print_settings)
 
 
 if __name__ == "__main__":
