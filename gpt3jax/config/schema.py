@@ -276,7 +276,7 @@ class Faults:
     spike: Literal["off", "warn", "skip", "stop"] = "off"
     """At a loss spike. warn: warn; skip: warn and omit the step's update; stop: end the run."""
     spike_window: Annotated[int, ranges.Range(2, 10**6, "faults.spike=off looks for none")] = 100
-    """Earlier steps that mean and deviation are taken over; before that, no loss is a spike."""
+    """Earlier steps that give mean and deviation; before that, no loss is a spike (steps)."""
     spike_deviations: Annotated[float, ranges.Range(0, 10**6)] = 6.0
     """Standard deviations above the mean from which a loss is a spike."""
 

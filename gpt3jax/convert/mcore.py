@@ -30,7 +30,7 @@ class Tensor(NamedTuple):
     split_dim: int | None = None
     """The dimension of Megatron's tensor that tensor parallelism splits; None: it is replicated."""
     n_in_dims: int = 1
-    """linear: how many leading dimensions of our parameter, without layers, are inputs."""
+    """linear, qkv_weight: number of leading input dimensions of our parameter, without layers."""
     stage: Literal["first", "all", "last"] = "all"
     """The pipeline stages that hold it."""
 

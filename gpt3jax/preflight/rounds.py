@@ -47,7 +47,7 @@ def _check(session: joint.Session, *, quick: bool) -> None:
     session.on_memory(program)
     if quick:
         return
-    sizes = speed.sizes(jax.devices()[0].platform)
+    sizes = speed.sizes_for(jax.devices()[0].platform)
     _matmuls(session, sizes)
     for axis, n in mesh.shape.items():
         for kind in ("all-reduce", "all-gather") if n > 1 else ():

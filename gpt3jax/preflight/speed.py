@@ -38,17 +38,17 @@ _GPU = Sizes(matrix=8192, products=16, n_bytes=256 << 20, rounds=5)  # 18 TFLOP:
 _CPU = Sizes(matrix=256, products=4, n_bytes=1 << 20, rounds=20)
 
 
-def sizes(platform: str) -> Sizes:
+def sizes_for(platform: str) -> Sizes:
     """Return the sizes for a platform of JAX."""
     return _CPU if platform == "cpu" else _GPU
 
 
-def matmul_tflops(device: jax.Device, of: Sizes) -> float:
+def matmul_tflops(device: jax.Device, sizes: Sizes) -> float:
     """Return the TFLOP/s of bfloat16 products on a device of this process."""
-    n = of.matrix
+    n = sizes.matrix
 
     def chain(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, of.products, lambda _, y: y @ w, x)
+        return jax.lax.fori_loop(0, sizes.products, lambda _, y: y @ w, x)
 
     place = jax.sharding.SingleDeviceSharding(device)
     # Random values make a chip draw its true power; the scale keeps the products finite.
@@ -56,18 +56,18 @@ def matmul_tflops(device: jax.Device, of: Sizes) -> float:
         jax.device_put(jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16), place)
         for i in range(2)
     )
-    seconds = best_seconds(of.rounds, jax.jit(chain), x, w / math.sqrt(n))
-    return 2 * n**3 * of.products / seconds / 1e12
+    seconds = best_seconds(sizes.rounds, jax.jit(chain), x, w / math.sqrt(n))
+    return 2 * n**3 * sizes.products / seconds / 1e12
 
 
-def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, of: Sizes) -> float:
+def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, sizes: Sizes) -> float:
     """Return the GB/s of a collective along a mesh axis, in all its groups at once.
 
     The bytes are those that each of N devices sends at least in a ring: (N - 1) / N of the gathered
     bytes, and twice that share of the reduced ones ("bus bandwidth" of nccl-tests).
     """
     n = mesh.shape[axis]
-    length = of.n_bytes // 4
+    length = sizes.n_bytes // 4
     spec = PartitionSpec(mesh.axis_names)
     x = jax.jit(
         lambda: jnp.ones((length * mesh.size,), jnp.float32),
@@ -80,8 +80,8 @@ def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, of: Sizes) 
         return jax.lax.all_gather(part, axis, tiled=True)[: length // n]
 
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    seconds = best_seconds(of.rounds, run, x)
-    moved = 2 * (n - 1) / n * of.n_bytes if kind == "all-reduce" else (n - 1) * of.n_bytes
+    seconds = best_seconds(sizes.rounds, run, x)
+    moved = 2 * (n - 1) / n * sizes.n_bytes if kind == "all-reduce" else (n - 1) * sizes.n_bytes
     return moved / seconds / 1e9
 
 
