@@ -1,60 +1,31 @@
-"""Megatron's GPT-3 175B example: 174.6B parameters.
+"""Megatron's GPT-3 175B example: 96 layers, d_model 12288, 96 heads, 174.6B parameters.
 
 Source: Megatron-LM's examples/gpt3, the script itself (train_gpt3_175b_distributed.sh, commit
 d98e8a64dd).
 Meant for 128 H100 80GB in nodes of 8. 174.6B x 16 bytes (fp32 weight, gradient, two moments) are
 2794 GB, 21.8 GB a GPU; full recomputation keeps 96 x 12288 x 2048 x 2 / 8 = 0.6 GB of
-activations, where all of them would be 9.7 GB or more.
+activations, in place of 9.7 GB or more.
 Should reach: Megatron gives no loss; the paper's had 76.2% on LAMBADA zero-shot (Brown et al.
 2020, Table H.1). 300B tokens are 3.2e23 FLOPs: 72 days at 400 TFLOP/s a GPU.
 It is float16 because the example says --fp16: on A100 or H100 add
 `--precision.compute-dtype bfloat16`.
-The example gives --global-batch-size beside its schedule, which Megatron at this commit refuses;
-here the first caps the second.
-Departs, besides what docs/from_megatron.md lists for every recipe, in:
+Differs from it, besides what docs/from_megatron.md lists for every recipe, in:
 - tensor 8 x fsdp 16 in place of TP 8 x PP 16, on as many GPUs. More than 16 data-parallel ranks
   would not divide the schedule's first batch of 16; with another `batch.schedule` more GPUs are
   replicas (data).
-- attention_dropout 0: the example's 0.1 would forbid the fused attention kernel.
+- attention_dropout 0: the example's 0.1 would rule out the fused attention kernel.
 - 300B tokens, with decay over 260B, as in the paper: the example's 500,000 iterations are 1.33T.
 """
 
 from gpt3jax import config
+from gpt3jax.config import megatron_example
 
 
 def get_config() -> config.Config:
     """Return the recipe."""
-    return config.Config(
-        model=config.Model(
-            n_layers=96,
-            d_model=12_288,
-            n_heads=96,  # x 128
-            seq_len=2048,
-            dropout=0.1,
-            attention_dropout=0.0,
-            init_std=0.006,
-            remat="full",
-        ),
-        optimizer=config.Optimizer(
-            peak_lr=6.0e-5,
-            min_lr=6.0e-6,
-            decay="cosine",
-            decay_samples=126_953_125,  # x 2048 = 260B tokens
-            warmup_fraction=0.001,
-            weight_decay=0.1,
-            beta1=0.9,
-            beta2=0.95,
-            clip_norm=1.0,
-        ),
-        precision=config.Precision(compute_dtype="float16"),
-        batch=config.Batch(
-            global_batch_size=1536,
-            microbatch_size=1,
-            schedule="0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536",
-        ),
-        data=config.Data(split="949,50,1"),
+    return megatron_example.recipe(
+        model=megatron_example.gpt3_175b(),
+        decay_samples=126_953_125,  # x 2048 = 260B tokens
         mesh=config.Mesh(data=-1, fsdp=16, tensor=8),
-        train=config.Train(n_tokens=300_000_000_000, eval_interval=1000, eval_batches=10),
-        checkpoint=config.Checkpoint(save_interval=10_000),
-        log=config.Log(interval=100),
+        train=config.Train(n_tokens=300_000_000_000),
     )

@@ -8,48 +8,26 @@ Should reach: Megatron gives no loss. 500,000 steps are 531M sequences, 544B tok
 rate is then still 1.1e-5, for its decay is counted in full batches.
 It is float16 because the example says --fp16: on A100 or H100 add
 `--precision.compute-dtype bfloat16`.
-The example gives --global-batch-size beside its schedule, which Megatron at this commit refuses;
-here the first caps the second.
-Departs only in what docs/from_megatron.md lists for every recipe, such as the masked padding of
-the vocabulary.
+Differs from it only as docs/from_megatron.md lists for every recipe, such as the masked padding
+of the vocabulary.
 """
 
 from gpt3jax import config
+from gpt3jax.config import megatron_example
 
 
 def get_config() -> config.Config:
     """Return the recipe."""
-    return config.Config(
-        model=config.Model(
+    return megatron_example.recipe(
+        model=megatron_example.model(
             n_layers=12,
             d_model=512,
             n_heads=8,  # x 64
             seq_len=1024,
-            dropout=0.1,
             attention_dropout=0.1,
-            init_std=0.006,
             remat="none",  # 34 bytes x 12 x 1024 x 512 = 0.2 GB a sequence
         ),
-        optimizer=config.Optimizer(
-            peak_lr=6.0e-5,
-            min_lr=6.0e-6,
-            decay="cosine",
-            decay_samples=430_000 * 1536,  # the example's iterations, at its full batch
-            warmup_fraction=0.001,
-            weight_decay=0.1,
-            beta1=0.9,
-            beta2=0.95,
-            clip_norm=1.0,
-        ),
-        precision=config.Precision(compute_dtype="float16"),
-        batch=config.Batch(
-            global_batch_size=1536,
-            microbatch_size=1,
-            schedule="0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536",
-        ),
-        data=config.Data(split="949,50,1"),
+        decay_samples=430_000 * 1536,  # the example's iterations, at its full batch
         mesh=config.Mesh(data=-1),
-        train=config.Train(n_steps=500_000, eval_interval=1000, eval_batches=10),
-        checkpoint=config.Checkpoint(save_interval=10_000),
-        log=config.Log(interval=100),
+        train=config.Train(n_steps=500_000),
     )

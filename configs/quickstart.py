@@ -1,12 +1,12 @@
 """A small GPT on the source of Python's own library: from nothing to a trained model on a CPU.
 
 Source: ours; small enough to watch. Meant for 2 CPU cores and a few minutes, no GPU, no download.
-On first use it makes the corpus and a byte-level BPE of 4096 tokens under runs/quickstart/data;
-stop it and run it again, and it resumes.
-Should reach: a training loss of 4.4 nats a token after 400 steps, some 3 minutes. It starts near
-ln 4096 = 8.3, a guess among 4096 tokens; token frequencies alone would give 6.56.
-The mesh is 2 x 2 emulated devices, so that one sees sharding at work. The losses are the same, and
-sooner there, with `--mesh.cpu-devices 1 --mesh.data 1 --mesh.tensor 1`.
+The first start makes the corpus and a byte-level BPE of 4096 tokens under runs/quickstart/data.
+Stop it and run it again, and it resumes.
+Should reach: a training loss of 4.4 nats a token after 400 steps, about 3 minutes. The loss starts
+near ln 4096 = 8.3, a guess among 4096 tokens; token frequencies alone would give 6.56.
+The mesh is 2 x 2 emulated devices, to show sharding at work. On one device the losses are the same
+and the run is faster: `--mesh.cpu-devices 1 --mesh.data 1 --mesh.tensor 1`.
 """
 
 from gpt3jax import config

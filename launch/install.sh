@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Install gpt3jax into a virtual environment of its own: what the image is made of, and what a bare
-# machine needs.
+# Install gpt3jax into a virtual environment of its own, in the image or on a bare machine.
 #
 #   launch/install.sh [cuda13|cuda12|cpu] [FOLDER]     (default: cuda13 .venv)
 #
-# As root on Debian or Ubuntu it installs with apt what is missing: a Python, and for GPUs the
-# libraries of InfiniBand, without which NCCL says nothing and takes the slow network. CUDA comes with
-# JAX's wheels, so a machine needs no more than NVIDIA's driver.
-# PYTHON=FILE takes another interpreter than python3, 3.11 to 3.13. Versions are those of
-# launch/constraints.txt; an empty CONSTRAINTS= takes the newest.
+# As root on Debian or Ubuntu it installs what is missing with apt: Python, and for GPUs the
+# libraries of InfiniBand, without which NCCL silently uses the slow network. CUDA comes with JAX's
+# wheels, so a machine needs only NVIDIA's driver.
+# PYTHON=FILE selects another interpreter than python3, 3.11 to 3.13. Versions are pinned in
+# launch/constraints.txt; an empty CONSTRAINTS= installs the newest.
 set -euo pipefail
 
 kind=${1:-cuda13} folder=${2:-.venv}
@@ -48,6 +47,6 @@ fi
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
 python=$(cd "$folder/bin" && pwd)/python
 "$python" -m pip install --quiet --no-cache-dir ${constraints:+--constraint "$constraints"} "$package"
-cd / # so that what was installed answers, not the folder gpt3jax of the repository
+cd / # to import the installed package, not the folder gpt3jax of the repository
 "$python" -m gpt3jax.main --help >/dev/null
 echo "gpt3jax is installed: $python -m gpt3jax.main --config=RECIPE.py"

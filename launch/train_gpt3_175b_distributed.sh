@@ -9,7 +9,7 @@
 #     NUM_NODES=16 NODE_RANK=0 MASTER_ADDR=node0 launch/train_gpt3_175b_distributed.sh ...
 #
 # Further arguments override the recipe: ... --mesh.tensor=8 --train.n-steps 100.
-# CONFIG=FILE takes another recipe, PYTHON=FILE another interpreter, COMMAND=preflight checks the
+# CONFIG=FILE selects another recipe, PYTHON=FILE another interpreter; COMMAND=preflight checks the
 # machines with the same options in place of training.
 set -euo pipefail
 
@@ -43,8 +43,8 @@ arguments=(
   ${processes[@]+"${processes[@]}"} # bash before 4.4 takes an empty array for an unset one
   "$@"
 )
-# What gpt3jax.plan compiles with; what the environment already has wins.
+# The settings that gpt3jax.plan compiles with; variables that are already set take precedence.
 settings=$("${PYTHON:-python3}" -m gpt3jax.hardware.xla_flags "${arguments[@]}")
 eval "$settings"
-# exec: signals that are meant for the run must reach it.
+# exec: the run must receive the signals.
 exec "${PYTHON:-python3}" -m "gpt3jax.${COMMAND:-main}" "${arguments[@]}"

@@ -1,51 +1,26 @@
 """GPT-3 6.7B, a row of Table 2.1 of the paper.
 
 Source: Brown et al. 2020, "Language Models are Few-Shot Learners" (arXiv:2005.14165), Table 2.1
-and appendix B.
-Meant for 32 H100 80GB; multiples of 8 that divide 512 (1024 sequences in microbatches of 2).
+and appendix B; `gpt3jax/config/gpt3_table.py` has what all rows share.
+Meant for 32 H100 80GB, or any multiple of 8 that divides 512 (1024 sequences in microbatches of 2).
 Memory: 6.66B x 16 bytes (fp32 weight, gradient, two moments) = 107 GB, 13.3 GB a GPU over the 8
 of a node, and 32 bytes a token, width and layer of activations: 32 x 4096 x 2 x 2048 x 32 = 17.2
 GB.
 Should reach 70.3% on LAMBADA zero-shot, as the paper's did on its data (Table H.1).
-The paper names no dropout, so there is none, and no width of the banded layers: 256 is ours. Its
-batch grows from 32k tokens; here it is constant, for 16 sequences do not divide over a wide mesh
-and each size is one compilation. To let it grow on 32 GPUs, over 8B tokens:
+To let the batch grow as in the paper, on 32 GPUs, over 8B tokens:
 `--batch.ramp 64 192 3906250`.
 """
 
 from gpt3jax import config
+from gpt3jax.config import gpt3_table
 
 
 def get_config() -> config.Config:
     """Return the recipe."""
-    return config.Config(
-        model=config.Model(
-            n_layers=32,
-            d_model=4096,
-            n_heads=32,  # x 128
-            seq_len=2048,
-            dropout=0.0,
-            attention_dropout=0.0,
-            remat="none",
-            attention=config.Attention(pattern="alternating", band=256),
-        ),
-        optimizer=config.Optimizer(
-            peak_lr=1.2e-4,
-            min_lr=1.2e-5,  # 10%
-            decay="cosine",
-            decay_samples=126_953_125,  # x 2048 = 260B tokens
-            warmup_samples=183_105,  # x 2048 = 375M tokens
-            weight_decay=0.1,
-            beta1=0.9,
-            beta2=0.95,
-            eps=1e-8,
-            clip_norm=1.0,
-        ),
-        precision=config.Precision(compute_dtype="bfloat16"),
-        batch=config.Batch(
-            global_batch_size=1024,  # x 2048 = 2M tokens
-            microbatch_size=2,
-        ),
+    return gpt3_table.recipe(
+        model=gpt3_table.model(n_layers=32, d_model=4096, n_heads=32),  # heads of 128
+        peak_lr=1.2e-4,
+        min_lr=1.2e-5,  # 10%
+        batch=config.Batch(global_batch_size=1024, microbatch_size=2),  # 1024 x 2048 = 2M tokens
         mesh=config.Mesh(data=-1, fsdp=8),
-        train=config.Train(n_tokens=300_000_000_000),
     )

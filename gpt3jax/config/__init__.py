@@ -1,6 +1,6 @@
-"""What is trained: the tree of fields, its checks, recipes and the command line.
+"""The config of a run: its fields and their checks, recipes, and the command line.
 
-A recipe imports these names; the package itself imports the modules of this folder.
+A recipe imports these names from here; the package itself imports the modules of this folder.
 """
 
 from gpt3jax.config.schema import (

@@ -1,9 +1,9 @@
-"""How many sequences each step takes: a function of the samples consumed before it, alone.
+"""The batch size of each step: a function of the samples consumed before it, and of nothing else.
 
 Batch sizes, steps and samples of any part of a run follow by arithmetic, without stepping through
 it. Semantics are Megatron-LM's (`core/num_microbatches_calculator.py`): the step schedule of commit
-d98e8a64dd, and the linear ramp of commit 0b9bc2088b, the last that had one. Reads no data and
-imports no JAX. A sample is one sequence of `model.seq_len` tokens.
+d98e8a64dd, and the linear ramp of commit 0b9bc2088b, the last commit with one. Imports no JAX. A
+sample is one sequence of `model.seq_len` tokens.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ Stages = tuple[tuple[int, int], ...]
 
 
 class Stretch(NamedTuple):
-    """Consecutive steps of one batch size."""
+    """Consecutive steps of equal batch size."""
 
     first_step: int
-    """Steps taken before it, counted from where `runs` was asked to start."""
+    """Number of its first step, counted from 0 at the start given to `runs`."""
     first_sample: int
-    """Samples consumed before it, counted from the start of training."""
+    """Samples consumed before it since the start of training."""
     size: int
-    """Sequences of each step."""
+    """Sequences in each step."""
     n_steps: int
 
     @property
@@ -36,10 +36,10 @@ class Stretch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BatchSchedule:
-    """The batch size in force after any number of consumed samples."""
+    """The batch size at any number of consumed samples."""
 
     stages: Stages
-    """(first sample, batch size) of each stage: the first from sample 0, both strictly growing."""
+    """(first sample, batch size) of each stage: both grow strictly, from sample 0 on."""
 
     def size(self, consumed_samples: int) -> int:
         """Return the batch size of the step that starts after `consumed_samples` samples."""
@@ -48,8 +48,8 @@ class BatchSchedule:
     def runs(self, start: int, end: int) -> tuple[Stretch, ...]:
         """Return the stretches of equal batch size from sample `start` to sample `end`.
 
-        The last batch is the last that starts before `end`, so it may reach beyond it; a stage
-        begins with the first batch that starts at or after its threshold.
+        The last batch starts before `end` and may reach beyond it; a stage begins with the first
+        batch that starts at or after its threshold.
         """
         return tuple(self._stretches(start, end))
 
@@ -64,7 +64,7 @@ class BatchSchedule:
                 step, sample = step + n_steps, stretch.end_sample
 
     def n_steps(self, end_samples: int, start: int = 0) -> int:
-        """Return how many batches start at or after sample `start` and before `end_samples`."""
+        """Return the number of batches from sample `start` on that start before `end_samples`."""
         return sum(stretch.n_steps for stretch in self.runs(start, end_samples))
 
     def consumed_after(self, n_steps: int, start: int = 0) -> int:
@@ -80,28 +80,28 @@ class BatchSchedule:
     def end(
         self, train: schema.Train, seq_len: int, start_step: int = 0, start: int = 0
     ) -> tuple[int, int]:
-        """Return (steps, samples consumed) at the end of the run: at the first limit that is set.
+        """Return (steps, samples consumed) at the end of the run: at the first of its limits.
 
-        `start_step` and `start` (samples) are where it goes on from, with this schedule; before
-        it, batches may have had other sizes. A run takes whole batches: limited by samples or
+        The run continues with this schedule from `start_step` and `start` (samples); earlier
+        batches may have had other sizes. A run has whole batches: with a limit in samples or
         tokens it ends with the last batch that starts before the limit (`while consumed < limit`),
-        so it may pass it by part of a batch. (With a constant batch Megatron rounds
+        so it may exceed the limit by part of a batch. (With a constant batch Megatron rounds
         `train_samples` down: at most one batch fewer.)
         """
         counts = [train.n_steps - start_step] if train.n_steps else []
         for limit in (train.n_samples, -(-train.n_tokens // seq_len)):
             if limit:
                 counts.append(self.n_steps(limit, start))
-        assert counts, "validation.validate asks for one limit"
+        assert counts, "validation.validate requires a limit"
         n_steps = max(0, min(counts))
         return start_step + n_steps, self.consumed_after(n_steps, start)
 
 
 def from_config(batch: schema.Batch, seq_len: int) -> BatchSchedule:
-    """Return the schedule of a config; `global_batch_size` caps it and is where it must arrive.
+    """Return the schedule of a config. It must reach `global_batch_size`, and is capped there.
 
     Raises:
-        UserError: a schedule or ramp that cannot be read, shrinks, or ends below
+        UserError: the schedule or ramp cannot be read, shrinks, or ends below
             `global_batch_size`.
     """
     full = batch.global_batch_size
@@ -113,7 +113,7 @@ def from_config(batch: schema.Batch, seq_len: int) -> BatchSchedule:
     if stages[-1][1] < full:
         raise errors.UserError(
             f'batch.schedule="{batch.schedule}" ends at {stages[-1][1]}, below '
-            f"batch.global_batch_size={full}: lower that, or add a stage of {full}"
+            f"batch.global_batch_size={full}: lower the latter, or add a stage of {full}"
         )
     return BatchSchedule(_merge_equal((first, min(size, full)) for first, size in stages))
 
@@ -122,11 +122,11 @@ def parse_schedule(text: str, seq_len: int) -> Stages:
     """Return the (first sample, batch size) stages of "TOKENS:SIZE TOKENS:SIZE ...".
 
     Blanks or commas separate entries, in any order; K, M, B, T stand for 10^3 ... 10^12. A
-    threshold in tokens is cut down to whole samples of `seq_len` tokens.
+    threshold in tokens is rounded down to whole samples of `seq_len` tokens.
 
     Raises:
-        UserError: no entry, one that cannot be read, a first threshold that is not 0, thresholds
-            that do not grow, or sizes that are not positive or that shrink.
+        UserError: there is no entry, an entry cannot be read, the first threshold is not 0,
+            thresholds do not grow, or sizes are not positive or shrink.
     """
     try:
         entries = text.replace(",", " ").split()
@@ -147,7 +147,7 @@ def _parse_entry(entry: str, seq_len: int) -> tuple[int, int]:
 
 def _check_stages(stages: Stages, seq_len: int) -> None:
     if not stages:
-        raise ValueError('it has no entry: give one, as in "0:16 2.4B:320", or leave it empty')
+        raise ValueError('no entry: give one, as in "0:16 2.4B:320", or leave the field empty')
     for first, size in stages:
         if size < 1:
             raise ValueError(f"the batch size from sample {first} on is {size}: give at least 1")
@@ -172,7 +172,8 @@ def ramp_stages(ramp: tuple[int, ...], global_batch_size: int) -> Stages:
     """Return the stages of Megatron's linear ramp: start size, increment, samples.
 
     size = start + increment floor(consumed / (samples / n_increments)), where n_increments =
-    (global_batch_size - start) / increment; so it is full when consumed > samples, if not before.
+    (global_batch_size - start) / increment. The full size is reached when consumed > samples, or
+    earlier.
 
     Raises:
         UserError: not three positive numbers, or increments that miss `global_batch_size`.
@@ -188,9 +189,9 @@ def ramp_stages(ramp: tuple[int, ...], global_batch_size: int) -> Stages:
 
 
 def _first_with_quotient(quotient: int, divisor: float) -> int:
-    """Return the smallest integer n with int(n / divisor) >= quotient, rounding of n / divisor too.
+    """Return the smallest integer n with int(n / divisor) >= quotient, in floating point.
 
-    The exact one may differ by one where quotient * divisor is whole.
+    The exact n may differ by one where quotient * divisor is whole.
     """
     n = max(int(quotient * divisor) - 1, 0)
     while int(n / divisor) < quotient:
@@ -199,20 +200,20 @@ def _first_with_quotient(quotient: int, divisor: float) -> int:
 
 
 def _check_ramp(ramp: tuple[int, ...], full: int) -> None:
-    told = f"batch.ramp={' '.join(map(str, ramp))}"
+    field = f"batch.ramp={' '.join(map(str, ramp))}"
     if len(ramp) != 3 or min(ramp) < 1:
         raise errors.UserError(
-            f"{told} must be three positive numbers: start size, increment, samples"
+            f"{field} must be three positive numbers: start size, increment, samples"
         )
     start, increment, _ = ramp
     if start >= full:
         raise errors.UserError(
-            f"{told} starts at {start}, not below batch.global_batch_size={full}: "
+            f"{field} starts at {start}, not below batch.global_batch_size={full}: "
             "start lower, or leave the ramp out"
         )
     if (full - start) % increment:
         raise errors.UserError(
-            f"{told}: the increment {increment} does not divide batch.global_batch_size={full} "
+            f"{field}: the increment {increment} does not divide batch.global_batch_size={full} "
             f"less the start, {full - start}: use one of {ranges.divisors(full - start)}"
         )
 
@@ -229,12 +230,11 @@ def check(
 ) -> None:
     """Check that each stage's batch divides into microbatches over the data-parallel ranks.
 
-    With `n_stages` pipeline stages, also that it gives a multiple of them.
-
-    Megatron finds out when it enters the stage; here it is an error before the run starts.
+    The number of microbatches must be a multiple of `n_stages`, the pipeline's. Megatron fails when
+    it enters a stage that does not divide; here it is an error before the run starts.
 
     Raises:
-        UserError: it names the stage.
+        UserError: it names the stage of the schedule.
     """
     rows = microbatch_size * data_parallel_size
     for first, size in schedule.stages:

@@ -1,4 +1,4 @@
-"""How every command begins and ends: its options, its exit status, one line on what to mend."""
+"""What all commands share: parsing of options, one-line error messages, exit statuses."""
 
 import contextlib
 import sys
@@ -14,10 +14,10 @@ Options = TypeVar("Options")
 
 
 class Outcome(contextlib.AbstractContextManager["Outcome"]):
-    """The exit status of a command, whose body runs inside of the `with`.
+    """The exit status of a command that runs inside the `with`.
 
-    The body sets `status`, or an error does that ends it: one that the user can fix is printed in
-    one line, any other is raised.
+    The command sets `status`. An error that the user can fix is printed in one line, and sets it
+    too; any other error is raised.
     """
 
     def __init__(self) -> None:
@@ -44,12 +44,12 @@ def run(action: Callable[[], int | None]) -> int:
 
 
 def parse(kind: Any, module: str, description: str | None) -> Any:
-    """Return the options of `python -m gpt3jax.MODULE`: a dataclass of this kind.
+    """Return the options of `python -m gpt3jax.MODULE`: a dataclass `kind`, or a union of them.
 
     Exits with a message on an unknown or ill-typed option, and on `--help`.
 
     Raises:
-        UserError: a number is out of its range, or a path cannot be one of this machine.
+        UserError: a number is out of its range, or a path is not one of this machine.
     """
     return _checked(tyro.cli(kind, prog=f"python -m gpt3jax.{module}", description=description))
 
@@ -57,10 +57,10 @@ def parse(kind: Any, module: str, description: str | None) -> Any:
 def parse_beside_config(
     kind: type[Options], module: str, description: str | None, args: Sequence[str]
 ) -> tuple[Options, list[str]]:
-    """Return the options, as `parse`, and what is left of the arguments for `recipe.parse`.
+    """Return the options, as `parse`, and the remaining arguments for `recipe.parse`.
 
     Raises:
-        UserError: a number is out of its range, or a path cannot be one of this machine.
+        UserError: a number is out of its range, or a path is not one of this machine.
     """
     options, rest = tyro.cli(
         kind, prog=f"python -m gpt3jax.{module}", description=description, args=args,
@@ -70,20 +70,20 @@ def parse_beside_config(
 
 
 def _checked(options: Options) -> Options:
-    """Return options whose numbers are in their ranges, with their paths in full."""
+    """Check the ranges of numbers; return the options with their paths expanded."""
     validation.check_ranges(options, "--")
     return user_paths.expanded(options, "--")
 
 
 def _device_error(error: RuntimeError) -> errors.UserError | None:
-    """Return what to tell where JAX could not start the GPUs; None for any other error."""
-    told = str(error).partition(" (set JAX")[0].rstrip(".")
-    if not told.startswith("Unable to initialize backend"):
+    """Return what to report if JAX could not start the GPUs; None for any other error."""
+    message = str(error).partition(" (set JAX")[0].rstrip(".")
+    if not message.startswith("Unable to initialize backend"):
         return None
-    if "list of known backends" in told:  # its plugin did not load, and said so above
+    if "list of known backends" in message:  # JAX's CUDA plugin did not load, and printed why
         return errors.UserError(
-            f"{told}: CUDA's libraries are missing or do not fit JAX, as it says above; pip "
-            "install 'gpt3jax[cuda13]' (cuda12 for drivers before 580; the extra plan has the "
-            "compiler alone), or set JAX_PLATFORMS=cpu to use the CPU"
+            f"{message}: CUDA's libraries are missing or do not match JAX (see the lines above); "
+            "pip install 'gpt3jax[cuda13]' (cuda12 for drivers before 580; the extra plan has only "
+            "the compiler), or set JAX_PLATFORMS=cpu to use the CPU"
         )
-    return errors.TransientError(f"{told}: see nvidia-smi, or set JAX_PLATFORMS=cpu for the CPU")
+    return errors.TransientError(f"{message}: see nvidia-smi, or set JAX_PLATFORMS=cpu for the CPU")

@@ -1,14 +1,14 @@
-"""What each number of a config or a command may be, and how counts are read; imports no JAX.
+"""Ranges of the numbers in a config or in a command's options, and how counts are read.
 
-A range stands beside its field: `n_layers: Annotated[int, Range(1, 2**16)]`. The most is what holds
-in all that follows, not what is wise.
+A range stands beside its field: `n_layers: Annotated[int, Range(1, 2**16)]`. Its upper bound is
+what the code can handle, not what is sensible. Imports no JAX.
 """
 
 import dataclasses
 import math
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -17,17 +17,17 @@ INT32 = 2**31 - 1  # numbers of steps, samples and tokens are int32 on the devic
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What a number may be, both ends included."""
+    """The numbers from `least` to `most`, both included."""
 
     least: float
     most: float
     below: str = ""
-    """What to do instead of giving a number below, for a message."""
+    """Advice for a message about a number below the range."""
     excluded: float | None = None
-    """A number inside that it may not be."""
+    """A number from `least` to `most` that is not allowed."""
 
-    def problem(self, value: Any) -> str:
-        """Return what is wrong with a number and what to do, "" if nothing is."""
+    def problem(self, value: object) -> str:
+        """Return what is wrong with a value and what to do; "" if it is in the range."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"is a {type(value).__name__}: give a number"
         if self.least <= value <= self.most and value != self.excluded:  # NaN never is
@@ -39,19 +39,24 @@ class Range:
         """Return the range in words."""
         low = "above" if self.excluded == self.least else "at least"
         high = "below" if self.excluded == self.most else "at most"
-        told = f"{low} {self.least:.10g} and {high} {self.most:.10g}"
+        bounds = f"{low} {self.least:.10g} and {high} {self.most:.10g}"
         inside = self.excluded not in (None, self.least, self.most)
-        return f"{told}, and not {self.excluded:g}" if inside else told
+        return f"{bounds}, and not {self.excluded:g}" if inside else bounds
+
+
+def positive(below: str) -> Range:
+    """Return the range of positive int32 numbers, with advice for a number below."""
+    return Range(1, INT32, below)
 
 
 _MULTIPLES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def read_count(text: str) -> int:
-    """Return a count of tokens or samples: "300000", "2.4B"; K, M, B, T are 10^3 ... 10^12.
+    """Return a count such as "300000" or "2.4B"; K, M, B, T are 10^3 ... 10^12.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a count.
     """
     multiple = _MULTIPLES.get(text[-1:].upper())
     try:
@@ -84,10 +89,10 @@ Axis = Annotated[
 ]
 
 
-def numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
-    """Yield (name, value, range) of each number of a tree of dataclasses, also those in tuples.
+def numbers(tree: object, prefix: str = "") -> Iterator[tuple[str, object, Range]]:
+    """Yield (name, value, range) of each number in a tree of dataclasses and their tuples.
 
-    The name is that of its option, `group.field`. A number that is None is not there.
+    The name is that of the option, `group.field`. Fields that are None are left out.
     """
     for name, hint in typing.get_type_hints(type(tree), include_extras=True).items():
         value = getattr(tree, name)
@@ -101,21 +106,21 @@ def numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
                 yield prefix + name, number, bounds
 
 
-def range_of(hint: Any) -> Range | None:
-    """Return the range in a field's type: of a number, of those of a tuple, or of one or None."""
+def range_of(hint: object) -> Range | None:
+    """Return the range inside a field's type: a number, a tuple of numbers, or a number or None."""
     if isinstance(hint, Range):
         return hint
-    found = (range_of(part) for part in typing.get_args(hint))
-    return next((bounds for bounds in found if bounds is not None), None)
+    parts = (range_of(part) for part in typing.get_args(hint))
+    return next((bounds for bounds in parts if bounds is not None), None)
 
 
 def divisors_of(n: int) -> list[int]:
-    """Return the divisors of n, smallest first."""
+    """Return the divisors of n in ascending order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def divisors(n: int) -> str:
-    """Return the divisors of n as text for messages, at most 16 of them."""
-    found = [str(d) for d in divisors_of(n)]
-    return ", ".join(found[:16]) + (", ..." if len(found) > 16 else "")
+    """Return the divisors of n as text for a message, at most 16 of them."""
+    texts = [str(d) for d in divisors_of(n)]
+    return ", ".join(texts[:16]) + (", ..." if len(texts) > 16 else "")

@@ -1,62 +1,65 @@
-"""The configuration: a frozen tree of dataclasses, each field with its unit.
+"""The configuration: a frozen tree of dataclasses. A field's docstring is its `--help` text.
 
-`recipe` reads one from a file and the command line, `validation` says what makes it invalid.
+`recipe` reads a config from a file and the command line; `validation` checks it.
 """
 
 import dataclasses
 import typing
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from gpt3jax.config import ranges, user_paths
 
+_WATCHED = ranges.Range(1, 10**6, "watchdog.step_multiple=0 turns the watchdog off")  # seconds
+Remat: TypeAlias = Literal["none", "dots", "mlp", "residual", "full"]
 Tree = TypeVar("Tree")
+Flat: TypeAlias = dict[str, Any]  # a field's dotted name: bool, int, float, str, or a tuple of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
-    """How attention is computed and what it sees."""
+    """How attention is computed, and which positions it attends to."""
 
     implementation: Literal["auto", "xla", "cudnn"] = "auto"
-    """auto: cudnn on a GPU where it serves (16-bit, no attention dropout), else xla."""
+    """auto: cudnn on a GPU that supports it (16-bit formats, no attention dropout), else xla."""
     pattern: Literal["dense", "alternating"] = "dense"
     """alternating: layers 1, 3, 5, ... are locally banded, the others dense (GPT-3 paper, 2.1)."""
     band: Annotated[int, ranges.Range(1, 2**24, "model.attention.pattern=dense has no bands")] = 256
-    """Earlier positions that a banded layer sees, besides the token itself (tokens)."""
+    """Earlier positions that a banded layer attends to, besides the token itself (tokens)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """The network, in the words of GPT-3's Table 2.1."""
+    """The network, with the names of GPT-3's Table 2.1."""
 
     n_layers: Annotated[int, ranges.Range(1, 2**16)]
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     d_model: Annotated[int, ranges.Range(1, 2**20)]
-    """Width of the residual stream; heads have d_model / n_heads, the MLP 4 x d_model."""
+    """Width of the residual stream. Each head has d_model / n_heads, the MLP 4 x d_model."""
     n_heads: Annotated[int, ranges.Range(1, 2**20)]
-    """Attention heads in a layer."""
+    """Attention heads in each layer."""
     seq_len: Annotated[int, ranges.Range(1, 2**24)]
     """Context length, and the length of every training sequence (tokens)."""
     vocab_size: Annotated[int, ranges.Range(1, 2**30)] = 50_257
-    """True vocabulary (tokens); GPT-2's by default."""
+    """Size of the vocabulary before padding (tokens). The default is GPT-2's."""
     vocab_multiple: Annotated[int, ranges.Range(1, 2**20, "1 pads nothing")] = 128
-    """The vocabulary is padded to a multiple of this, on every mesh the same."""
+    """Pad the vocabulary to a multiple of this, whatever the mesh (tokens)."""
     mask_padded_vocab: bool = True
-    """Keep the padded entries out of the softmax. Off: they take part, as in Megatron."""
+    """Exclude the padding of the vocabulary from the softmax. Off: include it, as Megatron does."""
     dropout: ranges.Probability = 0.1
     """Dropout after the embedding and on both residual branches (probability)."""
     attention_dropout: ranges.Probability = 0.1
-    """Dropout of attention probabilities; above 0 it forbids the cuDNN kernel (probability)."""
+    """Dropout of attention weights (probability). The cuDNN kernel requires 0."""
     gelu: Literal["tanh", "erf"] = "tanh"
-    """GELU: its tanh approximation (GPT-2, GPT-3, Megatron's default) or the exact erf form."""
+    """GELU: the tanh approximation (GPT-2, GPT-3, Megatron's default) or the exact form, erf."""
     init_std: Annotated[float, ranges.Range(0, 100)] = 0.02
-    """Std of initial weights; output projections get init_std / sqrt(2 n_layers)."""
+    """Standard deviation of initial weights. Output projections: init_std / sqrt(2 n_layers)."""
     norm_eps: Annotated[float, ranges.Range(0, 1)] = 1e-5
-    """Added to LayerNorm's variance."""
-    remat: Literal["none", "dots", "mlp", "residual", "full"] = "full"
-    """What the backward pass computes again, from nothing to whole layers: see
-    `remat.POLICIES`. With stages `none` is `dots`."""
+    """Added to the variance in LayerNorm."""
+    remat: Remat = "full"
+    """Which activations the backward pass recomputes, from none to those of whole layers (full):
+    see `remat.POLICIES`. With pipeline stages, none means dots."""
     n_loss_chunks: Annotated[int, ranges.Range(1, 2**24, "1 cuts nothing")] = 1
-    """Pieces of the sequence whose logits are held at a time; more save memory."""
+    """Chunks of the sequence in the loss. More need less memory: one chunk's logits at a time."""
     attention: Attention = Attention()
 
     @property
@@ -87,287 +90,274 @@ class Optimizer:
     peak_lr: Annotated[float, ranges.Range(0, 1e30)]
     """Learning rate at the end of the warm-up."""
     min_lr: Annotated[float, ranges.Range(0, 1e30)] = 0.0
-    """Learning rate at the end of the decay and after it."""
+    """Learning rate at the end of the decay, and after it."""
     init_lr: Annotated[float, ranges.Range(0, 1e30)] = 0.0
     """Learning rate at the start of the warm-up."""
     decay: Literal["cosine", "linear", "constant", "inverse-square-root", "wsd"] = "cosine"
-    """Shape of the decay from peak_lr to min_lr; wsd holds peak_lr and decays at the end."""
+    """Shape of the decay from peak_lr to min_lr. wsd keeps peak_lr until a final decay."""
     decay_samples: ranges.Samples = 0
-    """Samples after which min_lr is reached, warm-up included (0: the length of the run)."""
+    """Samples until the learning rate is min_lr, warm-up included (0: the length of the run)."""
     warmup_samples: ranges.Samples = 0
-    """Length of the linear warm-up (samples); give this or warmup_fraction."""
+    """Length of the linear warm-up (samples). Set this or warmup_fraction."""
     warmup_fraction: ranges.Probability = 0.0
-    """Length of the linear warm-up as a share of decay_samples."""
+    """Length of the linear warm-up as a fraction of decay_samples."""
     wsd_decay: Literal["linear", "cosine", "exponential", "minus-sqrt"] = "exponential"
     """Shape of the final decay of wsd."""
     wsd_decay_samples: ranges.Samples = 0
     """Length of the final decay of wsd (samples)."""
     weight_decay: Annotated[float, ranges.Range(0, 1000)] = 0.1
-    """Decoupled weight decay of matrices and embeddings (not biases or LayerNorm)."""
+    """Decoupled weight decay of matrices and embeddings. Biases and LayerNorm have none."""
     start_weight_decay: Annotated[float, ranges.Range(0, 1000)] = 0.0
-    """Weight decay at step 0 where weight_decay_growth is not constant."""
+    """Weight decay at step 0, if weight_decay_growth is not constant."""
     weight_decay_growth: Literal["constant", "linear", "cosine"] = "constant"
-    """How weight decay goes from start_weight_decay to weight_decay over the run."""
+    """How weight decay changes over the run, from start_weight_decay to weight_decay."""
     beta1: ranges.Probability = 0.9
-    """Decay of Adam's first moment."""
+    """Decay rate of Adam's first moment."""
     beta2: ranges.Probability = 0.95
-    """Decay of Adam's second moment."""
+    """Decay rate of Adam's second moment."""
     eps: Annotated[float, ranges.Range(0, 1)] = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Added to the square root of Adam's second moment."""
     clip_norm: Annotated[float, ranges.Range(0, 1e30)] = 1.0
-    """Largest global L2 norm of the gradient; what exceeds it is scaled down (0: no clipping)."""
+    """Clip the gradient to this global L2 norm (0: no clipping)."""
 
     def schedule(self, run_samples: int) -> tuple[float, int]:
-        """Return the samples of the warm-up, and of warm-up and decay, in a run of so many."""
+        """Return (samples of warm-up, samples of warm-up and decay) in a run of `run_samples`."""
         decay_samples = self.decay_samples or run_samples
         return self.warmup_samples or self.warmup_fraction * decay_samples, decay_samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Number formats. Weights, Adam moments, softmax, LayerNorm, loss and sums are always fp32."""
+    """Number formats. Weights, Adam's moments, softmax, LayerNorm and loss are always in fp32."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Format of matrix products and activations."""
     static_loss_scale: Annotated[float, ranges.Range(0, 2.0**64)] = 0.0
-    """float16: a fixed loss scale (0: dynamic)."""
+    """float16: constant loss scale (0: a dynamic one)."""
     initial_loss_scale: Annotated[float, ranges.Range(1, 2.0**64)] = 2.0**32
-    """float16: where the dynamic loss scale starts."""
+    """float16: first value of the dynamic loss scale."""
     min_loss_scale: Annotated[float, ranges.Range(1, 2.0**64)] = 1.0
-    """float16: the dynamic loss scale never falls below."""
+    """float16: lower bound of the dynamic loss scale."""
     loss_scale_window: ranges.Positive = 1000
-    """float16: good steps in a row after which the scale doubles (steps)."""
+    """float16: steps in a row without overflow after which the loss scale doubles (steps)."""
     loss_scale_hysteresis: ranges.Positive = 2
-    """float16: overflows before the scale halves; refilled only when the scale grows."""
+    """float16: overflows until the scale halves. They are counted anew only when it doubles."""
 
     @property
     def scales_dynamically(self) -> bool:
-        """Tell whether the loss scale changes in the course of a run."""
+        """Return whether the loss scale changes during a run."""
         return self.compute_dtype == "float16" and not self.static_loss_scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """How many sequences make a step, and how they are cut."""
+    """How many sequences a step has, and how they are divided into microbatches."""
 
     global_batch_size: Annotated[int, ranges.Range(1, 10**6)]
-    """Sequences per step at full size, over all devices; no stage of a schedule exceeds it."""
+    """Sequences per step over all devices. It is also the upper bound of batch.schedule."""
     microbatch_size: Annotated[int, ranges.Range(1, 10**6)] = 1
-    """Sequences per data-parallel rank that are on a device at once."""
+    """Sequences that a data-parallel rank processes at a time."""
     schedule: str = ""
-    """Batch size by tokens seen, as "0:16 2.4B:320 12B:1536" (K, M, B, T = 10^3 ... 10^12)."""
+    """Batch size by tokens consumed, as "0:16 2.4B:320 12B:1536" (K, M, B, T: 10^3 ... 10^12)."""
     ramp: tuple[ranges.Samples, ...] = ()
-    """Linear ramp: start size, increment, samples until global_batch_size is reached."""
+    """Linear growth of the batch size: first size, increment, samples until global_batch_size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """The corpus and how samples are cut from it."""
+    """The corpus, the tokenizer, and how samples are made of documents."""
 
     paths: tuple[user_paths.Path, ...] = ()
-    """PREFIX of PREFIX.bin and PREFIX.idx; or a blend: WEIGHT PREFIX WEIGHT PREFIX ..."""
+    """PREFIX of the files PREFIX.bin and PREFIX.idx; or a blend: WEIGHT PREFIX WEIGHT PREFIX ..."""
     train_paths: tuple[user_paths.Path, ...] = ()
-    """In place of paths and split: corpora of the training split alone, prefixes or a blend."""
+    """In place of paths and split: the corpora of the training split alone, prefixes or a blend."""
     validation_paths: tuple[user_paths.Path, ...] = ()
-    """With train_paths: those of the validation split."""
+    """With train_paths: the corpora of the validation split."""
     test_paths: tuple[user_paths.Path, ...] = ()
-    """With train_paths: those of the test split."""
+    """With train_paths: the corpora of the test split."""
     mock: bool = False
-    """In place of a corpus: made-up tokens, as Megatron's --mock-data (for benchmarks)."""
+    """Train on generated tokens in place of a corpus, like Megatron's --mock-data."""
     from_text: user_paths.Path = ""
-    """Make the corpus on first use from this folder of text; "python" is Python's own library."""
+    """Make the corpus from this folder of text at the first start ("python": Python's library)."""
     vocab_file: user_paths.Path = ""
-    """GPT-2 vocabulary (vocab.json); checked against model.vocab_size and data.eod_id."""
+    """GPT-2 vocabulary (vocab.json). It is checked against model.vocab_size and data.eod_id."""
     merge_file: user_paths.Path = ""
     """GPT-2 merges (merges.txt)."""
     tokenizer: user_paths.Path = ""
-    """In place of these two: a tokenizer.json, of which data.eod_id ends a document."""
+    """A tokenizer.json, in place of vocab_file and merge_file."""
     split: str = "949,50,1"
-    """Shares of documents for training, validation and test, also as "90/5/5" or "90 5 5"."""
+    """Shares of the documents for training, validation and test, also as "90/5/5" or "90 5 5"."""
     eod_id: Annotated[int, ranges.Range(0, 2**30)] = 50_256
-    """End-of-document token, for the three switches below."""
+    """End-of-document token, used by the three options below."""
     eod_mask_loss: bool = False
-    """Take no loss where the input is the end-of-document token."""
+    """Exclude from the loss each position whose input is the end-of-document token."""
     reset_position_ids: bool = False
-    """Restart positions after each end-of-document token."""
+    """Restart positions at 0 after each end-of-document token."""
     reset_attention_mask: bool = False
-    """Hide earlier documents of a sequence from later ones."""
+    """Attend only to positions of the same document."""
     drop_last_partial_validation_sequence: bool = True
-    """Off: the last validation sample may be part of a sequence, padded."""
+    """Drop the last validation sample if it is shorter than a sequence. Off: pad it."""
     index_cache: user_paths.Path = ""
-    """Folder that keeps the sample indices, shared by the processes of a host ("": each its own, in
-    memory; 300B tokens take some 3 GB)."""
+    """Folder for the sample indices, shared by the processes of a host (empty: each process has
+    them in memory; for 300B tokens they are about 3 GB)."""
     skip_samples: tuple[str, ...] = ()
-    """Stretches A:B of the training samples to leave out, A to B - 1, by their numbers in the run:
-    "--data.skip-samples 8000:8640". A batch that reaches A goes on at B."""
+    """Ranges A:B of training samples to skip, A to B - 1, numbered as in this run, such as
+    "--data.skip-samples 8000:8640". A batch that reaches A continues at B."""
     prefetch: Annotated[int, ranges.Range(0, 10_000)] = 4
-    """Batches read ahead (0: none)."""
+    """Batches to read ahead (0: none)."""
     read_threads: Annotated[int, ranges.Range(1, 1000, "data.prefetch=0 reads without threads")] = 2
-    """Threads that read ahead; more help where the corpus lies on a slow network disk."""
+    """Threads that read ahead. More of them help on a slow network disk."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """How many ways each kind of parallelism divides the devices; -1 on one axis: the rest."""
+    """Devices along each axis of parallelism. One axis may be -1: the rest of the devices."""
 
     data: ranges.Axis = -1
-    """Replicas of the model, each with its share of the batch."""
+    """Data parallelism: replicas of the model, each with its share of the batch."""
     stage: ranges.Axis = 1
-    """Pipeline stages: each holds a part of the layers, microbatches stream through them."""
+    """Pipeline parallelism: stages, each with a part of the layers."""
     virtual_stages: Annotated[int, ranges.Range(1, 2**16, "1 cuts nothing")] = 1
-    """Parts of the layers that each pipeline stage holds: more shorten the pipeline's bubble."""
+    """Parts of the layers in each pipeline stage. More of them shorten the pipeline's bubble."""
     fsdp: ranges.Axis = 1
-    """Shards of parameters, optimizer state and batch."""
+    """Fully sharded data parallelism: shards of parameters, optimizer state and batch."""
     context: ranges.Axis = 1
-    """Shards of the sequence, for contexts whose activations do not fit one device."""
+    """Context parallelism: shards of the sequence, for long sequences."""
     tensor: ranges.Axis = 1
-    """Shards of heads, MLP and vocabulary: keep inside one NVLink domain."""
+    """Tensor parallelism: shards of heads, MLP and vocabulary. Keep it inside one NVLink domain."""
     shard_optimizer: bool = False
-    """Shard optimizer state and fp32 parameters over data too (ZeRO-1)."""
+    """Shard optimizer state and fp32 parameters over the data axis too (ZeRO-1)."""
     sequence_parallel: bool = True
-    """Shard the norm, dropout and residual regions along the sequence over the tensor axis."""
+    """Shard LayerNorm, dropout and the residual stream along the sequence, over the tensor axis."""
     cpu_devices: Annotated[int, ranges.Range(0, 4096)] = 0
-    """Run on this many emulated CPU devices instead of what the machine has (0: off)."""
+    """Run on this many emulated CPU devices in place of the machine's own devices (0: off)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """Length of the run, evaluation, seed. The run ends at the first limit that is set."""
+    """Length of the run, evaluation, seed. The run ends at the first of the limits that are set."""
 
     n_steps: ranges.Count = 0
-    """Train this many steps (0: no such limit)."""
+    """Length of the run in steps (0: no such limit)."""
     n_samples: ranges.Samples = 0
-    """Train this many samples, as 300000 or 300K (0: no such limit)."""
+    """Length of the run in samples, such as 300000 or 300K (0: no such limit)."""
     n_tokens: ranges.Tokens = 0
-    """Train this many tokens, as 300B; K, M, B, T are 10^3 ... 10^12 (0: no such limit)."""
+    """Length of the run in tokens, such as 300B (0: no such limit; K, M, B, T: 10^3 ... 10^12)."""
     seed: ranges.Seed = 1234
-    """Seed of initial weights, dropout and sample order."""
+    """Random seed of initial weights, dropout and sample order."""
     loss_mean: Literal["tokens", "microbatches"] = "tokens"
-    """Gradient of the mean over all tokens of a batch, or of the mean of microbatch means."""
+    """Loss to differentiate: the mean over a batch's tokens, or the mean of microbatches' means."""
     eval_interval: ranges.Count = 1000
-    """Steps between evaluations on the validation split (0: none, not even at the end)."""
-    eval_batches: Annotated[
-        int, ranges.Range(1, ranges.INT32, "train.eval_interval=0 turns evaluation off")
-    ] = 10
+    """Steps between evaluations on the validation split (0: no evaluation, not even at the end)."""
+    eval_batches: Annotated[int, ranges.positive("train.eval_interval=0 turns evaluation off")] = 10
     """Batches of global_batch_size in one evaluation."""
     max_fruitless_starts: ranges.Count = 10
-    """Starts in a row that failed without a new checkpoint before the next is refused (0: any)."""
+    """Failed starts in a row without a new checkpoint after which a start is refused (0: never)."""
     checksum_interval: ranges.Count = 100
-    """Steps between comparisons of the parameters' replicas, bit for bit (0: none); also made
-    before each save then. They take a read of the parameters."""
+    """Steps between bitwise comparisons of the parameters' replicas, which are compared before
+    each save as well (0: never). A comparison reads all parameters once."""
     replay_step: ranges.Count = 0
-    """In place of training: take this step twice from the checkpoint before it, and compare (0:
-    off)."""
+    """In place of training: run this step twice from a checkpoint and compare (0: off)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Faults:
-    """What is done about steps with a loss or gradient that is not finite, and with loss spikes.
+    """What to do when the loss or the gradient is not finite, and when the loss spikes.
 
-    A spike is a loss above the mean plus some standard deviations of the losses of earlier steps.
+    A spike is a loss more than spike_deviations standard deviations above the mean of recent steps.
     """
 
     nonfinite: Literal["stop", "skip", "warn"] = "stop"
-    """Not finite; no weight changes then in any case. stop: end the run; skip: tell, go on, and end
-    after max_skipped_steps; warn: tell and go on without end. float16's loss scale comes first."""
-    max_skipped_steps: Annotated[
-        int, ranges.Range(1, ranges.INT32, "faults.nonfinite=warn goes on without end")
-    ] = 10
-    """Skipped steps in a row that end the run, where a policy is skip."""
+    """When the loss or gradient is not finite; the weights never change then. stop: end the run;
+    skip: warn, and end the run after max_skipped_steps; warn: warn and continue. In float16 the
+    loss scale handles overflows first."""
+    max_skipped_steps: Annotated[int, ranges.positive("faults.nonfinite=warn has no limit")] = 10
+    """Skipped steps in a row that end the run, if nonfinite or spike is skip (steps)."""
     spike: Literal["off", "warn", "skip", "stop"] = "off"
-    """A spike. warn: tell; skip: tell and leave the step's update out; stop: end the run."""
-    spike_window: Annotated[int, ranges.Range(2, 10**6, "faults.spike=off seeks none")] = 100
-    """Successful steps that the mean and deviation are of; there is no limit before (steps)."""
+    """At a loss spike. warn: warn; skip: warn and omit the step's update; stop: end the run."""
+    spike_window: Annotated[int, ranges.Range(2, 10**6, "faults.spike=off looks for none")] = 100
+    """Earlier steps that give mean and deviation; before that, no loss is a spike (steps)."""
     spike_deviations: Annotated[float, ranges.Range(0, 10**6)] = 6.0
-    """Standard deviations above the mean at which a loss is a spike."""
+    """Standard deviations above the mean from which a loss is a spike."""
 
     @property
     def limits_loss(self) -> bool:
-        """Tell whether the training step takes a limit, to skip losses above it by itself."""
+        """Return whether the training step gets a limit, and skips losses above it by itself."""
         return self.spike == "skip"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Where the run's state is saved and found again."""
+    """Where and when the state of the run is saved, and what it is restored from."""
 
     dir: user_paths.Path = ""
-    """Folder of this run's checkpoints, resumed from if it has one (empty: none are written)."""
+    """Folder of this run's checkpoints; it resumes from the newest one (empty: no checkpoints)."""
     load: user_paths.Path = ""
-    """Start from this folder's newest checkpoint where checkpoint.dir has none yet."""
+    """Folder whose newest checkpoint the run starts from, if checkpoint.dir has none yet."""
     only_params: bool = False
-    """Take the parameters alone from checkpoint.load: begin at step 0, with a fresh optimizer."""
-    save_interval: Annotated[
-        int, ranges.Range(1, ranges.INT32, "without checkpoint.dir nothing is saved")
-    ] = 1000
-    """Steps between checkpoints (one more is written at the end)."""
-    max_to_keep: Annotated[
-        int, ranges.Range(1, ranges.INT32, "keep_period equal to save_interval keeps all")
-    ] = 3
-    """Newest checkpoints kept; older ones are removed."""
+    """Load only the parameters from checkpoint.load: start at step 0 with a new optimizer state."""
+    save_interval: Annotated[int, ranges.positive("without checkpoint.dir nothing is saved")] = 1000
+    """Steps between checkpoints. The end of the run is saved too."""
+    max_to_keep: Annotated[int, ranges.positive("keep_period equal to save_interval keeps all")] = 3
+    """Number of newest checkpoints to keep. Older ones are removed."""
     keep_period: ranges.Count = 0
-    """Checkpoints of multiples of this many steps are kept for good, besides the newest (0: none).
-    """
+    """Also keep each checkpoint whose step is a multiple of this (steps; 0: none)."""
     max_failed_saves: ranges.Count = 5
-    """Failed saves in a row that end the run, to be started again; the last save of a run is tried
-    this often (0: failed saves end no run before its last, which is tried 5 times)."""
+    """Failed saves in a row that end the run with exit status 1; the last save of the run has as
+    many attempts (0: failed saves do not end the run, and the last one has 5 attempts)."""
     retry_pause: Annotated[float, ranges.Range(0, 10**6)] = 10.0
-    """Wait this long before the last save of a run is tried again (seconds)."""
+    """Pause between attempts at the last save of the run (seconds)."""
     allow_new_data_order: bool = False
-    """Resume although the order of samples changed: some may repeat and some may be missed."""
+    """Resume even if the order of samples has changed: some may repeat and some may be missed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
-    """What the run tells."""
+    """Metrics, profiles and where they are written."""
 
     dir: user_paths.Path = ""
-    """Folder for metrics.jsonl, TensorBoard files and the resolved config (empty: none)."""
-    interval: Annotated[int, ranges.Range(1, ranges.INT32, "a large number logs little")] = 100
+    """Folder for metrics.jsonl, TensorBoard files and the config of the run (empty: none)."""
+    interval: Annotated[int, ranges.positive("a large number logs little")] = 100
     """Steps between console lines and logged metrics."""
     profile_steps: tuple[ranges.Count, ranges.Count] = (0, 0)
-    """First and last step of a profile for TensorBoard or xprof (0 0: none)."""
+    """First and last step to profile for TensorBoard or xprof (0 0: none)."""
     peak_tflops: Annotated[float, ranges.Range(0, 10**9)] = 0.0
     """Peak TFLOP/s of one device in the compute format, for the MFU (0: look the GPU up)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watchdog:
-    """When a process that makes no progress is ended, with its stacks and exit status 1."""
+    """When a process that makes no progress is ended: it prints its stacks and exits with 1."""
 
     step_multiple: Annotated[float, ranges.Range(0, 10**6)] = 10.0
-    """A part of a step may take this many times the usual time of a whole step (0: no watchdog)."""
-    min_seconds: Annotated[
-        float, ranges.Range(1, 10**6, "watchdog.step_multiple=0 turns the watchdog off")
-    ] = 120.0
-    """The limit of a part of a step is not shorter (seconds)."""
-    slow_phase_seconds: Annotated[
-        float, ranges.Range(1, 10**6, "watchdog.step_multiple=0 turns the watchdog off")
-    ] = 3600.0
-    """The limit of starting, compiling, restoring, evaluating or saving (seconds)."""
+    """Time limit of a part of a step, in usual times of a whole step (0: no watchdog)."""
+    min_seconds: Annotated[float, _WATCHED] = 120.0
+    """Lower bound of the time limit of a part of a step (seconds)."""
+    slow_phase_seconds: Annotated[float, _WATCHED] = 3600.0
+    """Time limit of each of starting, compiling, restoring, evaluating and saving (seconds)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distributed:
-    """The processes of the run: what no launcher tells of them."""
+    """The processes of the run. Most launchers set the first three through the environment."""
 
     n_processes: Annotated[int, ranges.Range(0, 2**20)] = 0
-    """Processes expected; fewer are an error (0: as the launcher says, else 1)."""
+    """Number of processes; fewer are an error (0: the launcher's number, or 1)."""
     coordinator_address: str = ""
-    """host:port of process 0, where no launcher tells."""
+    """HOST:PORT of process 0 (empty: the launcher's)."""
     process_id: Annotated[int, ranges.Range(-1, 2**20)] = -1
-    """Number of this process, where no launcher tells."""
+    """Number of this process, from 0 on (-1: the launcher's)."""
     start_timeout: Annotated[int, ranges.Range(1, 10**6)] = 300
-    """Wait this long for all processes at the start (seconds)."""
+    """Time limit for all processes to join at the start (seconds)."""
     heartbeat_timeout: Annotated[int, ranges.Range(1, 10**6)] = 60
-    """When one process is not heard of for this long, end all others (seconds)."""
+    """End the run when a process has been silent for this long (seconds)."""
     preflight: bool = True
     """Compare the processes before the first step: devices, code, config, program, files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run."""
+    """Everything that defines a run."""
 
     model: Model
     optimizer: Optimizer
@@ -383,9 +373,10 @@ class Config:
     distributed: Distributed = Distributed()
 
 
-def flatten(config: Any) -> dict[str, Any]:
-    """Return every field under its dotted name, as in the command line's options."""
-    flat: dict[str, Any] = {}
+def flatten(config: object) -> Flat:
+    """Return every field of a tree of dataclasses under its dotted name."""
+    assert dataclasses.is_dataclass(config)
+    flat: Flat = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -395,13 +386,14 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
-def unflatten(kind: type[Tree], flat: dict[str, Any], prefix: str = "") -> Tree:
-    """Return the config that `flatten` gave, read back from JSON; what it lacks has its default."""
-    given: dict[str, Any] = {}
+def unflatten(kind: type[Tree], flat: Flat, prefix: str = "") -> Tree:
+    """Return the config of what `flatten` returned, also after JSON; absent fields get defaults."""
+    values: dict[str, object] = {}
     for name, hint in typing.get_type_hints(kind).items():
         value = flat.get(prefix + name)
         if dataclasses.is_dataclass(hint):
-            given[name] = unflatten(typing.cast(type[Any], hint), flat, f"{prefix}{name}.")
+            assert isinstance(hint, type)
+            values[name] = unflatten(hint, flat, f"{prefix}{name}.")
         elif prefix + name in flat:
-            given[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**given)
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)

@@ -1,18 +1,17 @@
-"""What makes a config invalid, and what in it has no effect; no JAX here.
+"""Checks of a config: what makes it invalid, and which of its fields have no effect.
 
-Devices are checked in `sharding` and `step`.
+What depends on the devices is checked in `sharding` and `step`. Imports no JAX.
 """
 
 import math
 import re
-from typing import Any
 
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, ranges, schema
 
 
 def validate(cfg: schema.Config) -> None:
-    """Check every group and what goes between them.
+    """Check each group of a config, and fields of one group against those of another.
 
     Raises:
         UserError: it names the field, the value, the constraint and the fix.
@@ -26,21 +25,21 @@ def validate(cfg: schema.Config) -> None:
     _check_data(cfg.data)
 
 
-def check_ranges(tree: Any, prefix: str = "") -> None:
-    """Check each number of a tree of dataclasses; with the prefix "--", of a command's options.
+def check_ranges(tree: object, prefix: str = "") -> None:
+    """Check each number in a tree of dataclasses; the prefix is "--" for a command's options.
 
     Raises:
-        UserError: it names the number.
+        UserError: a number is out of its range.
     """
     for name, value, bounds in ranges.numbers(tree):
         problem = bounds.problem(value)
         if problem:
-            named = f"{prefix}{name.replace('_', '-')}" if prefix else name
-            raise errors.UserError(f"{named}={value} {problem}")
+            field = f"{prefix}{name.replace('_', '-')}" if prefix else name
+            raise errors.UserError(f"{field}={value} {problem}")
 
 
 def check_model(model: schema.Model, data: schema.Data) -> None:
-    """Check what a model's own fields ask of each other.
+    """Check a model's fields against each other, and the end-of-document token.
 
     Raises:
         UserError: it names the fields.
@@ -59,7 +58,7 @@ def check_model(model: schema.Model, data: schema.Data) -> None:
     if resets and data.eod_id >= model.vocab_size:
         raise errors.UserError(
             f"data.eod_id={data.eod_id} is not below model.vocab_size={model.vocab_size}: "
-            "give the corpus's own end-of-document token"
+            "give the end-of-document token of the corpus"
         )
 
 
@@ -94,25 +93,25 @@ def _check_optimizer(optimizer: schema.Optimizer) -> None:
 
 
 def check_schedule(optimizer: schema.Optimizer, run_samples: int) -> None:
-    """Check that warm-up and final decay fit in a run whose length is known by now.
+    """Check that warm-up and final decay fit in a run of this length (samples).
 
-    Else the decay would begin before the warm-up is over, and the learning rate fall at once.
+    Otherwise the decay would begin during the warm-up, and the learning rate would drop at once.
 
     Raises:
-        UserError: it names what they take, and what there is.
+        UserError: they are longer than the run or `optimizer.decay_samples`.
     """
     o, (warmup, length) = optimizer, optimizer.schedule(run_samples)
     needed = int(warmup) + o.wsd_decay_samples
     if o.decay == "wsd" and needed > length:
-        has = f"optimizer.decay_samples={length}: shorten it, or raise that"
+        limit = f"optimizer.decay_samples={length}: shorten the decay, or raise the limit"
         if not o.decay_samples:
-            has = (
+            limit = (
                 f"the run's {length} (optimizer.decay_samples=0): shorten it, train longer, or "
                 "give the optimizer.decay_samples of the longer run that this one is a part of"
             )
         raise errors.UserError(
             f"optimizer.wsd_decay_samples={o.wsd_decay_samples} after a warm-up of {int(warmup)} "
-            f"samples takes {needed} samples, which exceeds {has}"
+            f"samples takes {needed} samples, which exceeds {limit}"
         )
 
 
@@ -146,8 +145,8 @@ def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
     if list(sizes.values()).count(-1) > 1:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
         raise errors.UserError(
-            f"{rest} are all -1: only one axis can take the rest of the devices, "
-            "give the others a size"
+            f"{rest} are all -1: only one axis can be the rest of the devices; give the others a "
+            "size"
         )
     if mesh.stage > 0:
         check_pipeline(model, mesh.stage, mesh.virtual_stages)
@@ -157,12 +156,12 @@ def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
                 f"mesh.tensor={mesh.tensor} does not divide model.{field}={size}: "
                 f"use one of {ranges.divisors(size)}"
             )
-    # What -1 stands for is known once the devices are: `step.build` checks again.
+    # The size of an axis of -1 is known only with the devices: `step.build` checks again.
     check_sequence(model, mesh, max(mesh.context, 1), max(mesh.tensor, 1))
 
 
 def check_sequence(model: schema.Model, mesh: schema.Mesh, context: int, tensor: int) -> None:
-    """Check that the sequence can be cut as axes of these sizes need it.
+    """Check that the sequence divides over axes of these sizes.
 
     Raises:
         UserError: model.seq_len or model.n_loss_chunks does not fit.
@@ -184,7 +183,7 @@ def check_sequence(model: schema.Model, mesh: schema.Mesh, context: int, tensor:
 
 
 def check_pipeline(model: schema.Model, n_stages: int, virtual_stages: int) -> None:
-    """Check that the layers divide into equal parts, for stages that are known by now.
+    """Check that the layers divide into equal parts over this many stages.
 
     Raises:
         UserError: it names the numbers.
@@ -218,7 +217,7 @@ def _check_run(cfg: schema.Config) -> None:
     if (first, last) != (0, 0) and not (0 < first <= last and cfg.log.dir):
         raise errors.UserError(
             f"log.profile_steps={first} {last} must be a first and a last step from 1 on, "
-            "and needs log.dir to write the profile to"
+            "and needs a log.dir for the profile"
         )
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise errors.UserError(
@@ -229,23 +228,23 @@ def _check_run(cfg: schema.Config) -> None:
     if period % interval:
         raise errors.UserError(
             f"checkpoint.keep_period={period} must be a multiple of checkpoint.save_interval="
-            f"{interval}, or some of its multiples are never saved: use "
+            f"{interval}, or some of the steps to keep are never saved: use "
             f"{-(-period // interval) * interval}"
         )
     if checkpoint.only_params and not checkpoint.load:
         raise errors.UserError(
-            "checkpoint.only_params has no effect without checkpoint.load: name the folder to take "
+            "checkpoint.only_params has no effect without checkpoint.load: name the folder to load "
             "parameters from"
         )
 
 
 def split_weights(split: str) -> list[float]:
-    """Return the three weights of data.split; those that are left out are 0.
+    """Return the three weights of data.split; weights that are left out are 0.
 
-    Like Megatron's `--split`, numbers with anything between them that is no part of one.
+    Like Megatron's `--split`, it accepts any separators.
 
     Raises:
-        UserError: they are not numbers, too many, or all 0.
+        UserError: a weight is not a number, there are more than three, or all are 0.
     """
     words = re.split(r"[\s,/:;%|]+", split.strip(" ,()[]%"))
     weights = [float(x) for x in words if re.fullmatch(r"\d+\.?\d*|\.\d+", x)]
@@ -258,14 +257,14 @@ def split_weights(split: str) -> list[float]:
 
 
 def stretch(text: str, field: str = "data.skip_samples") -> tuple[int, int]:
-    """Return (A, B) of a stretch of samples "A:B", as this field has it.
+    """Return (A, B) of a range of samples "A:B"; `field` names it in messages.
 
     Raises:
-        UserError: it is not one, or is empty.
+        UserError: the text is not a range, or the range is empty.
     """
     try:
         first, stop = map(ranges.read_count, text.split(":"))
-    except ValueError:  # also where there are not two
+    except ValueError:  # not two numbers
         first = stop = -1
     if not 0 <= first < stop <= ranges.INT32:
         raise errors.UserError(
@@ -283,7 +282,8 @@ def _check_data(data: schema.Data) -> None:
     given = [n for n in ("paths", "train_paths", "mock") if getattr(data, n)]
     if not given:
         raise errors.UserError(
-            "data.paths is empty: give --data.paths PREFIX, of PREFIX.bin and .idx, or --data.mock"
+            "data.paths is empty: give --data.paths PREFIX for the files PREFIX.bin and "
+            "PREFIX.idx, or --data.mock"
         )
     if len(given) > 1:
         raise errors.UserError(
@@ -291,8 +291,8 @@ def _check_data(data: schema.Data) -> None:
         )
     if (data.validation_paths or data.test_paths) and not data.train_paths:
         raise errors.UserError(
-            "data.validation_paths and data.test_paths go with data.train_paths: give all in "
-            "place of data.paths"
+            "data.validation_paths and data.test_paths go with data.train_paths: give it in place "
+            "of data.paths"
         )
     if data.from_text and len(data.paths) != 1:
         raise errors.UserError(
@@ -306,51 +306,65 @@ def _check_data(data: schema.Data) -> None:
     if data.tokenizer and data.vocab_file:
         raise errors.UserError(
             f"data.tokenizer={data.tokenizer} and data.vocab_file={data.vocab_file} each name a "
-            "tokenizer: keep one"
+            "tokenizer: keep one of them"
         )
 
 
 def without_effect(cfg: schema.Config) -> list[str]:
-    """Return a line for each field that was set to something and decides nothing.
+    """Return a warning for each field that was changed from its default and has no effect.
 
-    What is at its default was not set. Where a mistake is likely, `validate` refuses it instead.
+    Where this is likely to be a mistake, `validate` refuses the config instead.
     """
-    o, data, faults = cfg.optimizer, cfg.data, cfg.faults
-    dynamic = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "loss_scale_hysteresis")
-    spikes = ("faults.spike_window", "faults.spike_deviations")
-    of_validation = (
-        "train.eval_batches", "data.validation_paths", "data.test_paths",
-        "data.drop_last_partial_validation_sequence",
+    values = schema.flatten(cfg)
+    return [
+        f"WARNING: {name}={values[name]} has no effect with {reason}"
+        for reason, applies, names in (*_unused_in_training(cfg), *_unused_in_operation(cfg))
+        for name in names
+        if applies and values[name] != _DEFAULTS[name]
+    ]
+
+
+_Unused = list[tuple[str, bool, tuple[str, ...]]]  # reason, whether it applies, fields it disables
+
+
+def _unused_in_training(cfg: schema.Config) -> _Unused:
+    o, data, precision = cfg.optimizer, cfg.data, cfg.precision
+    dynamic_scale = (
+        "precision.initial_loss_scale", "precision.min_loss_scale",
+        "precision.loss_scale_window", "precision.loss_scale_hysteresis",
     )  # fmt: skip
-    rules = [
+    return [
         ("model.attention.pattern=dense", cfg.model.attention.pattern == "dense",
          ("model.attention.band",)),
         (f"optimizer.decay={o.decay}", o.decay != "wsd", ("optimizer.wsd_decay",)),
         ("optimizer.decay=constant", o.decay == "constant", ("optimizer.min_lr",)),
         ("no warm-up", not (o.warmup_samples or o.warmup_fraction), ("optimizer.init_lr",)),
-        (f"precision.compute_dtype={cfg.precision.compute_dtype}",
-         cfg.precision.compute_dtype != "float16", tuple(f"precision.{name}" for name in dynamic)),
-        ("precision.static_loss_scale", cfg.precision.static_loss_scale > 0,
-         tuple(f"precision.{name}" for name in dynamic)),
+        (f"precision.compute_dtype={precision.compute_dtype}",
+         precision.compute_dtype != "float16", dynamic_scale),
+        ("precision.static_loss_scale", precision.static_loss_scale > 0, dynamic_scale),
         ("data.train_paths", bool(data.train_paths), ("data.split",)),
         ("data.mock", data.mock, ("data.split",)),
         ("data.prefetch=0", not data.prefetch, ("data.read_threads",)),
+    ]  # fmt: skip
+
+
+def _unused_in_operation(cfg: schema.Config) -> _Unused:
+    faults = cfg.faults
+    validation = (
+        "train.eval_batches", "data.validation_paths", "data.test_paths",
+        "data.drop_last_partial_validation_sequence",
+    )  # fmt: skip
+    return [
         ("mesh.data=1", cfg.mesh.data == 1, ("mesh.shard_optimizer",)),
         ("mesh.tensor=1", cfg.mesh.tensor == 1, ("mesh.sequence_parallel",)),
-        ("train.eval_interval=0", not cfg.train.eval_interval, of_validation),
+        ("train.eval_interval=0", not cfg.train.eval_interval, validation),
         ("neither faults.nonfinite nor faults.spike at skip",
          "skip" not in (faults.nonfinite, faults.spike), ("faults.max_skipped_steps",)),
-        ("faults.spike=off", faults.spike == "off", spikes),
+        ("faults.spike=off", faults.spike == "off",
+         ("faults.spike_window", "faults.spike_deviations")),
         ("watchdog.step_multiple=0", not cfg.watchdog.step_multiple, ("watchdog.min_seconds",)),
         ("no log.dir", not cfg.log.dir, ("train.max_fruitless_starts",)),
     ]  # fmt: skip
-    values = schema.flatten(cfg)
-    return [
-        f"WARNING: {name}={values[name]} has no effect with {reason}"
-        for reason, holds, names in rules
-        for name in names
-        if holds and values[name] != _DEFAULTS[name]
-    ]
 
 
 _DEFAULTS = schema.flatten(

@@ -1,36 +1,35 @@
-"""The tokenizer beside Hugging Face's weights: its files are carried as they are."""
+"""The tokenizer beside Hugging Face's weights: its files are copied unchanged."""
 
 import json
 import pathlib
-from typing import Any
 
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.data import tokenizer_files, tokenizer_sources
 
 
-def asked_for(folder: str, vocab_file: str, merge_file: str) -> dict[str, str]:
-    """Return the fields of `config.Data` that name the tokenizer of a command's options.
+def of_options(folder: str, vocab_file: str, merge_file: str) -> dict[str, str]:
+    """Return the fields of `config.Data` that name the tokenizer of the command's options.
 
     Raises:
-        UserError: they are not there, cannot be read, or name two tokenizers.
+        UserError: its files do not exist or cannot be read, or the options name two tokenizers.
     """
     if bool(vocab_file) != bool(merge_file) or bool(folder) == bool(vocab_file):
         raise errors.UserError("give --vocab-file and --merge-file together, or --tokenizer")
     if vocab_file:
         tokenizer_sources.from_files(vocab_file, merge_file)
         return {"vocab_file": vocab_file, "merge_file": merge_file}
-    found = tokenizer_files.find(pathlib.Path(folder))
-    if not found:
+    files = tokenizer_files.find(pathlib.Path(folder))
+    if not files:
         raise errors.UserError(
             f"--tokenizer={folder} has no tokenizer.json, nor vocab.json and merges.txt: give a "
             "folder with a tokenizer"
         )
-    return found
+    return files
 
 
-def named(data: schema.Data, checkpoint: pathlib.Path) -> dict[str, str]:
-    """Return the fields that name a checkpoint's own tokenizer; none if its files are not there."""
+def of_checkpoint(data: schema.Data, checkpoint: pathlib.Path) -> dict[str, str]:
+    """Return the fields that name a checkpoint's own tokenizer; none if its files do not exist."""
     data = tokenizer_files.moved(data, checkpoint)
     files = {"tokenizer": data.tokenizer}
     if data.vocab_file:
@@ -39,15 +38,13 @@ def named(data: schema.Data, checkpoint: pathlib.Path) -> dict[str, str]:
 
 
 def write(files: dict[str, str], folder: pathlib.Path, seq_len: int, eod_id: int) -> dict[str, int]:
-    """Write the tokenizer that fields name, under the names that transformers looks for.
+    """Write a tokenizer under the file names that transformers looks for; return its vocabulary.
 
-    Where these are all of a folder's tokenizer, its other files go along.
-
-    Returns:
-        Its tokens and their ids; none without a tokenizer.
+    `files` are fields of `config.Data`. If they are the tokenizer of their folder, the other files
+    of that tokenizer are copied too.
 
     Raises:
-        UserError: it cannot be read, or files of the folder disagree.
+        UserError: the tokenizer cannot be read, or its files disagree.
     """
     if not files:
         return {}
@@ -59,10 +56,13 @@ def write(files: dict[str, str], folder: pathlib.Path, seq_len: int, eod_id: int
         tokenizer_files.copy_files(files, folder)
     vocab = tokenizer_sources.vocabulary(folder)
     if not (folder / tokenizer_files.CONFIG).is_file():
-        kind: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": seq_len}
+        config: dict[str, object] = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": seq_len,
+        }
         if "tokenizer" in files:
-            kind["tokenizer_class"] = "PreTrainedTokenizerFast"
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
             ends = [token for token, number in vocab.items() if number == eod_id]
-            kind |= {"eos_token": ends[0]} if ends else {}
-        (folder / tokenizer_files.CONFIG).write_text(json.dumps(kind, indent=2) + "\n")
+            config |= {"eos_token": ends[0]} if ends else {}
+        (folder / tokenizer_files.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return vocab

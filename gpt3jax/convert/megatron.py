@@ -1,11 +1,11 @@
-"""Megatron-LM GPT checkpoints in and out: the `torch` format, and safetensors of the same names."""
+"""Megatron-LM GPT checkpoints, to and from ours: the `torch` format, or safetensors."""
 
 import dataclasses
 import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
@@ -13,55 +13,55 @@ import tyro
 from gpt3jax import errors
 from gpt3jax.config import ranges, schema, user_paths, validation
 from gpt3jax.convert import mcore, tensor_files, torch_files
-from gpt3jax.sharding import meshes
 
 if TYPE_CHECKING:
     from gpt3jax.checkpoint import parameters
 
-_ARGS = "args.json"  # beside safetensors: what a torch file has as `args`
-_Pieces = dict[str, list[Callable[[], np.ndarray]]]  # a tensor's parts by tensor rank
+_ARGS = "args.json"  # beside safetensors: the `args` of a torch file
+_Shards = dict[str, list[Callable[[], np.ndarray]]]  # for each tensor, its shards by rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromMegatron:
-    """A Megatron-LM GPT checkpoint, whatever its tensor and pipeline size, becomes one of ours."""
+    """Convert a Megatron-LM GPT checkpoint of any tensor and pipeline size to a checkpoint."""
 
     folder: tyro.conf.Positional[user_paths.Path]
-    """Folder of Megatron's --save (torch format); or a safetensors file or folder of its names."""
+    """Megatron's --save folder (torch format); or safetensors, a file or folder, by its names."""
     output: user_paths.Path
     """Folder for the checkpoint."""
     vocab_size: Annotated[int, ranges.Range(0, 2**30)] = 0
-    """True vocabulary, where the checkpoint knows only the padded one (0: what it says)."""
+    """Size of the vocabulary before padding, if the checkpoint has only the padded size (tokens; 0:
+    the checkpoint's)."""
     n_heads: Annotated[int, ranges.Range(0, 2**20)] = 0
-    """Attention heads, for safetensors without an args.json beside them."""
+    """Attention heads in each layer, for safetensors without an args.json beside them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToMegatron:
-    """The newest checkpoint of a folder becomes a Megatron-LM one, for any tensor x pipeline."""
+    """Convert the newest checkpoint of a folder to Megatron-LM, for any tensor x pipeline size."""
 
     checkpoint: user_paths.Path
-    """Folder of checkpoints, as checkpoint.dir."""
+    """Folder of checkpoints, such as checkpoint.dir."""
     output: user_paths.Path
-    """Folder to write; it must be new or empty."""
+    """Folder to write to; it must be new or empty."""
     tensor: Annotated[int, ranges.Range(1, 2**20)] = 1
     """Megatron's --tensor-model-parallel-size."""
     pipeline: Annotated[int, ranges.Range(1, 2**16)] = 1
     """Megatron's --pipeline-model-parallel-size."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Names of the tensors, as Megatron's option of this name asks for them."""
+    """Megatron's --transformer-impl, which determines the names of the tensors."""
     format: Literal["torch", "safetensors"] = "torch"
-    """Megatron's torch format; or safetensors and args.json."""
+    """torch: Megatron's format; safetensors: with the arguments in args.json."""
 
 
 def from_megatron(options: FromMegatron) -> str:
     """Write the checkpoint and return a line about it.
 
     Raises:
-        UserError: a file that is missing, damaged or foreign, a model that ours cannot be, or an
-            output that has checkpoints.
+        UserError: a file is missing, damaged or of another kind, our network cannot express the
+            model, or the output folder has checkpoints.
     """
-    from gpt3jax.checkpoint import parameters  # after parsing: JAX takes seconds
+    from gpt3jax.checkpoint import parameters  # after parsing: importing JAX takes seconds
 
     path = pathlib.Path(options.folder)
     if not path.exists():
@@ -69,23 +69,23 @@ def from_megatron(options: FromMegatron) -> str:
     files = [path] if path.is_file() else tensor_files.files(path)
     if files:
         reader = tensor_files.Reader(files)
-        pieces = _from_safetensors(reader)
+        shards = _from_safetensors(reader)
         folder = path.parent if path.is_file() else path
         args = _safetensors_args(folder / _ARGS, reader, options.n_heads)
     else:
-        path, args, shards = torch_files.read(path)
+        path, args, files_of_ranks = torch_files.read(path)
         mcore.check(str(path), args)
-        pieces = _merged(path, shards)
+        shards = _merged(path, files_of_ranks)
     model, eod_id = mcore.model_of(str(path), args, options.vocab_size)
     data = schema.Data(eod_id=eod_id)
     validation.check_model(model, data)
-    _check_names(path, pieces, model)
+    _check_tensors(path, shards, model)
     store = parameters.new_store(options.output)
-    parameters.write(store, parameters.untrained(model, data), _Rows(path, pieces))
+    parameters.write(store, parameters.untrained(model, data), _Rows(path, shards))
     return (
         f"{options.output}: Megatron's GPT of {model.n_layers} x {model.d_model} x "
         f"{model.n_heads}, a vocabulary of {model.vocab_size} padded to {model.padded_vocab_size}; "
-        f"train on with --model.vocab-size {model.vocab_size} --model.vocab-multiple "
+        f"to train it, add --model.vocab-size {model.vocab_size} --model.vocab-multiple "
         f"{model.vocab_multiple} --model.no-mask-padded-vocab"
     )
 
@@ -94,17 +94,17 @@ def to_megatron(options: ToMegatron) -> str:
     """Write the checkpoint and return a line about it.
 
     Raises:
-        UserError: no checkpoint, a damaged one, sizes that do not divide the model, torch is
-            missing, or an output that is not empty.
+        UserError: there is no checkpoint or it is damaged, the sizes do not divide the model, torch
+            is not installed, or the output folder is not empty.
     """
     from gpt3jax.checkpoint import parameters
+    from gpt3jax.sharding import meshes
 
     output = pathlib.Path(options.output)
     source = parameters.open_newest(options.checkpoint, meshes.make_mesh(schema.Mesh()))
     model = parameters.find(options.checkpoint)[2].model  # with its dropout
-    if output.is_dir() and any(output.iterdir()):
-        raise errors.UserError(f"--output={output} is not empty: give a new folder")
-    _check_cut(options, model)
+    tensor_files.check_empty(output)
+    _check_sizes(options, model)
     args = mcore.args_of(
         model, source.cfg.data.eod_id, options.tensor, options.pipeline, options.transformer_impl
     )
@@ -118,23 +118,23 @@ def to_megatron(options: ToMegatron) -> str:
         output.mkdir(parents=True, exist_ok=True)
         writer = tensor_files.Writer(output)
         for _, name, tensor in _tensors(source, range(model.n_layers)):
-            writer.add(_named(name, options.transformer_impl), tensor)
+            writer.add(_their_name(name, options.transformer_impl), tensor)
         writer.close()
         (output / _ARGS).write_text(json.dumps(args, indent=2) + "\n")
-    told = ""
+    note = ""
     if model.mask_padded_vocab and model.vocab_size < model.padded_vocab_size:
-        told = "; in Megatron its padded entries will take part in the softmax"
+        note = "; Megatron will include the padding of the vocabulary in the softmax"
     return (
         f"{output}: Megatron's GPT of step {source.step}; start Megatron with "
-        f"--make-vocab-size-divisible-by {args['make_vocab_size_divisible_by']}{told}"
+        f"--make-vocab-size-divisible-by {args['make_vocab_size_divisible_by']}{note}"
     )
 
 
-def _check_cut(options: ToMegatron, model: schema.Model) -> None:
+def _check_sizes(options: ToMegatron, model: schema.Model) -> None:
     if options.format == "safetensors" and (options.tensor, options.pipeline) != (1, 1):
         raise errors.UserError(
             f"--tensor={options.tensor} and --pipeline={options.pipeline} have no effect with "
-            "--format=safetensors, which is whole: leave them out"
+            "--format=safetensors, which is not split: leave them out"
         )
     sizes = {"n_heads": model.n_heads, "padded_vocab_size": model.padded_vocab_size}
     for field, size in sizes.items():
@@ -151,15 +151,15 @@ def _check_cut(options: ToMegatron, model: schema.Model) -> None:
 
 
 class _Rows:
-    """Rows of our parameters, from the parts of Megatron's tensors."""
+    """Rows of our parameters, from the shards of Megatron's tensors."""
 
-    def __init__(self, path: pathlib.Path, pieces: _Pieces):
-        self._path, self._pieces = path, pieces
+    def __init__(self, path: pathlib.Path, shards: _Shards):
+        self._path, self._shards = path, shards
         self._last: tuple[str, np.ndarray] = ("", np.zeros(0))
 
     def __call__(self, name: str, shape: tuple[int, ...], first: int, stop: int) -> np.ndarray:
         """Return rows of one of our parameters in fp32."""
-        if name.startswith("blocks/"):
+        if mcore.TENSORS[name].in_layer:
             layers = (self._whole(name, shape[1:], i) for i in range(first, stop))
             return np.stack(list(layers))
         if self._last[0] != name:
@@ -167,8 +167,9 @@ class _Rows:
         return self._last[1][first:stop]
 
     def _whole(self, name: str, shape: tuple[int, ...], layer: int) -> np.ndarray:
-        theirs = mcore.NAMES[name].format(layer)
-        tensor = joined(self._path, theirs, self._pieces[theirs], mcore.cut_dim(name))
+        theirs = mcore.TENSORS[name].name.format(layer)
+        split_dim = mcore.TENSORS[name].split_dim
+        tensor = joined(self._path, theirs, self._shards[theirs], split_dim)
         expected = mcore.theirs_shape(name, shape)
         if tensor.shape != expected:
             raise errors.UserError(
@@ -180,65 +181,64 @@ class _Rows:
 
 
 def joined(
-    path: pathlib.Path, name: str, pieces: list[Callable[[], np.ndarray]], dim: int | None
+    path: pathlib.Path, name: str, shards: list[Callable[[], np.ndarray]], dim: int | None
 ) -> np.ndarray:
-    """Return a tensor from its parts by tensor rank, cut along `dim` or repeated.
+    """Return a tensor from its shards by tensor rank: split along `dim`, or replicated (None).
 
     Raises:
-        UserError: parts that should be the same are not.
+        UserError: the replicas are not equal.
     """
-    parts = [piece() for piece in pieces]
+    arrays = [read() for read in shards]
     if dim is not None:
-        return np.concatenate(parts, axis=min(dim, parts[0].ndim - 1))
-    if not all(np.array_equal(part, parts[0], equal_nan=True) for part in parts):
+        return np.concatenate(arrays, axis=min(dim, arrays[0].ndim - 1))
+    if not all(np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):
         raise errors.UserError(
             f"{path}: {name} is not the same on all tensor ranks: the files are not of one "
             "checkpoint"
         )
-    return parts[0]
+    return arrays[0]
 
 
-def _merged(path: pathlib.Path, shards: list[torch_files.Shard]) -> _Pieces:
-    """Return the tensors of all shards, layers numbered through."""
-    pieces: _Pieces = {}
+def _merged(path: pathlib.Path, files: list[torch_files.Shard]) -> _Shards:
+    """Return the tensors of all files, with layers numbered over all pipeline stages."""
+    shards: _Shards = {}
     n_before = 0
-    for _, part in itertools.groupby(shards, key=lambda shard: shard.part):
+    for _, part in itertools.groupby(files, key=lambda file: file.part):
         n_layers = 0
-        for shard in part:
-            for name, read in shard.tensors.items():
+        for file in part:
+            for name, read in file.tensors.items():
                 local = mcore.local_name(name)
                 if local.startswith("decoder.layers."):
                     _, _, number, rest = local.split(".", 3)
                     n_layers = max(n_layers, int(number) + 1)
                     local = f"decoder.layers.{n_before + int(number)}.{rest}"
-                pieces.setdefault(local, []).append(read)
+                shards.setdefault(local, []).append(read)
         n_before += n_layers
-    counts = {len(found) for found in pieces.values()}
+    counts = {len(ranks) for ranks in shards.values()}
     if len(counts) > 1:
         raise errors.UserError(f"{path}: its tensor ranks do not hold the same tensors")
-    return pieces
+    return shards
 
 
-def _from_safetensors(reader: tensor_files.Reader) -> _Pieces:
-    def piece(name: str) -> Callable[[], np.ndarray]:
+def _from_safetensors(reader: tensor_files.Reader) -> _Shards:
+    def reads(name: str) -> Callable[[], np.ndarray]:
         return lambda: reader.rows(name).astype(np.float32)
 
     names = [name for name in reader.shapes if not name.endswith(mcore.EXTRA_STATE)]
-    return {mcore.local_name(name): [piece(name)] for name in names}
+    return {mcore.local_name(name): [reads(name)] for name in names}
 
 
-def _safetensors_args(
-    path: pathlib.Path, reader: tensor_files.Reader, n_heads: int
-) -> dict[str, Any]:
-    """Return the arguments beside safetensors, or what their shapes tell, and the heads given."""
+def _safetensors_args(path: pathlib.Path, reader: tensor_files.Reader, n_heads: int) -> mcore.Args:
+    """Return the arguments beside safetensors; without the file, derive them from the shapes."""
     if path.is_file():
         return user_paths.read_json(path)
     if not n_heads:
         raise errors.UserError(
-            f"{path} is not there, and shapes do not tell the attention heads: give --n-heads N"
+            f"{path} does not exist, and the tensors' shapes do not determine the number of "
+            "attention heads: give --n-heads N"
         )
     shapes = {mcore.local_name(name): shape for name, shape in reader.shapes.items()}
-    needed = [mcore.NAMES[name] for name in ("embedding_VD", "positions_TD")]
+    needed = [mcore.TENSORS[name].name for name in ("embedding_VD", "positions_TD")]
     missing = [name for name in needed if len(shapes.get(name, ())) != 2]
     if missing:
         raise errors.UserError(
@@ -255,17 +255,16 @@ def _safetensors_args(
     }
 
 
-def _check_names(path: pathlib.Path, pieces: _Pieces, model: schema.Model) -> None:
+def _check_tensors(path: pathlib.Path, shards: _Shards, model: schema.Model) -> None:
     layers = range(model.n_layers)
-    needed = {name.format(layer) for name in mcore.NAMES.values() for layer in layers}
-    missing, unknown = needed - pieces.keys(), pieces.keys() - needed - {mcore.HEAD}
-    for problem, names in (("has no", missing), ("has an unknown", unknown)):
-        if names:
-            raise errors.UserError(
-                f"{path} {problem} tensor {sorted(names)[0]} ({len(names)} such): it is not the "
-                f"GPT with {model.n_layers} layers of its arguments"
-            )
-    heads = zip(pieces.get(mcore.HEAD, ()), pieces[mcore.EMBEDDING], strict=False)
+    tensor_files.check_names(
+        path,
+        shards.keys(),
+        needed={tensor.name.format(i) for tensor in mcore.TENSORS.values() for i in layers},
+        optional={mcore.HEAD},
+        network=f"GPT with {model.n_layers} layers of its arguments",
+    )
+    heads = zip(shards.get(mcore.HEAD, ()), shards[mcore.EMBEDDING], strict=False)
     if not all(np.array_equal(head(), table(), equal_nan=True) for head, table in heads):
         raise errors.UserError(
             f"{path}: {mcore.HEAD} is not {mcore.EMBEDDING}: this GPT has an output layer of its "
@@ -274,16 +273,17 @@ def _check_names(path: pathlib.Path, pieces: _Pieces, model: schema.Model) -> No
 
 
 def _tensors(source: "parameters.Trained", layers: range) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield (our name, Megatron's, tensor) of these layers, and of what is outside of layers.
+    """Yield (our name, Megatron's name, tensor) for these layers and for all outside the layers.
 
-    All layers are read, so that what was damaged is noticed.
+    All layers are read, so that damage is noticed.
 
     Raises:
         UserError: a tensor has values that are not finite.
     """
     where = str(source.store.folder)
-    for name, theirs in mcore.NAMES.items():
-        if not name.startswith("blocks/"):
+    for name, tensor in mcore.TENSORS.items():
+        theirs = tensor.name
+        if not tensor.in_layer:
             yield name, theirs, tensor_files.check_finite(where, theirs, source.whole(name))
             continue
         for i, layer in enumerate(itertools.chain.from_iterable(source.blocks(name))):
@@ -295,7 +295,7 @@ def _tensors(source: "parameters.Trained", layers: range) -> Iterator[tuple[str,
 def _write_stage(
     folder: pathlib.Path,
     options: ToMegatron,
-    args: dict[str, Any],
+    args: mcore.Args,
     source: "parameters.Trained",
     stage: int,
 ) -> None:
@@ -303,27 +303,26 @@ def _write_stage(
     per_stage = source.cfg.model.n_layers // options.pipeline
     layers = range(stage * per_stage, (stage + 1) * per_stage)
     is_first, is_last = stage == 0, stage == options.pipeline - 1
+    holds = {"first": is_first, "all": True, "last": is_last}
     ranks: list[dict[str, np.ndarray | None]] = [{} for _ in range(options.tensor)]
     for name, theirs, tensor in _tensors(source, layers):
-        of_stage = {"embedding_VD": is_first, "positions_TD": is_first}
-        of_stage |= {"norm/scale_D": is_last, "norm/bias_D": is_last}
-        names = [theirs] if of_stage.get(name, True) else []
-        if name == "embedding_VD" and is_last and not is_first:
+        names = [theirs] if holds[mcore.TENSORS[name].stage] else []
+        if theirs == mcore.EMBEDDING and is_last and not is_first:
             names.append(mcore.HEAD)
         for key in names:
-            for rank, part in zip(ranks, _cut(name, tensor, options.tensor), strict=True):
-                rank[_named(key, options.transformer_impl)] = part
+            for rank, shard in zip(ranks, _split(name, tensor, options.tensor), strict=True):
+                rank[_their_name(key, options.transformer_impl)] = shard
     for i, rank in enumerate(ranks):
         extra = dict.fromkeys(mcore.extra_states(per_stage, is_last, options.transformer_impl))
         torch_files.write(folder, args, (i, stage), rank | extra)
 
 
-def _cut(name: str, tensor: np.ndarray, n: int) -> list[np.ndarray]:
-    dim = mcore.cut_dim(name)
+def _split(name: str, tensor: np.ndarray, n: int) -> list[np.ndarray]:
+    dim = mcore.TENSORS[name].split_dim
     if dim is None:
         return [tensor] * n
-    return [np.ascontiguousarray(part) for part in np.split(tensor, n, axis=dim)]
+    return [np.ascontiguousarray(shard) for shard in np.split(tensor, n, axis=dim)]
 
 
-def _named(name: str, implementation: str) -> str:
+def _their_name(name: str, implementation: str) -> str:
     return name if implementation == "local" else mcore.fused_name(name)

@@ -1,9 +1,10 @@
-"""safetensors files, one or several with an index; the only file that imports safetensors."""
+"""Reads and writes safetensors files; the only module that imports safetensors."""
 
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,19 @@ import safetensors.numpy
 from gpt3jax import errors
 from gpt3jax.config import user_paths
 
-FORMATS = ("float32", "bfloat16", "float16")  # of weights: fp32 holds each value of them
+FORMATS = ("float32", "bfloat16", "float16")  # of weights: fp32 represents each value exactly
 FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
 class Reader:
-    """The tensors of some files by name.
+    """Reads tensors by name from one or more files.
 
-    A file is opened for each tensor anew, since what is read of an open one stays in memory.
+    A file is opened anew for each tensor, because an open file keeps what was read in memory.
     """
 
     def __init__(self, files: list[pathlib.Path]):
-        """Read which tensors the files hold.
+        """Read the names and shapes of the tensors.
 
         Raises:
             UserError: a file is missing or damaged.
@@ -51,27 +52,29 @@ class Reader:
         """Return a tensor, or some rows of its first dimension, in its own format.
 
         Raises:
-            UserError: the file is missing or damaged by now, or the format is none of `FORMATS`.
+            UserError: the file is missing or damaged, or the format is not one of `FORMATS`.
         """
         with _opened(self._files[name]) as file:
             whole = first == 0 and stop is None
-            found: np.ndarray = file.get_tensor(name) if whole else file.get_slice(name)[first:stop]
-        check_format(self._files[name], name, str(found.dtype))
-        return found
+            tensor: np.ndarray = (
+                file.get_tensor(name) if whole else file.get_slice(name)[first:stop]
+            )
+        check_format(self._files[name], name, str(tensor.dtype))
+        return tensor
 
 
 class Writer:
-    """Writes tensors to files of bounded size, with an index if they are several."""
+    """Writes tensors to files of bounded size, with an index if there is more than one file."""
 
     def __init__(self, folder: pathlib.Path, max_bytes: int = 1 << 30):
-        """Write into a folder that exists; a file is begun anew beyond max_bytes."""
+        """Write into an existing folder; begin a new file before one exceeds max_bytes."""
         self._folder, self._max_bytes = folder, max_bytes
         self._shard: dict[str, np.ndarray] = {}
         self._parts: list[list[str]] = []
         self._n_bytes = 0
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Write a tensor, some time before `close`."""
+        """Add a tensor; it is written at the latest by `close`."""
         if self._shard and sum(a.nbytes for a in self._shard.values()) + array.nbytes > (
             self._max_bytes
         ):
@@ -80,7 +83,7 @@ class Writer:
         self._n_bytes += array.nbytes
 
     def close(self) -> None:
-        """Write the rest, and give the files their names."""
+        """Write the remaining tensors and give the files their final names."""
         self._flush()
         n = len(self._parts)
         index: dict[str, str] = {}
@@ -95,7 +98,7 @@ class Writer:
     def _flush(self) -> None:
         path = self._partial(len(self._parts))
         safetensors.numpy.save_file(self._shard, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library writes for its own user alone
+        path.chmod(0o644)  # the library makes it readable for its owner alone
         self._parts.append(list(self._shard))
         self._shard = {}
 
@@ -104,7 +107,7 @@ class Writer:
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the safetensors files of a folder; none if it has neither one nor an index.
+    """Return the safetensors files of a folder; an empty list if it has neither file nor index.
 
     Raises:
         UserError: the index cannot be read.
@@ -117,21 +120,53 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     return []
 
 
-def check_format(path: pathlib.Path, name: str, found: str) -> None:
-    """Check that fp32 can hold each value of a tensor.
+def check_empty(output: pathlib.Path) -> None:
+    """Check that a command's --output is new or empty.
 
     Raises:
-        UserError: its format is none of `FORMATS`.
+        UserError: it is not.
     """
-    if found not in FORMATS:
+    if output.is_dir() and any(output.iterdir()):
+        raise errors.UserError(f"--output={output} is not empty: give a new folder")
+
+
+def check_names(
+    where: pathlib.Path,
+    names: Collection[str],
+    *,
+    needed: AbstractSet[str],
+    optional: AbstractSet[str],
+    network: str,
+) -> None:
+    """Check that files hold the tensors of a network, and no unknown ones.
+
+    Raises:
+        UserError: it names a tensor that is missing or unknown.
+    """
+    missing, unknown = needed - set(names), set(names) - needed - optional
+    for problem, tensors in (("has no", missing), ("has an unknown", unknown)):
+        if tensors:
+            raise errors.UserError(
+                f"{where} {problem} tensor {sorted(tensors)[0]} ({len(tensors)} such): it is not "
+                f"the {network}"
+            )
+
+
+def check_format(path: pathlib.Path, name: str, dtype: str) -> None:
+    """Check that fp32 can represent each value of a tensor.
+
+    Raises:
+        UserError: its format is not one of `FORMATS`.
+    """
+    if dtype not in FORMATS:
         raise errors.UserError(
-            f"{path}: {name} is {found}, which fp32 does not hold as it is: write it as one of "
+            f"{path}: {name} is {dtype}, which fp32 cannot represent exactly: write it as one of "
             f"{', '.join(FORMATS)}"
         )
 
 
 def check_finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
-    """Return a tensor, all of whose values are numbers.
+    """Return a tensor after checking that all its values are finite.
 
     Raises:
         UserError: some are NaN or infinite; it names the tensor.
@@ -140,7 +175,7 @@ def check_finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
     if not finite.all():
         raise errors.UserError(
             f"{where}: {name} has {array.size - finite.sum()} of {array.size} values that are NaN "
-            "or infinite, so that the model computes nothing: take a checkpoint from before that"
+            "or infinite, so the model is useless: use an earlier checkpoint"
         )
     return array
 

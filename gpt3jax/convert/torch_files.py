@@ -1,8 +1,8 @@
 """Megatron's `torch` checkpoint format: one file for each tensor and pipeline rank.
 
-The only file that imports torch, which is an extra. Files are pickles, which can name any code to
-run; they are read by torch's restricted reader, which allows tensors, plain containers and what is
-listed here, and refuses the rest. In place of Megatron's own types stand ones that do nothing.
+The only module that imports torch, which is an extra. The files are pickles, which can run any
+code. So torch's restricted reader reads them: it allows tensors, plain containers and the types
+listed here, and refuses the rest. Classes that do nothing replace Megatron's own types.
 """
 
 import argparse
@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 
 from gpt3jax import errors
-from gpt3jax.convert import tensor_files
+from gpt3jax.convert import mcore, tensor_files
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = "model_optim_rng.pt"
-# Values of these packages' types, as enums among the arguments, are of no use here.
-_OF_NO_USE = ("megatron.", "transformer_engine.")
-_NUMPY_CORES = ("_core", "core")  # as NumPy 2 and 1 name it
+_IGNORED = ("megatron.", "transformer_engine.")  # values of their types, such as enums in args
+_NUMPY_CORES = ("_core", "core")  # in NumPy 2 and 1
 _NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
 _POSIX_PATHS = ("PosixPath", "PurePosixPath")
 _WINDOWS_PATHS = ("WindowsPath", "PureWindowsPath")
@@ -35,40 +34,38 @@ _WINDOWS_PATHS = ("WindowsPath", "PureWindowsPath")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What one tensor rank of one part of the layers holds; parts come in the layers' order.
-
-    Attributes:
-        tensors: name to a function that reads it, as NumPy.
-    """
+    """The tensors of one tensor rank, for one part of the layers."""
 
     tensor_rank: int
     part: int
+    """Number of the part, in the order of the layers: a pipeline stage or a virtual one."""
     tensors: Mapping[str, Callable[[], np.ndarray]]
+    """For each name, a function that reads the tensor."""
 
 
-def read(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], list[Shard]]:
+def read(folder: pathlib.Path) -> tuple[pathlib.Path, mcore.Args, list[Shard]]:
     """Return the folder of the newest iteration, its arguments, and its shards.
 
-    Tensors stay in their files until they are asked for.
+    A tensor is read only when its function is called.
 
     Raises:
-        UserError: torch is not installed; files are missing, damaged, of another format, or hold
-            what is no part of a checkpoint.
+        UserError: torch is not installed, or files are missing, damaged, of another format, or
+            contain types that a checkpoint does not need.
     """
     iteration = _newest(folder)
     ranks = _ranks(iteration)
-    loaded = {rank: _load(path) for rank, path in ranks.items()}
+    loaded = {rank: load(path) for rank, path in ranks.items()}
     args = {
         name: value.item() if isinstance(value, np.generic) else value
         for name, value in vars(loaded[0, 0]["args"]).items()
     }
     n_tensor, n_pipeline = (max(rank[i] for rank in ranks) + 1 for i in (0, 1))
     sizes = {"tensor_model_parallel_size": n_tensor, "pipeline_model_parallel_size": n_pipeline}
-    for name, found in sizes.items():
-        if len(ranks) != n_tensor * n_pipeline or args.get(name, found) != found:
+    for name, size in sizes.items():
+        if len(ranks) != n_tensor * n_pipeline or args.get(name, size) != size:
             raise errors.UserError(
                 f"{iteration}: files of {len(ranks)} ranks for {name}={args.get(name)}: some are "
-                "missing, or are of another checkpoint"
+                "missing, or belong to another checkpoint"
             )
     shards = []
     for (tensor_rank, stage), content in loaded.items():
@@ -82,11 +79,11 @@ def read(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], list[Shard
 
 def write(
     folder: pathlib.Path,
-    args: dict[str, Any],
+    args: mcore.Args,
     rank: tuple[int, int],
     tensors: Mapping[str, np.ndarray | None],
 ) -> None:
-    """Write the file of one (tensor, pipeline) rank of the release checkpoint of a folder."""
+    """Write the file of one (tensor, pipeline) rank into the release checkpoint of a folder."""
     torch = _torch()
     name = f"mp_rank_{rank[0]:02d}"
     if args["pipeline_model_parallel_size"] > 1:
@@ -106,12 +103,12 @@ def write(
 
 
 def finish(folder: pathlib.Path) -> None:
-    """Complete a folder whose files are all written: Megatron finds the checkpoint from now on."""
+    """Complete a folder after all its files are written, so that Megatron finds the checkpoint."""
     (folder / _TRACKER).write_text("release")
 
 
 def check_installed() -> None:
-    """Check that torch is there.
+    """Check that torch is installed.
 
     Raises:
         UserError: it is not.
@@ -119,7 +116,7 @@ def check_installed() -> None:
     _torch()
 
 
-def _torch() -> Any:
+def _torch() -> types.ModuleType:
     try:
         return importlib.import_module("torch")
     except ImportError as error:
@@ -154,20 +151,25 @@ def _check_format(iteration: pathlib.Path) -> None:
 
 
 def _ranks(iteration: pathlib.Path) -> dict[tuple[int, int], pathlib.Path]:
-    found = {}
+    ranks = {}
     for path in sorted(iteration.glob("mp_rank_*")):
         match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.name)
         if match is None:
             raise errors.UserError(
                 f"{path} is of an expert-parallel checkpoint: ours has no mixture of experts"
             )
-        found[int(match[1]), int(match[2] or 0)] = path / _FILE
-    if (0, 0) not in found:
-        raise errors.UserError(f"{iteration} has no mp_rank_00: it is no whole checkpoint")
-    return found
+        ranks[int(match[1]), int(match[2] or 0)] = path / _FILE
+    if (0, 0) not in ranks:
+        raise errors.UserError(f"{iteration} has no mp_rank_00: the checkpoint is not complete")
+    return ranks
 
 
-def _load(path: pathlib.Path) -> dict[str, Any]:
+def load(path: pathlib.Path) -> dict[str, Any]:
+    """Return the content of one rank's file, read by the restricted reader.
+
+    Raises:
+        UserError: the file is damaged, needs a type that could run code, or has no arguments.
+    """
     try:
         content = _read_restricted(path, _allowed())
     except OSError as error:
@@ -176,27 +178,27 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
         name = _refused_type(error)
         if name:
             raise errors.UserError(
-                f"{path} is not loaded: it wants {name}, which could run code, and which no "
-                "weights need"
+                f"{path} is not loaded: it needs {name}, which could run code and which weights do "
+                "not need"
             ) from None
         line = str(error).strip().split("\n")[0]
         raise errors.UserError(f"{path} cannot be read: {line[:200]}") from None
     if not isinstance(content, dict) or not isinstance(content.get("args"), _NAMESPACES):
-        raise errors.UserError(f"{path} has no args: it is no checkpoint of Megatron's training")
+        raise errors.UserError(f"{path} has no args: it is not a checkpoint of Megatron's training")
     return content
 
 
 def _read_restricted(path: pathlib.Path, allowed: list[Any]) -> Any:
-    """Return what a file holds, stand-ins in place of what is `_OF_NO_USE`."""
+    """Return the content of a file, with stand-ins for values of `_IGNORED` types."""
     torch = _torch()
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except Exception as error:  # torch has no type for this one alone
+    except Exception as error:  # torch has no class of its own for a refused type
         name = _refused_type(error)
-        if not name.startswith(_OF_NO_USE):
+        if not name.startswith(_IGNORED):
             raise
     return _read_restricted(path, [*allowed, (_stand_in(name), name)])
 
@@ -207,9 +209,9 @@ def _refused_type(error: Exception) -> str:
 
 
 def _allowed() -> list[Any]:
-    """Return the types, besides torch's own, that a file may hold: none of them does anything."""
+    """Return the types, besides torch's own, that a file may contain: none of them runs code."""
     allowed: list[Any] = [*_NAMESPACES, signal.Signals, io.BytesIO]
-    for module in ("pathlib", "pathlib._local"):  # as Python 3.13 names it
+    for module in ("pathlib", "pathlib._local"):  # the latter in Python 3.13
         allowed += [(pathlib.PurePosixPath, f"{module}.{name}") for name in _POSIX_PATHS]
         allowed += [(pathlib.PureWindowsPath, f"{module}.{name}") for name in _WINDOWS_PATHS]
     allowed += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
@@ -220,30 +222,30 @@ def _allowed() -> list[Any]:
     return allowed
 
 
-def _virtual_stages(content: dict[str, Any]) -> list[Any]:
-    """Return the models of a rank's virtual stages, `model0`, `model1`, ..."""
+def _virtual_stages(content: dict[str, Any]) -> list[object]:
+    """Return the models of a rank's virtual stages: `model0`, `model1`, ..."""
     names = sorted(name for name in content if re.fullmatch(r"model\d+", name))
     return [content[name] for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
-def _tensors(path: pathlib.Path, model: Any) -> dict[str, Callable[[], np.ndarray]]:
+def _tensors(path: pathlib.Path, model: object) -> dict[str, Callable[[], np.ndarray]]:
     torch = _torch()
 
     def reader(name: str, tensor: Any) -> Callable[[], np.ndarray]:
-        # NumPy has no bfloat16; each 16-bit value is a float32 value.
+        # NumPy has no bfloat16; float32 represents each 16-bit value.
         tensor_files.check_format(path, name, str(tensor.dtype).removeprefix("torch."))
         return lambda: tensor.detach().to(torch.float32).numpy()
 
-    found = {}
+    tensors = {}
     for name, value in model.items() if isinstance(model, Mapping) else ():
         if torch.is_tensor(value) and not name.endswith("_extra_state"):
-            found[name] = reader(name, value)
+            tensors[name] = reader(name, value)
         elif isinstance(value, Mapping):
             raise errors.UserError(
-                f"{path}: its model has {name}: it is of Megatron's legacy model; convert it with "
+                f"{path}: its model has {name}, as Megatron's legacy models do; convert it with "
                 "Megatron's tools/checkpoint/convert.py to mcore first"
             )
-    return found
+    return tensors
 
 
 def _stand_in(name: str) -> type:

@@ -1,1 +1,1 @@
-"""The processes of a run: how they find each other, and what they tell each other."""
+"""The processes of a run: how they find each other, and how they communicate."""

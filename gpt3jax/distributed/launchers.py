@@ -1,7 +1,7 @@
-"""What started this process, how many others with it, and how they can be joined.
+"""Which launcher started this process, how many others with it, and how to join them.
 
-One table of launchers and of the variables that they set, so that no process of several trains
-alone because its launcher was not known. It only reads; `distributed` joins. Imports no JAX.
+One table has the launchers and the environment variables that they set, so that a process of
+several does not train alone by mistake. It only reads; `joining` joins. Imports no JAX.
 """
 
 import dataclasses
@@ -15,31 +15,33 @@ from gpt3jax.config import schema
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """A launcher, and the variables by which it tells each process its place; "" where none."""
+    """A launcher and the variables that it sets in each process; "" if it sets none."""
 
     name: str
     rank: str
+    """Number of the process."""
     size: str = ""
+    """Number of processes."""
     local_rank: str = ""
-    """The process's number on its node."""
+    """Number of the process on its node."""
     local_size: str = ""
-    """How many processes its node has."""
+    """Number of processes on its node."""
     host: str = ""
-    """The first process's host."""
+    """Host of process 0."""
     jax_name: str = ""
-    """JAX's own detection, which finds out the first process's address."""
+    """Name of JAX's own detection, which finds the address of process 0."""
     jax_needs: str = ""
-    """The variable that it finds it in."""
+    """The variable that JAX's detection reads."""
 
 
-# The innermost first: mpirun and torchrun start their processes within one of Slurm's.
+# The innermost first: mpirun and torchrun may run inside a process of Slurm.
 LAUNCHERS = (
-    # Also what Kubeflow's PyTorchJob and many scripts set.
+    # Kubeflow's PyTorchJob and many scripts set these too.
     Launcher(
         name="torchrun", rank="RANK", size="WORLD_SIZE",
         local_rank="LOCAL_RANK", local_size="LOCAL_WORLD_SIZE",
     ),
-    # Version 5 has no such address.
+    # Version 5 does not set the last variable.
     Launcher(
         name="Open MPI", rank="OMPI_COMM_WORLD_RANK",
         size="OMPI_COMM_WORLD_SIZE", local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
@@ -73,42 +75,42 @@ LAUNCHERS = (
         name="LeaderWorkerSet", rank="LWS_WORKER_INDEX",
         size="LWS_GROUP_SIZE", host="LWS_LEADER_ADDRESS",
     ),
-    # SLURM_NTASKS is of the job, the step's is srun's; sbatch's script has a rank, but no step.
+    # SLURM_NTASKS counts the job's tasks, srun sets the step's; sbatch's script has no step.
     Launcher(
         name="Slurm", rank="SLURM_PROCID", size="SLURM_STEP_NUM_TASKS",
         local_rank="SLURM_LOCALID", local_size="SLURM_STEP_TASKS_PER_NODE",
         jax_name="slurm", jax_needs="SLURM_STEP_NODELIST",
     ),
-    # These do not tell how many there are: at least so many as the number of this one says.
+    # These do not say how many processes there are: more than the number of this one.
     Launcher(name="PMIx", rank="PMIX_RANK"),
     Launcher(name="Kubernetes", rank="JOB_COMPLETION_INDEX"),
     Launcher(name="PBS", rank="PBS_NODENUM"),
 )  # fmt: skip
-# Sizes that are set before anything is started, and what starts it then.
+# Sizes that are set before the processes are started, and the command that starts them.
 _AHEAD = {"SLURM_NTASKS": "srun", "WORLD_SIZE": "torchrun"}
-_PORT = 6000  # where an environment names a host alone; Megatron's
+_PORT = 6000  # if the environment has a host but no port; Megatron's default
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a launcher tells of this process."""
+    """What a launcher says about this process."""
 
     launcher: Launcher
     rank: int
     size: int
-    """Where the launcher has no variable for it, the least that it can be."""
-    told: str
-    """The variables that say so."""
+    """If the launcher has no variable for it, the least possible number."""
+    source: str
+    """The variable that says so, and the launcher, for messages."""
 
 
 def arguments(distributed: schema.Distributed, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return what `jax.distributed.initialize` must be told; None where this process is alone.
+    """Return the arguments of `jax.distributed.initialize`; None if this process is alone.
 
-    Options win over what launchers tell.
+    Options take precedence over launchers.
 
     Raises:
         UserError: there are several processes, and options and environment contradict each other or
-            do not say all: the number of them, the number of this one, where the first one is.
+            lack the number of processes, the number of this one, or the address of process 0.
     """
     place = _find(environ)
     n = _n_processes(distributed, place, environ)
@@ -125,24 +127,24 @@ def arguments(distributed: schema.Distributed, environ: Mapping[str, str]) -> di
         return known | {"cluster_detection_method": method}
     address = address or _address(place, environ)
     if not re.search(r".:\d+$", address):
-        wrong = f"{address} is not HOST:PORT" if address else "nothing tells where that is"
+        problem = f"{address} is not HOST:PORT" if address else "that address is not given"
         raise errors.UserError(
             f"{n} processes are expected ({_reason(distributed, place)}), each would train alone "
-            f"without the address of the first one, and {wrong}: give "
+            f"without the address of process 0, and {problem}: give "
             "--distributed.coordinator-address HOST:PORT (or JAX_COORDINATOR_ADDRESS), its host "
             "and a free port, the same to all"
         )
-    # Deactivated, or JAX would ask a launcher for the devices.
+    # Deactivated: otherwise JAX would take the devices from a launcher.
     return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
 
 
 def _n_processes(
     distributed: schema.Distributed, place: Place | None, environ: Mapping[str, str]
 ) -> int:
-    """Return how many processes there must be, this one included."""
+    """Return the number of processes, this one included."""
     n, size = distributed.n_processes, place.size if place else 1
     if n and place and place.launcher.size and size != n:
-        raise errors.UserError(f"distributed.n_processes={n}, but {place.told}: make them equal")
+        raise errors.UserError(f"distributed.n_processes={n}, but {place.source}: make them equal")
     if n:
         return n
     if size == 1 and (distributed.coordinator_address or distributed.process_id >= 0):
@@ -154,7 +156,7 @@ def _n_processes(
         _check_nothing_ahead(environ)
     elif place and not place.launcher.size:
         raise errors.UserError(
-            f"{place.told}, one process of several, and each would train alone: give "
+            f"{place.source}, one process of several, and each would train alone: give "
             "--distributed.n-processes and --distributed.coordinator-address HOST:PORT, the same "
             f"to all, or unset {place.launcher.rank} if each is a run of its own"
         )
@@ -162,7 +164,7 @@ def _n_processes(
 
 
 def _process_id(distributed: schema.Distributed, place: Place | None, n: int) -> int:
-    """Return the number of this process of n."""
+    """Return the number of this process, from 0 to n - 1."""
     given = distributed.process_id >= 0
     number = distributed.process_id if given else place.rank if place else -1
     if number < 0:
@@ -172,36 +174,36 @@ def _process_id(distributed: schema.Distributed, place: Place | None, n: int) ->
             "HOST:PORT and --distributed.process-id to each process"
         )
     if number >= n:
-        told = f"distributed.process_id={number}" if given or not place else place.told
+        source = f"distributed.process_id={number}" if given or not place else place.source
         raise errors.UserError(
-            f"{told}, but the {n} processes of distributed.n_processes are numbered 0 to {n - 1}: "
-            "correct one of them"
+            f"{source}, but the {n} processes of distributed.n_processes are numbered 0 to "
+            f"{n - 1}: correct one of them"
         )
     return number
 
 
 def _reason(distributed: schema.Distributed, place: Place | None) -> str:
-    """Say why there must be several processes."""
+    """Return why several processes are expected, for a message."""
     n = distributed.n_processes
-    return place.told if place and not n else f"distributed.n_processes={n}"
+    return place.source if place and not n else f"distributed.n_processes={n}"
 
 
 def _find(environ: Mapping[str, str]) -> Place | None:
-    """Return what the innermost launcher tells that started several processes.
+    """Return what the innermost launcher of several processes says.
 
-    Where another one tells the same, as Slurm does beside its PMI, that which JAX can use. Where
-    none did, what one tells that does not know how many.
+    If several launchers agree, as Slurm and its PMI do, prefer one that JAX can detect. If none
+    started several processes, use one that does not say how many.
     """
-    places = [place for one in LAUNCHERS if (place := _place(one, environ))]
+    places = [place for launcher in LAUNCHERS if (place := _place(launcher, environ))]
     several = [place for place in places if place.size > 1]
     if not several:
         return places[0] if places else None
-    same = [p for p in several if (p.rank, p.size) == (several[0].rank, several[0].size)]
-    return next((place for place in same if _jax_detection(place, environ)), several[0])
+    agreeing = [p for p in several if (p.rank, p.size) == (several[0].rank, several[0].size)]
+    return next((place for place in agreeing if _jax_detection(place, environ)), several[0])
 
 
 def _place(launcher: Launcher, environ: Mapping[str, str]) -> Place | None:
-    """Return what a launcher tells; None where it did not start this process, or this one alone."""
+    """Return what a launcher says; None if it did not start this process, or started it alone."""
     if not environ.get(launcher.rank):
         return None
     rank, variable = _number(environ, launcher.rank, 0), launcher.size or launcher.rank
@@ -214,7 +216,7 @@ def _place(launcher: Launcher, environ: Mapping[str, str]) -> Place | None:
 
 
 def _check_nothing_ahead(environ: Mapping[str, str]) -> None:
-    """Check that nothing is about to start several processes, none of which this is."""
+    """Check that this process does not run in place of the command that starts the processes."""
     for size, command in _AHEAD.items():
         if _number(environ, size, 1) > 1:
             raise errors.UserError(
@@ -226,30 +228,30 @@ def _check_nothing_ahead(environ: Mapping[str, str]) -> None:
 
 
 def _jax_detection(place: Place, environ: Mapping[str, str]) -> str:
-    """Return the name of JAX's detection that finds the address; "" where none does."""
+    """Return the name of the detection in JAX that finds the address; "" if there is none."""
     return place.launcher.jax_name if place.launcher.jax_needs in environ else ""
 
 
 def _address(place: Place | None, environ: Mapping[str, str]) -> str:
-    """Return host:port of the first process, "" where the environment does not tell.
+    """Return host:port of process 0; "" if the environment does not have it.
 
-    JAX_COORDINATOR_ADDRESS, the launcher's own, or MASTER_ADDR and MASTER_PORT, which torchrun sets
-    and many scripts do.
+    It is JAX_COORDINATOR_ADDRESS, the launcher's own variable, or MASTER_ADDR and MASTER_PORT,
+    which torchrun and many scripts set.
     """
     if given := environ.get("JAX_COORDINATOR_ADDRESS"):
         return given
     host = environ.get(place.launcher.host if place and place.launcher.host else "MASTER_ADDR")
     if not host:
         return ""
-    taken = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens on its port
-    return f"{host}:{_number(environ, 'MASTER_PORT', _PORT) + taken}"
+    in_use = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens on its port
+    return f"{host}:{_number(environ, 'MASTER_PORT', _PORT) + in_use}"
 
 
 def _local_devices(place: Place, environ: Mapping[str, str]) -> list[int] | None:
-    """Return the number of this process's own device among those it sees.
+    """Return the number of this process's device among those that it sees.
 
-    A process that shares its node takes one; the one that it sees, where its launcher hides all
-    others. None is for JAX's own way, and [] for all, also where JAX detects a launcher.
+    A process that shares its node uses one device: the only visible one if its launcher hides the
+    others. None leaves the choice to JAX; [] means all devices, even if JAX detects a launcher.
     """
     launcher = place.launcher
     if not environ.get(launcher.local_rank) or "JAX_LOCAL_DEVICE_IDS" in environ:  # JAX reads it
@@ -262,7 +264,7 @@ def _local_devices(place: Place, environ: Mapping[str, str]) -> list[int] | None
 
 
 def _check_tasks_per_node(environ: Mapping[str, str]) -> None:
-    """Check that Slurm did not start one task on each node of several GPUs, to use one of them."""
+    """Check that Slurm did not start one task, which uses one GPU, on a node with several GPUs."""
     n_tasks, n_nodes, n_gpus = (
         _number(environ, f"SLURM_{name}", 1)
         for name in ("STEP_NUM_TASKS", "STEP_NUM_NODES", "GPUS_ON_NODE")

@@ -1,4 +1,4 @@
-"""Joining the processes of a run, so that none trains alone by mistake."""
+"""Messages between the processes of a run: through JAX's coordination service, or collectives."""
 
 import json
 import time
@@ -7,31 +7,31 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as _service  # its client is the way to talk without collectives
+from jax._src import distributed as _service  # its client communicates without collectives
 from jax.experimental import multihost_utils
 
 from gpt3jax import errors
 
 
 def of_first_process(answer: bool) -> bool:
-    """Return the first process's answer, on all; for what it alone knows and all must act on."""
+    """Return the answer of process 0 in all processes; all must call it."""
     if jax.process_count() == 1:
         return answer
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
 
 
 def on_any_process(answer: bool) -> bool:
-    """Tell whether any process answers yes; all must ask."""
+    """Return whether any process answers True; all must call it."""
     if jax.process_count() == 1:
         return answer
     return bool(np.any(multihost_utils.process_allgather(np.bool_(answer))))
 
 
 def refuse_together(problem: str) -> None:
-    """End all processes if one of them has a problem; all must ask.
+    """End all processes if one of them has a problem; all must call it.
 
     Raises:
-        UserError: it says which problem, or that another process does.
+        UserError: with this process's problem, or the advice to read another process's output.
     """
     if on_any_process(bool(problem)):
         leave()
@@ -39,17 +39,17 @@ def refuse_together(problem: str) -> None:
 
 
 def process() -> tuple[int, int]:
-    """Return (number of this process, how many there are) without touching a device."""
+    """Return (number of this process, number of processes) without using a device."""
     return _service.global_state.process_id, _service.global_state.num_processes
 
 
 def publish(name: str, text: str) -> None:
-    """Let every process read a text under a name, once; through the service, not the devices."""
+    """Publish a text under a new name for all processes, through the service."""
     _client().key_value_set(f"gpt3jax/{name}", text)
 
 
 def receive(name: str, timeout: float) -> str | None:
-    """Return the text published under a name; None if there is none after so many seconds."""
+    """Return the text published under a name; None if there is none within `timeout` seconds."""
     try:
         return _client().blocking_key_value_get(f"gpt3jax/{name}", max(int(1000 * timeout), 1))
     except jax.errors.JaxRuntimeError as error:
@@ -61,10 +61,10 @@ def receive(name: str, timeout: float) -> str | None:
 def gather(
     name: str, text: str, timeout: float, of: Collection[int] | None = None
 ) -> list[str | None]:
-    """Return every process's text in the first one, and nothing in the others.
+    """Return the texts of all processes in process 0, and an empty list in the others.
 
-    None stands for a process that gave none within `timeout` seconds, of all together, or that is
-    not in `of`. Unlike a collective it cannot hang, whatever the processes do.
+    None stands for a process that sent no text within `timeout` seconds, for all together, or that
+    is not in `of`. Unlike a collective it cannot hang.
     """
     me, n = process()
     if n == 1:
@@ -73,22 +73,23 @@ def gather(
         publish(f"{name}/{me}", text)
         return []
     end = time.monotonic() + timeout
-    asked = range(n) if of is None else of
+    senders = range(n) if of is None else of
     return [text] + [
-        receive(f"{name}/{i}", end - time.monotonic()) if i in asked else None for i in range(1, n)
+        receive(f"{name}/{i}", end - time.monotonic()) if i in senders else None
+        for i in range(1, n)
     ]
 
 
 def raise_of_first(name: str, error: errors.UserError | None, timeout: float) -> None:
-    """Raise in all processes the error of the first one, if it has one; once under each name.
+    """Raise the error of process 0, if it has one, in all processes; use each name once.
 
     Raises:
-        UserError, TransientError: that error, or nothing was heard for `timeout` seconds.
+        UserError, TransientError: that error, or process 0 was silent for `timeout` seconds.
     """
     me, n = process()
     if n > 1 and me == 0:
-        told = error and [isinstance(error, errors.TransientError), str(error)]
-        publish(name, json.dumps(told))
+        message = error and [isinstance(error, errors.TransientError), str(error)]
+        publish(name, json.dumps(message))
     elif n > 1:
         text = receive(name, timeout)
         if text is None:
@@ -96,30 +97,31 @@ def raise_of_first(name: str, error: errors.UserError | None, timeout: float) ->
                 f"process {me} heard nothing from process 0 ({name}) for {timeout:.0f} s: look at "
                 "its output"
             )
-        if told := json.loads(text):
-            error = (errors.TransientError if told[0] else errors.UserError)(told[1])
+        if message := json.loads(text):
+            is_transient, reason = message
+            error = (errors.TransientError if is_transient else errors.UserError)(reason)
     if error is not None:
         leave()
         raise error
 
 
 def post(name: str, text: str) -> None:
-    """Publish a text in place of an earlier one."""
+    """Publish a text under a name, in place of an earlier one."""
     _client().key_value_set(f"gpt3jax/{name}", text, allow_overwrite=True)
 
 
 def posted(folder: str) -> dict[str, str]:
-    """Return the texts published under names that begin with `folder` and a slash, by the rest."""
+    """Return the texts published under names `folder/NAME`, by NAME."""
     prefix = f"gpt3jax/{folder}/"
-    found = dict(_client().key_value_dir_get(prefix))
-    return {name.removeprefix(prefix): text for name, text in found.items()}
+    entries = _client().key_value_dir_get(prefix)
+    return {name.removeprefix(prefix): text for name, text in entries}
 
 
 def meet(name: str, timeout: float) -> None:
-    """Wait until all processes are here, once under each name.
+    """Wait until all processes call this; use each name once.
 
     Raises:
-        TransientError: one did not come within `timeout` seconds.
+        TransientError: a process did not call it within `timeout` seconds.
     """
     if process()[1] == 1:
         return
@@ -130,12 +132,12 @@ def meet(name: str, timeout: float) -> None:
 
 
 def leave() -> None:
-    """Leave together: a first process that simply ends would abort the others in mid-sentence."""
+    """Leave the service together: if process 0 just ended, JAX would abort the others."""
     if process()[1] == 1:
         return
     try:
         jax.distributed.shutdown()
-    except RuntimeError:  # one of them is gone already
+    except RuntimeError:  # a process has ended already
         return
 
 

@@ -12,13 +12,12 @@ import mmap
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 
 from gpt3jax import errors
 from gpt3jax.config import command, recipe
-from gpt3jax.hardware import gpus
+from gpt3jax.hardware import gpus, nvidia_smi
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +156,7 @@ def check(flags: str) -> None:
 
 def _gpu_here() -> gpus.Gpu:
     """Return this machine's kind of GPU; an H100 where it is unknown or of another kind."""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.lower()
-    except (OSError, subprocess.CalledProcessError):
-        names = ""
+    names = str(nvidia_smi.query("name")).lower()
     return next((gpu for name, gpu in gpus.GPUS.items() if name in names), gpus.GPUS["h100"])
 
 

@@ -1,7 +1,7 @@
 """`python -m gpt3jax.preflight --config=RECIPE.py [--json FILE] [--group.field VALUE ...]`.
 
-Started like gpt3jax.main, once in each process of the run, it compares the processes and measures
-their machines, and trains nothing. Further options override the recipe, as in gpt3jax.main.
+Start it like gpt3jax.main, once for each process of the run. It compares the processes and measures
+their machines; it trains nothing. Other options override the recipe, as in gpt3jax.main.
 """
 
 import os
@@ -16,7 +16,7 @@ from gpt3jax.preflight import options
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Check and report; the exit status is 2 for what will fail again, 1 for what may not."""
+    """Check and report; exit with 2 if a retry would fail too, with 1 if it may succeed."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         return command.run(lambda: _check(args))
@@ -29,7 +29,7 @@ def _check(args: Sequence[str]) -> int:
     given, rest = command.parse_beside_config(options.Options, "preflight", __doc__, args)
     cfg = recipe.parse([f"--config={given.config}", *rest], "gpt3jax.preflight")
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    from gpt3jax.preflight import rounds  # after parsing: JAX takes seconds
+    from gpt3jax.preflight import rounds  # after parsing: importing JAX takes seconds
 
     return rounds.check(cfg, given)
 
@@ -39,4 +39,4 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
-        os._exit(status)  # a failed process must not wait for others, or for a hanging collective
+        os._exit(status)  # a failed process must not wait for others or for a hanging collective

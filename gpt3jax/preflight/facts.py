@@ -1,6 +1,6 @@
-"""What a process tells of itself, for comparison with others: code, settings, files, devices.
+"""What a process reports about itself for comparison: code, settings, files, devices, program.
 
-All values are short texts. Nothing here talks to another process, and `of_host` touches no device.
+All values are short texts. Nothing here communicates, and `of_host` uses no device.
 """
 
 import hashlib
@@ -9,40 +9,42 @@ import os
 import pathlib
 import platform
 import socket
-import subprocess
 import tempfile
 import time
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 
-from gpt3jax import errors
+from gpt3jax import errors, step
 from gpt3jax.config import schema, user_paths
 from gpt3jax.data import blend
+from gpt3jax.hardware import nvidia_smi
 
 _PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax",
     "orbax-checkpoint", "grain", "numpy",
 )  # fmt: skip
 _PREFIXES = ("XLA_", "JAX_", "NCCL_", "TF_XLA_")
-# Each process's or host's own.
-_OWN = {
+_OWN = {  # may differ between processes or hosts
     "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS",
     "JAX_PROCESS_ID", "JAX_COMPILATION_CACHE_DIR", "JAX_PARTITION_INDEX", "JAX_SLICE_INDEX",
     "NCCL_HOSTID",
 }  # fmt: skip
-_PIECES, _PIECE, _HEAD = 32, 4096, 1 << 16  # of a file: how many are read, of how many bytes
-_LOOKS = 5  # for a file that another host has just written: network folders may lag
-FOLDERS = {"checkpoint.dir": "fail", "log.dir": "warn"}  # and what it means if one is not shared
+_N_PIECES = 32  # of a file, to read besides its head
+_PIECE_BYTES, _HEAD_BYTES = 4096, 1 << 16
+_LOOKS = 5  # attempts to see a file that another host has just written: network folders may lag
+FOLDERS = {"checkpoint.dir": "fail", "log.dir": "warn"}  # the result if it is not shared
+N_DEVICES, KIND = "devices of a process", "kind of device"
+ERROR = "cannot be read: "
 
 
-def of_host(cfg: schema.Config, token: str, first: bool) -> dict[str, dict[str, str]]:
-    """Return all that can be told before a device is touched.
+def of_host(cfg: schema.Config, token: str, *, first: bool) -> dict[str, dict[str, str]]:
+    """Return all facts that need no device.
 
     Args:
         cfg: the run's config.
-        token: in the name of the file that the first process has put into each folder.
-        first: this is the first process; its folders are known to `plant`.
+        token: part of the name of the file that process 0 has put into each folder.
+        first: whether this is process 0, whose folders `plant` has checked.
     """
     flat = schema.flatten(cfg)
     del flat["distributed.process_id"]
@@ -62,7 +64,7 @@ def host() -> str:
 
 
 def sources() -> dict[str, str]:
-    """Return a digest of each of the package's files."""
+    """Return a digest of each source file of the package."""
     package = pathlib.Path(__file__).parent.parent
     files = sorted(package.rglob("*.py"))
     return {f"gpt3jax/{f.relative_to(package)}": _digest(f.read_bytes()) for f in files}
@@ -70,22 +72,22 @@ def sources() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what is computed."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            numbers[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            numbers[name] = "absent"
+    return numbers
 
 
-def environment(variables: Any) -> dict[str, str]:
-    """Return the variables that XLA, JAX and NCCL read and that should be the same everywhere."""
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of XLA, JAX and NCCL that should be the same in all processes."""
     return {k: v for k, v in variables.items() if k.startswith(_PREFIXES) and k not in _OWN}
 
 
 def corpus(data: schema.Data) -> dict[str, str]:
-    """Return a fingerprint, or an error, of each file that the data is read from."""
+    """Return a fingerprint, or an error, for each file of the corpus and the tokenizer."""
     if data.from_text:  # made at the first start
         return {}
     files = [f for f in (data.vocab_file, data.merge_file, data.tokenizer) if f]
@@ -96,30 +98,28 @@ def corpus(data: schema.Data) -> dict[str, str]:
 
 
 def fingerprint(file: str) -> str:
-    """Return a file's size and the digest of its head and of pieces all over it, or an error.
+    """Return a file's size and a digest of its head and of evenly spaced pieces, or an error.
 
-    64 KiB, and 32 pieces of 4 KiB evenly spread to the end: a corpus of any size takes as long.
+    It reads 64 KiB and 32 pieces of 4 KiB, the last at the end, so its time does not depend on the
+    size.
     """
     digest = hashlib.sha256()
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            digest.update(stream.read(_HEAD))
-            for i in range(1, _PIECES + 1):
-                stream.seek(max(size - _PIECE, 0) * i // _PIECES)
-                digest.update(stream.read(_PIECE))
+            digest.update(stream.read(_HEAD_BYTES))
+            for i in range(1, _N_PIECES + 1):
+                stream.seek(max(size - _PIECE_BYTES, 0) * i // _N_PIECES)
+                digest.update(stream.read(_PIECE_BYTES))
     except OSError as error:
         return f"{ERROR}{error.strerror.lower() if error.strerror else error}"
     return f"{size:,} bytes, digest {digest.hexdigest()[:12]}"
 
 
-ERROR = "cannot be read: "
-
-
 def plant(cfg: schema.Config, token: str) -> tuple[list[pathlib.Path], dict[str, str]]:
-    """Put a file into each of the run's folders; return what to `uproot`, and what went wrong."""
+    """Put a file into each of the run's folders; return what to `uproot`, and problems."""
     planted: list[pathlib.Path] = []
-    wrong = {}
+    problems = {}
     for name, folder in _folders(cfg).items():
         try:
             user_paths.check_not_a_step(folder)
@@ -129,14 +129,14 @@ def plant(cfg: schema.Config, token: str) -> tuple[list[pathlib.Path], dict[str,
             (folder / _probe(token)).write_text(token)
             planted.insert(0, folder / _probe(token))
         except OSError as error:
-            wrong[name] = _not_writable(folder, error)
+            problems[name] = _not_writable(folder, error)
         except errors.UserError as error:
-            wrong[name] = str(error)
-    return planted, wrong
+            problems[name] = str(error)
+    return planted, problems
 
 
 def uproot(planted: list[pathlib.Path]) -> None:
-    """Remove what `plant` made; a folder that something else has come into stays."""
+    """Remove what `plant` created; a folder that is no longer empty stays."""
     for path in planted:
         try:
             path.rmdir() if path.is_dir() else path.unlink()
@@ -145,18 +145,18 @@ def uproot(planted: list[pathlib.Path]) -> None:
 
 
 def folders(cfg: schema.Config, token: str) -> dict[str, str]:
-    """Return what is wrong with the run's folders here, seen from another process."""
-    wrong = {}
+    """Return the problems of the run's folders, as seen from a process other than process 0."""
+    problems = {}
     for name, folder in _folders(cfg).items():
         if not _appears(folder / _probe(token)):
-            wrong[name] = f"{folder} is not the first process's: its file does not appear here"
+            problems[name] = f"{folder} is not the first process's: its file does not appear here"
         elif FOLDERS[name] == "fail":  # every process writes its part of a checkpoint
             try:
                 with tempfile.TemporaryFile(dir=folder) as file:
                     file.write(b"0")
             except OSError as error:
-                wrong[name] = _not_writable(folder, error)
-    return wrong
+                problems[name] = _not_writable(folder, error)
+    return problems
 
 
 def _folders(cfg: schema.Config) -> dict[str, pathlib.Path]:
@@ -169,7 +169,7 @@ def _appears(file: pathlib.Path) -> bool:
         try:
             if file.exists():
                 return True
-        except OSError:  # no permission on the way: not there, as far as this process goes
+        except OSError:  # no permission for a folder on the way: this process cannot use the file
             return False
         if look < _LOOKS - 1:
             time.sleep(0.2)
@@ -185,39 +185,41 @@ def _not_writable(folder: pathlib.Path, error: OSError) -> str:
 
 
 def devices() -> dict[str, str]:
-    """Return how many devices this process has, and of which kind; this starts them."""
+    """Return the number and kind of this process's devices; this initializes them."""
     local = jax.local_devices()
     kinds = sorted({f"{d.device_kind} ({d.platform})" for d in local})
-    return {"devices of a process": str(len(local)), "kind of device": " and ".join(kinds)}
+    return {N_DEVICES: str(len(local)), KIND: " and ".join(kinds)}
 
 
 def free_bytes() -> dict[str, int]:
-    """Return what each local device may still allocate, by its number; nothing where unknown."""
-    found = {}
+    """Return the free bytes of each local device, by its number, if it reports them."""
+    free = {}
     for device in jax.local_devices():
         stats = device.memory_stats() or {}
         if "bytes_limit" in stats:
-            found[str(device.id)] = int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    return found
+            free[str(device.id)] = int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    return free
 
 
 def used_gpus() -> dict[str, int]:
-    """Return the bytes that are in use on each GPU that nvidia-smi shows here, by its UUID.
+    """Return the bytes in use on each GPU that nvidia-smi shows, by its UUID.
 
-    Before any process has started its devices, so they are somebody else's.
+    Called before any process of the run has initialized its devices, so others use these bytes.
     """
-    query = ["nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return parse_used_gpus(told)
+    rows = nvidia_smi.query("uuid", "memory.used", timeout=20)
+    return {uuid: int(mib) << 20 for uuid, mib in rows if mib.isdecimal()}
 
 
-def parse_used_gpus(told: str) -> dict[str, int]:
-    """Return bytes by UUID from lines `UUID, MiB`; lines without a number are left out."""
-    pairs = [line.split(",") for line in told.splitlines() if line.count(",") == 1]
-    return {u.strip(): int(mib) << 20 for u, mib in pairs if mib.strip().isdecimal()}
+def program(built: step.Program, cfg: schema.Config, batch_size: int) -> str:
+    """Return the length and digest of the training step's lowered program for this batch size.
+
+    Collectives hang where programs differ. JAX keeps the lowering, and the first step compiles it:
+    nothing is traced or lowered twice.
+    """
+    with jax.set_mesh(built.mesh):
+        args = step.abstract_args(built, cfg, batch_size)
+        text = built.train.jitted.lower(*args).as_text()
+    return f"{len(text):,} characters, digest {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _digest(data: bytes) -> str:

@@ -1,13 +1,15 @@
-"""The checks over all processes: each tells its facts, the first decides, all hear the verdict.
+"""The checks over all processes: each reports its facts, process 0 decides, all get the verdict.
 
-They talk through the coordination service. A collective would hang on just what is looked for.
+They communicate through JAX's coordination service: a collective would hang on the very faults that
+the checks look for.
 """
 
 import json
+import pathlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -15,19 +17,22 @@ from gpt3jax import errors, step
 from gpt3jax.config import schema, validation
 from gpt3jax.data import skipping
 from gpt3jax.distributed import messages
-from gpt3jax.preflight import checks, facts, program
+from gpt3jax.preflight import checks, facts
 from gpt3jax.run import startup
+
+# What a process reports in a round, from JSON; None: it was silent.
+Answer: TypeAlias = Any
 
 
 class Session:
-    """One series of rounds; all processes must go through the same ones."""
+    """A series of rounds; all processes must make the same ones in the same order."""
 
     def __init__(self, cfg: schema.Config):
-        """No round yet; a host's name is told first, so that one which stops later has it."""
+        """Publish this host's name, so that a process that stops later can be named with it."""
         self.cfg = cfg
         self.me, self.n = messages.process()
         self.checks: list[checks.Check] = []
-        # A process that is stopped should be named before JAX's service ends all for its silence.
+        # Name a stopped process before JAX's service ends all processes because of it.
         heartbeat = cfg.distributed.heartbeat_timeout
         self._timeout = min(cfg.distributed.start_timeout, 0.8 * heartbeat)
         self.hosts: list[str] = [facts.host()]
@@ -35,56 +40,55 @@ class Session:
             messages.publish(f"host/{self.me}", facts.host())
 
     def wait_long(self) -> None:
-        """From here on wait as long as for the start: others may restore or map a corpus."""
+        """Wait as long as for the start from now on: others may restore or map a corpus."""
         self._timeout = float(self.cfg.distributed.start_timeout)
 
     def round(
-        self, name: str, mine: Any, judge: Callable[[list[Any]], Sequence[checks.Check]]
+        self, name: str, answer: Answer, judge: Callable[[list[Answer]], Sequence[checks.Check]]
     ) -> list[checks.Check]:
-        """Gather what each process has to tell, let the first judge, and return its verdict.
+        """Gather the answers of all processes, let process 0 judge them, and return its verdict.
 
         Raises:
-            TransientError: the first process does not answer, or others do not, on the first.
+            TransientError: process 0 does not answer, or, in process 0, another one does not.
             UserError: the verdict refuses the run.
         """
-        told = self._gather(name, json.dumps(mine))
+        answers = self._gather(name, answer)
         verdict: list[checks.Check] = []
         if self.me == 0:
-            verdict = [*self._answered(told), *judge(told)]
-        return self._conclude(name, verdict, all(one is not None for one in told))
+            verdict = [*self._check_answered(answers), *judge(answers)]
+        return self._conclude(name, verdict, all_there=None not in answers)
 
-    def on_hosts(self, with_gpus: bool = False) -> list[checks.Check]:
+    def on_hosts(self, *, with_gpus: bool = False) -> list[checks.Check]:
         """Compare all that needs no device: code, settings, files, folders, clocks.
 
         Raises:
             UserError, TransientError: as `round`.
         """
         token = secrets.token_hex(8)
-        planted: list[Any] = []
-        wrong: dict[str, str] = {}
+        planted: list[pathlib.Path] = []
+        problems: dict[str, str] = {}
         if self.me == 0:
-            planted, wrong = facts.plant(self.cfg, token)
+            planted, problems = facts.plant(self.cfg, token)
             if self.n > 1:
                 messages.publish("token", token)
         else:
-            token = self._hear("token")
+            token = self._receive("token")
         try:
-            mine: dict[str, Any] = facts.of_host(self.cfg, token, self.me == 0)
-            mine["folders"] |= wrong
-            mine["used"] = facts.used_gpus() if with_gpus else {}
-            told = self._gather("hosts", json.dumps(mine))
+            answer = facts.of_host(self.cfg, token, first=self.me == 0)
+            answer["folders"] |= problems
+            used = facts.used_gpus() if with_gpus else {}
+            answers = self._gather("hosts", {**answer, "used": used})
         finally:
             facts.uproot(planted)
-        offsets = self._clock_offsets(told)
+        offsets = self._clock_offsets(answers)
         verdict: list[checks.Check] = []
         if self.me == 0:
-            self.used = [one and one["used"] for one in told]
-            verdict = [*self._answered(told), *_of_hosts(self.hosts, told)]
+            self.used = _part(answers, "used")
+            verdict = [*self._check_answered(answers), *_host_checks(self.hosts, answers)]
             n_folders = len([f for f in facts.FOLDERS if schema.flatten(self.cfg)[f]])
-            of_folders = [one and one["folders"] for one in told]
-            verdict.append(checks.folders(self.hosts, of_folders, n_folders))
+            verdict.append(checks.folders(self.hosts, _part(answers, "folders"), n_folders))
             verdict.append(checks.clocks(self.hosts, offsets))
-        return self._conclude("hosts", verdict, all(one is not None for one in told))
+        return self._conclude("hosts", verdict, all_there=None not in answers)
 
     def on_devices(self) -> list[checks.Check]:
         """Compare the processes' devices.
@@ -93,8 +97,8 @@ class Session:
             UserError, TransientError: as `round`.
         """
 
-        def judge(told: list[Any]) -> Sequence[checks.Check]:
-            return [checks.devices(self.hosts, told)]
+        def judge(answers: list[Answer]) -> Sequence[checks.Check]:
+            return [checks.devices(self.hosts, answers)]
 
         return self.round("devices", facts.devices(), judge)
 
@@ -104,15 +108,15 @@ class Session:
         Raises:
             UserError, TransientError: as `round`.
         """
+        fingerprint = facts.program(built, self.cfg, batch_size)
 
-        def judge(told: list[Any]) -> Sequence[checks.Check]:
-            return [checks.same("program", self.hosts, told, "fail", next(iter(told[0].values())))]
+        def judge(answers: list[Answer]) -> Sequence[checks.Check]:
+            return [checks.same("program", self.hosts, answers, "fail", fingerprint)]
 
-        mine = {"training step": program.fingerprint(built, self.cfg, batch_size)}
-        return self.round("program", mine, judge)
+        return self.round("program", {"training step": fingerprint}, judge)
 
     def on_memory(self, built: step.Program) -> list[checks.Check]:
-        """Compare what each device has free with what a step needs.
+        """Compare the free memory of each device with what a step needs.
 
         Raises:
             UserError, TransientError: as `round`.
@@ -120,32 +124,32 @@ class Session:
         limit = startup.device_memory()
         needed = startup.step_bytes(self.cfg, built.mesh, built.compute.attention, limit)
 
-        def judge(told: list[Any]) -> Sequence[checks.Check]:
-            return [checks.memory(self.hosts, told, self.used, needed)]
+        def judge(answers: list[Answer]) -> Sequence[checks.Check]:
+            return [checks.memory(self.hosts, answers, self.used, needed)]
 
         return self.round("memory", facts.free_bytes(), judge)
 
-    def _answered(self, told: Sequence[Any]) -> list[checks.Check]:
-        """Return a check for who is silent; in the first round also where all answered."""
-        if not any(one is None for one in told) and any(c.name == "processes" for c in self.checks):
+    def _check_answered(self, answers: Sequence[Answer]) -> list[checks.Check]:
+        """Return a check that names silent processes; with none silent, only in the first round."""
+        if None not in answers and any(check.name == "processes" for check in self.checks):
             return []
-        return [checks.answers(self.hosts, told)]
+        return [checks.all_answered(self.hosts, answers)]
 
-    def _gather(self, name: str, text: str) -> list[Any]:
-        told = messages.gather(name, text, self._timeout)
+    def _gather(self, name: str, answer: Answer) -> list[Answer]:
+        texts = messages.gather(name, json.dumps(answer), self._timeout)
         if self.me == 0 and len(self.hosts) < self.n:
             others = [messages.receive(f"host/{i}", 0) for i in range(1, self.n)]
-            self.hosts = [facts.host(), *(one or "host unknown" for one in others)]
-        return [None if one is None else json.loads(one) for one in told]
+            self.hosts = [facts.host(), *(host or "host unknown" for host in others)]
+        return [None if text is None else json.loads(text) for text in texts]
 
-    def _clock_offsets(self, told: Sequence[Any]) -> list[tuple[float, float] | None]:
-        """Return (seconds ahead of the first process, uncertainty) of each, in the first.
+    def _clock_offsets(self, answers: Sequence[Answer]) -> list[tuple[float, float] | None]:
+        """Return, in process 0, (seconds ahead of process 0, uncertainty) of each process.
 
-        All that answered wait for its word and then tell their time, so that it lies between the
-        word and the answer's arrival.
+        Processes that answered wait for its request and then send their time, which therefore lies
+        between the request and the arrival of the reply.
         """
         if self.me:
-            self._hear("clock")
+            self._receive("clock")
             messages.gather("clocks", repr(time.time()), self._timeout)
             return []
         if self.n == 1:
@@ -154,22 +158,22 @@ class Session:
         messages.publish("clock", "now")
         offsets: list[tuple[float, float] | None] = [(0.0, 0.0)]
         for i in range(1, self.n):
-            theirs = told[i] and messages.receive(f"clocks/{i}", self._timeout)
-            came = time.time()
-            middle, half = (sent + came) / 2, (came - sent) / 2
+            theirs = answers[i] and messages.receive(f"clocks/{i}", self._timeout)
+            received = time.time()
+            middle, half = (sent + received) / 2, (received - sent) / 2
             offsets.append((float(theirs) - middle, half) if theirs else None)
         return offsets
 
     def _conclude(
-        self, name: str, verdict: list[checks.Check], all_there: bool
+        self, name: str, verdict: list[checks.Check], *, all_there: bool
     ) -> list[checks.Check]:
-        """Tell the verdict to all, or hear it, and refuse the run if it says so."""
+        """Send the verdict to all, or receive it, and refuse the run if a check failed."""
         if self.n > 1:
             text = json.dumps([checks.to_json(verdict), all_there])
             if self.me == 0:
                 messages.publish(f"verdict/{name}", text)
             else:
-                data, all_there = json.loads(self._hear(f"verdict/{name}"))
+                data, all_there = json.loads(self._receive(f"verdict/{name}"))
                 verdict = checks.from_json(data)
         self.checks += verdict
         if any(check.status in ("fail", "retry") for check in verdict) and all_there:
@@ -177,8 +181,8 @@ class Session:
         checks.refuse(verdict, self.me)
         return verdict
 
-    def _hear(self, name: str) -> str:
-        text = messages.receive(name, 2 * self._timeout)  # it waits for others meanwhile
+    def _receive(self, name: str) -> str:
+        text = messages.receive(name, 2 * self._timeout)  # process 0 waits for others meanwhile
         if text is None:
             raise errors.TransientError(
                 f"preflight: process {self.me} ({facts.host()}) heard nothing from process 0 for "
@@ -187,24 +191,25 @@ class Session:
         return text
 
 
-def _of_hosts(hosts: Sequence[str], told: list[Any]) -> list[checks.Check]:
-    def of(name: str) -> list[Any]:
-        return [one and one[name] for one in told]
-
+def _host_checks(hosts: Sequence[str], answers: Sequence[Answer]) -> list[checks.Check]:
     return [
-        checks.same("code", hosts, of("code"), "fail", "{n} files"),
-        checks.same("versions", hosts, of("versions"), "fail", "{n} packages"),
-        checks.environment(hosts, of("environment")),
-        checks.same("config", hosts, of("config"), "fail", "{n} fields"),
-        checks.corpus(hosts, of("corpus")),
+        checks.same("code", hosts, _part(answers, "code"), "fail", "{n} files"),
+        checks.same("versions", hosts, _part(answers, "versions"), "fail", "{n} packages"),
+        checks.environment(hosts, _part(answers, "environment")),
+        checks.same("config", hosts, _part(answers, "config"), "fail", "{n} fields"),
+        checks.corpus(hosts, _part(answers, "corpus")),
     ]
 
 
+def _part(answers: Sequence[Answer], name: str) -> list[Answer]:
+    return [answer and answer[name] for answer in answers]
+
+
 def before_devices(cfg: schema.Config) -> Session | None:
-    """Make the quick checks of `gpt3jax.main`; None where one process trains alone.
+    """Make the quick checks before training; return None if one process trains alone.
 
     Raises:
-        UserError, TransientError: the processes do not go together; it says which and why.
+        UserError, TransientError: the processes do not match; the message says which and why.
     """
     if messages.process()[1] == 1 or not cfg.distributed.preflight:
         return None
@@ -216,7 +221,7 @@ def before_devices(cfg: schema.Config) -> Session | None:
 
 
 def before_step(session: Session | None, run: startup.Run, consumed_samples: int) -> list[str]:
-    """Compare the program that the first step runs; return what the quick checks warn of.
+    """Compare the program of the first step; return the warnings of all quick checks.
 
     Raises:
         UserError, TransientError: as `before_devices`.
@@ -225,15 +230,15 @@ def before_step(session: Session | None, run: startup.Run, consumed_samples: int
         return []
     if consumed_samples < run.end.samples:
         session.on_program(run.program, run.schedule.size(consumed_samples))
-    warned = [check for check in session.checks if check.status == "warn"]
-    return [f"WARNING: {check.name}: {line.text}" for check in warned for line in check.lines]
+    warnings = [check for check in session.checks if check.status == "warn"]
+    return [f"WARNING: {check.name}: {line.text}" for check in warnings for line in check.lines]
 
 
 def abstract_program(cfg: schema.Config, mesh: jax.sharding.Mesh) -> tuple[step.Program, int]:
-    """Return the program of a run that starts anew, and its first batch size.
+    """Return the program of a new run, and its first batch size.
 
     Raises:
-        UserError: the config does not fit the devices, or its schedules the run.
+        UserError: the config does not fit the devices, or its schedules do not fit the run.
     """
     schedule = startup.schedule_of(cfg, mesh)
     _, samples = skipping.run_length(cfg, schedule)

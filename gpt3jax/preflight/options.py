@@ -1,21 +1,21 @@
-"""What `gpt3jax.preflight` is asked for. Imports no JAX."""
+"""The options of `gpt3jax.preflight`. Imports no JAX."""
 
 import dataclasses
 
 from gpt3jax.config import user_paths
 
-Path = user_paths.Path  # Options has a field of the name `config`
+Path = user_paths.Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured, and what to write."""
+    """What to measure, and where to write the report."""
 
     config: Path
-    """The recipe, configs/*.py, or the config.json of a run."""
+    """The recipe (configs/*.py) or the config.json of a run."""
     json: Path = ""
-    """File for the report; the first process writes it."""
+    """File for the report, written by process 0."""
     quick: bool = False
-    """Measure no speed."""
+    """Skip the measurements of speed."""
     strict: bool = False
-    """Exit with 1 where a check only warns, of a slow device for instance."""
+    """Exit with status 1 if a check warns, of a slow device for example."""

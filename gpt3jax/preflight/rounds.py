@@ -1,4 +1,4 @@
-"""A preflight from end to end: its rounds of checks and measurements, and the report of them."""
+"""A whole preflight: its rounds of checks and measurements, and their report."""
 
 import contextlib
 import json
@@ -27,14 +27,14 @@ def check(cfg: schema.Config, given: options.Options) -> int:
     joining.start(cfg.distributed, cfg.mesh)
     session = joint.Session(cfg)
     with _reported(session, given):
-        _check(session, given.quick)
+        _check(session, quick=given.quick)
     messages.leave()
-    warned = any(check.status == "warn" for check in session.checks)
-    return errors.RETRY if given.strict and warned else errors.DONE
+    has_warning = any(check.status == "warn" for check in session.checks)
+    return errors.RETRY if given.strict and has_warning else errors.DONE
 
 
-def _check(session: joint.Session, quick: bool) -> None:
-    """Go through all rounds; each needs the one before it.
+def _check(session: joint.Session, *, quick: bool) -> None:
+    """Make all rounds; each depends on the one before it.
 
     Raises:
         UserError, TransientError: a check failed.
@@ -47,7 +47,7 @@ def _check(session: joint.Session, quick: bool) -> None:
     session.on_memory(program)
     if quick:
         return
-    sizes = speed.sizes(jax.devices()[0].platform)
+    sizes = speed.sizes_for(jax.devices()[0].platform)
     _matmuls(session, sizes)
     for axis, n in mesh.shape.items():
         for kind in ("all-reduce", "all-gather") if n > 1 else ():
@@ -58,11 +58,11 @@ def _matmuls(session: joint.Session, sizes: speed.Sizes) -> None:
     def measure() -> dict[str, float]:
         return {str(d.id): speed.matmul_tflops(d, sizes) for d in jax.local_devices()}
 
-    def judge(told: list[dict[str, float] | None]) -> list[checks.Check]:
+    def judge(answers: list[dict[str, float] | None]) -> list[checks.Check]:
         rates = [
             (i, f"device {device} of {checks.named([i], session.hosts)}", rate)
-            for i, one in enumerate(told)
-            for device, rate in (one or {}).items()
+            for i, answer in enumerate(answers)
+            for device, rate in (answer or {}).items()
         ]
         return [checks.speed("matmul", "TFLOP/s", rates)]
 
@@ -77,10 +77,10 @@ def _collective(
     def measure() -> float:
         return speed.collective_gbytes(mesh, axis, kind, sizes)
 
-    def judge(told: list[float | None]) -> list[checks.Check]:
+    def judge(answers: list[float | None]) -> list[checks.Check]:
         rates = [
             (i, checks.named([i], session.hosts), rate)
-            for i, rate in enumerate(told)
+            for i, rate in enumerate(answers)
             if rate is not None
         ]
         return [checks.speed(name, "GB/s", rates)]
@@ -90,7 +90,7 @@ def _collective(
 
 @contextlib.contextmanager
 def _reported(session: joint.Session, given: options.Options) -> Iterator[None]:
-    """Print and write the report in the first process, whether checks fail or not."""
+    """Print and write the report in process 0, whether checks fail or not."""
     begin = time.monotonic()
     try:
         yield

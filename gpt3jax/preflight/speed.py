@@ -1,7 +1,7 @@
-"""What devices and networks reach: matrix products of each, collectives along each mesh axis.
+"""Measures the speed of devices and networks: matrix products, collectives along each mesh axis.
 
-Short and rough: it tells a broken machine from a sound one, and is no benchmark. All processes must
-call the same functions in the same order; `within` gives a hang an end and a name.
+The measurements are short and rough: they find broken machines and are not a benchmark. All
+processes must call the same functions in the same order; `within` ends and names one that hangs.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,55 +17,57 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt3jax import errors
 
+Result = TypeVar("Result")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is computed and sent, for a kind of device."""
+    """Sizes of the measurements on a kind of device."""
 
     matrix: int
-    """Rows and columns of a product's matrices."""
+    """Rows and columns of each matrix."""
     products: int
-    """Products in a row that are timed together."""
+    """Consecutive products that are timed together."""
     n_bytes: int
-    """Bytes of a device in a collective."""
+    """Bytes of each device in a collective."""
     rounds: int
-    """Times that each is repeated; the best counts: what a machine can do."""
+    """Repetitions of each measurement; the fastest one counts."""
 
 
 _GPU = Sizes(matrix=8192, products=16, n_bytes=256 << 20, rounds=5)  # 18 TFLOP: 25 ms on an H100
 _CPU = Sizes(matrix=256, products=4, n_bytes=1 << 20, rounds=20)
 
 
-def sizes(platform: str) -> Sizes:
+def sizes_for(platform: str) -> Sizes:
     """Return the sizes for a platform of JAX."""
     return _CPU if platform == "cpu" else _GPU
 
 
-def matmul_tflops(device: Any, of: Sizes) -> float:
+def matmul_tflops(device: jax.Device, sizes: Sizes) -> float:
     """Return the TFLOP/s of bfloat16 products on a device of this process."""
-    n = of.matrix
+    n = sizes.matrix
 
     def chain(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, of.products, lambda _, y: y @ w, x)
+        return jax.lax.fori_loop(0, sizes.products, lambda _, y: y @ w, x)
 
     place = jax.sharding.SingleDeviceSharding(device)
-    # Random bits make a chip draw its true power; the scale keeps the products finite.
+    # Random values make a chip draw its true power; the scale keeps the products finite.
     x, w = (
         jax.device_put(jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16), place)
         for i in range(2)
     )
-    seconds = best_seconds(of.rounds, jax.jit(chain), x, w / math.sqrt(n))
-    return 2 * n**3 * of.products / seconds / 1e12
+    seconds = best_seconds(sizes.rounds, jax.jit(chain), x, w / math.sqrt(n))
+    return 2 * n**3 * sizes.products / seconds / 1e12
 
 
-def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, of: Sizes) -> float:
+def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, sizes: Sizes) -> float:
     """Return the GB/s of a collective along a mesh axis, in all its groups at once.
 
-    It is what each device sends and receives at least in a ring: of N devices (N - 1) / N of the
-    gathered bytes, and twice that share of the reduced ones ("bus bandwidth" of nccl-tests).
+    The bytes are those that each of N devices sends at least in a ring: (N - 1) / N of the gathered
+    bytes, and twice that share of the reduced ones ("bus bandwidth" of nccl-tests).
     """
     n = mesh.shape[axis]
-    length = of.n_bytes // 4
+    length = sizes.n_bytes // 4
     spec = PartitionSpec(mesh.axis_names)
     x = jax.jit(
         lambda: jnp.ones((length * mesh.size,), jnp.float32),
@@ -78,13 +80,13 @@ def collective_gbytes(mesh: jax.sharding.Mesh, axis: str, kind: str, of: Sizes) 
         return jax.lax.all_gather(part, axis, tiled=True)[: length // n]
 
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    seconds = best_seconds(of.rounds, run, x)
-    moved = 2 * (n - 1) / n * of.n_bytes if kind == "all-reduce" else (n - 1) * of.n_bytes
+    seconds = best_seconds(sizes.rounds, run, x)
+    moved = 2 * (n - 1) / n * sizes.n_bytes if kind == "all-reduce" else (n - 1) * sizes.n_bytes
     return moved / seconds / 1e9
 
 
-def best_seconds(rounds: int, function: Callable[..., Any], *args: Any) -> float:
-    """Return the shortest time of several calls, after one that compiles."""
+def best_seconds(rounds: int, function: Callable[..., jax.Array], *args: jax.Array) -> float:
+    """Return the shortest time of several calls, after a first one that compiles."""
     jax.block_until_ready(function(*args))
     times = []
     for _ in range(rounds):
@@ -94,19 +96,19 @@ def best_seconds(rounds: int, function: Callable[..., Any], *args: Any) -> float
     return min(times)
 
 
-def within(seconds: float, doing: str, action: Callable[[], Any]) -> Any:
-    """Return what an action gives, or end the wait for it.
+def within(seconds: float, doing: str, action: Callable[[], Result]) -> Result:
+    """Return the result of an action that ends within a time limit.
 
     Raises:
-        TransientError: it took longer; its thread is left behind, so the process should end.
+        TransientError: it did not; its thread is still running, so the process should end.
     """
-    result: list[Any] = []
+    result: list[Result] = []
     failure: list[BaseException] = []
 
     def call() -> None:
         try:
             result.append(action())
-        except BaseException as error:  # for the caller, whatever it is
+        except BaseException as error:  # raised again below
             failure.append(error)
 
     thread = threading.Thread(target=call, daemon=True, name=doing)

@@ -97,7 +97,7 @@ REFUSED = {
     "0:4 1:8": "two stages start at sample 0 (of 10 tokens): move their thresholds apart",
     "0:4 100": 'entry "100" must be TOKENS:SIZE, as in 2.4B:320',
     "0:4 x:8": 'entry "x:8" must be TOKENS:SIZE, as in 2.4B:320',
-    "": "it has no entry: give one",
+    "": "no entry: give one",
     "0:0 10:4": "the batch size from sample 0 on is 0: give at least 1",
 }
 

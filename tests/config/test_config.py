@@ -152,7 +152,7 @@ def test_a_folder_as_recipe_lists_those_in_it(recipe_file):
     (recipe_file.parent / "config.json").touch()
     with pytest.raises(errors.UserError) as error:
         recipe.load(str(recipe_file.parent))
-    assert "a folder, but of no checkpoint: name a file" in str(error.value)
+    assert "a folder, but not a checkpoint: name a file" in str(error.value)
     assert f"(recipes in {recipe_file.parent}: config.json, recipe.py)" in str(error.value)
 
 
@@ -219,7 +219,7 @@ REFUSED = [
     ("--model.n-loss-chunks=3", "model.n_loss_chunks=3", "model.seq_len=32", "use one of 1, 2, 4"),
     (
         "--data.eod-id=500 --data.reset-position-ids",
-        "data.eod_id=500", "model.vocab_size=500", "give the corpus's own",
+        "data.eod_id=500", "model.vocab_size=500", "give the end-of-document token",
     ),
     ("--optimizer.min-lr=2", "optimizer.min_lr=2.0", "exceeds optimizer.peak_lr=0.001: lower it"),
     (
@@ -233,7 +233,7 @@ REFUSED = [
     ("--optimizer.decay=wsd", "optimizer.decay=wsd", "wsd_decay_samples=0", "needs the length"),
     (
         "--optimizer.decay=wsd --optimizer.wsd-decay-samples=9 --optimizer.decay-samples=8",
-        "optimizer.wsd_decay_samples=9", "exceeds optimizer.decay_samples=8", "shorten it",
+        "optimizer.wsd_decay_samples=9", "exceeds optimizer.decay_samples=8", "shorten the decay",
     ),
     (
         "--optimizer.decay=wsd --optimizer.wsd-decay-samples=6 --optimizer.warmup-samples=3 "
@@ -264,7 +264,7 @@ REFUSED = [
         "precision.compute_dtype=float32", "implementation=cudnn", "bfloat16 or float16, or xla",
     ),
     ("--data.from-text t --data.paths a b", "data.paths has 2 entries", "give one prefix"),
-    ("--mesh.fsdp=-1", "mesh.data and mesh.fsdp are all -1", "only one axis can take the rest"),
+    ("--mesh.fsdp=-1", "mesh.data and mesh.fsdp are all -1", "only one axis can be the rest"),
     ("--mesh.tensor=3", "mesh.tensor=3", "model.n_heads=4", "use one of 1, 2, 4"),
     (
         "--mesh.tensor=4 --model.vocab-multiple=2 --model.vocab-size=10",
@@ -294,7 +294,7 @@ REFUSED = [
         "data.tokenizer=t and data.vocab_file=v each name a tokenizer", "keep one",
     ),
     ("--log.profile-steps 3 2 --log.dir=x", "log.profile_steps=3 2", "a first and a last step"),
-    ("--log.profile-steps 2 3", "log.profile_steps=2 3", "needs log.dir"),
+    ("--log.profile-steps 2 3", "log.profile_steps=2 3", "needs a log.dir"),
     ("--log.profile-steps 0 3 --log.dir=x", "log.profile_steps=0 3", "from 1 on"),
     (
         "--checkpoint.allow-new-data-order",
@@ -408,7 +408,7 @@ OFF = [
     ("--checkpoint.save-interval=0", "without checkpoint.dir nothing is saved"),
     ("--checkpoint.max-to-keep=0", "keep_period equal to save_interval keeps all"),
     ("--log.interval=0", "a large number logs little"),
-    ("--faults.max-skipped-steps=0", "faults.nonfinite=warn goes on without end"),
+    ("--faults.max-skipped-steps=0", "faults.nonfinite=warn has no limit"),
     ("--faults.spike-window=0", "faults.spike=off"),
     ("--data.read-threads=0", "data.prefetch=0"),
     ("--watchdog.min-seconds=0", "watchdog.step_multiple=0 turns the watchdog off"),

@@ -54,7 +54,7 @@ def test_every_path_that_can_be_given_is_known_as_one(kind):
     found = list(text_fields(kind))
     assert found
     for group, name, hint in found:
-        assert user_paths._is_path(hint) == (name not in OTHERS), f"{group.__name__}.{name}"
+        assert user_paths.is_path(hint) == (name not in OTHERS), f"{group.__name__}.{name}"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_every_path_that_can_be_given_is_known_as_one(kind):
         (group, name)
         for group in ("data", "checkpoint", "log")
         for _, name, hint in text_fields(type(getattr(tiny.make_config(), group)))
-        if user_paths._is_path(hint)
+        if user_paths.is_path(hint)
     ],
 )
 def test_a_path_of_a_config_is_put_in_full_and_a_store_refused(group, field, monkeypatch):

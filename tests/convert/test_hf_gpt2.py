@@ -214,22 +214,22 @@ def test_a_tokenizer_is_written_under_the_names_that_are_looked_for(tokenizer_fo
     (tmp_path / "mine.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     (tmp_path / "out").mkdir()
     data = schema.Data(tokenizer=str(tmp_path / "mine.json"), eod_id=257)
-    files = hf_tokenizer.named(data, tmp_path)
+    files = hf_tokenizer.of_checkpoint(data, tmp_path)
     vocab = hf_tokenizer.write(files, tmp_path / "out", 64, 257)
     assert vocab["<extra>"] == 259
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "eos_token": "<s>"
     }  # fmt: skip
-    assert hf_tokenizer.asked_for(str(tokenizer_folder), "", "") == {
+    assert hf_tokenizer.of_options(str(tokenizer_folder), "", "") == {
         "tokenizer": str(tokenizer_folder / "tokenizer.json")
     }
     for wrong in (("", "v", ""), (str(tokenizer_folder), "v", "m")):
         with pytest.raises(errors.UserError, match="--vocab-file and --merge-file together, or"):
-            hf_tokenizer.asked_for(*wrong)
+            hf_tokenizer.of_options(*wrong)
     with pytest.raises(errors.UserError, match="mine: no such file"):
-        hf_tokenizer.asked_for("", "mine", "m")
+        hf_tokenizer.of_options("", "mine", "m")
     with pytest.raises(errors.UserError, match=r"has no tokenizer\.json, nor vocab\.json and"):
-        hf_tokenizer.asked_for(str(tmp_path), "", "")
+        hf_tokenizer.of_options(str(tmp_path), "", "")
 
 
 def test_a_tokenizer_whose_files_disagree_is_refused(gpt2, tokenizer_folder, tmp_path):
@@ -362,7 +362,7 @@ def write_gpt2(folder, n_layers, width):
     widths |= {"attn.c_proj": (width, width), "mlp.c_proj": (4 * width, width)}
     for layer in range(n_layers):
         tensors = {}
-        for ours, theirs in hf_gpt2.NAMES.items():
+        for ours, (theirs, _) in hf_gpt2.TENSORS.items():
             name = theirs.format(layer)
             shape = next((s for part, s in widths.items() if part in name), (1, width))
             shape = sizes.get(ours, shape if name.endswith("weight") else shape[1:])
@@ -411,7 +411,7 @@ SPOILED = {
     "transformer.wpe.weight has 1 of 4096 values that are NaN": lambda f: spoil_tensors(
         f, lambda t: t["transformer.wpe.weight"].put(0, np.nan)
     ),
-    "transformer.ln_f.bias is float64, which fp32 does not hold as it is": lambda f: spoil_tensors(
+    "transformer.ln_f.bias is float64, which fp32 cannot represent": lambda f: spoil_tensors(
         f, lambda t: t.update({"transformer.ln_f.bias": np.zeros(64, np.float64)})
     ),
     "model.safetensors cannot be read": cut,
@@ -466,7 +466,7 @@ def test_a_config_comes_back_from_its_flat_form():
 def test_parameters_are_named_after_the_models():
     abstract = jax.eval_shape(lambda: step.init_state(tiny.make_config())).params
     assert {n.removesuffix("/value") for n in map(name_of, leaves_of(abstract))} == set(
-        hf_gpt2.NAMES
+        hf_gpt2.TENSORS
     )
 
 

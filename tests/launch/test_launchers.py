@@ -204,7 +204,7 @@ def test_addresses_are_taken_in_order():
         (TOLD["Slurm"], {"n_processes": 3}, "n_processes=3, but SLURM_STEP_NUM_TASKS=4"),
         ({"PMI_RANK": "0", "PMI_SIZE": "1"}, {"n_processes": 2}, "sees no other"),
         ({}, {"n_processes": 2, "process_id": 5}, "distributed.process_id=5, but the 2 processes"),
-        ({}, {"n_processes": 2, "process_id": 0}, "and nothing tells where that is"),
+        ({}, {"n_processes": 2, "process_id": 0}, "and that address is not given"),
         (
             {},
             {"n_processes": 2, "process_id": 0, "coordinator_address": "node0"},

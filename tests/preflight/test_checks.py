@@ -1,4 +1,4 @@
-"""What is concluded from what processes told: who differs, who is slow, who may try again."""
+"""What the checks conclude from the answers: who differs, who is slow, who may try again."""
 
 import random
 
@@ -20,13 +20,13 @@ def random_facts(rng, n_keys):
 def test_the_processes_that_differ_from_most_are_named_with_each_value():
     rng = random.Random()
     usual = random_facts(rng, 30)
-    told = [dict(usual) for _ in range(16)]
+    answers = [dict(usual) for _ in range(16)]
     changed = {i: rng.sample(sorted(usual), 2) for i in rng.sample(range(16), 5)}
     for i, keys in changed.items():
         for key in keys:
-            told[i][key] = f"other {i} {key}"
-    found = checks.same("config", make_hosts(16), told, "fail", "{n} fields")
-    assert found.status == "fail" and found.told == "not the same on 5 of 16 processes"
+            answers[i][key] = f"other {i} {key}"
+    found = checks.same("config", make_hosts(16), answers, "fail", "{n} fields")
+    assert found.status == "fail" and found.result == "not the same on 5 of 16 processes"
     expected = {
         f"{key}=other {i} {key} on process {i} (host-{i // 4}), {usual[key]} on the others"
         for i, keys in changed.items()
@@ -39,8 +39,8 @@ def test_the_processes_that_differ_from_most_are_named_with_each_value():
 def test_equal_processes_pass_and_silent_ones_are_not_compared():
     usual = random_facts(random.Random(), 7)
     found = checks.same("config", make_hosts(5), [usual, None, usual, usual, None], "fail", "{n}")
-    assert (found.status, found.told, found.lines) == ("ok", "7", ())
-    answered = checks.answers(make_hosts(5), [usual, None, usual, usual, None])
+    assert (found.status, found.result, found.lines) == ("ok", "7", ())
+    answered = checks.all_answered(make_hosts(5), [usual, None, usual, usual, None])
     assert answered.status == "retry"
     assert "no answer from processes 1, 4 (host-0, host-1)" in answered.lines[0].text
 
@@ -86,15 +86,15 @@ def test_a_slow_device_is_named_with_its_share():
 def test_clocks_count_only_what_is_sure():
     offsets = [(0.0, 0.0), (1.4, 0.3), (-7.25, 0.01), (1.2, 0.3), None]
     found = checks.clocks(make_hosts(5), offsets)
-    assert found.status == "warn" and "7.250 s (+- 0.010)" in found.told
+    assert found.status == "warn" and "7.250 s (+- 0.010)" in found.result
     assert [line.processes for line in found.lines] == [(1,), (2,)]
     assert "1.400 s (+- 0.300) ahead of process 0" in found.lines[0].text
     assert "7.250 s (+- 0.010) behind process 0" in found.lines[1].text
 
 
 def test_an_unreadable_corpus_comes_before_a_comparison():
-    told = [{"c.bin": "9 bytes, digest a"}, {"c.bin": "cannot be read: no such file"}]
-    found = checks.corpus(["a", "b"], told)
+    answers = [{"c.bin": "9 bytes, digest a"}, {"c.bin": "cannot be read: no such file"}]
+    found = checks.corpus(["a", "b"], answers)
     assert found.status == "fail"
     assert [line.text for line in found.lines] == ["c.bin: no such file on process 1 (b)"]
     other = [{"c.bin": "9 bytes, digest a"}, {"c.bin": "9 bytes, digest b"}]
@@ -138,7 +138,7 @@ def test_memory_names_full_devices_and_gpus_of_others():
 
 def make_check(status, *lines):
     of = tuple(checks.Line(text=text, processes=processes) for text, processes in lines)
-    return checks.Check(name=f"the {status}", status=status, told="told", lines=of)
+    return checks.Check(name=f"the {status}", status=status, result="told", lines=of)
 
 
 def test_each_process_hears_what_concerns_it_and_the_first_hears_all():
@@ -172,5 +172,5 @@ def test_a_long_list_is_cut_in_the_error_and_kept_in_json():
 
 
 def test_runs_of_processes_are_told_as_ranges():
-    told = checks.named([0, 1, 2, 9, 11, 12], make_hosts(16))
-    assert told == "processes 0-2, 9, 11-12 (host-0, host-2, host-3)"
+    text = checks.named([0, 1, 2, 9, 11, 12], make_hosts(16))
+    assert text == "processes 0-2, 9, 11-12 (host-0, host-2, host-3)"

@@ -1,4 +1,4 @@
-"""What a process tells of itself: enough to see a difference, and nothing that is its own."""
+"""What a process reports about itself: every difference that matters, and nothing of its own."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ import pytest
 from gpt3jax import errors, step
 from gpt3jax.config import schema
 from gpt3jax.model import loss
-from gpt3jax.preflight import checks, facts, joint, program, speed
+from gpt3jax.preflight import checks, facts, joint, speed
 from gpt3jax.run import faults
 
 import tiny
@@ -39,8 +39,8 @@ def test_a_file_is_known_by_its_size_its_head_and_its_end(tmp_path, n):
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path):
-    told = facts.fingerprint(str(tmp_path / "no"))
-    assert told == "cannot be read: no such file or directory"
+    fingerprint = facts.fingerprint(str(tmp_path / "no"))
+    assert fingerprint == "cannot be read: no such file or directory"
 
 
 def test_all_files_of_the_data_are_looked_at(tmp_path):
@@ -101,22 +101,27 @@ def test_a_folder_that_is_one_checkpoint_is_told(tmp_path):
     assert list(wrong) == ["checkpoint.dir"] and "is itself a checkpoint" in wrong["checkpoint.dir"]
 
 
-def test_what_is_used_on_gpus_is_read():
-    told = "GPU-1, 1024\nGPU-2, [N/A]\nnonsense\n"
-    assert facts.parse_used_gpus(told) == {"GPU-1": 1 << 30}
+def test_what_is_used_on_gpus_is_read_from_nvidia_smi(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf 'GPU-1, 1024\\nGPU-2, [N/A]\\nnonsense\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert facts.used_gpus() == {"GPU-1": 1 << 30}
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert facts.used_gpus() == {}
 
 
 def test_the_number_of_the_process_is_not_part_of_its_config(tmp_path):
     cfg = run_config(tmp_path)
     mine, theirs = (
         facts.of_host(
-            dataclasses.replace(cfg, distributed=schema.Distributed(process_id=i)), "t", True
+            dataclasses.replace(cfg, distributed=schema.Distributed(process_id=i)), "t", first=True
         )
         for i in range(2)
     )
     assert mine == theirs
     assert mine["config"]["optimizer.peak_lr"] == "0.001"
-    assert len(mine["code"]["gpt3jax/model.py"]) == 12 and "jaxlib" in mine["versions"]
+    assert len(mine["code"]["gpt3jax/model/gpt.py"]) == 12 and "jaxlib" in mine["versions"]
 
 
 @pytest.mark.parametrize("spike", ["off", "skip"])
@@ -125,7 +130,7 @@ def test_the_program_is_that_of_the_first_step_which_is_not_traced_again(monkeyp
     cfg = tiny.make_config(model={"n_layers": 1}, faults={"spike": spike})
     mesh = tiny.make_mesh(data=2, fsdp=4)
     built = step.build(cfg, mesh, 320)
-    program.fingerprint(built, cfg, cfg.batch.global_batch_size)
+    facts.program(built, cfg, cfg.batch.global_batch_size)
 
     def fail(*args):
         raise AssertionError("traced again")
@@ -136,7 +141,7 @@ def test_the_program_is_that_of_the_first_step_which_is_not_traced_again(monkeyp
     with jax.set_mesh(mesh):  # as a call does before it compiles
         built.train.jitted.lower(built.init(), batch, *limit)
     with pytest.raises(AssertionError, match="traced again"):
-        program.fingerprint(built, cfg, 8)
+        facts.program(built, cfg, 8)
 
 
 def test_programs_of_other_constants_differ():
@@ -145,7 +150,7 @@ def test_programs_of_other_constants_differ():
     for beta in (0.9, 0.95):
         cfg = tiny.make_config(optimizer={"beta2": beta}, model={"n_layers": 1})
         built, size = joint.abstract_program(cfg, mesh)
-        prints.add(program.fingerprint(built, cfg, size))
+        prints.add(facts.program(built, cfg, size))
     assert len(prints) == 2
 
 

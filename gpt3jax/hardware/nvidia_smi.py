@@ -1,0 +1,14 @@
+"""What nvidia-smi reports about the GPUs of this machine; nothing else runs it. Imports no JAX."""
+
+import subprocess
+
+
+def query(*fields: str, timeout: float | None = None) -> list[list[str]]:
+    """Return the values of these fields, a row for each GPU; no rows if nvidia-smi fails."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[value.strip() for value in line.split(",")] for line in done.stdout.splitlines()]
+    return [row for row in rows if len(row) == len(fields)]
