@@ -426,49 +426,12 @@ def is_param(name: str) -> bool:
     return name.startswith("params/")
 
 
-def restore_newest(
-    store: Checkpoints,
-    cfg: schema.Config,
-    expect: Callable[[metadata.Meta], tuple[Any, dict[str, Any]]],
-    only_params: bool = False,
-) -> tuple[Any, metadata.Meta, list[str]]:
-    """Return state and meta of the newest checkpoint that is whole, and warnings.
-
-    `expect` returns the layout of the state, and the data order, of a run that goes on from a
-    checkpoint. With `only_params` the order is not compared, and the rest of the state is `...`,
-    as it is where the checkpoint has no more than parameters.
-    Damaged ones are named in the warnings and, if they are our own, set aside.
+def check_same_model(cfg: schema.Config, meta: metadata.Meta) -> None:
+    """Check that a checkpoint is of this config's network.
 
     Raises:
-        UserError: the checkpoint is of another network or data order, or none is whole.
+        UserError: it is of another one; the differences.
     """
-    damaged: list[int] = []
-    warnings: list[str] = []
-    for step in store.steps():
-        problem = ""
-        try:
-            meta = store.read_meta(step)
-            _check_same_model(cfg, meta)
-            abstract_state, data_order = expect(meta)
-            if not only_params:
-                _check_same_order(cfg, meta, data_order)
-            wanted = is_param if only_params or meta.only_params else lambda name: True
-            state = store.restore(step, abstract_state, wanted)
-        except metadata.DamagedError as error:
-            problem = str(error)
-        if not messages.on_any_process(bool(problem)):
-            store.set_aside(damaged)
-            return state, meta, warnings
-        problem = (
-            problem or f"checkpoint {store.folder / str(step)}: another process cannot read it"
-        )
-        damaged.append(step)
-        warnings.append(f"WARNING: {problem}; going back to an older one")
-    told = "\n".join(warning.partition("; going back")[0] for warning in warnings)
-    raise metadata.DamagedError(f"no whole checkpoint is left in {store.folder}:\n{told}")
-
-
-def _check_same_model(cfg: schema.Config, meta: metadata.Meta) -> None:
     mine = schema.flatten(cfg)
     differ = [n for n in _IDENTITY if meta.config.get(n) != mine[n]]
     if mine["model.attention.pattern"] == "dense" and "model.attention.pattern" not in differ:
@@ -481,7 +444,12 @@ def _check_same_model(cfg: schema.Config, meta: metadata.Meta) -> None:
         )
 
 
-def _check_same_order(cfg: schema.Config, meta: metadata.Meta, data_order: dict[str, Any]) -> None:
+def check_same_order(cfg: schema.Config, meta: metadata.Meta, data_order: dict[str, Any]) -> None:
+    """Check that a run with this data order may go on from a checkpoint.
+
+    Raises:
+        UserError: samples would come in another order; the differences.
+    """
     before = {k: v for k, v in meta.data_order.items() if k in data_order}
     changed = [k for k in before if before[k] != data_order[k]]  # earlier versions wrote fewer
     if meta.consumed_samples and changed and not cfg.checkpoint.allow_new_data_order:

@@ -173,7 +173,8 @@ def test_a_limit_does_not_depend_on_what_was_read_already(tmp_path):
     cfg = make_config(tmp_path / "run", spike="warn")
     rng, early, late = np.random.default_rng(5), faults.Faults(cfg, ()), faults.Faults(cfg, ())
     for number in range(1, 40):
-        values = {"loss": float(np.float32(rng.normal(3))), "skipped": int(rng.random() < 0.2)}
+        loss = float(np.float32(rng.normal(3)))
+        values = {"loss": loss, "grad_norm": 1.0, "skipped": int(rng.random() < 0.2)}
         late.note(number, values)
         assert late.loss_limit(number + 1) == early.loss_limit(number + 1)
         early.note(number, values)
@@ -189,7 +190,7 @@ def test_losses_of_a_stretch_without_limits_do_not_return(tmp_path):
     watched, off = (make_config(tmp_path / "run", spike=spike) for spike in ("warn", "off"))
     seen_before, unwatched, again = (faults.Faults(cfg, ()) for cfg in (watched, off, watched))
     for number in range(1, 10):
-        seen_before.note(number, {"loss": 3.0 + number % 2, "skipped": 0})
+        seen_before.note(number, {"loss": 3.0 + number % 2, "grad_norm": 1.0, "skipped": 0})
     assert math.isfinite(seen_before.loss_limit(11))
     unwatched.restore(seen_before.as_json())
     again.restore(unwatched.as_json())
