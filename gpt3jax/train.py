@@ -22,15 +22,7 @@ from gpt3jax.distributed import messages
 from gpt3jax.hardware import flops
 from gpt3jax.preflight import joint
 from gpt3jax.record import recording
-from gpt3jax.run import (
-    folder_lock,
-    profiling,
-    saving,
-    start_report,
-    startup,
-    step_log,
-    stopping,
-)
+from gpt3jax.run import folder_lock, profiling, saving, start_report, startup, step_log, stopping
 from gpt3jax.watch import oversight, phases
 
 
@@ -49,10 +41,7 @@ def train(cfg: schema.Config) -> bool:
         run, start = started.run, started.position
         overseer.begin(start.step)
         warnings = joint.before_step(preflight, run, start.samples)
-        with (
-            _open_recorder(run, start) as recorder,
-            stopping.Stop(held.known_lost) as stop,
-        ):
+        with _open_recorder(run, start) as recorder, stopping.Stop(held.known_lost) as stop:
             for line in (*start_report.lines(run), *started.lines, *warnings):
                 recorder.say(line)
             with _closing_store(run, clock):
@@ -95,7 +84,7 @@ def loop(
         profile.before(step_number)
         args = (state, batch, *run.faults.step_args(step_number))
         log.compile_first(size, program.train, *args)
-        with clock.during(phases.DEVICE):  # it waits where the device is behind
+        with clock.during(phases.DEVICE):  # the call waits if the device is behind
             state, step_metrics = program.train(*args)
         position = step_log.Position(step_number, samples)
         profile.after(step_number, step_metrics)
