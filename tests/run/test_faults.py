@@ -1,6 +1,5 @@
 """Steps that are not finite, and loss spikes: each policy, what is kept, resuming, meshes."""
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -197,10 +196,24 @@ def test_losses_of_a_stretch_without_limits_do_not_return(tmp_path):
     assert again.loss_limit(110) == math.inf
 
 
-def test_a_checkpoint_without_losses_still_loads():
-    names = [field.name for field in dataclasses.fields(metadata.Meta)]
+def test_a_checkpoint_without_losses_still_loads(tmp_path):
     meta = metadata.Meta(step=1, consumed_samples=1, data_order={}, config={})
-    assert "faults" in names and meta.faults == {}
+    history = faults.Faults(make_config(tmp_path / "run", spike="warn"), ())
+    history.note(1, {"loss": 3.0, "grad_norm": 1.0, "skipped": 0})
+    history.restore(meta.faults)
+    assert history.as_json() == {"losses": [], "skipped_in_row": 0}
+
+
+def test_a_verdict_changes_nothing_and_ends_the_run_at_the_last_skip_allowed(tmp_path):
+    cfg = make_config(tmp_path / "run", nonfinite="skip", max_skipped_steps=2)
+    history, before = faults.Faults(cfg, ()), {"losses": [], "skipped_in_row": 0}
+    values = {"loss": math.nan, "grad_norm": math.nan, "loss_scale": 1.0, "skipped": 1}
+    fault = history.judge(6, 48, 8, values, np.array([]))
+    assert history.as_json() == before and fault.kind == "not finite" and not fault.error
+    assert fault.warning.endswith("its update was left out")
+    history.note(6, values)
+    assert "2 steps in a row were skipped" in history.judge(7, 56, 8, values, np.array([])).error
+    assert history.judge(7, 56, 8, values | {"loss": 3.0, "grad_norm": 1.0}, np.array([])) is None
 
 
 def test_gradient_norms_are_those_of_the_arrays():
