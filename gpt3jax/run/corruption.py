@@ -37,7 +37,7 @@ class Replicas:
     """Compares the replicas of parameters every `interval` steps, and on demand."""
 
     def __init__(self, mesh: jax.sharding.Mesh, abstract_params: gpt.GPT, interval: int) -> None:
-        """Compare nothing yet; nothing ever if the interval is 0, or nothing is replicated."""
+        """Compare nothing yet, and never if the interval is 0 or nothing is replicated."""
         self._mesh = mesh
         names = layouts.array_names(abstract_params)
         leaves = jax.tree.leaves(abstract_params)
@@ -177,9 +177,9 @@ def _place(device: jax.Device, hosts: Sequence[str]) -> str:
 
 
 def _host_names() -> list[str]:
-    """Return the name of each process's host; all processes call it together.
+    """Return the name of each process's host.
 
-    They do, because all see the same checksums.
+    A collective: all processes come here, because all see the same checksums.
     """
     own_name = socket.gethostname()
     if jax.process_count() == 1:

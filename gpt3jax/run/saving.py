@@ -21,8 +21,8 @@ def save(
 ) -> None:
     """Start to save a checkpoint, unless this step has one already.
 
-    Whatever a save waits for, the copies of this one or the end of the one before, is waited for
-    here.
+    All waiting for saves happens here: for the copies of this save, and for the end of the save
+    before.
 
     Raises:
         TransientError: `checkpoint.max_failed_saves` saves in a row failed, or replicas of

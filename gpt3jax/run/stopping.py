@@ -32,7 +32,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
     """
 
     def __init__(self, lost: Callable[[], str] = lambda: "") -> None:
-        """Have no request yet; it is also one if `lost` returns a reason."""
+        """Have no request yet; a reason returned by `lost` is a request too."""
         self._requested, self._lost = False, lost
         self._before: dict[int, _Handler] = {}
 
