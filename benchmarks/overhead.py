@@ -23,7 +23,7 @@ from gpt3jax import train
 from gpt3jax.config import recipe
 from gpt3jax.data import loader
 from gpt3jax.distributed import joining
-from gpt3jax.record import metrics
+from gpt3jax.record import recording
 from gpt3jax.run import startup, stopping
 from gpt3jax.watch import oversight, phases
 
@@ -53,7 +53,8 @@ def main(args):
 
 
 def measure(cfg, rounds):
-    run, state, start, _ = startup.start_or_resume(cfg, phases.Phases())
+    started = startup.start_or_resume(cfg, phases.Phases())
+    run, state, start = started.run, started.state, started.position
     times = {"without": [], "with": []}
     state, _ = without(run, state, start)  # compiles, and fills caches
     state, _ = watched(run, state, start)
@@ -93,9 +94,13 @@ def watched(run, state, start):
     with contextlib.redirect_stdout(io.StringIO()), oversight.Oversight(cfg) as overseer:
         overseer.begin(start.step)
         with (
-            metrics.Recorder(
-                cfg, start_step=0, end_step=run.end.step, start_samples=0,
-                end_samples=run.end.samples, n_devices=jax.device_count(), peak_flops=None,
+            recording.Recorder(
+                cfg,
+                recording.Span(
+                    start_step=0, start_samples=0, end_step=run.end.step,
+                    end_samples=run.end.samples,
+                ),
+                n_devices=jax.device_count(), peak_flops=None,
             ) as recorder,
             stopping.Stop(lambda: "") as stop,
             overseer.clock.during(phases.HOST),

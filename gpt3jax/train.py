@@ -1,123 +1,93 @@
 """The training loop and nothing else.
 
 Its order is an invariant: restore; then, for each step, evaluate if due, save if due, stop if
-asked, take the next batch, dispatch the step, and read the metrics of the step *before*. So the
-device always has a step queued while Python waits for the last one's numbers, and what is saved or
+asked to, load the next batch, dispatch the step, and read the metrics of the step *before*. So the
+device always has a step queued while Python waits for the last step's numbers, and what is saved or
 evaluated at step n is the state after exactly n steps.
 """
 
+import contextlib
 import math
 import shlex
 import sys
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import jax
 
+from gpt3jax import step
 from gpt3jax.config import schema
 from gpt3jax.data import loader
 from gpt3jax.distributed import messages
 from gpt3jax.hardware import flops
 from gpt3jax.preflight import joint
-from gpt3jax.record import metrics
-from gpt3jax.run import folder_lock, profiling, saving, startup, step_log, stopping
+from gpt3jax.record import recording
+from gpt3jax.run import folder_lock, profiling, saving, start_report, startup, step_log, stopping
 from gpt3jax.watch import oversight, phases
 
 
 def train(cfg: schema.Config) -> bool:
-    """Train a config from its newest checkpoint, or from scratch; tell whether it is at its end.
+    """Train a config from its newest checkpoint, or from scratch; return whether it is at its end.
 
     Raises:
-        UserError: what does not fit or cannot be read, or a folder that another run holds, before
-            the first step; one that it has taken since; a loss that is not finite.
-        TransientError: a last checkpoint that cannot be written.
+        UserError: before the first step, if something does not fit or cannot be read, or another
+            run holds a folder; later, if another run has taken a folder, or a loss is not finite.
+        TransientError: the last checkpoint cannot be written, or replicas differ.
     """
     preflight = joint.before_devices(cfg)
     with folder_lock.Hold(cfg) as held, oversight.Oversight(cfg) as overseer:
-        return _train(cfg, preflight, overseer, held)
-
-
-def _train(
-    cfg: schema.Config,
-    preflight: joint.Session | None,
-    overseer: oversight.Oversight,
-    held: folder_lock.Hold,
-) -> bool:
-    clock = overseer.clock
-    run, state, start, news = startup.start_or_resume(cfg, clock, held.lost)
-    overseer.begin(start.step)
-    news += joint.before_step(preflight, run, start.samples)
-    with (
-        metrics.Recorder(
-            cfg,
-            start_step=start.step,
-            end_step=run.end.step,
-            start_samples=start.samples,
-            end_samples=run.end.samples,
-            n_devices=jax.device_count(),
-            peak_flops=_peak_flops(cfg),
-            history=run.history,
-            active=jax.process_index() == 0,
-        ) as recorder,
-        stopping.Stop(held.known_lost) as stop,
-    ):
-        for line in (*startup.describe(run), *news):
-            recorder.say(line)
-        try:
-            with clock.during(phases.HOST):
-                state, position = loop(run, state, start, recorder, stop, overseer)
-            messages.refuse_together(held.known_lost())
-            with clock.during(phases.SAVE):
-                finish(run, state, start, position, recorder, clock)
-        finally:
-            if run.store is not None:
+        clock = overseer.clock
+        started = startup.start_or_resume(cfg, clock, held.lost)
+        run, start = started.run, started.position
+        overseer.begin(start.step)
+        warnings = joint.before_step(preflight, run, start.samples)
+        with _open_recorder(run, start) as recorder, stopping.Stop(held.known_lost) as stop:
+            for line in (*start_report.lines(run), *started.lines, *warnings):
+                recorder.say(line)
+            with _closing_store(run, clock):
+                with clock.during(phases.HOST):
+                    state, position = loop(run, started.state, start, recorder, stop, overseer)
+                messages.refuse_together(held.known_lost())
                 with clock.during(phases.SAVE):
-                    run.store.close()  # an error must not cut off a save under way
-        done = position.samples >= run.end.samples
-        told = overseer.end(done)
-        if position != start:
-            recorder.say(told)
-    return done
+                    finish(run, state, start, position, recorder, clock)
+            complete = position.samples >= run.end.samples
+            summary = overseer.end(complete)
+            if position != start:
+                recorder.say(summary)
+    return complete
 
 
 def loop(
     run: startup.Run,
-    state: Any,
+    state: step.TrainState,
     start: step_log.Position,
-    recorder: metrics.Recorder,
+    recorder: recording.Recorder,
     stop: stopping.Stop,
     overseer: oversight.Oversight,
-) -> tuple[Any, step_log.Position]:
+) -> tuple[step.TrainState, step_log.Position]:
     """Take steps until the end of the run or a signal; return the last state and position."""
-    cfg, clock, position = run.cfg, overseer.clock, start
+    cfg, clock, position, program = run.cfg, overseer.clock, start, run.program
     batches = loader.train_batches(
         run.splits, cfg, run.schedule, run.mesh, start.samples, run.end.samples
     )
-    log = step_log.StepLog(
-        cfg, recorder, clock, start.step + 1, run.end, n_samples=run.n_samples, seen=run.faults
-    )
+    log = step_log.StepLog(cfg, recorder, clock, start.step + 1, run.end, run.n_samples, run.faults)
     profile = profiling.Profile(cfg.log)
     while position.samples < run.end.samples:
         if position != start:
-            if _due(position.step, cfg.train.eval_interval):
-                log.settle()
-                with clock.during(phases.EVALUATE):
-                    evaluate(run, state, position, "validation", recorder)
-            if _due(position.step, cfg.checkpoint.save_interval):
-                log.settle()
-                with clock.during(phases.SAVE):
-                    saving.save(run, state, position, recorder)
+            _evaluate_and_save_if_due(run, state, position, log, recorder, clock)
         saving.report(run.store, recorder)
         if stop.requested(position.step):
             break
         with clock.during(phases.DATA):
             batch, size, samples = next(batches)
-        profile.before(position.step + 1)
-        args = (state, batch, *run.faults.step_args(position.step + 1))
-        log.compile_first(size, run.program.train, *args)
-        with clock.during(phases.DEVICE):  # it waits where the device is behind
-            state, step_metrics = run.program.train(*args)
-        position = step_log.Position(position.step + 1, samples)
-        profile.after(position.step, step_metrics)
+        step_number = position.step + 1
+        profile.before(step_number)
+        args = (state, batch, *run.faults.step_args(step_number))
+        log.compile_first(size, program.train, *args)
+        with clock.during(phases.DEVICE):  # the call waits if the device is behind
+            state, step_metrics = program.train(*args)
+        position = step_log.Position(step_number, samples)
+        profile.after(step_number, step_metrics)
         log.push(position, size, step_metrics)
         run.replicas.after_step(position.step, state.params)
         overseer.stepped(position.step, recorder)
@@ -127,23 +97,46 @@ def loop(
     return state, position
 
 
+def _evaluate_and_save_if_due(
+    run: startup.Run,
+    state: step.TrainState,
+    position: step_log.Position,
+    log: step_log.StepLog,
+    recorder: recording.Recorder,
+    clock: phases.Phases,
+) -> None:
+    if is_due(position.step, run.cfg.train.eval_interval):
+        log.settle()
+        with clock.during(phases.EVALUATE):
+            evaluate(run, state, position, "validation", recorder)
+    if is_due(position.step, run.cfg.checkpoint.save_interval):
+        log.settle()
+        with clock.during(phases.SAVE):
+            saving.save(run, state, position, recorder)
+
+
+def is_due(step_number: int, interval: int) -> bool:
+    """Return whether a step ends an interval; an interval of 0 never ends."""
+    return interval > 0 and step_number % interval == 0
+
+
 def finish(
     run: startup.Run,
-    state: Any,
+    state: step.TrainState,
     start: step_log.Position,
     position: step_log.Position,
-    recorder: metrics.Recorder,
+    recorder: recording.Recorder,
     clock: phases.Phases,
 ) -> None:
     """Save what is not saved yet; at the end of the run evaluate, after a signal say how to go on.
 
     Raises:
-        UserError: the last checkpoint could not be written.
+        TransientError: the last checkpoint could not be written.
     """
-    done = position.samples >= run.end.samples
+    complete = position.samples >= run.end.samples
     if position != start:
         saving.save_last(run, state, position, recorder)
-    if not done:
+    if not complete:
         command = shlex.join(["python", "-m", "gpt3jax.main", *sys.argv[1:]])
         saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"
         recorder.say(f"stopped at step {position.step}, {saved}; resume with: {command}")
@@ -159,16 +152,16 @@ def finish(
 
 def evaluate(
     run: startup.Run,
-    state: Any,
+    state: step.TrainState,
     position: step_log.Position,
     split: Literal["validation", "test"],
-    recorder: metrics.Recorder,
+    recorder: recording.Recorder,
 ) -> None:
     """Measure the token-weighted mean loss on the split's next samples, and record it."""
-    train = run.cfg.train
-    n_before = (position.step - 1) // train.eval_interval if train.eval_interval else 0
+    interval = run.cfg.train.eval_interval
+    n_before = (position.step - 1) // interval if interval else 0
     batches = loader.eval_batches(run.splits, run.cfg, run.mesh, split, n_before)
-    if not train.eval_interval or batches is None:
+    if not interval or batches is None:
         return
     sums = [run.program.eval(state.params, batch) for batch in batches]
     loss_sum, n_tokens = (math.fsum(float(x) for x in xs) for xs in zip(*sums, strict=True))
@@ -176,19 +169,41 @@ def evaluate(
 
 
 def _is_evaluated(
-    run: startup.Run, position: step_log.Position, recorder: metrics.Recorder
+    run: startup.Run, position: step_log.Position, recorder: recording.Recorder
 ) -> bool:
-    """Tell whether the evaluation that ends a run is there already, or none is wanted."""
+    """Return whether the evaluation that ends a run is recorded already, or none is due."""
     splits = {"test_loss": run.splits.test, "validation_loss": run.splits.validation}
     wanted = [name for name, source in splits.items() if source is not None]
     return not wanted or recorder.recorded(position.step, wanted[0])
 
 
-def _due(step_number: int, interval: int) -> bool:
-    return interval > 0 and step_number % interval == 0
+def _open_recorder(run: startup.Run, start: step_log.Position) -> recording.Recorder:
+    cfg = run.cfg
+    peak_flops: float | None = cfg.log.peak_tflops * 1e12
+    if not peak_flops:
+        kind = jax.devices()[0].device_kind
+        peak_flops = flops.peak_flops(kind, cfg.precision.compute_dtype)
+    return recording.Recorder(
+        cfg,
+        recording.Span(
+            start_step=start.step,
+            start_samples=start.samples,
+            end_step=run.end.step,
+            end_samples=run.end.samples,
+        ),
+        n_devices=jax.device_count(),
+        peak_flops=peak_flops,
+        history=run.history,
+        active=jax.process_index() == 0,
+    )
 
 
-def _peak_flops(cfg: schema.Config) -> float | None:
-    if cfg.log.peak_tflops:
-        return cfg.log.peak_tflops * 1e12
-    return flops.peak_flops(jax.devices()[0].device_kind, cfg.precision.compute_dtype)
+@contextlib.contextmanager
+def _closing_store(run: startup.Run, clock: phases.Phases) -> Iterator[None]:
+    """Close the run's checkpoints at the end: an error must not cut off a save under way."""
+    try:
+        yield
+    finally:
+        if run.store is not None:
+            with clock.during(phases.SAVE):
+                run.store.close()

@@ -332,7 +332,7 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
     folder = corpus.write_run(tmp_path / "run")
     with small_disk(folder / "checkpoints", "size=8m"):
         other = folder / "checkpoints" / "other.bin"
-        due, poll = train._due, storage.Checkpoints.poll
+        due, poll = train.is_due, storage.Checkpoints.poll
 
         def due_on_a_full_disk(number, interval):
             if number == 15 and not other.exists():
@@ -346,7 +346,7 @@ def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
                 time.sleep(0.01)
             return poll(store, wait=wait)
 
-        monkeypatch.setattr(train, "_due", due_on_a_full_disk)
+        monkeypatch.setattr(train, "is_due", due_on_a_full_disk)
         monkeypatch.setattr(storage.Checkpoints, "poll", patient_poll)
         tries = ["--checkpoint.max-failed-saves=3", "--checkpoint.retry-pause=0.1"]
         status = corpus.call_main(monkeypatch, folder, *tries)

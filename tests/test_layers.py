@@ -64,7 +64,7 @@ def test_no_room_has_a_cycle(repository):
 
 WITHOUT_JAX = (
     "errors", "config.recipe", "config.validation", "config.command", "config.batch_schedule",
-    "hardware.flops", "hardware.xla_flags", "distributed.launchers", "record.metrics",
+    "hardware.flops", "hardware.xla_flags", "distributed.launchers", "record.recording",
     "record.console", "watch.phases", "checkpoint.metadata", "plan.options", "preflight.options",
     "evaluate.options", "sample.text_options", "convert.hf_gpt2", "convert.mcore",
 )  # fmt: skip
@@ -103,7 +103,7 @@ def libraries(path):
         ),
         ("tensorstore", {"checkpoint.array_blocks"}),
         ("grain", {"data.loader"}),
-        ("tensorboardX", {"record.metrics"}),
+        ("tensorboardX", {"record.tensorboard"}),
         ("safetensors", {"convert.tensor_files"}),
         ("torch", {"convert.torch_files"}),
         ("starlette", {"sample.serve"}),

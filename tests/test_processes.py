@@ -174,7 +174,7 @@ def test_all_are_refused_where_another_run_holds_the_folder(tmp_path, preflight)
     lock = folder_lock.Lock("checkpoint.dir", folder / "checkpoints")
     lock.take()
     options = [] if preflight else ["--distributed.no-preflight"]
-    shorter = "from gpt3jax import holding; holding.WAIT_SECONDS = 2.0\n"
+    shorter = "from gpt3jax.run import folder_lock; folder_lock.WAIT_SECONDS = 2.0\n"
     statuses, _, err = finish(start(folder, 2, *options, patch_all=shorter))
     lock.release()
     assert statuses == [errors.REFUSED] * 2, err
@@ -186,7 +186,7 @@ def test_all_stop_where_another_run_comes_into_the_folder(tmp_path, what):
     folder = corpus.write_run(tmp_path)
     options = ["--train.n-steps=2000", "--train.checksum-interval=0"]
     options += ["--checkpoint.dir="] if what == "log folder" else []
-    looking = "from gpt3jax import holding; holding.LEASE_SECONDS = 3.0\n"
+    looking = "from gpt3jax.run import folder_lock; folder_lock.LEASE_SECONDS = 3.0\n"
     processes = start(folder, 2, *options, patch_all=looking)
     wait_for_steps(folder, processes)
     if what == "step":
@@ -195,7 +195,7 @@ def test_all_stop_where_another_run_comes_into_the_folder(tmp_path, what):
         taken = folder / ("checkpoints" if what == "folder" else "logs")
         other = folder_lock.Lock("", taken)
         other._me |= {"system": "another"}
-        (taken / folder_lock.FILE).write_bytes(other._content())
+        (taken / folder_lock.FILE).write_bytes(other.content())
     begin = time.monotonic()
     statuses, _, err = finish(processes)
     assert statuses == [errors.REFUSED] * 2, err

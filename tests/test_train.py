@@ -12,7 +12,7 @@ from gpt3jax import optimizer, step, train
 from gpt3jax.checkpoint import storage
 from gpt3jax.config import batch_schedule, schema
 from gpt3jax.data import loader, splits
-from gpt3jax.run import startup, step_log, stopping
+from gpt3jax.run import start_report, step_log, stopping
 from gpt3jax.sharding import meshes
 
 import tiny
@@ -168,7 +168,7 @@ def test_a_growing_batch_has_one_loss_on_every_mesh(corpus, tmp_path, monkeypatc
     train.train(make_config(corpus, tmp_path / "alone", {}, batch=batch, train={"n_steps": 6}))
     expected, _ = records(tmp_path / "alone")
     assert [r["batch_size"] for r in expected] == [8, 8, 8, 16, 16, 16]
-    for name in meshes:
+    for name in cuts:
         found, _ = records(tmp_path / name)
         for key in ("loss", "grad_norm"):
             np.testing.assert_allclose(
@@ -235,7 +235,7 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
 def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
     corpus, tmp_path, capsys, monkeypatch, limit, warned
 ):
-    monkeypatch.setattr(startup, "device_memory", lambda: limit)
+    monkeypatch.setattr(start_report, "device_memory", lambda: limit)
     groups = {"train": {"n_steps": 1}, "faults": {"spike_window": 7}}
     train.train(make_config(corpus, tmp_path / "run", MESH_A, **groups))
     told = capsys.readouterr().out
@@ -248,11 +248,12 @@ def test_what_has_no_effect_before_the_end_of_the_run_is_warned_of():
     cfg = tiny.make_config(log={"profile_steps": (21, 30), "dir": "logs"}, data={"mock": True})
     cfg = dataclasses.replace(cfg, faults=schema.Faults(spike="warn", spike_window=19))
     schedule = batch_schedule.BatchSchedule(((0, 8), (160, 16)))
-    told = startup.beyond_the_end(cfg, schedule, step_log.Position(20, 160))
-    assert len(told) == 3 and all("has no effect: the run ends at step 20" in one for one in told)
+    lines = start_report.beyond_the_end(cfg, schedule, step_log.Position(20, 160))
+    end = "has no effect: the run ends at step 20"
+    assert len(lines) == 3 and all(end in line for line in lines)
     for words in ("log.profile_steps=21 30", "the batch of 16 from sample 160", "spike_window=19"):
-        assert any(words in one for one in told)
-    assert startup.beyond_the_end(cfg, schedule, step_log.Position(21, 161)) == []
+        assert any(words in line for line in lines)
+    assert start_report.beyond_the_end(cfg, schedule, step_log.Position(21, 161)) == []
 
 
 def test_files_are_where_the_docs_say(uninterrupted):

@@ -1,13 +1,11 @@
 """Which checkpoint a run starts from, and whether the run may go on from it."""
 
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Mapping
 
 from gpt3jax import errors
-from gpt3jax.checkpoint import array_names, metadata, sample_order, storage
+from gpt3jax.checkpoint import metadata, sample_order, storage
 from gpt3jax.config import schema
-from gpt3jax.distributed import messages
 
 # What must be equal for weights to mean the same network.
 _MODEL_FIELDS = (
@@ -15,9 +13,6 @@ _MODEL_FIELDS = (
     "model.vocab_multiple", "model.mask_padded_vocab", "model.gelu", "model.norm_eps",
     "model.attention.pattern", "model.attention.band",
 )  # fmt: skip
-
-Expect: TypeAlias = Callable[[metadata.Meta], tuple[array_names.PyTree, Mapping[str, object]]]
-"""Returns the layout of the state, and the order of samples, of a run that goes on from there."""
 
 
 def choose_source(store: storage.Checkpoints | None, load: str) -> storage.Checkpoints | None:
@@ -39,50 +34,12 @@ def choose_source(store: storage.Checkpoints | None, load: str) -> storage.Check
     return source
 
 
-def restore_newest(
-    store: storage.Checkpoints, cfg: schema.Config, expect: Expect, *, only_params: bool = False
-) -> tuple[array_names.PyTree, metadata.Meta, list[str]]:
-    """Return state and meta of the newest checkpoint that is whole, and warnings.
-
-    With `only_params` the order of samples is not compared, and `...` stands for the rest of the
-    state; so it does where the checkpoint has parameters alone. Damaged checkpoints are named in
-    the warnings and, if they are our own, set aside.
+def check_same_model(cfg: schema.Config, meta: metadata.Meta) -> None:
+    """Check that a checkpoint is of this config's network.
 
     Raises:
-        UserError: the checkpoint is of another network or order of samples, or none is whole.
+        UserError: it is of another one; the message lists the differences.
     """
-    damaged: list[int] = []
-    problems: list[str] = []
-    for step in store.steps():
-        problem = ""
-        try:
-            state, meta = _restore(store, step, cfg, expect, only_params=only_params)
-        except metadata.DamagedError as error:
-            problem = str(error)
-        if not messages.on_any_process(bool(problem)):
-            store.set_aside(damaged)
-            return state, meta, [f"{problem}; going back to an older one" for problem in problems]
-        problem = problem or f"checkpoint {store.path(step)}: another process cannot read it"
-        damaged.append(step)
-        problems.append(f"WARNING: {problem}")
-    raise metadata.DamagedError(
-        "\n".join([f"no whole checkpoint is left in {store.folder}:", *problems])
-    )
-
-
-def _restore(
-    store: storage.Checkpoints, step: int, cfg: schema.Config, expect: Expect, *, only_params: bool
-) -> tuple[array_names.PyTree, metadata.Meta]:
-    meta = store.read_meta(step)
-    _check_same_model(cfg, meta)
-    abstract_state, data_order = expect(meta)
-    if not only_params:
-        _check_same_order(cfg, meta, data_order)
-    wanted = array_names.is_param if only_params or meta.only_params else lambda name: True
-    return store.restore(step, abstract_state, wanted), meta
-
-
-def _check_same_model(cfg: schema.Config, meta: metadata.Meta) -> None:
     fields = schema.flatten(cfg)
     differ = [name for name in _MODEL_FIELDS if meta.config.get(name) != fields[name]]
     if fields["model.attention.pattern"] == "dense" and "model.attention.pattern" not in differ:
@@ -95,9 +52,14 @@ def _check_same_model(cfg: schema.Config, meta: metadata.Meta) -> None:
         )
 
 
-def _check_same_order(
+def check_same_order(
     cfg: schema.Config, meta: metadata.Meta, data_order: Mapping[str, object]
 ) -> None:
+    """Check that a run with this order of samples may go on from a checkpoint.
+
+    Raises:
+        UserError: samples would come in another order; the message lists the differences.
+    """
     before, now = sample_order.in_words(meta.data_order), sample_order.in_words(data_order)
     # Earlier versions wrote fewer keys.
     differ = [name for name in before if name in now and before[name] != now[name]]

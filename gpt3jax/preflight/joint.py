@@ -18,7 +18,7 @@ from gpt3jax.config import schema, validation
 from gpt3jax.data import skipping
 from gpt3jax.distributed import messages
 from gpt3jax.preflight import checks, facts
-from gpt3jax.run import startup
+from gpt3jax.run import start_report, startup
 
 # What a process reports in a round, from JSON; None: it was silent.
 Answer: TypeAlias = Any
@@ -121,8 +121,8 @@ class Session:
         Raises:
             UserError, TransientError: as `round`.
         """
-        limit = startup.device_memory()
-        needed = startup.step_bytes(self.cfg, built.mesh, built.compute.attention, limit)
+        limit = start_report.device_memory()
+        needed = start_report.step_bytes(self.cfg, built.mesh, built.compute.attention, limit)
 
         def judge(answers: list[Answer]) -> Sequence[checks.Check]:
             return [checks.memory(self.hosts, answers, self.used, needed)]

@@ -1,19 +1,22 @@
-"""Standard output and error that outlive their reader. Imports no JAX.
+"""Standard output and error that go on working when nobody reads them any more. Imports no JAX.
 
-A terminal that is lost (an ssh session, a closed pipe) makes every print fail, and the error would
+A terminal that is lost (an ssh session, a closed pipe) makes every print fail, and that error would
 end a run that has something to save.
 """
 
 import errno
 import io
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class _Outlet(io.FileIO):
-    """A file that takes, and drops, what its lost reader would not."""
+    """A file that drops what is written to it once its reader is gone."""
 
-    def write(self, data: Any, /) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -23,7 +26,7 @@ class _Outlet(io.FileIO):
 
 
 def outlive() -> None:
-    """Let this process's output go on where nobody reads it any more."""
+    """Let this process go on when the reader of its output is gone."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         outlet = io.BufferedWriter(_Outlet(stream.fileno(), "w", closefd=False))

@@ -1,28 +1,32 @@
-"""When a run saves its state, and what it does about saves that fail.
+"""Saves of a run's state, and what follows where they fail.
 
-A failing store ends no run before `checkpoint.max_failed_saves` tries, and all processes at once.
+A store that fails ends a run only after `checkpoint.max_failed_saves` tries in a row, and then in
+all processes at once.
 """
 
 import time
-from typing import Any
 
-from gpt3jax import errors
+from gpt3jax import errors, step
 from gpt3jax.checkpoint import storage
 from gpt3jax.config import schema
-from gpt3jax.record import metrics
+from gpt3jax.record import recording
 from gpt3jax.run import startup, step_log
 
 
 def save(
-    run: startup.Run, state: Any, position: step_log.Position, recorder: metrics.Recorder
+    run: startup.Run,
+    state: step.TrainState,
+    position: step_log.Position,
+    recorder: recording.Recorder,
 ) -> None:
-    """Start to save a checkpoint, unless this very step has one.
+    """Start to save a checkpoint, unless this step has one already.
 
-    All waiting for a save, this one's copies or the end of the one before, happens in here.
+    All waiting for saves happens here: for the copies of this save, and for the end of the save
+    before.
 
     Raises:
-        TransientError: as many saves in a row failed as `checkpoint.max_failed_saves` allows, or
-            replicas of parameters differ.
+        TransientError: `checkpoint.max_failed_saves` saves in a row failed, or replicas of
+            parameters differ.
     """
     if run.store is None:
         return
@@ -31,7 +35,8 @@ def save(
     limit = run.cfg.checkpoint.max_failed_saves
     if not _start_save(run, run.store, state, position) or run.store.n_failed + 1 < limit:
         return
-    # The last try, if there is a limit: all processes wait for it, so that they end together.
+    # Another failure would be the last one allowed: all processes wait for the save, so that they
+    # end together.
     failure = run.store.wait() if limit else ""
     if failure and run.store.n_failed >= limit:
         raise errors.TransientError(
@@ -41,12 +46,15 @@ def save(
 
 
 def save_last(
-    run: startup.Run, state: Any, position: step_log.Position, recorder: metrics.Recorder
+    run: startup.Run,
+    state: step.TrainState,
+    position: step_log.Position,
+    recorder: recording.Recorder,
 ) -> None:
     """Save the run's last state and wait for it; after a failure try again, with pauses.
 
     Raises:
-        TransientError: it failed as often as `checkpoint.max_failed_saves` says.
+        TransientError: all `checkpoint.max_failed_saves` tries failed.
     """
     if run.store is None:
         return
@@ -67,12 +75,16 @@ def save_last(
 
 
 def _start_save(
-    run: startup.Run, store: storage.Checkpoints, state: Any, position: step_log.Position
+    run: startup.Run,
+    store: storage.Checkpoints,
+    state: step.TrainState,
+    position: step_log.Position,
 ) -> bool:
-    """Start to save, and tell whether there was anything to save.
+    """Start to save; return whether there was anything to save.
 
     Raises:
         UserError: another run is in the folder.
+        TransientError: replicas of parameters differ.
     """
     store.check_alone()
     if position.step in store.steps():
@@ -83,9 +95,9 @@ def _start_save(
 
 
 def report(
-    store: storage.Checkpoints | None, recorder: metrics.Recorder, wait: bool = False
+    store: storage.Checkpoints | None, recorder: recording.Recorder, *, wait: bool = False
 ) -> None:
-    """Say so if the last save failed, once it is known; `wait` waits for it."""
+    """Warn if the last save failed, once that is known; with `wait` wait until it is."""
     failure = store.poll(wait=wait) if store is not None else None
     if failure:
         recorder.say(f"WARNING: {failure}; training goes on and tries again at the next interval")

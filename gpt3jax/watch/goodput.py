@@ -1,9 +1,9 @@
-"""What share of a run's time went into steps that count, and where the rest went, over all starts.
+"""Which share of a run's time, over all its starts, went into steps that count, and where the rest.
 
 `goodput.json` in log.dir has an entry for each start of the run: where it began, how far it came,
-the seconds that its first process spent in each phase. A killed start is known up to its last
-entry, some 10 s before. Steps that a later start takes again were lost: their share of the time is
-that of their number. Time between starts is told apart, since no machine need be paid for it.
+and the seconds that its first process spent in each phase. The entry of a killed start ends up to
+10 s before the kill. Steps that a later start takes again are lost; their time is estimated from
+their number. Time between starts is counted apart, since nobody need pay a machine for it.
 """
 
 import dataclasses
@@ -12,60 +12,59 @@ import json
 import math
 import pathlib
 import time
-from typing import Any
 
-from gpt3jax.record import metrics
+from gpt3jax.record import console_line, json_files
 from gpt3jax.watch import phases
 
-_EVERY = 10.0  # seconds between entries
+_WRITE_SECONDS = 10.0  # between writes of the file
 
 
 @dataclasses.dataclass
 class Start:
-    """One start of a run, as in goodput.json."""
+    """One start of a run, as goodput.json has it."""
 
     began: float
     """When the process began (Unix time)."""
     first_step: int
-    """Steps taken before it."""
+    """Steps that the run had taken before this start."""
     step: int
-    """Steps taken at its last entry."""
+    """Steps that the run had taken when the entry was written."""
     seconds: dict[str, float]
     """Time in each phase."""
     end: str = ""
-    """How it ended: "complete", "stopped", "refused"; empty if it was killed or failed, or runs."""
+    """How: "complete", "stopped" or "refused"; empty if it was killed, failed, or still runs."""
 
     @property
     def total(self) -> float:
-        """Return how long it is known to have run (seconds)."""
+        """Return how long the start ran, as far as it is known (seconds)."""
         return math.fsum(self.seconds.values())
 
 
 def shares(starts: list[Start]) -> dict[str, float]:
     """Return the seconds of a run by what they went into; "between starts" comes last.
 
-    "steps" are those that count; "lost steps" were taken again by a later start.
+    "steps" are the steps that count; a later start took "lost steps" again.
     """
-    found = {"steps": 0.0, "lost steps": 0.0}
-    kept = math.inf
+    totals = {"steps": 0.0, "lost steps": 0.0}
+    first_retaken = math.inf  # later starts took the steps after this one again
     for start in reversed(starts):
-        took = phases.step_seconds(start.seconds) - start.seconds.get(phases.DATA, 0.0)
+        on_steps = phases.step_seconds(start.seconds) - start.seconds.get(phases.DATA, 0.0)
         n_steps = start.step - start.first_step
-        n_lost = max(0.0, start.step - max(kept, start.first_step))
-        lost = took * n_lost / n_steps if n_steps else 0.0
-        found["lost steps"] += lost
-        found["steps"] += took - lost
-        kept = min(kept, start.first_step)
+        n_lost = max(0.0, start.step - max(first_retaken, start.first_step))
+        lost = on_steps * n_lost / n_steps if n_steps else 0.0
+        totals["lost steps"] += lost
+        totals["steps"] += on_steps - lost
+        first_retaken = min(first_retaken, start.first_step)
         for phase, seconds in start.seconds.items():
             if phase not in (phases.HOST, phases.DEVICE):
-                found[phase] = found.get(phase, 0.0) + seconds
+                totals[phase] = totals.get(phase, 0.0) + seconds
     pairs = itertools.pairwise(starts)
     between = math.fsum(max(0.0, b.began - a.began - a.total) for a, b in pairs)
-    return found | {"between starts": between}
+    return totals | {"between starts": between}
 
 
 def n_fruitless(starts: list[Start], first_step: int) -> int:
-    """Return how many starts in a row were killed or failed and saved nothing, up to now."""
+    """Return how many starts in a row, up to now, were killed or failed and saved nothing."""
     n = 0
     for start in reversed(starts):
         if start.end or start.first_step != first_step:
@@ -80,7 +79,7 @@ class Account:
     def __init__(self, log_dir: str, clock: phases.Phases, first_step: int) -> None:
         """Add a start to the account of a folder; without a folder nothing is kept.
 
-        All methods raise UserError, naming log.dir, where it cannot be written.
+        All methods raise UserError, which names log.dir, where it cannot be written.
         """
         self._log_dir = log_dir
         self._clock, self._written = clock, -math.inf
@@ -92,53 +91,52 @@ class Account:
         self._write()
 
     def update(self, step: int) -> None:
-        """Note how far the run is; the file is written now and then."""
+        """Note how far the run is; write the file now and then."""
         self._starts[-1].step = step
-        if time.monotonic() - self._written > _EVERY:
+        if time.monotonic() - self._written > _WRITE_SECONDS:
             self._write()
 
     def close(self, end: str) -> None:
-        """Note how the start ended: as `Start.end` says."""
+        """Note how the start ended, in the words of `Start.end`."""
         self._starts[-1].end = end
         self._write()
 
     def scalars(self) -> dict[str, float]:
         """Return what to plot: goodput (the share of steps that count in all time), and seconds."""
-        found = self._shares()
-        between = found.pop("between starts")
-        total = math.fsum(found.values())
-        tags = {f"seconds/{name}": seconds for name, seconds in found.items()}
-        return {"goodput": found["steps"] / total, **tags, "seconds/between starts": between}
+        totals, total, between = self._totals()
+        tags = {f"seconds/{name}": seconds for name, seconds in totals.items()}
+        return {"goodput": totals["steps"] / total, **tags, "seconds/between starts": between}
 
     def summary(self) -> str:
         """Return the line that ends a run's log."""
-        found = self._shares()
-        between = found.pop("between starts")
-        total = math.fsum(found.values())
-        parts = sorted(found.items(), key=lambda item: -item[1])
-        told = ", ".join(f"{name} {s / total:.1%}" for name, s in parts if s > 5e-4 * total)
+        totals, total, between = self._totals()
+        largest_first = sorted(totals.items(), key=lambda item: -item[1])
+        parts = [f"{name} {s / total:.1%}" for name, s in largest_first if s > 5e-4 * total]
         n = len(self._starts)
-        line = f"time: {metrics.duration(total)} in {n} start{'s' if n > 1 else ''}: {told}"
-        return line + (f"; {metrics.duration(between)} between starts" if n > 1 else "")
+        line = f"time: {console_line.duration(total)} in {n} start{'s' if n > 1 else ''}: "
+        line += ", ".join(parts)
+        return line + (f"; {console_line.duration(between)} between starts" if n > 1 else "")
 
-    def _shares(self) -> dict[str, float]:
+    def _totals(self) -> tuple[dict[str, float], float, float]:
+        """Return the seconds of all starts by what they went into, their sum, and between them."""
         self._starts[-1].seconds = self._clock.seconds()
-        return shares(self._starts)
+        totals = shares(self._starts)
+        between = totals.pop("between starts")
+        return totals, math.fsum(totals.values()), between
 
     def _write(self) -> None:
         self._starts[-1].seconds = self._clock.seconds()
         self._written = time.monotonic()
         if self._log_dir:
             rows = [dataclasses.asdict(start) for start in self._starts]
-            with metrics.blaming(self._log_dir):
+            with json_files.user_errors(self._log_dir):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                metrics.replace_file(self._path, json.dumps({"starts": rows}, indent=1) + "\n")
+                json_files.replace_file(self._path, json.dumps({"starts": rows}, indent=1) + "\n")
 
 
 def _read(path: pathlib.Path) -> list[Start]:
-    """Return the starts before this one; an account that cannot be read begins anew."""
+    """Return the starts before this one; none where the file cannot be read."""
     try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text())["starts"]
-        return [Start(**row) for row in rows]
+        return [Start(**row) for row in json.loads(path.read_text())["starts"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -1,4 +1,4 @@
-"""The clock of a run, and those who read it: watchdog, account of the time, slow processes."""
+"""The clock of a run and its readers: watchdog, account of the time, search for slow processes."""
 
 import contextlib
 
@@ -7,17 +7,18 @@ import jax
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.distributed import messages
-from gpt3jax.record import metrics
+from gpt3jax.record import recording
 from gpt3jax.watch import goodput, phases, stragglers, watchdog
 
 
 class Oversight(contextlib.AbstractContextManager["Oversight"]):
-    """Measures a start of a run from the beginning of its process; a context manager."""
+    """Watches a start of a run, whose time it measures from the beginning of the process."""
 
     def __init__(self, cfg: schema.Config) -> None:
-        """Start the watchdog; the processes have joined."""
+        """Start the watchdog, once the processes have joined."""
         self.clock = phases.Phases(phases.process_start())
-        self._cfg, self._named = cfg, set[int]()
+        self._cfg = cfg
+        self._named = set[int]()  # slow processes that a warning has named
         process, n = jax.process_index(), jax.process_count()
         tick = min(10.0, cfg.watchdog.min_seconds / 4)
         self._peers = stragglers.Peers(self.clock, process, n, tick)
@@ -27,17 +28,17 @@ class Oversight(contextlib.AbstractContextManager["Oversight"]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._watchdog.close()
         self._peers.close()
-        # Whoever starts a run again after any other error hopes that it goes away.
-        final = kind is not None and issubclass(kind, errors.UserError)
-        if final and kind is not errors.TransientError and self._account is not None:
+        # After any other error the run may be started again in the hope that the error is gone.
+        is_final = kind is not None and issubclass(kind, errors.UserError)
+        if is_final and kind is not errors.TransientError and self._account is not None:
             with contextlib.suppress(errors.UserError):
                 self._account.close("refused")
 
     def begin(self, step: int) -> None:
-        """Open the account of the time, once it is known after which step the run goes on.
+        """Open the account of the time; the run goes on after this step.
 
         Raises:
-            UserError: too many starts in a row led nowhere, or log.dir cannot be written.
+            UserError: too many starts in a row saved nothing, or log.dir cannot be written.
         """
         folder = self._cfg.log.dir if jax.process_index() == 0 else ""
         self._account = goodput.Account(folder, self.clock, step)
@@ -48,21 +49,21 @@ class Oversight(contextlib.AbstractContextManager["Oversight"]):
                 "in their logs, then start again (train.max_fruitless_starts=0 takes any number)"
             )
 
-    def stepped(self, step: int, recorder: metrics.Recorder) -> None:
-        """Take note of a step; with each logging interval plot the account and the slowest."""
+    def stepped(self, step: int, recorder: recording.Recorder) -> None:
+        """Note a step; at each logging interval plot the account and the slowest process."""
         assert self._account is not None
         self._account.update(step)
         if step % self._cfg.log.interval == 0:
             recorder.plot(step, self._account.scalars() | self._slowest(recorder))
 
     def end(self, complete: bool) -> str:
-        """Close the account; return the line that sums it up."""
+        """Close the account; return its summary, a line."""
         assert self._account is not None
         self._account.close("complete" if complete else "stopped")
         return self._account.summary()
 
-    def _slowest(self, recorder: metrics.Recorder) -> dict[str, float]:
-        """Return what to plot of the slowest process; name each that is too slow once."""
+    def _slowest(self, recorder: recording.Recorder) -> dict[str, float]:
+        """Return what to plot of the slowest process; warn once of each that is too slow."""
         slow = self._peers.slowest()
         if slow is None:
             return {}

@@ -1,7 +1,8 @@
-"""What the other processes of a run do: each posts its phase and times, the first two read all.
+"""What the other processes of a run do: each posts its phase and times, the first two read them.
 
 Posts go through JAX's coordination service and not through collectives, so they arrive while a
-device hangs. Two read, in threads of their own, because reading needs the first process.
+device hangs. Two processes read, because the second can still report when the first one, where the
+service runs, does not answer.
 """
 
 import collections
@@ -18,8 +19,9 @@ from gpt3jax.distributed import messages
 from gpt3jax.watch import phases
 
 _READERS = 2
-_SLOW_SHARE = 0.1  # of a step, beyond the median process, makes a process slow,
-_SLOW_TIMES = 3  # so often in a row
+# A process is slow if it takes this share of a step longer than the median process ...
+_SLOW_SHARE = 0.1
+_SLOW_TIMES = 3  # ... so many times in a row.
 
 
 class Post(NamedTuple):
@@ -31,14 +33,14 @@ class Post(NamedTuple):
 
 
 class Slow(NamedTuple):
-    """The process that keeps the others waiting most."""
+    """The process that keeps the others waiting longest."""
 
     process: int
     host: str
     own: float
     """Seconds a step that it spends outside of the devices."""
     median: float
-    """The same of the median process (the lower of two)."""
+    """The same for the median process (the lower of two)."""
     step: float
     """The whole step (seconds)."""
     n_times: int = 0
@@ -46,28 +48,28 @@ class Slow(NamedTuple):
 
     @property
     def holds_up(self) -> bool:
-        """Tell whether this is more than chance."""
+        """Return whether this is more than chance."""
         return self.n_times >= _SLOW_TIMES
 
 
 class Peers:
-    """Posts what this process does every so many seconds, and keeps what the others posted."""
+    """Posts what this process is doing, and keeps what the others posted."""
 
     def __init__(self, clock: phases.Phases, process: int, n_processes: int, every: float):
-        """Begin to post; a lone process does not."""
+        """Begin to post each `every` seconds, unless this process is the only one."""
         self._clock, self._process, self._n, self._every = clock, process, n_processes, every
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._posts: dict[int, Post] = {}
-        self._changed: dict[int, float] = {}
+        self._changed: dict[int, float] = {}  # when each process last posted something new
         self._ends: dict[int, phases.StepEnd] = {}
         self._slow: Slow | None = None
-        self._answered = time.monotonic()
+        self._answered = time.monotonic()  # when the service did so last
         if n_processes > 1:
             threading.Thread(target=self._run, name="peers", daemon=True).start()
 
     def close(self) -> None:
-        """Post no more."""
+        """Stop posting."""
         self._closed.set()
 
     def slowest(self) -> Slow | None:
@@ -76,7 +78,7 @@ class Peers:
             return self._slow
 
     def behind(self) -> list[str]:
-        """Return who holds the others up, in words; only the processes that read know."""
+        """Return lines on who holds the others up; only the processes that read know."""
         if self._n == 1 or self._process >= _READERS:
             return []
         now = time.monotonic()
@@ -84,18 +86,19 @@ class Peers:
             posts, changed, answered = dict(self._posts), dict(self._changed), self._answered
         if now - answered > 3 * self._every:
             return [f"process 0{_at(posts.get(0))} has not answered for {now - answered:.0f} s"]
-        found = []
+        lines = []
         for i in range(self._n):
             silence = now - changed[i] if i in posts else math.inf
             if silence > 3 * self._every:
-                told = f" for {silence:.0f} s" if i in posts else ""
-                found.append(f"process {i}{_at(posts.pop(i, None))} has not been heard of{told}")
+                how_long = f" for {silence:.0f} s" if i in posts else ""
+                where = _at(posts.pop(i, None))
+                lines.append(f"process {i}{where} has not been heard of{how_long}")
         for i in held_up_by({i: post.doing for i, post in posts.items()}):
             step, phase, seconds = posts[i].doing
             seconds += now - changed[i]
             where = f"process {i}{_at(posts[i])} has been in '{phase}'"
-            found.append(f"{where} after step {step} for {seconds:.0f} s")
-        return found or ["every process waits for its devices: see the logs of GPUs and network"]
+            lines.append(f"{where} after step {step} for {seconds:.0f} s")
+        return lines or ["every process waits for its devices: see the logs of GPUs and network"]
 
     def _run(self) -> None:
         name, host = f"peers/{self._process}", socket.gethostname()
@@ -104,15 +107,15 @@ class Peers:
                 post = Post(host, self._clock.doing(), self._clock.last_step())
                 messages.post(name, json.dumps(post))
                 if self._process < _READERS:
-                    self._take(messages.posted("peers"))
+                    self._read(messages.posted("peers"))
             except Exception:  # the service is gone: JAX ends this process, and says why
                 continue
 
-    def _take(self, found: dict[str, str]) -> None:
+    def _read(self, posted: dict[str, str]) -> None:
         now = time.monotonic()
         with self._lock:
             self._answered = now
-            for name, text in found.items():
+            for name, text in posted.items():
                 host, doing, end = json.loads(text)
                 post = Post(host, phases.Doing(*doing), phases.StepEnd(*end) if end else None)
                 process = int(name)
@@ -125,13 +128,17 @@ class Peers:
 
 
 def held_up_by(doing: Mapping[int, phases.Doing]) -> list[int]:
-    """Return the processes that others wait for: which neither wait for devices, nor are alike."""
-    last = max((one.step for one in doing.values()), default=0)
-    busy = {i: one for i, one in doing.items() if one.phase != phases.DEVICE or one.step < last}
+    """Return the processes that the others wait for.
+
+    They are behind, or busy while others wait for devices; where all are busy, they do something
+    else than most.
+    """
+    last = max((d.step for d in doing.values()), default=0)
+    busy = {i: d for i, d in doing.items() if d.phase != phases.DEVICE or d.step < last}
     if len(busy) < len(doing):
         return list(busy)
-    common = collections.Counter((one.step, one.phase) for one in busy.values()).most_common(1)
-    others = [i for i, one in busy.items() if (one.step, one.phase) != common[0][0]] if busy else []
+    common = collections.Counter((d.step, d.phase) for d in busy.values()).most_common(1)
+    others = [i for i, d in busy.items() if (d.step, d.phase) != common[0][0]] if busy else []
     return others or list(busy)
 
 
@@ -141,9 +148,10 @@ def slowest(
     posts: Mapping[int, Post],
     last: Slow | None = None,
 ) -> Slow | None:
-    """Return the process that spent most time of its own on a step; None before all took one.
+    """Return the process that spent most time of its own on a step between two moments.
 
-    `last` is what this gave the last time.
+    `last` is what this function returned the time before. Returns None until every process has
+    taken a step.
     """
     own: dict[int, float] = {}
     whole: list[float] = []

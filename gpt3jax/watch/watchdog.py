@@ -1,8 +1,8 @@
-"""Ends a process that hangs, after it told where: its stacks, its phase, and who is behind.
+"""Ends a process that hangs, after printing where: its stacks, its phase, and who is behind.
 
-A hang is a phase that lasts longer than a multiple of the usual step, or than a limit of its own
-where a phase may take long. The clock of `phases` knows; a thread looks. Should Python itself be
-stuck, so that no thread runs, a timer of the interpreter's ends the process in its place.
+A hang is a phase that lasts longer than its limit: a multiple of the usual step for parts of a
+step, a fixed time for phases that may take long. A thread looks at the clock of `phases`. If Python
+itself is stuck and no thread runs, a timer of the interpreter ends the process instead.
 """
 
 import faulthandler
@@ -22,12 +22,12 @@ class Watchdog:
         self,
         options: schema.Watchdog,
         clock: phases.Phases,
-        others: stragglers.Peers,
+        peers: stragglers.Peers,
         process: int,
         every: float,
     ):
-        """Look every so many seconds, unless `step_multiple` is 0."""
-        self._options, self._clock, self._others = options, clock, others
+        """Look at the clock each `every` seconds, unless `step_multiple` is 0."""
+        self._options, self._clock, self._peers = options, clock, peers
         self._process, self._every = process, every
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -53,23 +53,22 @@ class Watchdog:
             left = self.limit(doing.phase) - doing.seconds
             if left < 0:
                 self._end(doing)
-            faulthandler.dump_traceback_later(
-                2 * self.limit(doing.phase), exit=True, file=2
-            )  # each look puts it off
+            # Each look puts the timer off.
+            faulthandler.dump_traceback_later(2 * self.limit(doing.phase), exit=True, file=2)
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self, doing: phases.Doing) -> None:
-        """Tell what is known, and end the process with the status that is worth a retry."""
-        told = f"in '{doing.phase}' for {doing.seconds:.0f} s after step {doing.step}"
+        """Print what is known, and end the process with the status that asks for a retry."""
         sys.stderr.write(
-            f"gpt3jax: hang: process {self._process} has been {told}, the limit is "
+            f"gpt3jax: hang: process {self._process} has been in '{doing.phase}' for "
+            f"{doing.seconds:.0f} s after step {doing.step}, the limit is "
             f"{self.limit(doing.phase):.0f} s (--watchdog); its threads:\n"
         )
         sys.stderr.flush()
         faulthandler.dump_traceback(file=2)
-        for line in self._others.behind():
+        for line in self._peers.behind():
             sys.stderr.write(f"gpt3jax: hang: {line}\n")
         sys.stderr.flush()
-        # The first process goes last: the others are ended by its absence, and should tell before.
+        # The first process goes last: its end ends the others, which should print their lines too.
         self._closed.wait(0 if self._process else 2 * self._every)
         os._exit(errors.RETRY)

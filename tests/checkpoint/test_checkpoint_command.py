@@ -192,9 +192,13 @@ def test_each_file_damaged_is_noticed_or_does_not_matter(folder, tmp_path, how):
         except metadata.DamagedError:
             verified = False
         store = storage.Checkpoints(str(copy))
-        state, meta, warnings = choosing.restore_newest(store, cfg, lambda _: (abstract, {}))
-        assert (meta.step == 20) == verified == (not warnings), name
+        try:
+            number, state = 20, store.restore(20, abstract)
+        except metadata.DamagedError:
+            store.set_aside([20])
+            number, state = 10, store.restore(10, abstract)
+        assert (number == 20) == verified, name
         for array, values in tiny.leaves(state).items():
-            np.testing.assert_array_equal(values, expected[meta.step][array], err_msg=str(name))
+            np.testing.assert_array_equal(values, expected[number][array], err_msg=str(name))
         assert verified or (copy / "damaged-20").is_dir()
         store.close()

@@ -81,10 +81,10 @@ def test_its_arrays_match_their_digests_and_are_written_alike(folder):
     cfg, run = prepared(folder)
     abstract = run.program.abstract_state
     source = storage.Checkpoints(str(folder / "checkpoints"), read_only=True)
-    state, meta, warnings = choosing.restore_newest(
-        source, cfg, lambda meta: (abstract, run.splits.order)
-    )
-    assert (meta.step, warnings) == (STEP, [])
+    state, meta = source.restore(STEP, abstract), source.read_meta(STEP)
+    choosing.check_same_model(cfg, meta)
+    choosing.check_same_order(cfg, meta, run.splits.order)
+    assert source.steps() == [STEP] and meta.step == STEP
     assert (float(state.loss_scale.scale), int(state.loss_scale.good_steps)) == (2.0**19, 2)
     digests = source.read_digests(STEP, meta, abstract)
     np.testing.assert_array_equal(array_digests.digests(state), [*digests.values()])
@@ -114,7 +114,7 @@ def test_its_order_of_samples_reads_as_unchanged(folder):
     assert meta.data_order.keys() == sample_order.WORDS.keys()
     assert sample_order.in_words(meta.data_order) == sentences
     with pytest.raises(errors.UserError, match=r"\n  train\.seed: checkpoint 1234, here 5\n"):
-        choosing.restore_newest(store, cfg, lambda meta: (None, order | {"seed": 5}))
+        choosing.check_same_order(cfg, meta, order | {"seed": 5})
 
 
 def test_parameters_alone_of_0_1_are_read_and_written_alike(folder):

@@ -12,7 +12,7 @@ import pytest
 from gpt3jax import optimizer, step
 from gpt3jax.checkpoint import metadata, resume, storage
 from gpt3jax.config import recipe, schema
-from gpt3jax.record import metrics
+from gpt3jax.record import recording
 from gpt3jax.run import startup, step_log
 from gpt3jax.sharding import meshes
 from gpt3jax.watch import phases
@@ -62,7 +62,8 @@ def make_config(folder, **groups):
 
 
 def resumed(folder, **groups):
-    return startup.start_or_resume(make_config(folder, **groups), phases.Phases())
+    started = startup.start_or_resume(make_config(folder, **groups), phases.Phases())
+    return started.run, started.state, started.position, started.lines
 
 
 def table_of(lines):
@@ -100,8 +101,9 @@ def test_an_unchanged_run_has_nothing_to_tell(folder):
     launch = schema.Distributed(heartbeat_timeout=5)
     cfg = make_config(folder, checkpoint=elsewhere, log={"dir": str(folder / "logs")})
     cfg = dataclasses.replace(cfg, distributed=launch)
-    run, _, start, lines = startup.start_or_resume(cfg, phases.Phases())
-    assert start == START and table_of(lines) == {} and run.history == (EARLIER,)
+    started = startup.start_or_resume(cfg, phases.Phases())
+    assert started.position == START and table_of(started.lines) == {}
+    assert started.run.history == (EARLIER,)
 
 
 def test_a_longer_run_says_what_becomes_of_its_learning_rate(folder):
@@ -123,8 +125,8 @@ def test_a_longer_run_says_what_becomes_of_its_learning_rate(folder):
 
 def test_the_history_is_kept_in_a_config_that_its_readers_still_take(folder, tmp_path):
     cfg, entry = make_config(folder, log={"dir": str(tmp_path)}), EARLIER
-    places = {"start_step": 20, "end_step": 40, "start_samples": 320, "end_samples": 640}
-    with metrics.Recorder(cfg, **places, n_devices=8, peak_flops=None, history=(entry,)):
+    span = recording.Span(start_step=20, end_step=40, start_samples=320, end_samples=640)
+    with recording.Recorder(cfg, span, n_devices=8, peak_flops=None, history=(entry,)):
         pass
     kept = json.loads((tmp_path / "config.json").read_text())
     assert kept.pop("history") == [entry]

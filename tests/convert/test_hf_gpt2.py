@@ -117,8 +117,9 @@ def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path, optio
         data={"paths": (prefix,), "split": "1,0,0"}, mesh={"data": 2, "fsdp": 2, "tensor": 2},
         checkpoint={"load": str(converted), **options}, train={"n_steps": 2, "eval_interval": 0},
     )  # fmt: skip
-    run, state, start, told = startup.start_or_resume(cfg, phases.Phases())
-    assert start == (0, 0) and "starting with the parameters of" in told[-1]
+    started = startup.start_or_resume(cfg, phases.Phases())
+    run, state = started.run, started.state
+    assert started.position == (0, 0) and "starting with the parameters of" in started.lines[-1]
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
     batch = tiny.make_batch(0, cfg, run.mesh, 1)
     state, metrics = run.program.train(state, batch)

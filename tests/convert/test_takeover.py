@@ -105,8 +105,9 @@ def test_a_megatron_project_goes_on_with_megatrons_numbers(monkeypatch, folder, 
 def evaluate_once_more(folder, *args):
     """Return the loss on the validation samples that follow those of the run."""
     cfg = corpus.config_of(folder, *args)
-    run, state, start, _ = startup.start_or_resume(cfg, phases.Phases())
-    assert start == (30, 240)
+    started = startup.start_or_resume(cfg, phases.Phases())
+    run, state = started.run, started.state
+    assert started.position == (30, 240)
     batches = loader.eval_batches(run.splits, cfg, run.mesh, "validation", 3)
     sums = [run.program.eval(state.params, batch) for batch in batches]
     loss_sum, n_tokens = (math.fsum(map(float, xs)) for xs in zip(*sums, strict=True))

@@ -8,7 +8,7 @@ from gpt3jax.config import recipe
 from gpt3jax.data import global_batch
 from gpt3jax.hardware import flops, gpus
 from gpt3jax.plan import communication, hlo, memory_model, placement, time_model
-from gpt3jax.run import startup
+from gpt3jax.run import start_report
 from gpt3jax.sharding import meshes
 
 import tiny
@@ -91,7 +91,7 @@ def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
     peak = sum(memory_model.memory(cfg, layout_of(cfg)).values())
 
     def warnings(limit):
-        return startup.memory_warnings(startup.step_bytes(cfg, mesh, "xla", limit), limit)
+        return start_report.memory_warnings(start_report.step_bytes(cfg, mesh, "xla", limit), limit)
 
     assert warnings(None) == []
     assert warnings(round(peak / 0.96)) == []

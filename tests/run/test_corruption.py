@@ -88,7 +88,7 @@ def test_equal_replicas_are_found_equal_at_each_interval_and_save():
     for number in range(1, 6):
         check.after_step(number, params)
     check.check(5, params)
-    assert check._last_good == 5
+    assert check.last_good == 5
     assert check.describe()[0].startswith("replicas of 16 of 16 parameter arrays")
 
 

@@ -1,6 +1,5 @@
 """Steps that are not finite, and loss spikes: each policy, what is kept, resuming, meshes."""
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -173,7 +172,8 @@ def test_a_limit_does_not_depend_on_what_was_read_already(tmp_path):
     cfg = make_config(tmp_path / "run", spike="warn")
     rng, early, late = np.random.default_rng(5), faults.Faults(cfg, ()), faults.Faults(cfg, ())
     for number in range(1, 40):
-        values = {"loss": float(np.float32(rng.normal(3))), "skipped": int(rng.random() < 0.2)}
+        loss = float(np.float32(rng.normal(3)))
+        values = {"loss": loss, "grad_norm": 1.0, "skipped": int(rng.random() < 0.2)}
         late.note(number, values)
         assert late.loss_limit(number + 1) == early.loss_limit(number + 1)
         early.note(number, values)
@@ -189,17 +189,31 @@ def test_losses_of_a_stretch_without_limits_do_not_return(tmp_path):
     watched, off = (make_config(tmp_path / "run", spike=spike) for spike in ("warn", "off"))
     seen_before, unwatched, again = (faults.Faults(cfg, ()) for cfg in (watched, off, watched))
     for number in range(1, 10):
-        seen_before.note(number, {"loss": 3.0 + number % 2, "skipped": 0})
+        seen_before.note(number, {"loss": 3.0 + number % 2, "grad_norm": 1.0, "skipped": 0})
     assert math.isfinite(seen_before.loss_limit(11))
     unwatched.restore(seen_before.as_json())
     again.restore(unwatched.as_json())
     assert again.loss_limit(110) == math.inf
 
 
-def test_a_checkpoint_without_losses_still_loads():
-    names = [field.name for field in dataclasses.fields(metadata.Meta)]
+def test_a_checkpoint_without_losses_still_loads(tmp_path):
     meta = metadata.Meta(step=1, consumed_samples=1, data_order={}, config={})
-    assert "faults" in names and meta.faults == {}
+    history = faults.Faults(make_config(tmp_path / "run", spike="warn"), ())
+    history.note(1, {"loss": 3.0, "grad_norm": 1.0, "skipped": 0})
+    history.restore(meta.faults)
+    assert history.as_json() == {"losses": [], "skipped_in_row": 0}
+
+
+def test_a_verdict_changes_nothing_and_ends_the_run_at_the_last_skip_allowed(tmp_path):
+    cfg = make_config(tmp_path / "run", nonfinite="skip", max_skipped_steps=2)
+    history, before = faults.Faults(cfg, ()), {"losses": [], "skipped_in_row": 0}
+    values = {"loss": math.nan, "grad_norm": math.nan, "loss_scale": 1.0, "skipped": 1}
+    fault = history.judge(6, 48, 8, values, np.array([]))
+    assert history.as_json() == before and fault.kind == "not finite" and not fault.error
+    assert fault.warning.endswith("its update was left out")
+    history.note(6, values)
+    assert "2 steps in a row were skipped" in history.judge(7, 56, 8, values, np.array([])).error
+    assert history.judge(7, 56, 8, values | {"loss": 3.0, "grad_norm": 1.0}, np.array([])) is None
 
 
 def test_gradient_norms_are_those_of_the_arrays():

@@ -17,10 +17,10 @@ import corpus
 import tiny
 
 HOLDING = """
-import sys, time
-from gpt3jax import holding
-holding.LEASE_SECONDS = float(sys.argv[2])
-holding.Lock("checkpoint.dir", holding.pathlib.Path(sys.argv[1])).take()
+import pathlib, sys, time
+from gpt3jax.run import folder_lock
+folder_lock.LEASE_SECONDS = float(sys.argv[2])
+folder_lock.Lock("checkpoint.dir", pathlib.Path(sys.argv[1])).take()
 print("held", flush=True)
 time.sleep(100)
 """
@@ -47,7 +47,7 @@ def hold(**folders):
 def lock_of(folder, **as_if):
     """Return a lock of this process, or as if it were another's."""
     lock = folder_lock.Lock("checkpoint.dir", folder)
-    lock._me |= as_if
+    lock.holder |= as_if
     return lock
 
 
@@ -90,7 +90,7 @@ def test_a_stopped_process_on_this_host_goes_on_holding(tmp_path, monkeypatch, h
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_holds_nothing(tmp_path):
-    lock_of(tmp_path, started="1")._make()
+    lock_of(tmp_path, started="1").make_file()
     lock_of(tmp_path).take()
 
 
@@ -101,7 +101,7 @@ def test_a_process_elsewhere_holds_as_long_as_it_counts(tmp_path, monkeypatch):
     other.take()
     with pytest.raises(errors.UserError, match=f"process {os.getppid()} on"):
         mine.take()
-    other._closed.set()  # it is killed, there
+    other.stop_counting()  # it is killed, there
     begin = time.monotonic()
     mine.take()
     assert 0.4 < time.monotonic() - begin < 1.5
@@ -128,7 +128,7 @@ def test_a_file_that_somebody_removed_is_made_again(tmp_path, monkeypatch):
         assert held.known_lost() == ""
         (tmp_path / folder_lock.FILE).unlink()
         time.sleep(0.2)
-        assert held._locks[0].missing and held.known_lost() == "" and held.lost() == ""
+        assert held.locks[0].missing and held.known_lost() == "" and held.lost() == ""
         assert (tmp_path / folder_lock.FILE).exists()
 
 
@@ -136,7 +136,7 @@ def test_a_file_that_somebody_removed_is_made_again(tmp_path, monkeypatch):
 def test_of_many_that_wait_for_a_dead_one_one_gets_the_folder(tmp_path, monkeypatch, content):
     wait_no_longer_than(monkeypatch, 1.0, lease=0.3)
     if content is None:
-        lock_of(tmp_path, system="another")._make()
+        lock_of(tmp_path, system="another").make_file()
     else:
         (tmp_path / folder_lock.FILE).write_bytes(content)
     locks, refused = [lock_of(tmp_path) for _ in range(8)], []
@@ -161,9 +161,9 @@ def test_of_many_that_wait_for_a_dead_one_one_gets_the_folder(tmp_path, monkeypa
 def test_a_file_that_came_in_the_place_of_a_dead_ones_stays(tmp_path):
     """Another that waited was faster: what is removed is no more what was read."""
     faster, mine = lock_of(tmp_path), lock_of(tmp_path)
-    assert faster._make()
-    mine._remove(b"of a dead process")
-    assert not mine._make() and faster.lost() == ""
+    assert faster.make_file()
+    mine.remove_file(b"of a dead process")
+    assert not mine.make_file() and faster.lost() == ""
     assert [path.name for path in tmp_path.iterdir()] == [folder_lock.FILE]
 
 
@@ -171,7 +171,7 @@ def test_one_folder_for_both_is_held_once(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
     with hold(checkpoint_dir=tmp_path / "there", log_dir=tmp_path / "link") as held:
-        assert len(held._locks) == 1
+        assert len(held.locks) == 1
     assert list((tmp_path / "there").iterdir()) == []
 
 
@@ -201,16 +201,16 @@ def test_a_run_that_is_not_alone_in_its_folder_stops_and_saves_nothing(
     monkeypatch.setattr(folder_lock, "LEASE_SECONDS", 0.06)  # looks every 10 ms
     folder = corpus.write_run(tmp_path)
     other = lock_of(tmp_path, system="another", host="node7", pid=1234, job="99")
-    due = train._due
+    due = train.is_due
 
     def due_and_taken(number, interval):
         if number == 2 and taken == "a foreign step":
             (folder / "checkpoints" / "7").mkdir(exist_ok=True)
         elif number == 2:
-            (folder / taken / folder_lock.FILE).write_bytes(other._content())
+            (folder / taken / folder_lock.FILE).write_bytes(other.content())
         return due(number, interval)
 
-    monkeypatch.setattr(train, "_due", due_and_taken)
+    monkeypatch.setattr(train, "is_due", due_and_taken)
     options = ["--train.n-steps=100", "--checkpoint.save-interval=3", "--log.dir=log.dir"]
     options.append(f"--checkpoint.dir={FOLDERS[taken]}")
     status = corpus.call_main(monkeypatch, folder, *options)
@@ -220,5 +220,5 @@ def test_a_run_that_is_not_alone_in_its_folder_stops_and_saves_nothing(
         assert "checkpoints has a checkpoint of step 7, which this run did not write" in error
     else:
         assert f"{taken}={taken} was taken by process 1234 on node7, Slurm job 99, since" in error
-        assert (folder / taken / folder_lock.FILE).read_bytes() == other._content()
+        assert (folder / taken / folder_lock.FILE).read_bytes() == other.content()
     assert not list(folder.glob("*/3")), "nothing is saved"

@@ -60,7 +60,8 @@ def test_what_does_not_repeat_is_named(trained, capsys, monkeypatch, which):
     start, calls = startup.start_or_resume, []
 
     def with_a_fault(*args):
-        run, *rest = start(*args)
+        started = start(*args)
+        run = started.run
 
         @functools.wraps(run.program.train)  # with what compiles it
         def spoilt(state, batch, *limit):
@@ -74,10 +75,8 @@ def test_what_does_not_repeat_is_named(trained, capsys, monkeypatch, which):
                 state = dataclasses.replace(state, params=params)
             return state, metrics
 
-        return (
-            dataclasses.replace(run, program=dataclasses.replace(run.program, train=spoilt)),
-            *rest,
-        )
+        program = dataclasses.replace(run.program, train=spoilt)
+        return dataclasses.replace(started, run=dataclasses.replace(run, program=program))
 
     batches = loader.train_batches
 

@@ -53,7 +53,7 @@ def test_nohup_is_respected():
 
 def test_what_nobody_reads_is_dropped():
     """Both outputs, long and short, and what is left for the end of the process."""
-    code = "import sys\nfrom gpt3jax import console\nconsole.outlive()\nprint('begun')\n"
+    code = "import sys\nfrom gpt3jax.record import console\nconsole.outlive()\nprint('begun')\n"
     code += "sys.stdin.read()\nprint('x' * 100_000)\nprint('y', file=sys.stderr)\n"
     code += "sys.stdout.write('z')\nsys.exit(75)"
     pipe = subprocess.PIPE
@@ -66,7 +66,7 @@ def test_what_nobody_reads_is_dropped():
 
 
 def test_a_full_disk_is_still_an_error():
-    code = "from gpt3jax import console\nconsole.outlive()\nprint('x')"
+    code = "from gpt3jax.record import console\nconsole.outlive()\nprint('x')"
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode and b"No space left on device" in done.stderr
@@ -84,7 +84,8 @@ def test_a_run_ends_as_it_should_where_nobody_reads_why():
 LOOP = """
 import os, sys, time
 import jax, tqdm
-from gpt3jax import console, stopping
+from gpt3jax.record import console
+from gpt3jax.run import stopping
 jax.config.update("jax_platforms", "cpu")
 console.outlive()
 with stopping.Stop() as stop:

@@ -55,7 +55,7 @@ def test_the_usual_step_is_the_median_and_leaves_saving_out(now):
 
 
 def test_a_process_knows_when_it_began():
-    code = "import time; time.sleep(0.3); from gpt3jax import phases; "
+    code = "import time; time.sleep(0.3); from gpt3jax.watch import phases; "
     code += "print(time.monotonic() - phases.process_start())"
     begin = time.monotonic()
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -156,10 +156,11 @@ def test_who_holds_the_others_up(doing, expected):
 
 HANG = """
 import threading, time
-from gpt3jax import config, peers, phases, watchdog
+from gpt3jax.config import schema
+from gpt3jax.watch import phases, stragglers, watchdog
 clock = phases.Phases()
-options = config.Watchdog(step_multiple=3, min_seconds=1, slow_phase_seconds=4)
-watchdog.Watchdog(options, clock, peers.Peers(clock, 0, 1, 0.2), 0, 0.2)
+options = schema.Watchdog(step_multiple=3, min_seconds=1, slow_phase_seconds=4)
+watchdog.Watchdog(options, clock, stragglers.Peers(clock, 0, 1, 0.2), 0, 0.2)
 def usual_step():
     time.sleep(0.1)
 with clock.during(phases.HOST):

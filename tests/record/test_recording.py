@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.hardware import flops
-from gpt3jax.record import metrics
+from gpt3jax.record import console_line, log_folder, recording, tensorboard
 
 # As Megatron-LM printed them (a run of 30 iterations of 8 samples); see tests/golden.
 MEGATRON_STEPS = [
@@ -47,6 +47,7 @@ VALUES = {"loss": 0.1 + 0.2, "grad_norm": 1 / 3, "loss_scale": 1.0, "interval_lo
 VALUES |= {"skipped": 0, "skipped_in_interval": 0, "nan_in_interval": 0, "skipped_samples": 0}
 VALUES |= {"spikes_in_interval": 0}
 VALUES |= {"step_time": 0.25}
+MACHINE = {"n_devices": 2, "peak_flops": None}
 
 
 def make_config(log_dir=""):
@@ -60,9 +61,10 @@ def make_config(log_dir=""):
 
 
 def record(log_dir="", start_step=0, **fields):
-    places = {"start_samples": 8 * start_step, "end_step": 30, "end_samples": 240}
-    places |= {"n_devices": 2, "peak_flops": None}
-    return metrics.Recorder(make_config(log_dir), start_step=start_step, **places | fields)
+    span = recording.Span(
+        start_step=start_step, start_samples=8 * start_step, end_step=30, end_samples=240
+    )
+    return recording.Recorder(make_config(log_dir), span, **MACHINE | fields)
 
 
 def log(recorder, *steps, **values):
@@ -154,7 +156,7 @@ def test_clock_that_stands_still_ends_no_run(tmp_path):
     [(0, "0m00s"), (250, "4m10s"), (11_100, "3h05m"), (183_600, "2d03h"), (math.nan, "?")],
 )
 def test_eta_has_no_colon(seconds, text):
-    assert metrics.duration(seconds) == text
+    assert console_line.duration(seconds) == text
 
 
 @pytest.mark.parametrize(("split", "step", "perplexity"), MEGATRON_EVALS)
@@ -320,7 +322,7 @@ def test_full_disk_under_tensorboard_is_an_error_and_no_hang(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with record(tmp_path) as recorder:
-        monkeypatch.setattr(metrics, "FLUSH_SECONDS", -1.0)
+        monkeypatch.setattr(tensorboard, "FLUSH_SECONDS", -1.0)
         with monkeypatch.context() as full:
             full.setattr(event_file_writer.EventsWriter, "flush", flush)
             with pytest.raises(errors.UserError, match=r"log\.dir=.*No space left"):
@@ -331,13 +333,13 @@ def test_full_disk_at_the_end_does_not_hide_why_the_run_ended(tmp_path, monkeypa
     def close(_):
         raise errors.UserError("log.dir")
 
-    real_close = metrics._Files.close
+    real_close = log_folder.LogFolder.close
     with pytest.raises(ZeroDivisionError), record(tmp_path) as recorder:
-        monkeypatch.setattr(metrics._Files, "close", close)
+        monkeypatch.setattr(log_folder.LogFolder, "close", close)
         raise ZeroDivisionError
     with pytest.raises(errors.UserError), recorder:
         pass
-    real_close(recorder._files)
+    real_close(recorder.folder)
 
 
 def test_lines_are_out_at_once(monkeypatch):
@@ -374,7 +376,7 @@ def test_progress_bar_on_a_terminal(monkeypatch, capsys):
         log(recorder, 12)
         recorder.advance(15, 4.5)
         recorder.say("saved")
-        recorder._bar.refresh()
+        recorder.bar.refresh()
     shown = terminal.getvalue()
     assert "step 10/30" in shown  # resumed, it starts where the run does
     assert re.search(r" 50%\|.*step 15/30, ETA \S+, loss 4\.5000, 1\.02K tokens/s", shown)
@@ -407,5 +409,5 @@ def test_new_recorder_in_the_same_second_leaves_the_first_ones_events(tmp_path, 
 
 
 def test_recording_imports_no_jax():
-    code = "import sys, gpt3jax.metrics; sys.exit('jax' in sys.modules)"
+    code = "import sys, gpt3jax.record.recording; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,84 @@
+"""What a run keeps in log.dir: config.json, metrics.jsonl, TensorBoard's files, faults/."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from gpt3jax.config import schema
+from gpt3jax.record import json_files, tensorboard
+
+
+class LogFolder:
+    """The open files of log.dir.
+
+    All methods raise UserError, which names log.dir, where the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        cfg: schema.Config,
+        start_step: int,
+        start_samples: int,
+        history: Sequence[Mapping[str, object]],
+    ) -> None:
+        """Write config.json and open the other files; set aside entries that will come again."""
+        self._log_dir = cfg.log.dir
+        folder, fields = pathlib.Path(cfg.log.dir), schema.flatten(cfg)
+        self._metrics_path = folder / "metrics.jsonl"
+        with json_files.user_errors(self._log_dir), contextlib.ExitStack() as stack:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.set_aside = json_files.set_aside(self._metrics_path, start_step)
+            """A line on entries that were set aside, "" if none were."""
+            content = fields | ({"history": history} if history else {})
+            json_files.replace_file(folder / "config.json", json.dumps(content, indent=2) + "\n")
+            self._metrics = stack.enter_context(open(self._metrics_path, "a"))
+            # A purge drops all points from a step on. Points over samples are a TensorBoard run of
+            # their own, because a purge by steps would drop most of them.
+            self._by_step = stack.enter_context(tensorboard.Events(folder, start_step + 1))
+            self._by_sample = stack.enter_context(
+                tensorboard.Events(folder / "vs_samples", start_samples + 1)
+            )
+            self._by_step.write_table(start_step, "config", fields)
+            self._stack = stack.pop_all()
+
+    def record(
+        self,
+        entry: Mapping[str, float],
+        both: Mapping[str, float],
+        over_steps: Mapping[str, float],
+    ) -> None:
+        """Add an entry to metrics.jsonl, and plot scalars: `both` over steps and over samples."""
+        with json_files.user_errors(self._log_dir):
+            self._metrics.write(json_files.to_json(entry) + "\n")
+            self._metrics.flush()
+            self._by_step.plot(int(entry["step"]), {**both, **over_steps})
+            over_samples = {f"{tag} vs samples": value for tag, value in both.items()}
+            self._by_sample.plot(int(entry["consumed_samples"]), over_samples)
+
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Plot scalars over steps in TensorBoard, and nowhere else."""
+        with json_files.user_errors(self._log_dir):
+            self._by_step.plot(step, values)
+
+    def has(self, step: int, name: str) -> bool:
+        """Return whether metrics.jsonl has a value of this name at a step."""
+        entries = [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+        return any(entry["step"] == step and name in entry for entry in entries)
+
+    def write_fault(self, step: int, entry: Mapping[str, object]) -> None:
+        """Write the file on a faulty step."""
+        path = fault_path(self._log_dir, step)
+        with json_files.user_errors(self._log_dir):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            json_files.replace_file(path, json_files.to_json(entry, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Write out and close everything."""
+        with json_files.user_errors(self._log_dir):
+            self._stack.close()
+
+
+def fault_path(log_dir: str, step: int) -> pathlib.Path:
+    """Return the file on a faulty step."""
+    return pathlib.Path(log_dir) / "faults" / f"step-{step}.json"

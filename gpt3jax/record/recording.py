@@ -1,0 +1,184 @@
+"""Records the course of a run: console, progress bar, `metrics.jsonl`, TensorBoard.
+
+Only process 0 has an active `Recorder`. It takes Python numbers and never asks a device for one: it
+imports no JAX.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from gpt3jax import errors
+from gpt3jax.config import schema
+from gpt3jax.hardware import flops
+from gpt3jax.record import console_line, log_folder, progress_bar, tensorboard
+
+_VALUES = ("loss", "grad_norm", "loss_scale", "interval_loss", "step_time")
+_COUNTS = (
+    "skipped",
+    "skipped_in_interval",
+    "nan_in_interval",
+    "skipped_samples",
+    "spikes_in_interval",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """The part of a run that lies before it: from a start to the run's end."""
+
+    start_step: int
+    """Steps taken before."""
+    start_samples: int
+    """Samples consumed before."""
+    end_step: int
+    end_samples: int
+
+
+class Recorder(contextlib.AbstractContextManager["Recorder"]):
+    """Shows and keeps the course of a run; a context manager, or call `close`.
+
+    All methods raise UserError, which names log.dir, where its folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        cfg: schema.Config,
+        span: Span,
+        *,
+        n_devices: int,
+        peak_flops: float | None,
+        history: Sequence[Mapping[str, object]] = (),
+        active: bool = True,
+    ) -> None:
+        """Open the run's records and write its config.
+
+        `peak_flops` is one device's FLOP/s; None leaves the MFU out. `history` is what earlier
+        starts of the run changed, for config.json. A recorder that is not active (that of all
+        processes but the first) opens nothing and prints nothing.
+        """
+        self._cfg, self._span, self._active = cfg, span, active
+        self._n_devices, self._peak_flops = n_devices, peak_flops
+        self.folder: log_folder.LogFolder | None = None
+        """The files in log.dir; None without one."""
+        if active and cfg.log.dir:
+            self.folder = log_folder.LogFolder(cfg, span.start_step, span.start_samples, history)
+            if self.folder.set_aside:
+                self.say(self.folder.set_aside)
+        self.bar = progress_bar.ProgressBar(span.start_step, span.end_step) if active else None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Where an error ends the run, an error of closing must not hide it.
+        with contextlib.suppress(*(() if kind is None else (errors.UserError,))):
+            self.close()
+
+    def close(self) -> None:
+        """Write out and close everything; a second call does nothing."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.folder is not None:
+            self.folder.close()
+
+    def say(self, text: str) -> None:
+        """Print a line at once, above the progress bar if there is one."""
+        if self._active:
+            progress_bar.write_line(text)
+
+    def advance(self, step: int, loss: float | None = None) -> None:
+        """Move the progress bar to a step; without a loss it keeps the last one."""
+        if self.bar is not None:
+            self.bar.advance(step, loss)
+
+    def log_step(
+        self,
+        step: int,
+        consumed_samples: int,
+        batch_size: int,
+        learning_rate: float,
+        metrics: Mapping[str, float],
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
+        """Show and keep a step, and the interval that it ends.
+
+        `metrics` has, of the step, `loss, grad_norm, loss_scale, skipped` (0 or 1); of the
+        interval, `interval_loss` (mean over steps not skipped; NaN if all were),
+        `skipped_in_interval, nan_in_interval, spikes_in_interval, step_time` (seconds per step); of
+        the run, `skipped_samples`. Rates assume that all batches of the interval have `batch_size`
+        samples. `memory` is a device's `memory_stats()` (bytes).
+        """
+        if not self._active:
+            return
+        seq_len = self._cfg.model.seq_len
+        entry = {
+            "step": step,
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_samples * seq_len,
+            "batch_size": batch_size,
+            "learning_rate": float(learning_rate),
+            **{name: float(metrics[name]) for name in _VALUES},
+            **{name: int(metrics[name]) for name in _COUNTS},
+            **self._rates(batch_size, float(metrics["step_time"])),
+        }
+        if self.bar is not None:
+            self.bar.show_rate(f"{console_line.short_count(entry['tokens_per_second'])} tokens/s")
+        end_step, end_samples = self._span.end_step, self._span.end_samples
+        self.say(console_line.step_line(entry, end_step, end_samples, seq_len))
+        if self.folder is not None:
+            self.folder.record(entry, *self._scalars(entry, memory or {}))
+
+    def _rates(self, batch_size: int, step_time: float) -> dict[str, float]:
+        n_tokens = batch_size * self._cfg.model.seq_len
+        tokens_per_second = n_tokens / step_time if step_time > 0 else math.nan
+        per_device = tokens_per_second / self._n_devices
+        flops_per_second = per_device * flops.flops_per_token(self._cfg.model)
+        return {
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": per_device,
+            "tflops_per_device": flops_per_second / 1e12,
+            **({"mfu": flops_per_second / self._peak_flops} if self._peak_flops else {}),
+        }
+
+    def _scalars(
+        self, entry: Mapping[str, float], memory: Mapping[str, int]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Return what to plot over steps and samples, and what over steps alone."""
+        both = {tag: entry[name] for tag, name in tensorboard.TAGS.items()}
+        over_steps = {
+            tag: values[name]
+            for tags, values in ((tensorboard.STEP_TAGS, entry), (tensorboard.MEMORY_TAGS, memory))
+            for tag, name in tags.items()
+            if name in values
+        }
+        return both | {"world-size": self._n_devices}, over_steps
+
+    def log_eval(
+        self, step: int, consumed_samples: int, split: Literal["validation", "test"], loss: float
+    ) -> None:
+        """Show and keep an evaluation after `step` steps: mean token loss and its perplexity."""
+        if not self._active:
+            return
+        perplexity = math.exp(min(loss, 20.0))  # bounded as in Megatron; NaN stays NaN
+        self.say(console_line.evaluation_lines(step, split, loss, perplexity))
+        place = {"step": step, "consumed_samples": consumed_samples}
+        values = {f"{split}_loss": float(loss), f"{split}_ppl": perplexity}
+        tags = {f"lm loss {split}": loss, f"lm loss {split} ppl": perplexity}
+        if self.folder is not None:
+            self.folder.record(place | values, tags, {})
+
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Plot scalars over steps in TensorBoard, and nowhere else."""
+        if self.folder is not None:
+            self.folder.plot(step, values)
+
+    def record_fault(self, step: int, entry: Mapping[str, object]) -> str:
+        """Keep what is known of a faulty step; return the file's path, "" without log.dir."""
+        if self.folder is not None:
+            self.folder.write_fault(step, entry)
+        log_dir = self._cfg.log.dir
+        return str(log_folder.fault_path(log_dir, step)) if log_dir else ""
+
+    def recorded(self, step: int, name: str) -> bool:
+        """Return whether metrics.jsonl has a value of this name at a step; True without log.dir."""
+        return self.folder is None or self.folder.has(step, name)

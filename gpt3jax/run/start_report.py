@@ -1,0 +1,104 @@
+"""The lines that open a run's log: devices, model and length, and warnings on what may be wrong."""
+
+import jax
+
+from gpt3jax import optimizer
+from gpt3jax.config import batch_schedule, schema, validation
+from gpt3jax.gradient import pipeline
+from gpt3jax.hardware import flops
+from gpt3jax.model import remat
+from gpt3jax.plan import memory_model, placement
+from gpt3jax.run import startup, step_log
+from gpt3jax.sharding import rules
+
+
+def lines(run: startup.Run) -> list[str]:
+    """Return the lines that open a run's log."""
+    cfg, attention = run.cfg, run.program.compute.attention
+    limit = device_memory()
+    return [
+        *_facts(run),
+        *warmup_warnings(cfg.optimizer, run.n_samples),
+        *pipeline.describe(cfg, run.mesh),
+        *run.replicas.describe(),
+        *memory_warnings(step_bytes(cfg, run.mesh, attention, limit), limit),
+        *(["WARNING: checkpoint.dir is empty: nothing will be saved"] if run.store is None else []),
+        *validation.without_effect(cfg),
+        *beyond_the_end(cfg, run.schedule, run.end),
+    ]
+
+
+def _facts(run: startup.Run) -> list[str]:
+    cfg, kind, has_stages = run.cfg, jax.devices()[0].device_kind, run.mesh.shape["stage"] > 1
+    return [
+        f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), "
+        f"mesh {startup.describe_mesh(run.mesh)}",
+        f"{flops.n_params(cfg.model):,} parameters, {cfg.precision.compute_dtype}, attention "
+        f"{run.program.compute.attention}, remat {remat.in_effect(cfg.model.remat, has_stages)}",
+        f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
+        f"{run.splits.description}",
+    ]
+
+
+def warmup_warnings(o: schema.Optimizer, run_samples: int) -> list[str]:
+    """Return a line if a run ends before its warm-up, as a short trial of a recipe does."""
+    warmup, _ = o.schedule(run_samples)
+    if warmup <= run_samples:
+        return []
+    last = optimizer.learning_rate(o, run_samples, run_samples)
+    return [
+        f"WARNING: the warm-up of {int(warmup):,} samples is longer than the run of "
+        f"{run_samples:,}: the learning rate only rises, to {last:.6g} where optimizer.peak_lr is "
+        f"{o.peak_lr:g}"
+    ]
+
+
+def beyond_the_end(
+    cfg: schema.Config, schedule: batch_schedule.BatchSchedule, end: step_log.Position
+) -> list[str]:
+    """Return a line for each field that would take effect only after the end of the run."""
+    fields, faults = [], cfg.faults
+    if cfg.log.profile_steps[0] > end.step:
+        fields.append(f"log.profile_steps={' '.join(map(str, cfg.log.profile_steps))}")
+    if schedule.stages[-1][0] >= end.samples:
+        first, size = schedule.stages[-1]
+        fields.append(f"the batch of {size} from sample {first} on (batch.schedule or batch.ramp)")
+    if faults.spike != "off" and faults.spike_window + 2 > end.step:
+        fields.append(f"faults.spike_window={faults.spike_window} (faults.spike={faults.spike})")
+    where = f"the run ends at step {end.step}, sample {end.samples}"
+    return [f"WARNING: {field} has no effect: {where}" for field in fields]
+
+
+def memory_warnings(needed: float, limit: int | None) -> list[str]:
+    """Return a line if a step needs more bytes than a device has."""
+    if limit is None or needed <= limit:
+        return []
+    return [
+        f"WARNING: a step needs about {needed / 2**30:.1f} GiB a device (closed forms), which has "
+        f"{limit / 2**30:.1f}: it may run out of memory; python -m gpt3jax.plan says what to change"
+    ]
+
+
+def device_memory() -> int | None:
+    """Return the bytes that a device of this process offers; None where that is not known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def step_bytes(
+    cfg: schema.Config, mesh: jax.sharding.Mesh, attention: str, limit: int | None
+) -> float:
+    """Return the bytes of a device that a full step needs, by the plan's closed forms.
+
+    The plan's headroom in the bytes that a device offers (`limit`, if known) is included.
+    """
+    rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
+    layout = placement.Layout(
+        sizes=dict(mesh.shape),
+        n_microbatches=max(cfg.batch.global_batch_size // rows, 1),
+        attention=attention,
+        problems=(),
+    )
+    return sum(memory_model.memory(cfg, layout).values()) + memory_model.headroom(
+        cfg, layout, limit or 0
+    )
