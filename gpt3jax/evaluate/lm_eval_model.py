@@ -31,7 +31,7 @@ Instance: TypeAlias = Any  # `lm_eval.api.instance.Instance`: the library has no
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Continuation:
+class _GenerationRequest:
     """A row to generate, and the strings that end its text."""
 
     row: generate.Row
@@ -186,24 +186,27 @@ class CheckpointLM(TemplateLM):
             self._generator = generate.Generator(
                 source.params(), source.program.compute, source.program.mesh, self.eot_token_id
             )
-        continuations = [
-            self._continuation(number, *request.args) for number, request in enumerate(requests)
+        to_generate = [
+            self._generation_request(number, *request.args)
+            for number, request in enumerate(requests)
         ]
         answers = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: -len(continuations[i].row.prompt))
+        order = sorted(range(len(requests)), key=lambda i: -len(to_generate[i].row.prompt))
         with tqdm.tqdm(
             total=len(requests), desc="generating", unit=" texts", disable=disable_tqdm
         ) as bar:
             for low in range(0, len(order), self._batch_size):
                 batch = order[low : low + self._batch_size]
-                texts = self._generate(self._generator, [continuations[i] for i in batch])
+                texts = self._generate(self._generator, [to_generate[i] for i in batch])
                 for i, answer in zip(batch, texts, strict=True):
                     answers[i] = answer
                     self.cache_hook.add_partial("generate_until", requests[i].args, answer)
                 bar.update(len(batch))
         return answers
 
-    def _continuation(self, number: int, context: str, options: dict[str, Json]) -> _Continuation:
+    def _generation_request(
+        self, number: int, context: str, options: dict[str, Json]
+    ) -> _GenerationRequest:
         """Return the row of a context and of the options that a task gives for generation."""
         unknown = sorted(options.keys() - _GENERATION_OPTIONS)
         if unknown:
@@ -224,7 +227,7 @@ class CheckpointLM(TemplateLM):
             top_k=options.get("top_k", 0),
             top_p=options.get("top_p", 1.0),
         )
-        return _Continuation(
+        return _GenerationRequest(
             row=generate.Row(
                 prompt=prompt[n_new - self._seq_len :], options=sampling, number=number
             ),
@@ -232,14 +235,15 @@ class CheckpointLM(TemplateLM):
         )
 
     def _generate(
-        self, generator: generate.Generator, continuations: list[_Continuation]
+        self, generator: generate.Generator, batch: list[_GenerationRequest]
     ) -> list[str]:
         """Return the text of each row of one batch."""
         growing = [
-            generated_text.begin(generator, self._tokenizer, c.row, c.stops) for c in continuations
+            generated_text.begin(generator, self._tokenizer, request.row, request.stops)
+            for request in batch
         ]
-        texts = [""] * len(continuations)
-        for new in generator.stream([c.row for c in continuations]):
+        texts = [""] * len(batch)
+        for new in generator.stream([request.row for request in batch]):
             added = [text.add(ids) for text, ids in zip(growing, new, strict=True)]
             texts = [text + more for text, more in zip(texts, added, strict=True)]
             if all(text.reason for text in growing):

@@ -49,7 +49,7 @@ def sample(options: sample_options.Options) -> None:
     if prompts:
         continuation.run(prompts)
     else:
-        terminal.continue_what_is_typed(continuation)
+        terminal.continue_typed_prompts(continuation)
 
 
 def load(

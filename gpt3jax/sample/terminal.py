@@ -69,7 +69,7 @@ class Continuation:
             totals.count(text, self.generator.room(row.prompt))
 
 
-def continue_what_is_typed(continuation: Continuation) -> None:
+def continue_typed_prompts(continuation: Continuation) -> None:
     """Ask for prompts and continue each, until the input ends; an error ends one prompt alone."""
     for prompt in _ask():
         try:
