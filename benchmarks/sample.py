@@ -2,11 +2,12 @@
 
     python benchmarks/sample.py [--threads 1] [--rounds 2] [--peers gpt3jax]
 
-12 x 512 x 8, vocabulary 50304, prompts of 64 tokens, 128 new ones, greedy, fp32, batch 1 and 8, all
-of which options change; on the CPU, each peer in processes of its own, in turns, held to the same
-number of cores. Hugging Face's needs `pip install torch transformers` (the extra `benchmark`);
-`--peers gpt3jax` does without. Figures are of whole calls, prefill included, after one to warm up;
-CPU seconds are the figure to compare where the machine is shared.
+The default is 12 layers x 512 x 8 heads, a vocabulary of 50304, prompts of 64 tokens, 128 new ones,
+greedy, fp32, batches of 1 and 8; options change all of these. It runs on the CPU; the peers take
+turns, each in a process of its own on the same number of cores. Hugging Face's peer needs
+`pip install torch transformers` (the extra `benchmark`); `--peers gpt3jax` runs without it. A
+figure covers a whole call, prefill included, after one call to warm up. On a shared machine,
+compare the CPU seconds.
 """
 
 import argparse
@@ -67,10 +68,10 @@ def compare(options, args):
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 results[peer].append(json.loads(output.stdout.splitlines()[-1]))
     for i, size in enumerate(options.batches):
-        rows = {peer: [r for one in results[peer] for r in one[i]] for peer in results}
+        calls = {peer: [call for run in results[peer] for call in run[i]] for peer in results}
         n = size * options.new
-        wall = {peer: n / min(r["wall"] for r in rows[peer]) for peer in results}
-        cpu = {peer: n / min(r["cpu"] for r in rows[peer]) for peer in results}
+        wall = {peer: n / min(call["wall"] for call in calls[peer]) for peer in results}
+        cpu = {peer: n / min(call["cpu"] for call in calls[peer]) for peer in results}
         for peer in results:
             print(
                 f"batch {size} {peer:8} {wall[peer]:6.1f} tokens/s (best call), "
@@ -81,7 +82,7 @@ def compare(options, args):
                 f"batch {size} gpt3jax / hf: {wall['gpt3jax'] / wall['hf']:.2f} in tokens/s, "
                 f"{cpu['gpt3jax'] / cpu['hf']:.2f} per CPU second"
             )
-        same = {str(r["tokens"]) for peer in results for r in rows[peer]}
+        same = {str(call["tokens"]) for peer in results for call in calls[peer]}
         print(f"batch {size}: {'the same tokens' if len(same) == 1 else 'DIFFERENT tokens'}")
     print(f"{options.threads} thread(s), load {os.getloadavg()[0]:.1f}")
 
@@ -139,20 +140,23 @@ def load_ours(folder, options):
     jax.config.update("jax_platforms", "cpu")
     from gpt3jax.checkpoint import parameters
     from gpt3jax.config import schema
-    from gpt3jax.sample import generate, text_options
+    from gpt3jax.sample import generate, sampling_options
 
     source = parameters.open_for_use(str(folder / "gpt3jax"), schema.Mesh(), "float32")
     program = source.program
     generator = generate.Generator(source.params(), program.compute, program.mesh, -1)
-    choice = text_options.Options(temperature=0.0, max_new_tokens=options.new)
+    greedy = sampling_options.Options(temperature=0.0, max_new_tokens=options.new)
 
     def run(prompts):
-        out = [[] for _ in prompts]
-        rows = list(range(len(prompts)))
-        for new in generator.stream(prompts.tolist(), [choice] * len(prompts), rows):
-            for row, tokens in zip(out, new, strict=True):
-                row.extend(tokens)
-        return out
+        rows = [
+            generate.Row(prompt=prompt, options=greedy, number=number)
+            for number, prompt in enumerate(prompts.tolist())
+        ]
+        generated = [[] for _ in rows]
+        for new in generator.stream(rows):
+            for ids, tokens in zip(generated, new, strict=True):
+                ids.extend(tokens)
+        return generated
 
     return run
 

@@ -66,7 +66,7 @@ WITHOUT_JAX = (
     "errors", "config.recipe", "config.validation", "config.command", "config.batch_schedule",
     "hardware.flops", "hardware.xla_flags", "distributed.launchers", "record.recording",
     "record.console", "watch.phases", "checkpoint.metadata", "plan.options", "preflight.options",
-    "evaluate.options", "sample.text_options", "convert.hf_gpt2", "convert.mcore",
+    "evaluate.options", "sample.options", "convert.hf_gpt2", "convert.mcore",
 )  # fmt: skip
 
 
@@ -106,8 +106,8 @@ def libraries(path):
         ("tensorboardX", {"record.tensorboard"}),
         ("safetensors", {"convert.tensor_files"}),
         ("torch", {"convert.torch_files"}),
-        ("starlette", {"sample.serve"}),
-        ("uvicorn", {"sample.serve"}),
+        ("starlette", {"sample.http_server"}),
+        ("uvicorn", {"sample.http_server"}),
         ("lm_eval", {"evaluate.lm_eval_model"}),
         ("flax", {"model.gpt", "optimizer", "sharding.layouts"}),
     ],

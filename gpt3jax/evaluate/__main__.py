@@ -1,29 +1,29 @@
 """`python -m gpt3jax.evaluate --checkpoint CKPT --text FILE`: how good a trained model is.
 
     --text FILE             loss, perplexity and bits per byte of a file of text
-    --data PREFIX           the same of a corpus, PREFIX.bin and PREFIX.idx
-    --tasks NAME[,NAME]     the tasks of lm-eval, which is an extra (see docs/evaluation.md)
+    --data PREFIX           the same for a corpus, PREFIX.bin and PREFIX.idx
+    --tasks NAME[,NAME]     tasks of lm-eval, which is an extra (see docs/evaluation.md)
 
-A mesh works as in training; what `stage` and `context` ask for is added to `fsdp`.
+A mesh works as in training; the axes `stage` and `context` are added to `fsdp`.
 """
 
 import sys
 
 from gpt3jax.config import command
-from gpt3jax.evaluate import options
+from gpt3jax.evaluate import options as evaluate_options
 
 
 def main() -> int:
-    """Parse, measure; return the exit status."""
-    return command.run(_measure)
+    """Parse, evaluate; return the exit status."""
+    return command.run(_evaluate)
 
 
-def _measure() -> None:
-    given = command.parse(options.Options, "evaluate", __doc__)
-    options.check(given)
-    from gpt3jax.evaluate import measuring  # after parsing: JAX takes seconds
+def _evaluate() -> None:
+    options = command.parse(evaluate_options.Options, "evaluate", __doc__)
+    evaluate_options.check(options)
+    from gpt3jax.evaluate import evaluation  # after parsing: JAX takes seconds
 
-    print(measuring.evaluate(given))
+    print(evaluation.evaluate(options))
 
 
 if __name__ == "__main__":

@@ -4,22 +4,26 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from gpt3jax.sample import generate, text_options
+from gpt3jax.sample import generate
 
 _POLL = 0.2  # seconds
 
 
-class Full(Exception):
+class FullError(Exception):
     """The queue has no room, or the batcher is closed: try again later."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one step gave to a request: of each row its new tokens and their scores, if asked for.
+    """What one step adds to each row of a request.
 
-    The first part comes before any token, and has the scores of the prompts instead, if asked for.
+    The first part comes before any token.
+
+    Attributes:
+        tokens: the new ones.
+        scores: of the new tokens, if they are wanted.
+        prompt_scores: of the prompts' tokens, in the first part, if they are wanted.
     """
 
     tokens: list[list[int]]
@@ -27,20 +31,19 @@ class Part:
     prompt_scores: list[list[generate.Score]]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Request:
-    """Rows to generate, and what becomes of them.
+    """Rows to generate, and who gets the answer.
 
     Attributes:
-        on_part: called in the batcher's thread with each part, with None at the end, or with what
-            went wrong.
-        scored: the new tokens' scores are asked for.
-        prompts_scored: those of the prompts' tokens are, too.
-        cancelled: set it, and no more is generated.
+        on_part: called in the batcher's thread with each part, with None at the end, or with an
+            error.
+        scored: whether scores of the new tokens are wanted.
+        prompts_scored: whether scores of the prompts' tokens are wanted.
+        cancelled: once it is set, nothing more is generated.
     """
 
-    prompts: list[list[int]]
-    options: list[text_options.Options]
+    rows: list[generate.Row]
     on_part: Callable[[Part | Exception | None], None]
     scored: bool = False
     prompts_scored: bool = False
@@ -48,7 +51,7 @@ class Request:
 
 
 class Batcher:
-    """One thread that generates for all requests, as many at a time as `max_rows` hold."""
+    """One thread that generates for all requests, at most `max_rows` rows at a time."""
 
     def __init__(self, generator: generate.Generator, max_rows: int, max_queue: int):
         """Start the thread."""
@@ -63,17 +66,17 @@ class Batcher:
         """Queue a request, whose rows are checked and at most `max_rows`.
 
         Raises:
-            Full: there is no room.
+            FullError: there is no room.
         """
         if self._closing.is_set():
-            raise Full
+            raise FullError
         try:
             self._waiting.put_nowait(request)
         except queue.Full:
-            raise Full from None
+            raise FullError from None
 
     def close(self) -> None:
-        """Take no more requests, answer those that wait, and end the thread."""
+        """Accept no more requests, answer those that wait, and end the thread."""
         self._closing.set()
         self._thread.join()
 
@@ -86,16 +89,16 @@ class Batcher:
                 return
 
     def _next_batch(self) -> Iterator[Request]:
-        """Yield what waits, in its order, as far as the rows have room; wait for the first."""
+        """Yield waiting requests in order as long as their rows fit; wait for the first one."""
         n_rows = 0
         try:
-            first = self._held or self._waiting.get(timeout=_POLL)
+            request = self._held or self._waiting.get(timeout=_POLL)
             self._held = None
-            while not n_rows or n_rows + len(first.prompts) <= self._max_rows:
-                n_rows += len(first.prompts)
-                yield first
-                first = self._waiting.get_nowait()
-            self._held = first
+            while not n_rows or n_rows + len(request.rows) <= self._max_rows:
+                n_rows += len(request.rows)
+                yield request
+                request = self._waiting.get_nowait()
+            self._held = request
         except queue.Empty:
             return
 
@@ -114,26 +117,26 @@ class Batcher:
             request.on_part(None)
 
     def _score_prompts(self, batch: list[Request]) -> None:
-        """Begin each request, with the scores of its prompts where it asks for them."""
-        asking = [request for request in batch if request.prompts_scored]
-        prompts = [prompt for request in asking for prompt in request.prompts]
+        """Begin each request, with the scores of its prompts if they are wanted."""
+        to_score = [request for request in batch if request.prompts_scored]
+        prompts = [row.prompt for request in to_score for row in request.rows]
         scores = self._generator.score(prompts) if prompts else []
         for request in batch:
-            n = len(request.prompts)
-            none: list[list[Any]] = [[] for _ in range(n)]
-            own = none
+            n = len(request.rows)
+            own: list[list[generate.Score]] = [[] for _ in range(n)]
             if request.prompts_scored:
                 own, scores = scores[:n], scores[n:]
-            request.on_part(Part(tokens=none, scores=none, prompt_scores=own))
+            nothing = Part(
+                tokens=[[] for _ in range(n)], scores=[[] for _ in range(n)], prompt_scores=own
+            )
+            request.on_part(nothing)
 
     def _generate(self, batch: list[Request]) -> None:
-        prompts = [prompt for request in batch for prompt in request.prompts]
-        options = [option for request in batch for option in request.options]
-        rows = [row for request in batch for row in range(len(request.prompts))]
+        rows = [row for request in batch for row in request.rows]
         scored = any(request.scored for request in batch)
-        for tokens, scores in self._generator.steps(prompts, options, rows, scored=scored):
+        for tokens, scores in self._generator.steps(rows, scored=scored):
             for request in batch:
-                n = len(request.prompts)
+                n = len(request.rows)
                 request.on_part(Part(tokens=tokens[:n], scores=scores[:n], prompt_scores=[]))
                 tokens, scores = tokens[n:], scores[n:]
             if all(request.cancelled for request in batch):

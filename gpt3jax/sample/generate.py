@@ -1,18 +1,36 @@
-"""Compiled generation for batches of prompts: what pads them, and yields tokens as they come.
+"""Generation for batches of rows on one mesh: pads prompts, runs the programs, yields tokens.
 
-Batch, prompts and cache are rounded up (`bucket`), so programs are compiled for few shapes.
+Batch size, prompt length and cache are rounded up (`bucket`), so programs are compiled for few
+shapes.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 from gpt3jax import errors
 from gpt3jax.model import gpt
-from gpt3jax.sample import decoding, sampling, text_options
+from gpt3jax.sample import decoder_weights, decoding, sampling, sampling_options
 from gpt3jax.sharding import rules
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One text to generate.
+
+    Attributes:
+        prompt: token ids.
+        number: of the row among those of its request; rows of one seed differ by it.
+    """
+
+    prompt: list[int]
+    options: sampling_options.Options
+    number: int
 
 
 class Score(NamedTuple):
@@ -22,31 +40,39 @@ class Score(NamedTuple):
     likeliest: tuple[tuple[int, float], ...]
 
 
+class Step(NamedTuple):
+    """The new tokens of each row, and the scores of these tokens if they are wanted."""
+
+    tokens: list[list[int]]
+    scores: list[list[Score]]
+
+
 class Generator:
     """One model on one mesh.
 
     Attributes:
         model: the network's config.
         eod_id: the end-of-text token.
+        weights: the model's weights as decoding reads them.
+        prefill: the jitted `decoding.prefill`.
+        decode: the jitted `decoding.decode`.
     """
 
     def __init__(self, params: gpt.GPT, compute: gpt.Compute, mesh: jax.sharding.Mesh, eod_id: int):
         """Take the parameters over: the blocks' own arrays are freed."""
         self.model, self.eod_id, self._mesh = params.model, eod_id, mesh
         with jax.set_mesh(mesh):
-            self._weights = decoding.prepare(params, compute)
-        self._prefill = jax.jit(decoding.prefill, static_argnames=("n_slots", "mode", "scored"))
-        self._decode = jax.jit(
-            decoding.decode, static_argnames=("mode", "scored"), donate_argnums=1
-        )
+            self.weights = decoder_weights.prepare(params, compute)
+        self.prefill = jax.jit(decoding.prefill, static_argnames=("n_slots", "scored"))
+        self.decode = jax.jit(decoding.decode, static_argnames="scored", donate_argnums=1)
         self._prompt_scores = jax.jit(decoding.prompt_scores)
 
-    def check(self, prompt: list[int], options: text_options.Options) -> None:
+    def check(self, prompt: list[int], options: sampling_options.Options) -> None:
         """Check that a prompt can be continued.
 
         Raises:
-            UserError: it is empty, too long or has ids that the model does not know; or an option
-                is out of range.
+            UserError: the prompt is empty, too long or has ids that the model does not know; or an
+                option is out of range.
         """
         options.check()
         if not prompt:
@@ -59,89 +85,80 @@ class Generator:
             )
         if not 0 <= min(prompt) <= max(prompt) < self.model.vocab_size:
             raise errors.UserError(
-                f"a prompt has ids from {min(prompt)} to {max(prompt)}, and the model has those "
+                f"a prompt has ids from {min(prompt)} to {max(prompt)}, but the model knows ids "
                 f"from 0 to {self.model.vocab_size - 1}: use the tokenizer that it was trained with"
             )
 
     def room(self, prompt: list[int]) -> int:
-        """Return how many tokens fit behind a prompt: positions are learned up to seq_len."""
+        """Return how many tokens fit after a prompt: positions are learned up to seq_len."""
         return self.model.seq_len - len(prompt)
 
-    def limit(self, prompt: list[int], options: text_options.Options) -> int:
+    def limit(self, prompt: list[int], options: sampling_options.Options) -> int:
         """Return how many new tokens a row gets at most."""
         return min(options.max_new_tokens, self.room(prompt))
 
-    def stream(
-        self, prompts: list[list[int]], options: list[text_options.Options], rows: list[int]
-    ) -> Iterator[list[list[int]]]:
+    def stream(self, rows: list[Row]) -> Iterator[list[list[int]]]:
         """Yield the new tokens of each row, some at a time, until all rows are done.
 
-        A row ends with the end-of-text token, which is yielded too, or at its `limit`. `rows`
-        number the rows in their request (see `sampling`).
+        A row ends with the end-of-text token, which is yielded too, or at its `limit`.
 
         Raises:
             UserError: as `check`.
         """
-        for tokens, _ in self.steps(prompts, options, rows, scored=False):
-            yield tokens
+        for step in self.steps(rows, scored=False):
+            yield step.tokens
 
-    def steps(
-        self,
-        prompts: list[list[int]],
-        options: list[text_options.Options],
-        rows: list[int],
-        *,
-        scored: bool,
-    ) -> Iterator[tuple[list[list[int]], list[list[Score]]]]:
-        """Yield tokens as `stream`, and beside them the score of each if these are asked for.
+    def steps(self, rows: list[Row], *, scored: bool) -> Iterator[Step]:
+        """Yield tokens as `stream`, with the score of each token if `scored`.
 
         Raises:
             UserError: as `check`.
         """
-        for prompt, option in zip(prompts, options, strict=True):
-            self.check(prompt, option)
-        n = len(prompts)
-        spare = self._n_rows(n) - n
-        limits = [self.limit(p, o) for p, o in zip(prompts, options, strict=True)]
+        for row in rows:
+            self.check(row.prompt, row.options)
+        limits = [self.limit(row.prompt, row.options) for row in rows]
         if not any(limits):
             return
-        eods = [-1 if o.ignore_eod else self.eod_id for o in options]
-        choice, mode = sampling.make_choice(
-            [*options, *[text_options.Options(temperature=0.0)] * spare], [*rows, *[0] * spare]
-        )
-        tokens_BT, padding_B = self._padded(prompts)
-        static = {"mode": mode, "scored": scored}
-        progress, new = self._call(
-            self._prefill,
-            tokens_BT,
-            padding_B,
-            np.asarray(limits + [0] * spare, np.int32),
-            np.asarray(eods + [-1] * spare, np.int32),
-            choice,
-            n_slots=bucket(tokens_BT.shape[1] + max(limits)),
-            **static,
-        )
-        new = jax.tree.map(lambda x: x[:, None], new)
+        prompts, options = self._padded(rows, limits)
+        n_slots = bucket(prompts.tokens_BT.shape[1] + max(limits))
+        progress, first = self._call(self.prefill, prompts, options, n_slots=n_slots, scored=scored)
+        new = jax.tree.map(lambda x: x[:, None], first)
         while True:
-            more = bool(np.asarray(progress.left_B).any())
-            tokens_BN = np.asarray(new.token)[:n]
-            tokens = [[token for token in row if token >= 0] for row in tokens_BN.tolist()]
-            scores = _scores(new.scores)[:n] if scored else [[] for _ in tokens]
-            yield tokens, [row[: len(t)] for row, t in zip(scores, tokens, strict=True)]
-            if not more:
+            is_done = not np.asarray(progress.n_left_B).any()
+            yield _step(new, len(rows))
+            if is_done:
                 return
-            progress, new = self._call(self._decode, progress, choice, **static)
+            progress, new = self._call(self.decode, progress, options, scored=scored)
 
     def score(self, prompts: list[list[int]]) -> list[list[Score]]:
-        """Return the scores of each prompt's tokens but the first, which nothing is before.
+        """Return the scores of each prompt's tokens but the first, which nothing precedes.
 
-        Prompts are checked before, and have up to seq_len tokens.
+        Prompts are already checked, and have up to seq_len tokens.
         """
-        found = self._call(self._prompt_scores, *self._padded(prompts))
-        scores = _scores(found)[: len(prompts)]
+        padded = self._call(self._prompt_scores, *self._padded_tokens(prompts))
+        scores = _scores(padded)[: len(prompts)]
         return [row[len(row) - len(p) + 1 :] for row, p in zip(scores, prompts, strict=True)]
 
-    def _padded(self, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _padded(
+        self, rows: list[Row], limits: list[int]
+    ) -> tuple[decoding.Prompts, sampling.OptionArrays]:
+        """Return the arrays of a batch; spare rows come last and generate nothing."""
+        n_spare = self._n_rows(len(rows)) - len(rows)
+        eod_ids = [-1 if row.options.ignore_eod else self.eod_id for row in rows]
+        options = sampling.option_arrays(
+            [row.options for row in rows] + [sampling_options.Options(temperature=0.0)] * n_spare,
+            [row.number for row in rows] + [0] * n_spare,
+        )
+        tokens_BT, padding_B = self._padded_tokens([row.prompt for row in rows])
+        prompts = decoding.Prompts(
+            tokens_BT=tokens_BT,
+            padding_B=padding_B,
+            n_left_B=np.asarray(limits + [0] * n_spare, np.int32),
+            eod_B=np.asarray(eod_ids + [-1] * n_spare, np.int32),
+        )
+        return prompts, options
+
+    def _padded_tokens(self, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Return prompts padded on the left, `[B, T]`, and by how much, `[B]`; spare rows last."""
         length = bucket(max(map(len, prompts)))
         rows = [*prompts, *[[0]] * (self._n_rows(len(prompts)) - len(prompts))]
@@ -150,14 +167,24 @@ class Generator:
             row[length - len(prompt) :] = prompt
         return tokens_BT, np.asarray([length - len(row) for row in rows], np.int32)
 
-    def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        with jax.set_mesh(self._mesh):
-            return function(self._weights, *args, **kwargs)
-
     def _n_rows(self, n: int) -> int:
         """Return a power of two that is not below n, or the next multiple of the data axes."""
         parallel = rules.data_parallel_size(self._mesh)
         return -(-(1 << (n - 1).bit_length()) // parallel) * parallel
+
+    def _call(self, program: Callable[..., Result], *args: object, **kwargs: object) -> Result:
+        with jax.set_mesh(self._mesh):
+            return program(self.weights, *args, **kwargs)
+
+
+def _step(new: decoding.NewTokens, n_rows: int) -> Step:
+    """Return the tokens and scores of the first rows, from arrays `[B, N]`."""
+    tokens_BN = np.asarray(new.tokens)[:n_rows]
+    tokens = [[token for token in row if token >= 0] for row in tokens_BN.tolist()]
+    if new.scores is None:
+        return Step(tokens, [[] for _ in tokens])
+    scores = _scores(new.scores)[:n_rows]
+    return Step(tokens, [row[: len(t)] for row, t in zip(scores, tokens, strict=True)])
 
 
 def _scores(scores: sampling.Scores) -> list[list[Score]]:
@@ -165,8 +192,8 @@ def _scores(scores: sampling.Scores) -> list[list[Score]]:
     arrays = [np.asarray(x).tolist() for x in jax.tree.leaves(scores)]
     return [
         [
-            Score(own, tuple(zip(ids, logs, strict=True)))
-            for own, ids, logs in zip(*row, strict=True)
+            Score(own, tuple(zip(ids, logprobs, strict=True)))
+            for own, ids, logprobs in zip(*row, strict=True)
         ]
         for row in zip(*arrays, strict=True)
     ]

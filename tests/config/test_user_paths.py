@@ -22,11 +22,12 @@ from gpt3jax.plan import __main__ as plan
 from gpt3jax.plan import options as plan_options
 from gpt3jax.preflight import options as preflight_options
 from gpt3jax.sample import __main__ as sample
+from gpt3jax.sample import options as sample_options
 
 import tiny
 
 ALL_OPTIONS = [
-    schema.Config, sample.Options, evaluate_options.Options, plan_options.Options,
+    schema.Config, sample_options.Options, evaluate_options.Options, plan_options.Options,
     preflight_options.Options, inspect.Options, merge.Options, prepare.Options, convert.FromHf,
     convert.ToHf,
     megatron.FromMegatron, megatron.ToMegatron, checkpoint_command.List, checkpoint_command.Show,

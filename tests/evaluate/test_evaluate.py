@@ -1,4 +1,4 @@
-"""`gpt3jax.evaluate`: what it prints is what training would tell, or one clear line."""
+"""`gpt3jax.evaluate`: it prints the loss that training would report, or one clear line."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import indexed, loader, splits, tokenizer_sources, tokenizer_training
 from gpt3jax.evaluate import __main__ as evaluate
-from gpt3jax.evaluate import measuring, options, scoring, stream
+from gpt3jax.evaluate import evaluation, options, token_losses, token_stream
 from gpt3jax.sharding import meshes
 
 import corpus
@@ -48,20 +48,21 @@ def run(monkeypatch, capsys, folder, *args, tokens=True):
     files = ["--vocab-file", "vocab.json", "--merge-file", "merges.txt"] if tokens else []
     monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", "checkpoint", *files, *args])
     status = evaluate.main()
-    told = capsys.readouterr()
-    found = folder / "found.json"
-    return status, told.out, told.err, json.loads(found.read_text()) if found.exists() else None
+    printed = capsys.readouterr()
+    file = folder / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else None
+    return status, printed.out, printed.err, results
 
 
 def test_a_text_is_measured(folder, bpe, monkeypatch, capsys):
     """The mesh is folded, and a stride is half of the context where none is given."""
     mesh = ["--mesh.data", "2", "--mesh.stage", "2", "--mesh.tensor", "2"]
-    args = ["--text", "text.txt", "--json", "found.json"]
-    status, out, err, found = run(monkeypatch, capsys, folder, *args, *mesh)
+    args = ["--text", "text.txt", "--json", "results.json"]
+    status, out, err, results = run(monkeypatch, capsys, folder, *args, *mesh)
     assert status == 0 and " tokens/s" in out and " tokens" in err
     ids = np.asarray(bpe.encode(TEXT))
     source = parameters.open_newest(str(folder / "checkpoint"), tiny.one_device_mesh())
-    scorer = scoring.Scorer(source.params(), source.program, source.cfg.data, 1)
+    scorer = token_losses.Scorer(source.params(), source.program, source.cfg.data, 1)
     total = 0.0
     for first, counted, stop in [
         (0, 0, 64),
@@ -72,13 +73,13 @@ def test_a_text_is_measured(folder, bpe, monkeypatch, capsys):
     ]:
         row = np.asarray([bpe.eod_id, *ids])[first : stop + 1]
         total += scorer.score([row])[0][0][counted - stop :].sum()
-    assert len(ids) == 165 == len(TEXT.encode()) == found["tokens"] == found["bytes"]
-    assert found["seq_len"] == 64 and found["stride"] == 32
-    np.testing.assert_allclose(found["loss"], total / 165, rtol=1e-5)
-    assert math.isclose(found["perplexity"], math.exp(found["loss"]))
-    assert math.isclose(found["bits_per_byte"], found["loss"] / math.log(2))
-    assert f"loss           {found['loss']:.6f} nats per token" in out
-    assert f"bits per byte  {found['bits_per_byte']:.6f}" in out
+    assert len(ids) == 165 == len(TEXT.encode()) == results["tokens"] == results["bytes"]
+    assert results["seq_len"] == 64 and results["stride"] == 32
+    np.testing.assert_allclose(results["loss"], total / 165, rtol=1e-5)
+    assert math.isclose(results["perplexity"], math.exp(results["loss"]))
+    assert math.isclose(results["bits_per_byte"], results["loss"] / math.log(2))
+    assert f"loss           {results['loss']:.6f} nats per token" in out
+    assert f"bits per byte  {results['bits_per_byte']:.6f}" in out
 
 
 def test_a_corpus_is_one_stream_whose_bytes_are_those_of_its_documents(
@@ -89,28 +90,28 @@ def test_a_corpus_is_one_stream_whose_bytes_are_those_of_its_documents(
         for text in documents:
             writer.add_document([[*bpe.encode(text), bpe.eod_id]])
     (folder / "joined.txt").write_text("<|endoftext|>".join([*documents, ""]), encoding="utf-8")
-    args = ["--json", "found.json", "--stride", "20"]
-    *_, corpus_found = run(monkeypatch, capsys, folder, *args, "--data", "corpus")
-    *_, text_found = run(monkeypatch, capsys, folder, *args, "--text", "joined.txt")
+    args = ["--json", "results.json", "--stride", "20"]
+    *_, of_corpus = run(monkeypatch, capsys, folder, *args, "--data", "corpus")
+    *_, of_text = run(monkeypatch, capsys, folder, *args, "--text", "joined.txt")
     n_bytes = len("".join(documents).encode())
-    assert corpus_found["tokens"] == n_bytes + 3 == text_found["tokens"]
-    np.testing.assert_allclose(corpus_found["loss"], text_found["loss"], rtol=1e-6)
-    assert corpus_found["bytes"] == n_bytes
-    expected = corpus_found["loss"] * (n_bytes + 3) / math.log(2) / n_bytes
-    assert math.isclose(corpus_found["bits_per_byte"], expected)
+    assert of_corpus["tokens"] == n_bytes + 3 == of_text["tokens"]
+    np.testing.assert_allclose(of_corpus["loss"], of_text["loss"], rtol=1e-6)
+    assert of_corpus["bytes"] == n_bytes
+    expected = of_corpus["loss"] * (n_bytes + 3) / math.log(2) / n_bytes
+    assert math.isclose(of_corpus["bits_per_byte"], expected)
     *_, cut = run(monkeypatch, capsys, folder, *args, "--data", "corpus", "--max-tokens", "17")
     assert cut["tokens"] == 17 and cut["bytes"] == 15
     *_, cut = run(monkeypatch, capsys, folder, *args, "--text", "text.txt", "--max-tokens", "9")
     assert cut["tokens"] == 9 == cut["bytes"]
-    _, out, _, found = run(monkeypatch, capsys, folder, *args, "--data", "corpus", tokens=False)
-    assert found["bytes"] is None and found["bits_per_byte"] is None
+    _, out, _, results = run(monkeypatch, capsys, folder, *args, "--data", "corpus", tokens=False)
+    assert results["bytes"] is None and results["bits_per_byte"] is None
     assert "bits per byte  not known" in out and "names no tokenizer" in out
 
 
 def test_a_text_is_read_as_it_is_but_for_the_mark_of_utf8(bpe, tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes("\ufeffa\r\nb\u2028\ufeff".encode())
-    read = stream.of_file(str(file), bpe, 0)
+    read = token_stream.read_file(str(file), bpe, 0)
     assert bpe.decode(read.tokens.tolist()) == "a\r\nb\u2028\ufeff" and read.n_bytes == 10
 
 
@@ -136,11 +137,11 @@ def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypa
     meta = metadata.Meta(step=0, consumed_samples=0, data_order={}, config=schema.flatten(cfg))
     store.save(state, meta)
     assert store.poll(wait=True) == "" and n_tokens == 256
-    given = options.Options(checkpoint="checkpoints", data="rest", stride=16, json="found.json")
-    assert "not known without a tokenizer" in measuring.evaluate(given)
-    found = json.loads((folder / "found.json").read_text())
-    np.testing.assert_allclose(found["loss"], loss_sum / n_tokens, rtol=1e-6)
-    assert found["tokens"] == 256
+    given = options.Options(checkpoint="checkpoints", data="rest", stride=16, json="results.json")
+    assert "not known without a tokenizer" in evaluation.evaluate(given)
+    results = json.loads((folder / "results.json").read_text())
+    np.testing.assert_allclose(results["loss"], loss_sum / n_tokens, rtol=1e-6)
+    assert results["tokens"] == 256
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypa
         (["--text", "text.txt", "--limit", "3"], "--limit has no effect with --text"),
         (["--tasks", "x", "--max-tokens", "3"], "--max-tokens has no effect with --tasks"),
         (["--text", "text.txt", "--mesh.tensor", "3"], "mesh: "),
-        (["--text", "text.txt", "--json", "text.txt/found.json"], "cannot be written"),
+        (["--text", "text.txt", "--json", "text.txt/results.json"], "cannot be written"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(folder, monkeypatch, capsys, args, message):
@@ -193,4 +194,4 @@ def test_an_end_of_document_that_the_model_does_not_know_is_refused(tmp_path):
     prefix = tiny.write_corpus(tmp_path / "corpus", seed=0, n=3)
     cfg = tiny.make_config(data={"eod_id": tiny.VOCAB})
     with pytest.raises(errors.UserError, match=r"data\.eod_id=500 is not below"):
-        stream.of_corpus(prefix, None, cfg, 0)
+        token_stream.read_corpus(prefix, None, cfg, 0)

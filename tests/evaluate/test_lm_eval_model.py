@@ -15,7 +15,7 @@ from gpt3jax import errors
 from gpt3jax.checkpoint import parameters
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer, tokenizer_sources, tokenizer_training
-from gpt3jax.evaluate import measuring, options, scoring
+from gpt3jax.evaluate import evaluation, options, token_losses, windows
 from gpt3jax.sample import generate
 
 import tiny
@@ -64,7 +64,7 @@ def source(folder):
 
 @pytest.fixture(scope="module")
 def scorer(source):
-    return scoring.Scorer(source.params(), source.program, source.cfg.data, 32)
+    return token_losses.Scorer(source.params(), source.program, source.cfg.data, 32)
 
 
 @pytest.fixture
@@ -93,11 +93,11 @@ def test_loglikelihoods_are_the_sums_of_the_continuation(lm, bpe, scorer):
         ("x" * 100, "y" * 10),
     ]  # fmt: skip
     answers = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-    for (context, continuation), (found, is_greedy) in zip(pairs, answers, strict=True):
+    for (context, continuation), (total, is_greedy) in zip(pairs, answers, strict=True):
         ids = [*(bpe.encode(context) or [bpe.eod_id]), *bpe.encode(continuation)][-65:]
         n = len(continuation) + (len(context) - len(context.rstrip()))
         losses, greedy = scorer.score([np.asarray(ids)])[0]
-        np.testing.assert_allclose(found, -losses[-n:].sum(), rtol=1e-5)
+        np.testing.assert_allclose(total, -losses[-n:].sum(), rtol=1e-5)
         assert is_greedy == greedy[-n:].all()
 
 
@@ -115,10 +115,10 @@ def test_a_continuation_is_greedy_if_it_is_the_likeliest(lm, bpe, scorer):
 def test_lm_eval_finds_the_model_by_its_name(folder, lm):
     args = f"checkpoint={folder}/checkpoint,vocab_file={folder}/vocab.json"
     args += f",merge_file={folder}/merges.txt,stride=9"
-    found = registry.get_model("gpt3jax").create_from_arg_string(args, {"batch_size": 2})
-    asked = [("Friends", " Romans"), ("", "lend")]
+    by_name = registry.get_model("gpt3jax").create_from_arg_string(args, {"batch_size": 2})
+    pairs = [("Friends", " Romans"), ("", "lend")]
     theirs, ours = (
-        m.loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True) for m in (found, lm)
+        m.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True) for m in (by_name, lm)
     )
     np.testing.assert_allclose([x for x, _ in theirs], [x for x, _ in ours], rtol=1e-5)
 
@@ -144,15 +144,15 @@ def test_whole_texts_are_scored_as_the_command_does(
             checkpoint="checkpoint", text="text.txt", stride=stride or 64,
             source=tokenizer_sources.Source(vocab_file="vocab.json", merge_file="merges.txt"),
         )  # fmt: skip
-        found = measuring.measure(given, source)
-        np.testing.assert_allclose(answer, -found["loss"] * found["tokens"], rtol=1e-6)
+        result = evaluation.measure(given, source)
+        np.testing.assert_allclose(answer, -result.loss * result.tokens, rtol=1e-6)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 7, 8])
 def test_windows_are_those_of_lm_eval(stride):
     tokens = list(range(10, 45))
     theirs = lm_eval.utils.get_rolling_token_windows(tokens, 0, 8, 8 - stride + 1)
-    ours = scoring.window_rows(np.asarray(tokens), 0, 8, stride)
+    ours = windows.window_rows(np.asarray(tokens), 0, 8, stride)
     for (inputs, predicted), (row, n_counted) in zip(theirs, ours, strict=True):
         assert row[:-1].tolist() == inputs and row[-n_counted:].tolist() == predicted
 
@@ -183,19 +183,19 @@ class Sat(generate.Generator):
     def __init__(self, model):
         self.model, self.eod_id = model, 0
 
-    def steps(self, prompts, options, rows, *, scored):  # noqa: D102
-        yield [[3]] * len(prompts), [[]] * len(prompts)
-        yield [[0]] * len(prompts), [[]] * len(prompts)
+    def steps(self, rows, *, scored):  # noqa: D102
+        for token in (3, 0):
+            yield generate.Step([[token]] * len(rows), [[]] * len(rows))
 
 
-def test_generated_text_keeps_its_first_space(source):
+def test_generated_text_keeps_its_first_space(source, monkeypatch):
     """With a tokenizer of SentencePiece's kind, whose words begin with their space."""
     words = {tokenizer.END_OF_TEXT: 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3}
     rust = tokenizers.Tokenizer(models.WordLevel(words, unk_token=tokenizer.END_OF_TEXT))
     rust.pre_tokenizer, rust.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     text = tokenizer.Tokenizer(rust, tokenizer.END_OF_TEXT, splits_at_blanks=False)
+    monkeypatch.setattr(generate, "Generator", lambda *args: Sat(source.cfg.model))
     lm = lm_eval_model.CheckpointLM(source, text)
-    lm._generator = Sat(source.cfg.model)
     ask = [("the cat", {}), ("the cat", {"until": [" sat"]}), ("the cat", {"max_gen_toks": 0})]
     answers = lm.generate_until(requests("generate_until", *ask), disable_tqdm=True)
     assert answers == [" sat", "", ""]
@@ -242,14 +242,14 @@ def test_a_local_task_runs_offline_through_the_command(folder, lm):
     )
     args = ["--checkpoint", "checkpoint", "--vocab-file", "vocab.json", "--merge-file"]
     args += ["merges.txt", "--tasks", "tiny_choice", "--task-folder", "tasks"]
-    args += ["--json", "found.json", "--mesh.cpu-devices", "2"]
+    args += ["--json", "results.json", "--mesh.cpu-devices", "2"]
     done = subprocess.run(
         [sys.executable, "-c", blocked, *args], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "|tiny_choice|" in done.stdout and "|acc" in done.stdout
-    found = json.loads((folder / "found.json").read_text())
-    assert found["results"]["tiny_choice"]["acc,none"] == score
+    results = json.loads((folder / "results.json").read_text())
+    assert results["results"]["tiny_choice"]["acc,none"] == score
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.model import gpt
-from gpt3jax.sample import decoding, generate, sampling, text_options
+from gpt3jax.sample import cached_network, decoder_weights, generate, sampling, sampling_options
 
 import tiny
 
@@ -22,7 +22,7 @@ MODELS = {
 }  # fmt: skip
 # Where recomputing everything shows the band in the quick tests already.
 DENSE_FIRST = ["dense", pytest.param("alternating", marks=pytest.mark.slower)]
-GREEDY = text_options.Options(temperature=0.0, max_new_tokens=12)
+GREEDY = sampling_options.Options(temperature=0.0, max_new_tokens=12)
 PROMPTS = [[5, 17, 3, 99, 250], [7], list(range(100, 111)), [499, 0, 1]]
 
 
@@ -39,11 +39,19 @@ def make_generator(params, mesh=None, eod_id=-1, **compute):
     return generate.Generator(copy, gpt.Compute(**compute), mesh or tiny.one_device_mesh(), eod_id)
 
 
-def run(generator, prompts=PROMPTS, options=GREEDY, rows=None):
-    """Return the new tokens of each prompt."""
+def make_rows(prompts=PROMPTS, options=GREEDY, numbers=None):
     each = options if isinstance(options, list) else [options] * len(prompts)
+    numbers = numbers or range(len(prompts))
+    return [
+        generate.Row(prompt=prompt, options=option, number=number)
+        for prompt, option, number in zip(prompts, each, numbers, strict=True)
+    ]
+
+
+def run(generator, prompts=PROMPTS, options=GREEDY, numbers=None):
+    """Return the new tokens of each prompt."""
     out = [[] for _ in prompts]
-    for new in generator.stream(prompts, each, rows or list(range(len(prompts)))):
+    for new in generator.stream(make_rows(prompts, options, numbers)):
         for row, tokens in zip(out, new, strict=True):
             row.extend(tokens)
     return out
@@ -69,42 +77,39 @@ def test_logits_with_a_cache_are_those_without(kind):
     sequences = rng.integers(0, tiny.VOCAB, (3, 20)).tolist()
     lengths = [5, 1, 8]
     with jax.set_mesh(tiny.one_device_mesh()):
-        weights = decoding.prepare(jax.tree.map(jnp.copy, params), gpt.Compute())
+        weights = decoder_weights.prepare(jax.tree.map(jnp.copy, params), gpt.Compute())
     tokens_BT = np.zeros((3, 8), np.int32)
     for row, tokens, n in zip(tokens_BT, sequences, lengths, strict=True):
         row[8 - n :] = tokens[:n]
     padding_B = jnp.asarray([8 - n for n in lengths])
-    read = jax.jit(decoding.prompt_logits, static_argnums=3)
-    follow = jax.jit(decoding.next_logits)
-    found, cache = read(weights, jnp.asarray(tokens_BT), padding_B, 24)
-    progress = decoding.Progress(
-        cache=cache, slot=jnp.int32(8), padding_B=padding_B, token_B=None, left_B=None, eod_B=None
-    )
+    read = jax.jit(cached_network.prompt_logits, static_argnums=3)
+    follow = jax.jit(cached_network.next_logits)
+    logits_BV, cache = read(weights, jnp.asarray(tokens_BT), padding_B, 24)
+    cache = dataclasses.replace(cache, slot=cache.slot + 1)
     expected = [uncached_logits(params, tokens) for tokens in sequences]
     for i in range(12):
         for row, n in enumerate(lengths):
             np.testing.assert_allclose(
-                found[row, : tiny.VOCAB], expected[row][n + i - 1], rtol=1e-4, atol=2e-4
+                logits_BV[row, : tiny.VOCAB], expected[row][n + i - 1], rtol=1e-4, atol=2e-4
             )
-        assert (np.asarray(found)[:, tiny.VOCAB :] == -np.inf).all()
+        assert (np.asarray(logits_BV)[:, tiny.VOCAB :] == -np.inf).all()
         token_B = jnp.asarray([t[n + i] for t, n in zip(sequences, lengths, strict=True)])
-        progress = dataclasses.replace(progress, token_B=token_B)
-        found, new = follow(weights, progress)
-        progress = decoding.extend(progress, new, progress.slot)
+        logits_BV, keys_values = follow(weights, cache, token_B)
+        cache = cache.append(keys_values, cache.slot)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_text_is_what_recomputing_everything_gives(kind):
     params = make_params(kind)
-    found = run(make_generator(params))
-    for prompt, tokens in zip(PROMPTS, found, strict=True):
+    generated = run(make_generator(params))
+    for prompt, tokens in zip(PROMPTS, generated, strict=True):
         text = list(prompt)
         for _ in range(12):
             text.append(int(uncached_logits(params, text)[-1].argmax()))
         assert tokens == text[len(prompt) :]
 
 
-RANDOM = text_options.Options(temperature=0.9, max_new_tokens=10, seed=5)
+RANDOM = sampling_options.Options(temperature=0.9, max_new_tokens=10, seed=5)
 MIXED = [
     RANDOM,
     dataclasses.replace(RANDOM, top_k=7),
@@ -117,7 +122,7 @@ MIXED = [
 @pytest.mark.parametrize("kind", DENSE_FIRST)
 def test_a_row_is_the_same_alone_and_in_a_batch(kind):
     generator = make_generator(make_params(kind))
-    together = run(generator, options=MIXED, rows=[0, 0, 0, 2])
+    together = run(generator, options=MIXED, numbers=[0, 0, 0, 2])
     assert [len(tokens) for tokens in together] == [10, 10, 3, 10]
     for i, row in enumerate([0, 0, 0, 2]):
         assert run(generator, PROMPTS[i : i + 1], MIXED[i : i + 1], [row]) == [together[i]]
@@ -136,7 +141,7 @@ def test_every_mesh_gives_the_text_of_one_device(axes):
     params = make_params("alternating")
     expected = run(make_generator(params), options=MIXED)
     generator = make_generator(params, tiny.make_mesh(**axes))
-    layout = generator._weights.layers[0].w_in_FD.sharding.shard_shape((256, 64))
+    layout = generator.weights.layers[0].w_in_FD.sharding.shard_shape((256, 64))
     assert layout == (128, 64 // axes.get("fsdp", 1))
     assert run(generator, options=MIXED) == expected
     assert run(generator, PROMPTS[:1], MIXED[:1]) == expected[:1]
@@ -146,15 +151,15 @@ def test_bfloat16_follows_the_training_network():
     params = make_params()
     compute = gpt.Compute(dtype="bfloat16")
     with jax.set_mesh(tiny.one_device_mesh()):
-        weights = decoding.prepare(jax.tree.map(jnp.copy, params), compute)
+        weights = decoder_weights.prepare(jax.tree.map(jnp.copy, params), compute)
     tokens_BT = jnp.asarray([PROMPTS[2]])
-    read = jax.jit(decoding.prompt_logits, static_argnums=3)
-    found, cache = read(weights, tokens_BT, jnp.zeros(1, jnp.int32), 16)
-    assert cache[0][0].dtype == jnp.bfloat16
+    read = jax.jit(cached_network.prompt_logits, static_argnums=3)
+    logits_BV, cache = read(weights, tokens_BT, jnp.zeros(1, jnp.int32), 16)
+    assert cache.layers[0][0].dtype == jnp.bfloat16
     x_BTD = params(tokens_BT, jnp.arange(11)[None], compute=compute)
     expected = x_BTD[0, -1].astype(jnp.float32) @ weights.head_VD.T.astype(jnp.float32)
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(found[0, :500], expected[:500], atol=0.01 * scale)
+    np.testing.assert_allclose(logits_BV[0, :500], expected[:500], atol=0.01 * scale)
 
 
 def test_text_ends_with_the_end_of_text_token():
@@ -181,12 +186,17 @@ def test_padded_vocabulary_is_never_chosen():
 
 
 def test_lengths_in_one_bucket_share_their_programs():
-    generator = make_generator(make_params())
-    sizes = []
+    generator = make_generator(make_params(seq_len=48))  # a model that no other test compiles
+
+    def n_programs():
+        return generator.prefill._cache_size(), generator.decode._cache_size()
+
+    n_prefill, n_decode = n_programs()
     for prompt in ([1, 2, 3], [4] * 7, [9] * 8):
         run(generator, [prompt])
-        sizes.append((generator._prefill._cache_size(), generator._decode._cache_size()))
-    assert sizes[0] == sizes[1] == sizes[2]
+        assert n_programs() == (n_prefill + 1, n_decode + 1)
+    run(generator, [[9] * 9])  # in the next bucket, with a cache of the same length
+    assert n_programs() == (n_prefill + 2, n_decode + 1)
 
 
 @pytest.mark.parametrize(
@@ -223,11 +233,11 @@ def test_scores_are_the_training_networks_log_softmax(mask_padded_vocab):
     params = make_params(mask_padded_vocab=mask_padded_vocab)
     generator = make_generator(params)
     tokens, scores = [[] for _ in PROMPTS], generator.score(PROMPTS)
-    for new in generator.steps(PROMPTS, MIXED, [0, 0, 0, 2], scored=True):
+    for new in generator.steps(make_rows(PROMPTS, MIXED, [0, 0, 0, 2]), scored=True):
         for row, row_scores, ids, added in zip(tokens, scores, *new, strict=True):
             row += ids
             row_scores += added
-    assert tokens == run(generator, options=MIXED, rows=[0, 0, 0, 2])
+    assert tokens == run(generator, options=MIXED, numbers=[0, 0, 0, 2])
     for prompt, row, row_scores in zip(PROMPTS, tokens, scores, strict=True):
         whole = prompt + row
         expected = log_softmax(params, whole)
@@ -235,16 +245,16 @@ def test_scores_are_the_training_networks_log_softmax(mask_padded_vocab):
         for after, token, score in zip(expected, whole[1:], row_scores, strict=False):
             likeliest = np.argsort(-after[: tiny.VOCAB])[:5]
             assert [i for i, _ in score.likeliest] == likeliest.tolist()
-            found = [score.logprob, *(logprob for _, logprob in score.likeliest)]
-            np.testing.assert_allclose(found, after[[token, *likeliest]], atol=5e-4)
+            logprobs = [score.logprob, *(logprob for _, logprob in score.likeliest)]
+            np.testing.assert_allclose(logprobs, after[[token, *likeliest]], atol=5e-4)
 
 
 @pytest.mark.parametrize("mode", ["random", "filtered"])
 def test_the_least_temperature_takes_the_likeliest(mode):
     logits_BV = jnp.asarray([[1.0, 9e3, 1e4, -jnp.inf]] * 8)
-    options = [text_options.Options(temperature=1e-37, top_p=0.9)] * 8
-    choice, _ = sampling.make_choice(options, list(range(8)))
-    assert (sampling.choose(logits_BV, jnp.arange(8), choice, mode) == 2).all()
+    options = [sampling_options.Options(temperature=1e-37, top_p=0.9)] * 8
+    arrays = dataclasses.replace(sampling.option_arrays(options, list(range(8))), mode=mode)
+    assert (sampling.choose(logits_BV, jnp.arange(8), arrays) == 2).all()
 
 
 def numpy_allowed(logits, top_k, top_p):
@@ -277,17 +287,17 @@ def test_top_k_and_top_p_leave_what_the_definition_says(top_k, top_p):
 
 def test_draws_follow_the_probabilities():
     logits_V = np.log(np.asarray([0.5, 0.3, 0.15, 0.05], np.float32))
-    options = [text_options.Options(temperature=0.5, top_k=3)] * 4000
-    choice, mode = sampling.make_choice(options, list(range(4000)))
+    options = [sampling_options.Options(temperature=0.5, top_k=3)] * 4000
+    arrays = sampling.option_arrays(options, list(range(4000)))
     logits_BV = jnp.broadcast_to(jnp.asarray(logits_V), (4000, 4))
-    found = sampling.choose(logits_BV, jnp.full(4000, 9), choice, mode)
+    tokens_B = sampling.choose(logits_BV, jnp.full(4000, 9), arrays)
     p = np.asarray([0.5, 0.3, 0.15, 0.0]) ** 2
-    shares = np.bincount(found, minlength=4) / 4000
+    shares = np.bincount(tokens_B, minlength=4) / 4000
     np.testing.assert_allclose(shares, p / p.sum(), atol=0.03)  # 3.8 standard deviations
 
 
-def test_the_weights_of_training_are_taken_over_once():
+def test_the_weights_of_training_are_held_once():
     params = make_params()
     generator = make_generator(params)
-    held = sum(x.nbytes for x in jax.tree.leaves(generator._weights.layers))
+    held = sum(x.nbytes for x in jax.tree.leaves(generator.weights.layers))
     assert held == sum(x.nbytes for x in jax.tree.leaves(params.blocks))

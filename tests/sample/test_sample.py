@@ -16,7 +16,8 @@ from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import tokenizer, tokenizer_sources, tokenizer_training
 from gpt3jax.model import gpt
 from gpt3jax.sample import __main__ as sample
-from gpt3jax.sample import generate, text_options
+from gpt3jax.sample import generate, sampling_options
+from gpt3jax.sample import options as sample_options
 
 import tiny
 
@@ -45,8 +46,8 @@ def run(monkeypatch, capsys, *args):
     """Return the exit status, what was printed, and the error lines."""
     monkeypatch.setattr(sys, "argv", ["sample", *args])
     status = sample.main()
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
 
 
 def files_of(bpe):
@@ -56,8 +57,8 @@ def files_of(bpe):
 def test_a_prompt_ends_where_its_line_does_and_nowhere_else(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028two\x0cthree\x85\rfour\r\n\nfive\ufeff".encode())
-    found = sample._prompts(sample.Options(checkpoint="", prompts=str(file)))
-    assert found == ["one\u2028two\x0cthree\x85\rfour", "five\ufeff"]
+    prompts = sample_options.read_prompts(sample_options.Options(checkpoint="", prompts=str(file)))
+    assert prompts == ["one\u2028two\x0cthree\x85\rfour", "five\ufeff"]
 
 
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
@@ -79,7 +80,7 @@ def test_prompts_are_continued_alone_and_from_a_file(
 
 
 def test_a_terminal_is_asked_until_it_ends(checkpoint_dir, bpe, monkeypatch, capsys):
-    """A prompt that cannot be continued is told, and the next one is asked for."""
+    """A prompt that cannot be continued gets an error line, and the next one is asked for."""
     answers = iter(["x" * 64, "", ROMAN])
 
     def ask(prompt):
@@ -124,7 +125,7 @@ def test_text_that_fills_the_context_says_so(checkpoint_dir, bpe, monkeypatch, c
         (["--serve", "--server.max-body-bytes", "-1"], "--server.max-body-bytes=-1 must be"),
         (["--prompt", "x", "--mesh.tensor", "3"], "mesh: "),
         (["--prompt", "x" * 64, "BPE"], "a prompt has 64 tokens, and model.seq_len=64"),
-        (["--serve", "--seed", "1"], "--serve takes how to sample from each request"),
+        (["--serve", "--seed", "1"], "--serve takes the sampling options from each request"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(checkpoint_dir, bpe, monkeypatch, capsys, args, message):
@@ -140,9 +141,9 @@ class Sat(generate.Generator):
     def __init__(self):
         self.model, self.eod_id = tiny.make_config().model, 0
 
-    def steps(self, prompts, options, rows, *, scored):  # noqa: D102
-        yield [[3]] * len(prompts), [[]] * len(prompts)
-        yield [[0]] * len(prompts), [[]] * len(prompts)
+    def steps(self, rows, *, scored):  # noqa: D102
+        for token in (3, 0):
+            yield generate.Step([[token]] * len(rows), [[]] * len(rows))
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint_dir):
     source = tokenizer_sources.Source(
         vocab_file=str(golden / "vocab.json"), merge_file=str(golden / "merges.txt")
     )
-    options = sample.Options(checkpoint=checkpoint_dir, prompt=("x",), source=source)
+    options = sample_options.Options(checkpoint=checkpoint_dir, prompt=("x",), source=source)
     with pytest.raises(errors.UserError, match="tokens and the model"):
         sample.load(options)
 
@@ -197,15 +198,16 @@ def test_hugging_face_generates_the_same_tokens(tmp_path):
     source = parameters.open_newest(str(tmp_path / "ours"), mesh)
     generator = generate.Generator(source.params(), source.program.compute, mesh, -1)
     prompts = np.random.default_rng(0).integers(1, 500, (2, 24)).tolist()
-    options = [text_options.Options(temperature=0.0, max_new_tokens=200)] * 2
-    found = [[], []]
-    for new in generator.stream(prompts, options, [0, 1]):
-        for row, tokens in zip(found, new, strict=True):
-            row.extend(tokens)
+    greedy = sampling_options.Options(temperature=0.0, max_new_tokens=200)
+    rows = [generate.Row(prompt=p, options=greedy, number=i) for i, p in enumerate(prompts)]
+    generated = [[], []]
+    for new in generator.stream(rows):
+        for ids, tokens in zip(generated, new, strict=True):
+            ids.extend(tokens)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(out).eval()
     expected = theirs.generate(
         torch.tensor(prompts), max_new_tokens=200, do_sample=False, pad_token_id=0,
         eos_token_id=None, use_cache=True,
     )  # fmt: skip
-    assert len(found[0]) == 200 and len(set(found[0])) > 20
-    assert found == expected[:, 24:].tolist()
+    assert len(generated[0]) == 200 and len(set(generated[0])) > 20
+    assert generated == expected[:, 24:].tolist()

@@ -14,7 +14,7 @@ from gpt3jax import errors, step
 from gpt3jax.checkpoint import parameters
 from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
-from gpt3jax.evaluate import scoring
+from gpt3jax.evaluate import token_losses, windows
 
 import tiny
 
@@ -36,7 +36,7 @@ def make_config(kind="dense", **data):
 @functools.cache
 def make_scorer(cfg, mesh=None, batch_size=4):
     program = step.build(cfg, mesh or tiny.one_device_mesh(), 1)
-    return scoring.Scorer(tiny.random_params(cfg.model), program, cfg.data, batch_size)
+    return token_losses.Scorer(tiny.random_params(cfg.model), program, cfg.data, batch_size)
 
 
 def make_rows(n, lengths=(33, 5, 20, 2, 32), seed=0):
@@ -46,10 +46,10 @@ def make_rows(n, lengths=(33, 5, 20, 2, 32), seed=0):
 
 def score(scorer, rows):
     """Return the losses and bools of any number of rows, each joined."""
-    found = []
+    scored = []
     for i in range(0, len(rows), scorer.n_rows):
-        found += scorer.score(rows[i : i + scorer.n_rows])
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+        scored += scorer.score(rows[i : i + scorer.n_rows])
+    return tuple(np.concatenate(parts) for parts in zip(*scored, strict=True))
 
 
 def plain_logits(params, inputs):
@@ -78,7 +78,7 @@ def plain_losses(logits, targets):
 def test_every_token_counts_once_with_the_context_that_was_promised(n_tokens, seq_len, data):
     stride = data.draw(st.integers(1, seq_len))
     counted = []
-    for first, start, stop in scoring.windows(n_tokens, seq_len, stride):
+    for first, start, stop in windows.windows(n_tokens, seq_len, stride):
         assert stop - first == min(seq_len, n_tokens)
         assert not counted or start - first >= seq_len - stride
         counted += range(start, stop)
@@ -92,8 +92,8 @@ def test_losses_are_those_of_the_training_network(kind):
     likeliest = plain_logits(params, rows[0][:1])[0].argmax()
     assert likeliest < tiny.VOCAB
     rows.append(np.asarray([rows[0][0], likeliest]))
-    found = make_scorer(cfg, batch_size=6).score(rows)
-    for row, (losses, greedy) in zip(rows, found, strict=True):
+    scored = make_scorer(cfg, batch_size=6).score(rows)
+    for row, (losses, greedy) in zip(rows, scored, strict=True):
         logits = plain_logits(params, row[:-1])
         np.testing.assert_allclose(losses, plain_losses(logits, row[1:]), rtol=1e-5, atol=1e-5)
         assert (greedy == (logits.argmax(-1) == row[1:])).all()
@@ -105,15 +105,15 @@ def test_windows_give_what_each_token_has_in_its_context_alone(stride):
     cfg = make_config()
     scorer, params = make_scorer(cfg), tiny.random_params(cfg.model)
     tokens, eod_id, seq_len = make_rows(1, (70,))[0], 7, cfg.model.seq_len
-    rows = list(scoring.window_rows(tokens, eod_id, seq_len, stride))
-    found = np.concatenate([scorer.score([row])[0][0][-n:] for row, n in rows])
+    rows = list(windows.window_rows(tokens, eod_id, seq_len, stride))
+    losses = np.concatenate([scorer.score([row])[0][0][-n:] for row, n in rows])
     stream = np.asarray([eod_id, *tokens])
     stops = [min(70, seq_len + i * stride) for i in range(80)]
     for i in range(0, 70, 3):
         stop = next(s for s in stops if s > i)
         context = stream[max(0, stop - seq_len) : i + 1]
         [expected] = plain_losses(plain_logits(params, context)[-1:], tokens[[i]])
-        np.testing.assert_allclose(found[i], expected, atol=2e-5)
+        np.testing.assert_allclose(losses[i], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("axes", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
@@ -129,8 +129,8 @@ def test_no_mesh_changes_a_loss(axes):
 def test_no_other_row_and_no_padding_changes_a_loss(batch_size):
     cfg, rows = make_config(), make_rows(9)
     expected = score(make_scorer(cfg, batch_size=4), rows)
-    found = score(make_scorer(cfg, batch_size=batch_size), rows)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    losses = score(make_scorer(cfg, batch_size=batch_size), rows)
+    np.testing.assert_allclose(losses[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -139,7 +139,7 @@ def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary(masked):
     params = tiny.random_params(cfg.model)
     params.embedding_VD[...] = jnp.zeros_like(params.embedding_VD[...])  # of the head as well
     program = step.build(cfg, tiny.one_device_mesh(), 1)
-    losses, _ = scoring.Scorer(params, program, cfg.data, 1).score(make_rows(1))[0]
+    losses, _ = token_losses.Scorer(params, program, cfg.data, 1).score(make_rows(1))[0]
     np.testing.assert_allclose(losses, np.log(500 if masked else 512), rtol=1e-6)
 
 
@@ -148,14 +148,14 @@ def test_hugging_face_has_the_same_loss(tmp_path):
     folder = str(tmp_path / "checkpoint")
     convert.from_hf(convert.FromHf(folder=str(GOLDEN), output=folder))
     source = parameters.open_newest(folder, tiny.one_device_mesh())
-    scorer = scoring.Scorer(source.params(), source.program, source.cfg.data, 4)
+    scorer = token_losses.Scorer(source.params(), source.program, source.cfg.data, 4)
     golden = np.load(GOLDEN / "golden.npz")
     ids, logits = golden["input_ids"], golden["logits"].astype(np.float64)
-    found = scorer.score(list(ids))
-    for row, row_logits, (losses, greedy) in zip(ids, logits, found, strict=True):
+    scored = scorer.score(list(ids))
+    for row, row_logits, (losses, greedy) in zip(ids, logits, scored, strict=True):
         np.testing.assert_allclose(losses, plain_losses(row_logits[:-1], row[1:]), atol=1e-4)
         assert (greedy == (row_logits[:-1].argmax(-1) == row[1:])).all()
-    mean = np.concatenate([losses for losses, _ in found]).mean()
+    mean = np.concatenate([losses for losses, _ in scored]).mean()
     np.testing.assert_allclose(mean, golden["loss"], rtol=1e-5)
 
 
@@ -166,10 +166,12 @@ def test_documents_hide_as_they_did_in_training():
         cfg = make_config(reset_position_ids=resets, reset_attention_mask=resets)
         scorer = make_scorer(cfg)
         alone, _ = scorer.score([second])[0]
-        found, _ = scorer.score([joined])[0]
-        assert np.allclose(found[-len(alone) :], alone, atol=1e-5) == resets
+        losses, _ = scorer.score([joined])[0]
+        assert np.allclose(losses[-len(alone) :], alone, atol=1e-5) == resets
 
 
 def test_a_token_that_the_model_does_not_know_is_an_error():
-    with pytest.raises(errors.UserError, match=r"ids from 1 to 500, and the model has .* 0 to 499"):
+    with pytest.raises(
+        errors.UserError, match=r"ids from 1 to 500, but the model knows ids from 0 to 499"
+    ):
         make_scorer(make_config()).score([np.asarray([1, 500, 3])])

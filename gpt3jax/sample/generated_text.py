@@ -2,27 +2,30 @@
 
 from collections.abc import Sequence
 
-from gpt3jax.data import tokenizer
+from gpt3jax.data import tokenizer as tokenization
+from gpt3jax.sample import generate
 
 
-class RowText:
+class GeneratedText:
     """Turns a row's tokens into text that can be shown at once.
 
     Attributes:
-        tokens: the row's tokens so far, up to those that ended it; the end-of-text token included.
-        offsets: where each token's text begins (characters behind the prompt).
-        reason: why it ended, "stop" or "length"; empty before.
+        tokens: the row's tokens so far, including those that ended it (a stop string's, or the
+            end-of-text token).
+        offsets: where each token's text begins (characters after the prompt).
+        reason: why the text ended, "stop" or "length"; empty while it grows.
     """
 
     def __init__(
         self,
-        text: tokenizer.Tokenizer,
+        tokenizer: tokenization.Tokenizer,
         prompt: Sequence[int],
         limit: int,
         stops: Sequence[str] = (),
+        *,
         ignore_eod: bool = False,
     ):
-        """Begin behind a prompt.
+        """Begin after a prompt.
 
         The text ends before the first of `stops`, with the end-of-text token, or after `limit`
         tokens.
@@ -30,8 +33,9 @@ class RowText:
         self.tokens: list[int] = []
         self.offsets: list[int] = []
         self.reason = "" if limit else "length"
-        self._stream, self._limit, self._stops = tokenizer.TextStream(text, prompt), limit, stops
-        self._eod_id = -1 if ignore_eod else text.eod_id
+        self._stream, self._limit = tokenization.TextStream(tokenizer, prompt), limit
+        self._stops = stops
+        self._eod_id = -1 if ignore_eod else tokenizer.eod_id
         self._n_decoded = 0
         self._held = ""  # may be the beginning of a stop string
 
@@ -56,11 +60,22 @@ class RowText:
         return new[: len(new) - n_held]
 
 
-def offsets(text: tokenizer.Tokenizer, ids: Sequence[int]) -> list[int]:
+def begin(
+    generator: generate.Generator,
+    tokenizer: tokenization.Tokenizer,
+    row: generate.Row,
+    stops: Sequence[str] = (),
+) -> GeneratedText:
+    """Return the text of a row that is about to be generated."""
+    limit = generator.limit(row.prompt, row.options)
+    return GeneratedText(tokenizer, row.prompt, limit, stops, ignore_eod=row.options.ignore_eod)
+
+
+def offsets(tokenizer: tokenization.Tokenizer, ids: Sequence[int]) -> list[int]:
     """Return where the text of each of these tokens begins (characters)."""
-    row = RowText(text, (), len(ids), ignore_eod=True)
-    row.add(ids)
-    return row.offsets
+    text = GeneratedText(tokenizer, (), len(ids), ignore_eod=True)
+    text.add(ids)
+    return text.offsets
 
 
 def _n_begun(text: str, stop: str) -> int:

@@ -1,11 +1,10 @@
-"""Losses of given tokens under a model, on any mesh; and the windows that cut a long stream.
+"""The loss of each token of given rows under a model, on any mesh.
 
 Rows are padded on the right, which a causal network does not see, and their length is rounded up,
 so that programs are compiled for few shapes.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +21,19 @@ from gpt3jax.sharding import rules
 _LOGITS_AT_ONCE = 256  # positions of each row whose logits are held
 
 
+class RowLosses(NamedTuple):
+    """The losses (nats) of a row's tokens but the first, and whether each is the likeliest one."""
+
+    losses: np.ndarray
+    is_likeliest: np.ndarray
+
+
 class Scorer:
     """One model on one mesh.
 
     Attributes:
         seq_len: the longest context (tokens).
-        n_rows: rows of one batch, `batch_size` rounded up to what the mesh splits.
+        n_rows: rows of one batch: `batch_size` rounded up to a multiple of the mesh's shards.
     """
 
     def __init__(self, params: gpt.GPT, program: step.Program, data: schema.Data, batch_size: int):
@@ -38,14 +44,13 @@ class Scorer:
         self._params, self._program, self._data = params, program, data
         self._losses = jax.jit(token_losses, static_argnames="compute")
 
-    def score(self, rows: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return of each row of n + 1 tokens the losses (nats) of the last n, and what greedy gets.
+    def score(self, rows: list[np.ndarray]) -> list[RowLosses]:
+        """Return the losses of each row: n of n + 1 tokens, each in the context of those before it.
 
-        A token is scored in the context of those before it; the bools tell whether it is the
-        likeliest one there. At most `n_rows` rows of at most seq_len + 1 tokens.
+        At most `n_rows` rows of at most seq_len + 1 tokens.
 
         Raises:
-            UserError: a token is not of the model's vocabulary.
+            UserError: a token is not in the model's vocabulary.
         """
         assert len(rows) <= self.n_rows and max(map(len, rows)) <= self.seq_len + 1
         lengths = [len(row) - 1 for row in rows]
@@ -55,17 +60,19 @@ class Scorer:
             _check(row, self._params.model)
             out[: len(row)] = row
         tokens_BT = padded[:, :-1]
-        effects = samples.end_of_document_effects(tokens_BT, self._data)
+        # Not the loss mask: every token counts.
+        _, positions_BT, segments_BT = samples.end_of_document_effects(tokens_BT, self._data)
         with jax.set_mesh(self._program.mesh):
-            losses_BT, greedy_BT = self._losses(
+            losses_BT, is_likeliest_BT = self._losses(
                 self._params,
                 tokens_BT,
                 padded[:, 1:],
-                *effects[1:],  # not the mask: every token counts
+                positions_BT,
+                segments_BT,
                 compute=self._program.compute,
             )
-        found = zip(np.asarray(losses_BT), np.asarray(greedy_BT), lengths, strict=False)
-        return [(losses[:n], greedy[:n]) for losses, greedy, n in found]
+        arrays = zip(np.asarray(losses_BT), np.asarray(is_likeliest_BT), lengths, strict=False)
+        return [RowLosses(losses[:n], is_likeliest[:n]) for losses, is_likeliest, n in arrays]
 
 
 def token_losses(
@@ -87,7 +94,7 @@ def token_losses(
     n_positions = tokens_BT.shape[1]
     size = max(n for n in range(1, _LOGITS_AT_ONCE + 1) if n_positions % n == 0)
 
-    def chunk(start: Array) -> tuple[Array, Array]:
+    def score_chunk(start: Array) -> tuple[Array, Array]:
         x, targets = (jax.lax.dynamic_slice_in_dim(a, start, size, 1) for a in (x_BTD, targets_BT))
         logits_BTV = loss.logits(x, head_VD, params.model.softmax_size)
         hits_BTV = jnp.arange(logits_BTV.shape[-1]) == targets[..., None]
@@ -95,43 +102,17 @@ def token_losses(
         losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
         return losses_BT, jnp.argmax(logits_BTV, axis=-1) == targets
 
-    def joined(parts: Array) -> Array:
-        return jnp.moveaxis(parts, 0, 1).reshape(targets_BT.shape)
+    def join(chunks: Array) -> Array:
+        return jnp.moveaxis(chunks, 0, 1).reshape(targets_BT.shape)
 
-    parts: Any = jax.lax.map(chunk, jnp.arange(0, n_positions, size))
-    return joined(parts[0]), joined(parts[1])
-
-
-def windows(n_tokens: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first, counted, stop): tokens [first, stop) are a window, [counted, stop) count in it.
-
-    Every token counts once. The first window counts all of its seq_len tokens, the others the last
-    `stride` of theirs, which so have seq_len - stride tokens or more of the window before them.
-    The last window ends with the stream, and is as long as the others.
-    """
-    counted = 0
-    while counted < n_tokens:
-        stop = min(n_tokens, counted + (stride if counted else seq_len))
-        yield max(0, stop - seq_len), counted, stop
-        counted = stop
-
-
-def window_rows(
-    tokens: np.ndarray, eod_id: int, seq_len: int, stride: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield a row for `Scorer.score` of each window of a stream, and how many of its tokens count.
-
-    Those are its last ones. Before the stream's first token stands the end-of-document token.
-    """
-    for first, counted, stop in windows(len(tokens), seq_len, stride):
-        before = tokens[first - 1 : first] if first else [eod_id]
-        yield np.concatenate([before, tokens[first:stop]]), stop - counted
+    losses, is_likeliest = jax.lax.map(score_chunk, jnp.arange(0, n_positions, size))
+    return join(losses), join(is_likeliest)
 
 
 def _check(row: np.ndarray, cfg: schema.Model) -> None:
     low, high = int(row.min()), int(row.max())
     if low < 0 or high >= cfg.vocab_size:
         raise errors.UserError(
-            f"there are token ids from {low} to {high}, and the model has those from 0 to "
+            f"there are token ids from {low} to {high}, but the model knows ids from 0 to "
             f"{cfg.vocab_size - 1}: use the tokenizer or a corpus that it was trained with"
         )

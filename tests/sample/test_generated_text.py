@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from gpt3jax.data import tokenizer, tokenizer_sources, tokenizer_training
-from gpt3jax.sample import row_text
+from gpt3jax.sample import generated_text
 
 TEXT = "the cat sat on the mat, na\u00efve \u65e5\u672c\u8a9e \U0001f680  two spaces\nthe end\u00e9"
 END = tokenizer.END_OF_TEXT
@@ -55,7 +55,7 @@ def text(request, tmp_path_factory):
 
 def grow(text, ids, before=(), stops=(), cut=1):
     """Return the parts of a row's text, `cut` tokens at a time."""
-    row = row_text.RowText(text, before, len(ids), stops)
+    row = generated_text.GeneratedText(text, before, len(ids), stops)
     parts = [row.add(ids[i : i + cut]) for i in range(0, len(ids), cut)]
     assert row.reason == "length" or stops
     return parts
@@ -76,7 +76,7 @@ def test_text_goes_on_where_the_prompt_ends(text):
         assert prompt.add(ids[:n]) + "".join(grow(text, ids[n:], ids[:n], cut=8)) == TEXT, n
 
 
-def test_half_a_character_waits_and_is_told_at_the_end(tmp_path):
+def test_half_a_character_waits_and_is_shown_at_the_end(tmp_path):
     for text in (byte_level(tmp_path), byte_fallback(tmp_path)):
         half = text.encode("\u65e5")[-3:-1]
         stream = tokenizer.TextStream(text)
@@ -88,17 +88,16 @@ def test_bytes_that_are_no_text_do_not_hold_up_the_rest(tmp_path):
     for text in (byte_level(tmp_path), byte_fallback(tmp_path)):
         stream = tokenizer.TextStream(text)
         broken = text.encode("\u65e5")[-2:] * 3  # continuation bytes alone
-        told = stream.add(broken) + stream.add(text.encode("at"))
-        assert told.rstrip().endswith("at") and told.count("\ufffd") == 6
-        assert len(told) - len(told.rstrip("\ufffd")) == 0
+        shown = stream.add(broken) + stream.add(text.encode("at"))
+        assert shown.endswith("at") and shown.count("\ufffd") == 6
 
 
 def test_a_broken_character_does_not_spoil_those_before_it(tmp_path):
     text = byte_fallback(tmp_path)
     before, half = text.encode("\u65e5\u672c"), text.encode("\u8a9e")[-3:-1]
     stream = tokenizer.TextStream(text)
-    told = stream.add([*before, *half]) + stream.add(text.encode("the"))
-    assert told.startswith("\u65e5\u672c\ufffd") and told.endswith("the")
+    shown = stream.add([*before, *half]) + stream.add(text.encode("the"))
+    assert shown.startswith("\u65e5\u672c\ufffd") and shown.endswith("the")
 
 
 @hypothesis.given(data=st.data())
@@ -122,25 +121,25 @@ def test_text_ends_before_the_first_stop(text, stops):
     expected = TEXT[: min((TEXT.find(stop) for stop in stops if stop in TEXT), default=None)]
     for cut in (1, 8):
         assert "".join(grow(text, ids, stops=stops, cut=cut)) == expected
-    row = row_text.RowText(text, (), len(ids) + 1, stops)
+    row = generated_text.GeneratedText(text, (), len(ids) + 1, stops)
     row.add(ids)
     assert row.reason == ("stop" if stops else "") and len(row.tokens) < len(ids) + bool(not stops)
 
 
 def test_a_row_ends_with_the_end_of_text_or_at_its_limit(text):
     ids = [*text.encode("the cat"), text.eod_id, *text.encode("sat")]
-    row = row_text.RowText(text, (), 100)
+    row = generated_text.GeneratedText(text, (), 100)
     assert row.add(ids) == "the cat" and row.reason == "stop" and row.tokens[-1] == text.eod_id
-    row = row_text.RowText(text, (), 100, ignore_eod=True)
+    row = generated_text.GeneratedText(text, (), 100, ignore_eod=True)
     assert END in row.add(ids) and not row.reason
-    row = row_text.RowText(text, (), 1)
+    row = generated_text.GeneratedText(text, (), 1)
     assert row.add(ids) and row.reason == "length" and row.tokens == ids[:1]
-    assert row_text.RowText(text, (), 0).reason == "length"
+    assert generated_text.GeneratedText(text, (), 0).reason == "length"
 
 
 def test_offsets_are_where_each_tokens_text_begins(text):
     ids = text.encode(TEXT)
-    row = row_text.RowText(text, (), len(ids))
+    row = generated_text.GeneratedText(text, (), len(ids))
     row.add(ids)
     assert len(row.offsets) == len(ids) and row.offsets == sorted(row.offsets)
     for token, offset in zip(ids, row.offsets, strict=True):

@@ -8,12 +8,13 @@ from gpt3jax.config import ranges, validation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the text of one row is chosen, and where it ends."""
+    """How the tokens of one row are chosen, and where its text ends."""
 
     max_new_tokens: ranges.Count = 128
-    """Length of the text at most (tokens); it also ends where the model's context is full."""
+    """Greatest length of the text (tokens); it also ends where the model's context is full."""
     temperature: Annotated[float, ranges.Range(0, 100)] = 1.0
-    """Divides the logits: below 1 bolder, above 1 more varied; 0 always takes the likeliest."""
+    """Divides the logits: text is more predictable below 1, more varied above 1; 0 always chooses
+    the likeliest token."""
     top_k: ranges.Count = 0
     """Choose among this many likeliest tokens (0: among all)."""
     top_p: Annotated[float, ranges.Range(0, 1, excluded=0)] = 1.0
@@ -27,6 +28,6 @@ class Options:
         """Check the ranges.
 
         Raises:
-            UserError: it names the field, the value and the range.
+            UserError: a value is out of its range; the message names the field.
         """
         validation.check_ranges(self)
