@@ -22,7 +22,6 @@ import tyro
 from gpt3jax.config import command, schema, user_paths, validation
 from gpt3jax.convert import hf_gpt2, hf_tokenizer, megatron, tensor_files
 from gpt3jax.data import tokenizer, tokenizer_files, tokenizer_sources
-from gpt3jax.sharding import meshes
 
 if TYPE_CHECKING:
     from gpt3jax.checkpoint import parameters
@@ -85,6 +84,7 @@ def to_hf(options: ToHf) -> str:
             the output folder is not empty, or weights are not finite.
     """
     from gpt3jax.checkpoint import parameters
+    from gpt3jax.sharding import meshes
 
     output = pathlib.Path(options.output)
     source = parameters.open_newest(options.checkpoint, meshes.make_mesh(schema.Mesh()))
