@@ -25,7 +25,7 @@ from gpt3jax.data import loader
 from gpt3jax.distributed import joining
 from gpt3jax.record import recording
 from gpt3jax.run import startup, stopping
-from gpt3jax.watch import oversight, phases
+from gpt3jax.watch import phases, watchers
 
 
 def parse(args):
@@ -91,7 +91,7 @@ def without(run, state, start):
 def watched(run, state, start):
     """Return the state after the steps of `train.loop`, and the seconds of one."""
     cfg = run.cfg
-    with contextlib.redirect_stdout(io.StringIO()), oversight.Oversight(cfg) as overseer:
+    with contextlib.redirect_stdout(io.StringIO()), watchers.Oversight(cfg) as overseer:
         overseer.begin(start.step)
         with (
             recording.Recorder(

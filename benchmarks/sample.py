@@ -22,6 +22,11 @@ import time
 
 import numpy as np
 
+from gpt3jax.checkpoint import parameters
+from gpt3jax.config import schema
+from gpt3jax.convert import __main__ as convert
+from gpt3jax.sample import generate, sampling_options
+
 PEERS = ("gpt3jax", "hf")
 CALLS = 2
 
@@ -92,9 +97,6 @@ def write_weights(folder, options):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from gpt3jax.checkpoint import parameters
-    from gpt3jax.config import schema
-    from gpt3jax.convert import __main__ as convert
 
     model = schema.Model(
         n_layers=options.layers, d_model=options.width, n_heads=options.heads,
@@ -138,9 +140,6 @@ def load_ours(folder, options):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from gpt3jax.checkpoint import parameters
-    from gpt3jax.config import schema
-    from gpt3jax.sample import generate, sampling_options
 
     source = parameters.open_for_use(str(folder / "gpt3jax"), schema.Mesh(), "float32")
     program = source.program

@@ -23,6 +23,8 @@ import time
 
 import numpy as np
 
+from gpt3jax import step
+from gpt3jax.config import recipe
 from gpt3jax.data import global_batch
 from gpt3jax.distributed import joining
 from gpt3jax.sharding import meshes
@@ -132,9 +134,6 @@ def timed(step, n_tokens):
 
 def measure_ours(args):
     import jax
-
-    from gpt3jax import step
-    from gpt3jax.config import recipe
 
     cfg = recipe.parse(args)
     joining.start(cfg.distributed, cfg.mesh)

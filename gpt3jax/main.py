@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from gpt3jax import errors
-from gpt3jax.config import command, recipe
+from gpt3jax.config import command_line, recipe
 from gpt3jax.hardware import xla_flags
 from gpt3jax.record import console
 
@@ -13,16 +13,16 @@ from gpt3jax.record import console
 def main() -> int:
     """Parse, join the other processes, train; return the exit status."""
     try:
-        with command.Outcome() as outcome:
+        with command_line.Outcome() as outcome:
             cfg = recipe.parse(sys.argv[1:])
             xla_flags.check(os.environ.get("XLA_FLAGS", ""))
             from gpt3jax import train  # after parsing: importing JAX takes seconds
             from gpt3jax.distributed import joining
-            from gpt3jax.run import replay
+            from gpt3jax.run import step_replay
 
             joining.start(cfg.distributed, cfg.mesh)
             if cfg.train.replay_step:
-                outcome.status = replay.replay(cfg)
+                outcome.status = step_replay.replay(cfg)
             else:
                 outcome.status = errors.DONE if train.train(cfg) else errors.REQUEUE
     except Exception:

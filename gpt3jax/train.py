@@ -20,10 +20,10 @@ from gpt3jax.config import schema
 from gpt3jax.data import loader
 from gpt3jax.distributed import messages
 from gpt3jax.hardware import flops
-from gpt3jax.preflight import joint
+from gpt3jax.preflight import across_processes
 from gpt3jax.record import recording
 from gpt3jax.run import folder_lock, profiling, saving, start_report, startup, step_log, stopping
-from gpt3jax.watch import oversight, phases
+from gpt3jax.watch import phases, watchers
 
 
 def train(cfg: schema.Config) -> bool:
@@ -34,13 +34,13 @@ def train(cfg: schema.Config) -> bool:
             run holds a folder; later, if another run has taken a folder, or a loss is not finite.
         TransientError: the last checkpoint cannot be written, or replicas differ.
     """
-    preflight = joint.before_devices(cfg)
-    with folder_lock.Hold(cfg) as held, oversight.Oversight(cfg) as overseer:
+    preflight = across_processes.before_devices(cfg)
+    with folder_lock.Hold(cfg) as held, watchers.Oversight(cfg) as overseer:
         clock = overseer.clock
         started = startup.start_or_resume(cfg, clock, held.lost)
         run, start = started.run, started.position
         overseer.begin(start.step)
-        warnings = joint.before_step(preflight, run, start.samples)
+        warnings = across_processes.before_step(preflight, run, start.samples)
         with _open_recorder(run, start) as recorder, stopping.Stop(held.known_lost) as stop:
             for line in (*start_report.lines(run), *started.lines, *warnings):
                 recorder.say(line)
@@ -63,7 +63,7 @@ def loop(
     start: step_log.Position,
     recorder: recording.Recorder,
     stop: stopping.Stop,
-    overseer: oversight.Oversight,
+    overseer: watchers.Oversight,
 ) -> tuple[step.TrainState, step_log.Position]:
     """Take steps until the end of the run or a signal; return the last state and position."""
     cfg, clock, position, program = run.cfg, overseer.clock, start, run.program

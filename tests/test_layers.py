@@ -63,10 +63,10 @@ def test_no_room_has_a_cycle(repository):
 
 
 WITHOUT_JAX = (
-    "errors", "config.recipe", "config.validation", "config.command", "config.batch_schedule",
+    "errors", "config.recipe", "config.validation", "config.command_line", "config.batch_schedule",
     "hardware.flops", "hardware.xla_flags", "distributed.launchers", "record.recording",
     "record.console", "watch.phases", "checkpoint.metadata", "plan.options", "preflight.options",
-    "evaluate.options", "sample.options", "convert.hf_gpt2", "convert.mcore",
+    "evaluate.options", "sample.options", "convert.hf_gpt2", "convert.megatron_core",
 )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ AXES = ("data", "stage", "fsdp", "context", "tensor")
 
 def test_mesh_axes_are_named_where_arrays_are_laid_out_alone(repository):
     """Elsewhere an axis is named to ask for its size: `shape["stage"]`."""
-    allowed = {"gradient.pipeline": {"stage"}, "checkpoint.stacking": {"stage"}}
+    allowed = {"gradient.pipeline": {"stage"}, "checkpoint.layer_stacking": {"stage"}}
     allowed |= {"config.validation": set(AXES)}  # the fields of config.mesh
     for module, path in modules(repository):
         if room(module) in ("sharding", "plan", "evaluate", "sample"):

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from gpt3jax.model import loss
+
 import one_device
 import tiny
 
@@ -105,8 +107,6 @@ def test_more_tokens_than_vocabulary_entries_train_alike(sequence_parallel):
 
 def test_the_mean_of_microbatch_means_is_megatrons():
     """By hand: groups of microbatch_size sequences, each a mean, then the mean of the means."""
-    from gpt3jax.model import loss
-
     mask = np.random.default_rng(0).random((2, 4, 8)) < 0.5
     losses = np.random.default_rng(1).random((2, 4, 8))
     groups = [(m, slice(r, r + 2)) for m in range(2) for r in (0, 2)]

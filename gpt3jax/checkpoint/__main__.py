@@ -22,7 +22,7 @@ from rich import box, console, table
 
 from gpt3jax import errors
 from gpt3jax.checkpoint import listing, metadata, sample_order
-from gpt3jax.config import command, ranges, schema, user_paths
+from gpt3jax.config import command_line, ranges, schema, user_paths
 
 if TYPE_CHECKING:
     from gpt3jax.checkpoint import partial_reading
@@ -267,11 +267,11 @@ def main() -> int:
     }
 
     def run_command() -> int:
-        options = command.parse(commands, "checkpoint", __doc__)
+        options = command_line.parse(commands, "checkpoint", __doc__)
         out = console.Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         return run[type(options)](options, out)
 
-    return command.run(run_command)
+    return command_line.run(run_command)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ class Meta:
     config: dict[str, Any]  # fields of several types
     only_params: bool = False
     """The checkpoint has parameters alone: a run starts with them at step 0."""
-    faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # as `faults.Faults` wrote it
-    """The state of `faults.Faults`, which a resumed run continues."""
-    history: Sequence[dict[str, Any]] = ()  # as `resume.history_entry` wrote it
+    faults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The state of `numerical_faults.Faults`, which a resumed run continues."""
+    history: Sequence[dict[str, Any]] = ()
     """What earlier starts of the run changed, as in config.json (`resume.history_entry`)."""
     mesh: str = ""
     """The mesh of the run that wrote it, in words."""

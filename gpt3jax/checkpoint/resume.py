@@ -11,7 +11,7 @@ import jax
 from gpt3jax import optimizer, step
 from gpt3jax.checkpoint import metadata, sample_order
 from gpt3jax.config import batch_schedule, schema
-from gpt3jax.data import skipping
+from gpt3jax.data import skipped_samples
 
 # The folders of a run and the way it is started change nothing that it computes.
 _WITHOUT_INFLUENCE = (
@@ -62,8 +62,8 @@ def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, object]:
     fields = schema.flatten(cfg).items()
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     start = (meta.step, meta.consumed_samples)
-    _, n_samples = skipping.run_length(cfg, schedule, *start)
-    end = skipping.from_config(cfg.data).end(schedule, *start, n_samples)
+    _, n_samples = skipped_samples.run_length(cfg, schedule, *start)
+    end = skipped_samples.from_config(cfg.data).end(schedule, *start, n_samples)
     schedules = (cfg.optimizer, n_samples, int(state.schedule_samples))
     next_step = {
         "batch size": schedule.size(meta.consumed_samples),

@@ -25,11 +25,11 @@ from gpt3jax.checkpoint import (
     array_blocks,
     array_digests,
     array_names,
+    layer_stacking,
     metadata,
     orbax_errors,
     partial_reading,
     retention,
-    stacking,
 )
 from gpt3jax.config import user_paths
 from gpt3jax.distributed import messages
@@ -286,7 +286,9 @@ class Checkpoints:
             DamagedError: files are missing, cut or changed; it names the arrays.
         """
         meta, path = self.read_meta(step), self.path(step)
-        layout = partial_reading.only(stacking.as_written(abstract_state, meta.config), wanted)
+        layout = partial_reading.only(
+            layer_stacking.as_written(abstract_state, meta.config), wanted
+        )
         with orbax_errors.named(path):
             expected = self.read_digests(step, meta, abstract_state)
             if partial_reading.NOT_READ in jax.tree.leaves(layout):
@@ -297,7 +299,9 @@ class Checkpoints:
         partial_reading.check_digests(path, state, expected)
 
         def restack(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:  # an array, or not read
-            return leaf if leaf is partial_reading.NOT_READ else stacking.restacked(leaf, like)
+            return (
+                leaf if leaf is partial_reading.NOT_READ else layer_stacking.restacked(leaf, like)
+            )
 
         return jax.tree.map(restack, state, abstract_state)
 
@@ -312,8 +316,8 @@ class Checkpoints:
         meta, path = self.read_meta(step), self.path(step)
         with orbax_errors.named(path):
             expected = self.read_digests(step, meta, abstract_state)[name]
-        layout = stacking.as_written(abstract_state, meta.config)
-        n_stacked = dict(array_names.named_leaves(stacking.stacked_dims(layout)))[name]
+        layout = layer_stacking.as_written(abstract_state, meta.config)
+        n_stacked = dict(array_names.named_leaves(layer_stacking.stacked_dims(layout)))[name]
         yield from partial_reading.read_blocks(path, name, n_stacked, expected)
 
     def set_aside(self, steps: list[int]) -> None:
@@ -357,4 +361,4 @@ def _steps_in(folder: pathlib.Path) -> set[int]:
 
 def _save_args(state: array_names.PyTree) -> array_names.PyTree:
     """Return, for each array, how it is cut."""
-    return jax.tree.map(array_blocks.save_args, stacking.stacked_dims(state))
+    return jax.tree.map(array_blocks.save_args, layer_stacking.stacked_dims(state))

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from gpt3jax.checkpoint import (
     array_names,
+    layer_stacking,
     metadata,
     orbax_errors,
     partial_reading,
-    stacking,
     storage,
 )
 
@@ -28,8 +28,8 @@ def verify(
             raise ValueError(f"it does not have {', '.join(missing)}")
         # Orbax needs files of its own as well: it reads the smallest array.
         partial_reading.read_some(path, _smallest_alone(abstract_state, meta), meta)
-    layout = stacking.as_written(abstract_state, meta.config)
-    n_stacked = dict(array_names.named_leaves(stacking.stacked_dims(layout)))
+    layout = layer_stacking.as_written(abstract_state, meta.config)
+    n_stacked = dict(array_names.named_leaves(layer_stacking.stacked_dims(layout)))
     changed = []
     for name in names:
         try:
@@ -44,7 +44,7 @@ def verify(
 
 def _smallest_alone(abstract_state: array_names.PyTree, meta: metadata.Meta) -> array_names.PyTree:
     """Return the layout as written with only the smallest array in it."""
-    layout = stacking.as_written(abstract_state, meta.config)
+    layout = layer_stacking.as_written(abstract_state, meta.config)
     names = array_names.saved_names(abstract_state, meta)
     sizes = {name: leaf.size for name, leaf in array_names.named_leaves(layout) if name in names}
     smallest = min(sizes, key=lambda name: sizes[name])

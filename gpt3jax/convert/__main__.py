@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import tyro
 
-from gpt3jax.config import command, schema, user_paths, validation
+from gpt3jax.config import command_line, schema, user_paths, validation
 from gpt3jax.convert import hf_gpt2, hf_tokenizer, megatron, tensor_files
 from gpt3jax.data import tokenizer, tokenizer_files, tokenizer_sources
 
@@ -137,13 +137,13 @@ def main() -> int:
     }
 
     def convert() -> None:
-        options = command.parse(commands, "convert", __doc__)
+        options = command_line.parse(commands, "convert", __doc__)
         import jax  # after parsing: importing it takes seconds
 
         jax.config.update("jax_platforms", "cpu")
         print(run[type(options)](options))
 
-    return command.run(convert)
+    return command_line.run(convert)
 
 
 if __name__ == "__main__":

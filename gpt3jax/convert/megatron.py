@@ -12,7 +12,7 @@ import tyro
 
 from gpt3jax import errors
 from gpt3jax.config import ranges, schema, user_paths, validation
-from gpt3jax.convert import mcore, tensor_files, torch_files
+from gpt3jax.convert import megatron_core, tensor_files, torch_files
 
 if TYPE_CHECKING:
     from gpt3jax.checkpoint import parameters
@@ -74,9 +74,9 @@ def from_megatron(options: FromMegatron) -> str:
         args = _safetensors_args(folder / _ARGS, reader, options.n_heads)
     else:
         path, args, files_of_ranks = torch_files.read(path)
-        mcore.check(str(path), args)
+        megatron_core.check(str(path), args)
         shards = _merged(path, files_of_ranks)
-    model, eod_id = mcore.model_of(str(path), args, options.vocab_size)
+    model, eod_id = megatron_core.model_of(str(path), args, options.vocab_size)
     data = schema.Data(eod_id=eod_id)
     validation.check_model(model, data)
     _check_tensors(path, shards, model)
@@ -105,7 +105,7 @@ def to_megatron(options: ToMegatron) -> str:
     model = parameters.find(options.checkpoint)[2].model  # with its dropout
     tensor_files.check_empty(output)
     _check_sizes(options, model)
-    args = mcore.args_of(
+    args = megatron_core.args_of(
         model, source.cfg.data.eod_id, options.tensor, options.pipeline, options.transformer_impl
     )
     if options.format == "torch":
@@ -159,7 +159,7 @@ class _Rows:
 
     def __call__(self, name: str, shape: tuple[int, ...], first: int, stop: int) -> np.ndarray:
         """Return rows of one of our parameters in fp32."""
-        if mcore.TENSORS[name].in_layer:
+        if megatron_core.TENSORS[name].in_layer:
             layers = (self._whole(name, shape[1:], i) for i in range(first, stop))
             return np.stack(list(layers))
         if self._last[0] != name:
@@ -167,17 +167,17 @@ class _Rows:
         return self._last[1][first:stop]
 
     def _whole(self, name: str, shape: tuple[int, ...], layer: int) -> np.ndarray:
-        theirs = mcore.TENSORS[name].name.format(layer)
-        split_dim = mcore.TENSORS[name].split_dim
+        theirs = megatron_core.TENSORS[name].name.format(layer)
+        split_dim = megatron_core.TENSORS[name].split_dim
         tensor = joined(self._path, theirs, self._shards[theirs], split_dim)
-        expected = mcore.theirs_shape(name, shape)
+        expected = megatron_core.theirs_shape(name, shape)
         if tensor.shape != expected:
             raise errors.UserError(
                 f"{self._path}: {theirs} has the shape {list(tensor.shape)}, and its arguments say "
                 f"{list(expected)}"
             )
         tensor_files.check_finite(str(self._path), theirs, tensor)
-        return mcore.to_ours(name, tensor, shape)
+        return megatron_core.to_ours(name, tensor, shape)
 
 
 def joined(
@@ -207,7 +207,7 @@ def _merged(path: pathlib.Path, files: list[torch_files.Shard]) -> _Shards:
         n_layers = 0
         for file in part:
             for name, read in file.tensors.items():
-                local = mcore.local_name(name)
+                local = megatron_core.local_name(name)
                 if local.startswith("decoder.layers."):
                     _, _, number, rest = local.split(".", 3)
                     n_layers = max(n_layers, int(number) + 1)
@@ -224,11 +224,13 @@ def _from_safetensors(reader: tensor_files.Reader) -> _Shards:
     def reads(name: str) -> Callable[[], np.ndarray]:
         return lambda: reader.rows(name).astype(np.float32)
 
-    names = [name for name in reader.shapes if not name.endswith(mcore.EXTRA_STATE)]
-    return {mcore.local_name(name): [reads(name)] for name in names}
+    names = [name for name in reader.shapes if not name.endswith(megatron_core.EXTRA_STATE)]
+    return {megatron_core.local_name(name): [reads(name)] for name in names}
 
 
-def _safetensors_args(path: pathlib.Path, reader: tensor_files.Reader, n_heads: int) -> mcore.Args:
+def _safetensors_args(
+    path: pathlib.Path, reader: tensor_files.Reader, n_heads: int
+) -> megatron_core.Args:
     """Return the arguments beside safetensors; without the file, derive them from the shapes."""
     if path.is_file():
         return user_paths.read_json(path)
@@ -237,8 +239,8 @@ def _safetensors_args(path: pathlib.Path, reader: tensor_files.Reader, n_heads: 
             f"{path} does not exist, and the tensors' shapes do not determine the number of "
             "attention heads: give --n-heads N"
         )
-    shapes = {mcore.local_name(name): shape for name, shape in reader.shapes.items()}
-    needed = [mcore.TENSORS[name].name for name in ("embedding_VD", "positions_TD")]
+    shapes = {megatron_core.local_name(name): shape for name, shape in reader.shapes.items()}
+    needed = [megatron_core.TENSORS[name].name for name in ("embedding_VD", "positions_TD")]
     missing = [name for name in needed if len(shapes.get(name, ())) != 2]
     if missing:
         raise errors.UserError(
@@ -260,15 +262,15 @@ def _check_tensors(path: pathlib.Path, shards: _Shards, model: schema.Model) -> 
     tensor_files.check_names(
         path,
         shards.keys(),
-        needed={tensor.name.format(i) for tensor in mcore.TENSORS.values() for i in layers},
-        optional={mcore.HEAD},
+        needed={tensor.name.format(i) for tensor in megatron_core.TENSORS.values() for i in layers},
+        optional={megatron_core.HEAD},
         network=f"GPT with {model.n_layers} layers of its arguments",
     )
-    heads = zip(shards.get(mcore.HEAD, ()), shards[mcore.EMBEDDING], strict=False)
+    heads = zip(shards.get(megatron_core.HEAD, ()), shards[megatron_core.EMBEDDING], strict=False)
     if not all(np.array_equal(head(), table(), equal_nan=True) for head, table in heads):
         raise errors.UserError(
-            f"{path}: {mcore.HEAD} is not {mcore.EMBEDDING}: this GPT has an output layer of its "
-            "own, ours is tied to the embedding"
+            f"{path}: {megatron_core.HEAD} is not {megatron_core.EMBEDDING}: this GPT has an "
+            "output layer of its own, ours is tied to the embedding"
         )
 
 
@@ -281,7 +283,7 @@ def _tensors(source: "parameters.Trained", layers: range) -> Iterator[tuple[str,
         UserError: a tensor has values that are not finite.
     """
     where = str(source.store.folder)
-    for name, tensor in mcore.TENSORS.items():
+    for name, tensor in megatron_core.TENSORS.items():
         theirs = tensor.name
         if not tensor.in_layer:
             yield name, theirs, tensor_files.check_finite(where, theirs, source.whole(name))
@@ -289,13 +291,13 @@ def _tensors(source: "parameters.Trained", layers: range) -> Iterator[tuple[str,
         for i, layer in enumerate(itertools.chain.from_iterable(source.blocks(name))):
             tensor_files.check_finite(where, theirs.format(i), layer)
             if i in layers:
-                yield name, theirs.format(i - layers.start), mcore.to_theirs(name, layer)
+                yield name, theirs.format(i - layers.start), megatron_core.to_theirs(name, layer)
 
 
 def _write_stage(
     folder: pathlib.Path,
     options: ToMegatron,
-    args: mcore.Args,
+    args: megatron_core.Args,
     source: "parameters.Trained",
     stage: int,
 ) -> None:
@@ -306,23 +308,25 @@ def _write_stage(
     holds = {"first": is_first, "all": True, "last": is_last}
     ranks: list[dict[str, np.ndarray | None]] = [{} for _ in range(options.tensor)]
     for name, theirs, tensor in _tensors(source, layers):
-        names = [theirs] if holds[mcore.TENSORS[name].stage] else []
-        if theirs == mcore.EMBEDDING and is_last and not is_first:
-            names.append(mcore.HEAD)
+        names = [theirs] if holds[megatron_core.TENSORS[name].stage] else []
+        if theirs == megatron_core.EMBEDDING and is_last and not is_first:
+            names.append(megatron_core.HEAD)
         for key in names:
             for rank, shard in zip(ranks, _split(name, tensor, options.tensor), strict=True):
                 rank[_their_name(key, options.transformer_impl)] = shard
     for i, rank in enumerate(ranks):
-        extra = dict.fromkeys(mcore.extra_states(per_stage, is_last, options.transformer_impl))
+        extra = dict.fromkeys(
+            megatron_core.extra_states(per_stage, is_last, options.transformer_impl)
+        )
         torch_files.write(folder, args, (i, stage), rank | extra)
 
 
 def _split(name: str, tensor: np.ndarray, n: int) -> list[np.ndarray]:
-    dim = mcore.TENSORS[name].split_dim
+    dim = megatron_core.TENSORS[name].split_dim
     if dim is None:
         return [tensor] * n
     return [np.ascontiguousarray(shard) for shard in np.split(tensor, n, axis=dim)]
 
 
 def _their_name(name: str, implementation: str) -> str:
-    return name if implementation == "local" else mcore.fused_name(name)
+    return name if implementation == "local" else megatron_core.fused_name(name)

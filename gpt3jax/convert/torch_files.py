@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gpt3jax import errors
-from gpt3jax.convert import mcore, tensor_files
+from gpt3jax.convert import megatron_core, tensor_files
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = "model_optim_rng.pt"
@@ -43,7 +43,7 @@ class Shard:
     """For each name, a function that reads the tensor."""
 
 
-def read(folder: pathlib.Path) -> tuple[pathlib.Path, mcore.Args, list[Shard]]:
+def read(folder: pathlib.Path) -> tuple[pathlib.Path, megatron_core.Args, list[Shard]]:
     """Return the folder of the newest iteration, its arguments, and its shards.
 
     A tensor is read only when its function is called.
@@ -79,7 +79,7 @@ def read(folder: pathlib.Path) -> tuple[pathlib.Path, mcore.Args, list[Shard]]:
 
 def write(
     folder: pathlib.Path,
-    args: mcore.Args,
+    args: megatron_core.Args,
     rank: tuple[int, int],
     tensors: Mapping[str, np.ndarray | None],
 ) -> None:

@@ -18,12 +18,20 @@ import numpy as np
 import tyro
 
 from gpt3jax import errors
-from gpt3jax.config import batch_schedule, command, ranges, recipe, schema, user_paths, validation
+from gpt3jax.config import (
+    batch_schedule,
+    command_line,
+    ranges,
+    recipe,
+    schema,
+    user_paths,
+    validation,
+)
 from gpt3jax.data import (
     blend,
     indexed,
     samples,
-    skipping,
+    skipped_samples,
     splits,
     tokenizer,
     tokenizer_sources,
@@ -77,8 +85,8 @@ class Options:
 
 def main() -> int:
     """Parse the options and print what they ask for; return the exit status."""
-    return command.run(
-        lambda: print("\n".join(inspect(command.parse(Options, "data.inspect", __doc__))))
+    return command_line.run(
+        lambda: print("\n".join(inspect(command_line.parse(Options, "data.inspect", __doc__))))
     )
 
 
@@ -215,7 +223,7 @@ def _run_samples(
         return split, _numbers(options.samples)
     if options.which != "train" or options.samples:
         raise errors.UserError("--step shows a training step: leave out --which and --samples")
-    stream = skipping.from_config(cfg.data)
+    stream = skipped_samples.from_config(cfg.data)
     batches = stream.schedule(schedule)
     first = batches.consumed_after(options.step - 1)
     return split, stream.numbers(np.arange(first, first + batches.size(first)))

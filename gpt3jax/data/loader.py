@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, schema
-from gpt3jax.data import blend, global_batch, samples, skipping, splits
+from gpt3jax.data import blend, global_batch, samples, skipped_samples, splits
 
 
 def train_batches(
@@ -30,7 +30,7 @@ def train_batches(
 
     `end` is the position after the batch, in samples consumed or skipped.
     """
-    stream = skipping.from_config(cfg.data)
+    stream = skipped_samples.from_config(cfg.data)
     stretches = stream.schedule(schedule).runs(stream.n_kept(start), stream.n_kept(end))
     batches = _batches(parts.train, cfg, mesh, stretches, stream)
     ends = (
@@ -64,7 +64,7 @@ def _batches(
     cfg: schema.Config,
     mesh: jax.sharding.Mesh,
     stretches: tuple[batch_schedule.Stretch, ...],
-    stream: skipping.Stream = skipping.WHOLE,
+    stream: skipped_samples.Stream = skipped_samples.WHOLE,
 ) -> Iterator[global_batch.Batch]:
     n_rows = global_batch.rows_per_microbatch(cfg, mesh)
     rows = global_batch.local_rows(mesh, n_rows)
@@ -84,7 +84,7 @@ class Batches:
     stretches: tuple[batch_schedule.Stretch, ...]
     n_rows: int  # of a microbatch, over all processes
     rows: np.ndarray  # those of this process
-    stream: skipping.Stream = skipping.WHOLE
+    stream: skipped_samples.Stream = skipped_samples.WHOLE
 
     def __len__(self) -> int:
         return sum(s.n_steps for s in self.stretches)

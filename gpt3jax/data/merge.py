@@ -6,7 +6,7 @@ import sys
 import tqdm
 
 from gpt3jax import errors
-from gpt3jax.config import command, user_paths
+from gpt3jax.config import command_line, user_paths
 from gpt3jax.data import indexed
 
 
@@ -22,7 +22,9 @@ class Options:
 
 def main() -> int:
     """Parse the options, merge, print a line about the result; return the exit status."""
-    return command.run(lambda: print(merge(command.parse(Options, "data.merge", __doc__))))
+    return command_line.run(
+        lambda: print(merge(command_line.parse(Options, "data.merge", __doc__)))
+    )
 
 
 def merge(options: Options) -> str:

@@ -19,7 +19,7 @@ import tqdm
 import tyro
 
 from gpt3jax import errors
-from gpt3jax.config import command, ranges, user_paths
+from gpt3jax.config import command_line, ranges, user_paths
 from gpt3jax.data import documents, indexed, tokenizer, tokenizer_sources
 
 N_BAD_SHOWN = 10  # bad records that the report names
@@ -87,11 +87,11 @@ class Report:
 
 def main() -> int:
     """Parse the options, prepare the corpus, print a report; return the exit status."""
-    return command.run(_prepare_and_report)
+    return command_line.run(_prepare_and_report)
 
 
 def _prepare_and_report() -> None:
-    options = command.parse(Options, "data.prepare", __doc__)
+    options = command_line.parse(Options, "data.prepare", __doc__)
     print("\n".join(report_lines(prepare(options), options)))
 
 

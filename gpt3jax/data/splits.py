@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt3jax import errors
 from gpt3jax.config import ranges, schema
-from gpt3jax.data import blend, indexed, mock, samples, text
+from gpt3jax.data import blend, indexed, mock, samples, text_corpus
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ def open_splits(cfg: schema.Config, n_steps: int, n_samples: int) -> Splits:
         UserError: files that are missing or damaged, tokens beyond the vocabulary, or a split
             without documents or samples.
     """
-    text.check_vocabulary(cfg.data, cfg.model)
+    text_corpus.check_vocabulary(cfg.data, cfg.model)
     sources = open_sources(cfg.data, cfg.model)
     maps = [
         _build_enough(source, name, cfg, n)
@@ -144,7 +144,7 @@ def _describe(corpora: Sequence[indexed.Corpus], n_epochs: str) -> str:
     return (
         f"{sum(c.n_tokens for c in corpora):,} tokens in {sum(map(len, corpora)):,} documents "
         f"of {' '.join(c.prefix for c in corpora)}, {n_epochs} epoch(s), unigram entropy "
-        f"{text.unigram_entropy(corpora[0]):.3f} nats{first_only}"
+        f"{text_corpus.unigram_entropy(corpora[0]):.3f} nats{first_only}"
     )
 
 

@@ -9,17 +9,17 @@ A mesh works as in training; the axes `stage` and `context` are added to `fsdp`.
 
 import sys
 
-from gpt3jax.config import command
+from gpt3jax.config import command_line
 from gpt3jax.evaluate import options as evaluate_options
 
 
 def main() -> int:
     """Parse, evaluate; return the exit status."""
-    return command.run(_evaluate)
+    return command_line.run(_evaluate)
 
 
 def _evaluate() -> None:
-    options = command.parse(evaluate_options.Options, "evaluate", __doc__)
+    options = command_line.parse(evaluate_options.Options, "evaluate", __doc__)
     evaluate_options.check(options)
     from gpt3jax.evaluate import evaluation  # after parsing: JAX takes seconds
 

@@ -65,7 +65,7 @@ class CheckpointLM(TemplateLM):
         """Return the model of lm-eval's `model_args`, on all devices as replicas.
 
         They are `checkpoint`, and `compute_dtype, batch_size, stride` and the fields of
-        `tokenizer.Source`, as the command's options. lm-eval's own `batch_size` counts too.
+        `tokenizer_sources.Source`, as the command's options. lm-eval's own `batch_size` counts too.
 
         Raises:
             UserError: the checkpoint or the tokenizer cannot be used.

@@ -9,7 +9,7 @@ from gpt3jax.config import schema
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import accumulation, pipeline
 from gpt3jax.model import gpt, loss
-from gpt3jax.sharding import layouts, replicas, sequence
+from gpt3jax.sharding import layouts, replica_sums, sequence
 
 _NOISE = 0x64726F70  # sets dropout's keys apart from those of the initial weights
 
@@ -39,9 +39,9 @@ def mean_loss_and_grads(
             compute=compute,
             virtual_stages=cfg.mesh.virtual_stages,
         )
-    on_replicas = replicas.sum_grads_on_replicas
+    on_replicas = replica_sums.sum_grads_on_replicas
     if cfg.mesh.shard_optimizer:
-        on_replicas = replicas.scatter_grads_on_replicas
+        on_replicas = replica_sums.scatter_grads_on_replicas
     sharded = sequence.shard_sequence({**batch, "weights": weights_MBT})
     loss_sum, grads = on_replicas(local, used)(used, sharded)
     n_tokens = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1)
@@ -60,7 +60,7 @@ def loss_sum_and_tokens(
         )
     weights_MBT = batch["loss_mask"].astype(jnp.float32)
     sharded = sequence.shard_sequence({**batch, "weights": weights_MBT})
-    loss_sum = replicas.sum_on_replicas(local, used)(used, sharded)
+    loss_sum = replica_sums.sum_on_replicas(local, used)(used, sharded)
     return loss_sum, batch["loss_mask"].sum(dtype=jnp.float32)
 
 

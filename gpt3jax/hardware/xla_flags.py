@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from gpt3jax import errors
-from gpt3jax.config import command, recipe
+from gpt3jax.config import command_line, recipe
 from gpt3jax.hardware import gpus, nvidia_smi
 
 
@@ -183,7 +183,7 @@ def main(args: Sequence[str] | None = None) -> int:
             lines.append(f'export {name}="${{{name}:-{value}}}"')
         sys.stdout.write("\n".join(lines) + "\n")
 
-    return command.run(print_settings)
+    return command_line.run(print_settings)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from gpt3jax.config import schema
-from gpt3jax.model import attention, dropout, lookup, remat
+from gpt3jax.model import attention, dropout, embedding_lookup, remat
 from gpt3jax.sharding import rules
 
 
@@ -232,8 +232,12 @@ class GPT(nnx.Module):
         out_axes = compute.residual_axes[:2]
         # In fp32, because the gradient of a lookup adds up all places of a token: thousands for a
         # frequent one.
-        x_BTD = lookup.rows(("vocab", "embed"), out_axes, self.embedding_VD[...], tokens_BT)
-        x_BTD += lookup.rows((None, "embed"), out_axes, self.positions_TD[...], positions_BT)
+        x_BTD = embedding_lookup.rows(
+            ("vocab", "embed"), out_axes, self.embedding_VD[...], tokens_BT
+        )
+        x_BTD += embedding_lookup.rows(
+            (None, "embed"), out_axes, self.positions_TD[...], positions_BT
+        )
         x_BTD = x_BTD.astype(compute.dtype)
         if noise is not None:
             x_BTD = dropout.apply(x_BTD, self.model.dropout, noise.fold(self.model.n_layers))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from gpt3jax import errors
-from gpt3jax.config import command, recipe
+from gpt3jax.config import command_line, recipe
 from gpt3jax.hardware import gpus
 from gpt3jax.plan import options
 
@@ -20,19 +20,19 @@ from gpt3jax.plan import options
 def main(args: Sequence[str] | None = None) -> int:
     """Plan and report; the exit status is 2 for errors, 1 where --verify finds a problem."""
     args = sys.argv[1:] if args is None else list(args)
-    return command.run(lambda: _plan(args))
+    return command_line.run(lambda: _plan(args))
 
 
 def _plan(args: Sequence[str]) -> int:
-    request, overrides = command.parse_beside_config(options.Options, "plan", __doc__, args)
+    request, overrides = command_line.parse_beside_config(options.Options, "plan", __doc__, args)
     for path in filter(None, (request.json, request.html, request.dump_hlo)):
         _check_writable(path)
     gpus.find(request.gpu)
     recipe.parse(options.recipe_args(request, overrides), "gpt3jax.plan")
     from gpt3jax.plan import planning  # after parsing: importing JAX takes seconds
 
-    command_line = shlex.join(["python", "-m", "gpt3jax.plan", *args])
-    plan = planning.plan(request, overrides, command_line)
+    shell_line = shlex.join(["python", "-m", "gpt3jax.plan", *args])
+    plan = planning.plan(request, overrides, shell_line)
     if request.verify and (plan.problems or not plan.peak.fits):
         sys.stderr.write("gpt3jax: --verify: this run would fail, for the reason above\n")
         return 1

@@ -31,7 +31,7 @@ from gpt3jax import errors, step
 from gpt3jax.config import batch_schedule, recipe, schema
 from gpt3jax.hardware import gpus, xla_flags
 from gpt3jax.model import cudnn_attention
-from gpt3jax.plan import buffers, hlo
+from gpt3jax.plan import buffer_assignment, hlo
 from gpt3jax.sharding import meshes
 
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -58,7 +58,7 @@ class Compiled:
     peak_bytes: int
     attention: str
     """The implementation of attention: cudnn or xla."""
-    largest_buffers: list[buffers.Buffer]
+    largest_buffers: list[buffer_assignment.Buffer]
     """The largest temporary arrays."""
     cudnn: dict[str, bool]
     """Whether cuDNN's kernels are in the program: forward, backward."""
@@ -109,7 +109,7 @@ class _Answer(TypedDict):
     hlo: str
     """The program's text."""
     largest_buffers: list[dict[str, Any]]
-    """Fields of `buffers.Buffer`."""
+    """Fields of `buffer_assignment.Buffer`."""
 
 
 def missing_extra() -> str:
@@ -198,7 +198,9 @@ def _compiled(answer: _Answer, *, cached: bool) -> Compiled:
         temp_bytes=answer["temp_bytes"],
         peak_bytes=answer["peak_bytes"],
         attention=answer["attention"],
-        largest_buffers=[buffers.Buffer(**buffer) for buffer in answer["largest_buffers"]],
+        largest_buffers=[
+            buffer_assignment.Buffer(**buffer) for buffer in answer["largest_buffers"]
+        ],
         cudnn=hlo.cudnn_attention(answer["hlo"]),
         compile_seconds=answer["compile_seconds"],
         host_bytes=answer["host_bytes"],
@@ -239,7 +241,7 @@ def _compile(request: _Request) -> _Answer:
     # The largest report is the step's: other programs that were compiled have their own.
     dumped = pathlib.Path(request["dump"]).glob("*optimizations-buffer-assignment.txt")
     reports = sorted(dumped, key=lambda file: file.stat().st_size)
-    largest = buffers.largest(reports[-1].read_text(), text) if reports else []
+    largest = buffer_assignment.largest(reports[-1].read_text(), text) if reports else []
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,

@@ -8,9 +8,18 @@ from rich import console
 
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, recipe, schema, user_paths, validation
-from gpt3jax.data import skipping
+from gpt3jax.data import skipped_samples
 from gpt3jax.hardware import gpus
-from gpt3jax.plan import compiler, options, page, placement, report, rows, search, terminal
+from gpt3jax.plan import (
+    compiler,
+    html_page,
+    options,
+    placement,
+    report,
+    report_rows,
+    search,
+    terminal,
+)
 
 MORE_COMPILED = 4  # layouts that a search compiles beyond --n-compiled while none fits
 
@@ -68,14 +77,14 @@ def _parse(recipe_args: list[str]) -> schema.Config:
     """
     cfg = recipe.parse(recipe_args, "gpt3jax.plan")
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    validation.check_schedule(cfg.optimizer, skipping.run_length(cfg, schedule)[1])
+    validation.check_schedule(cfg.optimizer, skipped_samples.run_length(cfg, schedule)[1])
     return cfg
 
 
 def _print_estimate(estimate: report.Report, out: console.Console) -> None:
     """Print the figures of the closed forms, for the minutes until the step is compiled."""
     out.print(
-        f"By closed forms: {estimate.peak.peak_bytes_per_gpu / rows.GIB:.1f} GiB a GPU, "
+        f"By closed forms: {estimate.peak.peak_bytes_per_gpu / report_rows.GIB:.1f} GiB a GPU, "
         f"{estimate.time.step_seconds.expected:.3g} s a step. Compiling the step ..."
     )
 
@@ -95,7 +104,7 @@ def _write(
     if request.json:
         user_paths.write(request.json, json.dumps(report.as_json(built), indent=2) + "\n")
     if request.html:
-        user_paths.write(request.html, page.render(built, command_line))
+        user_paths.write(request.html, html_page.render(built, command_line))
     if request.dump_hlo and compiled:
         user_paths.write(request.dump_hlo, compiled.text)
 

@@ -9,7 +9,14 @@ from typing import Literal
 from gpt3jax.config import batch_schedule, schema
 from gpt3jax.hardware import flops, gpus
 from gpt3jax.model import remat
-from gpt3jax.plan import buffers, compiler, legible, memory_model, placement, time_model
+from gpt3jax.plan import (
+    buffer_assignment,
+    compiler,
+    hlo_checks,
+    memory_model,
+    placement,
+    time_model,
+)
 
 Network = gpus.Network  # Report has a field of the name `gpus`
 Origin = Literal["compiled", "estimated"]
@@ -97,7 +104,7 @@ class CompiledStep:
     argument_bytes: int
     temp_bytes: int
     host_bytes: int
-    largest_buffers: list[buffers.Buffer]
+    largest_buffers: list[buffer_assignment.Buffer]
     cudnn: dict[str, bool]
     cached: bool
 
@@ -267,7 +274,7 @@ def _time(
     expected = times["expected"]
     if compiled:
         least = time_model.estimate(cfg, layout, target.gpu, target.network, "expected")
-        legible.check(cfg, layout, compiled, expected, least)
+        hlo_checks.check(cfg, layout, compiled, expected, least)
     seconds = expected.parts.seconds
     model_flops = time_model.work(cfg, layout).model_flops
     tokens_per_second = cfg.batch.global_batch_size * cfg.model.seq_len / seconds

@@ -3,12 +3,12 @@
 from rich import box, console, table
 
 from gpt3jax.hardware import xla_flags
-from gpt3jax.plan import report, rows
+from gpt3jax.plan import report, report_rows
 
 
 def show(plan: report.Report, out: console.Console) -> None:
     """Print a report as tables, on a console that takes no markup."""
-    out.print(rows.head(plan))
+    out.print(report_rows.head(plan))
     out.print(_memory_table(plan))
     out.print(_collectives_table(plan))
     if plan.compiled:
@@ -17,10 +17,10 @@ def show(plan: report.Report, out: console.Console) -> None:
     out.print(
         "Times are estimates: nothing ran on a GPU. Assumed, as best / expected / worst (shares):"
     )
-    for row in rows.assumptions(plan):
+    for row in report_rows.assumptions(plan):
         out.print(f"  {': '.join(row)}", highlight=False, soft_wrap=True)
-    out.print(f"  {rows.network(plan)}", highlight=False, soft_wrap=True)
-    if not plan.search and (advice := rows.advice(plan)):
+    out.print(f"  {report_rows.network(plan)}", highlight=False, soft_wrap=True)
+    if not plan.search and (advice := report_rows.advice(plan)):
         out.print(advice, soft_wrap=True)
     for problem in plan.problems:
         out.print(f"WARNING: gpt3jax.main would refuse this run: {problem}", soft_wrap=True)
@@ -28,8 +28,8 @@ def show(plan: report.Report, out: console.Console) -> None:
 
 def show_search(layouts: list[report.SearchedLayout], out: console.Console) -> None:
     """Print the layouts that a search compiled, fastest first, with the options of each."""
-    lines = _table("Layouts, fastest first (estimates)", *rows.SEARCHED[:-1])
-    for *cells, _ in rows.searched(layouts):
+    lines = _table("Layouts, fastest first (estimates)", *report_rows.SEARCHED[:-1])
+    for *cells, _ in report_rows.searched(layouts):
         lines.add_row(*cells)
     out.print(lines)
     for i, layout in enumerate(layouts):
@@ -51,18 +51,20 @@ def _memory_table(plan: report.Report) -> table.Table:
     lines = _table(f"Memory of a GPU ({peak.peak_is} peak)", "", "GiB")
     for name, n_bytes in peak.memory.items():
         exact = name in ("parameters", "optimizer", "batch")
-        lines.add_row(f"{name}{'' if exact else ' (estimate)'}", rows.figure(n_bytes / rows.GIB))
+        lines.add_row(
+            f"{name}{'' if exact else ' (estimate)'}", report_rows.figure(n_bytes / report_rows.GIB)
+        )
     lines.add_section()
-    lines.add_row("peak", rows.figure(peak.peak_bytes_per_gpu / rows.GIB))
+    lines.add_row("peak", report_rows.figure(peak.peak_bytes_per_gpu / report_rows.GIB))
     if plan.compiled:
-        closed_form = peak.estimated_peak_bytes_per_gpu / rows.GIB
-        lines.add_row("peak by the closed forms", rows.figure(closed_form))
+        closed_form = peak.estimated_peak_bytes_per_gpu / report_rows.GIB
+        lines.add_row("peak by the closed forms", report_rows.figure(closed_form))
     lines.add_row(
-        "headroom: cuDNN's workspace, fragmentation", f"{peak.headroom_bytes / rows.GIB:.2f}"
+        "headroom: cuDNN's workspace, fragmentation", f"{peak.headroom_bytes / report_rows.GIB:.2f}"
     )
     lines.add_row(
         f"budget: XLA_PYTHON_CLIENT_MEM_FRACTION={xla_flags.MEMORY_FRACTION}",
-        f"{peak.budget_bytes / rows.GIB:.2f}",
+        f"{peak.budget_bytes / report_rows.GIB:.2f}",
     )
     lines.add_row("fits", "yes" if peak.fits else "NO")
     return lines
@@ -71,17 +73,17 @@ def _memory_table(plan: report.Report) -> table.Table:
 def _collectives_table(plan: report.Report) -> table.Table:
     origin = plan.time.collectives_are
     title = f"Collectives of a step ({origin}; seconds estimated, each alone)"
-    lines = _table(title, *rows.COLLECTIVES)
-    least = rows.SMALL * plan.time.step_seconds.expected
-    for traffic, cells in zip(plan.time.collectives, rows.collectives(plan), strict=True):
+    lines = _table(title, *report_rows.COLLECTIVES)
+    least = report_rows.SMALL * plan.time.step_seconds.expected
+    for traffic, cells in zip(plan.time.collectives, report_rows.collectives(plan), strict=True):
         if max(traffic.seconds, traffic.exposed) >= least:
             lines.add_row(*cells)
     return lines
 
 
 def _buffers_table(compiled: report.CompiledStep) -> table.Table:
-    lines = _table("Largest temporary arrays (compiled)", *rows.BUFFERS)
-    for cells in rows.buffers(compiled):
+    lines = _table("Largest temporary arrays (compiled)", *report_rows.BUFFERS)
+    for cells in report_rows.buffers(compiled):
         lines.add_row(*cells)
     return lines
 
@@ -97,7 +99,7 @@ def _time_table(plan: report.Report) -> table.Table:
         ("exposed communication", parts.exposed),
     ):
         lines.add_row(f"  {label}", f"{part:.3g} s")
-    for name, value in rows.facts(plan):
+    for name, value in report_rows.facts(plan):
         lines.add_row(name, value)
     if plan.compiled:
         lines.add_section()

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from gpt3jax import errors
-from gpt3jax.config import command, recipe
+from gpt3jax.config import command_line, recipe
 from gpt3jax.hardware import xla_flags
 from gpt3jax.preflight import options
 
@@ -19,19 +19,19 @@ def main(args: Sequence[str] | None = None) -> int:
     """Check and report; exit with 2 if a retry would fail too, with 1 if it may succeed."""
     args = sys.argv[1:] if args is None else list(args)
     try:
-        return command.run(lambda: _check(args))
+        return command_line.run(lambda: _check(args))
     except Exception:
         traceback.print_exc()
         return errors.RETRY
 
 
 def _check(args: Sequence[str]) -> int:
-    given, rest = command.parse_beside_config(options.Options, "preflight", __doc__, args)
+    given, rest = command_line.parse_beside_config(options.Options, "preflight", __doc__, args)
     cfg = recipe.parse([f"--config={given.config}", *rest], "gpt3jax.preflight")
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    from gpt3jax.preflight import rounds  # after parsing: importing JAX takes seconds
+    from gpt3jax.preflight import procedure  # after parsing: importing JAX takes seconds
 
-    return rounds.check(cfg, given)
+    return procedure.check(cfg, given)
 
 
 if __name__ == "__main__":

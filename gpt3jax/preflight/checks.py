@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from gpt3jax import errors
-from gpt3jax.preflight import facts
+from gpt3jax.preflight import process_facts
 
 Status = Literal["ok", "warn", "retry", "fail"]
 MAX_SKEW = 1.0  # seconds; below it logs and TensorBoard of several hosts stay in order
@@ -121,10 +121,10 @@ def environment(hosts: Sequence[str], answers: Answers) -> Check:
 def corpus(hosts: Sequence[str], answers: Answers) -> Check:
     """Check that every process can read the files of the corpus, and that they are the same."""
     unreadable = [
-        (f"{file}: {value.removeprefix(facts.ERROR)}", i)
+        (f"{file}: {value.removeprefix(process_facts.ERROR)}", i)
         for i, answer in enumerate(answers)
         for file, value in (answer or {}).items()
-        if value.startswith(facts.ERROR)
+        if value.startswith(process_facts.ERROR)
     ]
     if unreadable:
         lines = _by_text(unreadable, hosts)
@@ -140,7 +140,7 @@ def folders(hosts: Sequence[str], answers: Answers, n_folders: int) -> Check:
     lines = []
     for i, answer in enumerate(answers):
         for name, problem in (answer or {}).items():
-            fails = facts.FOLDERS[name] == "fail" or "cannot be written" in problem
+            fails = process_facts.FOLDERS[name] == "fail" or "cannot be written" in problem
             status = "fail" if fails else ("warn" if status == "ok" else status)
             lines.append((f"{name}: {problem}", i))
     if not lines:
@@ -175,7 +175,9 @@ def skew(offset: float, uncertainty: float) -> str:
 def devices(hosts: Sequence[str], answers: Answers) -> Check:
     """Check that all processes have the same number of devices, and all devices one kind."""
     check = same("devices", hosts, answers, "retry", "")
-    mixed = [i for i, answer in enumerate(answers) if answer and " and " in answer[facts.KIND]]
+    mixed = [
+        i for i, answer in enumerate(answers) if answer and " and " in answer[process_facts.KIND]
+    ]
     if mixed:
         line = Line(text=f"several kinds on {named(mixed, hosts)}", processes=tuple(mixed))
         check = dataclasses.replace(check, lines=(*check.lines, line), result="not of one kind")
@@ -183,7 +185,9 @@ def devices(hosts: Sequence[str], answers: Answers) -> Check:
         kinds = any("kind" in line.text for line in check.lines)
         return dataclasses.replace(check, status="fail" if kinds else "retry")
     first = next(answer for answer in answers if answer is not None)
-    return _ok("devices", f"{first[facts.N_DEVICES]} a process, {first[facts.KIND]}")
+    return _ok(
+        "devices", f"{first[process_facts.N_DEVICES]} a process, {first[process_facts.KIND]}"
+    )
 
 
 def memory(

@@ -9,9 +9,9 @@ import jax
 from gpt3jax import step
 from gpt3jax.checkpoint import array_names, choosing, metadata, resume, storage
 from gpt3jax.config import batch_schedule, schema, validation
-from gpt3jax.data import skipping, splits, text
+from gpt3jax.data import skipped_samples, splits, text_corpus
 from gpt3jax.distributed import messages
-from gpt3jax.run import corruption, faults, step_log
+from gpt3jax.run import numerical_faults, replica_checks, step_log
 from gpt3jax.sharding import layouts, meshes, rules
 from gpt3jax.watch import phases
 
@@ -29,9 +29,9 @@ class Run:
     splits: splits.Splits
     program: step.Program
     store: storage.Checkpoints | None
-    faults: faults.Faults
+    faults: numerical_faults.Faults
     """The losses that spikes are judged by. This and `replicas` are all that changes in a run."""
-    replicas: corruption.Replicas
+    replicas: replica_checks.Replicas
     history: tuple[dict[str, object], ...] = ()
     """What starts from checkpoints changed so far, this start included: `resume.history_entry`."""
 
@@ -72,7 +72,7 @@ def start_or_resume(
     """
     mesh = meshes.make_mesh(cfg.mesh)
     schedule = schedule_of(cfg, mesh)
-    text.ensure_corpus(cfg.data, cfg.model)
+    text_corpus.ensure_corpus(cfg.data, cfg.model)
     store = _open_store(cfg, lost)
     source = choosing.choose_source(store, cfg.checkpoint.load)
     if source is None:
@@ -140,8 +140,8 @@ def _restore(
     run = prepare(cfg, mesh, schedule, store, position)
     if not starts_anew:
         skipped_before = meta.config.get("data.skip_samples")
-        stream = skipping.from_config(cfg.data)
-        skipping.check_resumed(stream, skipped_before, meta.consumed_samples)
+        stream = skipped_samples.from_config(cfg.data)
+        skipped_samples.check_resumed(stream, skipped_before, meta.consumed_samples)
         choosing.check_same_order(cfg, meta, run.splits.order)
     only_params = starts_anew or meta.only_params
     wanted = array_names.is_param if only_params else lambda name: True
@@ -233,10 +233,10 @@ def prepare(
     Raises:
         UserError: the config does not fit the mesh, the corpus or the run's length.
     """
-    stream = skipping.from_config(cfg.data)
-    n_steps, n_samples = skipping.run_length(cfg, schedule, *start)
+    stream = skipped_samples.from_config(cfg.data)
+    n_steps, n_samples = skipped_samples.run_length(cfg, schedule, *start)
     validation.check_schedule(cfg.optimizer, n_samples)
-    skipping.check(stream, schedule, n_samples)
+    skipped_samples.check(stream, schedule, n_samples)
     program = step.build(cfg, mesh, n_samples)
     params = program.abstract_state.params
     return Run(
@@ -248,6 +248,6 @@ def prepare(
         splits=splits.open_splits(cfg, n_steps, n_samples),
         program=program,
         store=store,
-        faults=faults.Faults(cfg, layouts.array_names(params)),
-        replicas=corruption.Replicas(mesh, params, cfg.train.checksum_interval),
+        faults=numerical_faults.Faults(cfg, layouts.array_names(params)),
+        replicas=replica_checks.Replicas(mesh, params, cfg.train.checksum_interval),
     )

@@ -11,7 +11,7 @@ from gpt3jax import errors, optimizer
 from gpt3jax.config import schema
 from gpt3jax.distributed import messages
 from gpt3jax.record import recording
-from gpt3jax.run import faults
+from gpt3jax.run import numerical_faults
 from gpt3jax.watch import phases
 
 
@@ -43,7 +43,7 @@ class StepLog:
         first_step: int,
         end: Position,
         n_samples: int,
-        history: faults.Faults,
+        history: numerical_faults.Faults,
     ):
         """Have nothing to read yet; log the first and the last step in any case.
 

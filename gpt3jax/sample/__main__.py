@@ -12,7 +12,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from gpt3jax.config import command
+from gpt3jax.config import command_line
 from gpt3jax.data import tokenizer as tokenization
 from gpt3jax.sample import options as sample_options
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Parse, generate; return the exit status."""
-    return command.run(lambda: sample(command.parse(sample_options.Options, "sample", __doc__)))
+    return command_line.run(
+        lambda: sample(command_line.parse(sample_options.Options, "sample", __doc__))
+    )
 
 
 def sample(options: sample_options.Options) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt3jax.config import schema
-from gpt3jax.model import attention, gpt, lookup
+from gpt3jax.model import attention, embedding_lookup, gpt
 from gpt3jax.sample import decoder_weights
 from gpt3jax.sharding import rules
 
@@ -43,7 +43,7 @@ class Cache:
     def append(self, new: tuple[KeysValues, ...], slot: Array) -> "Cache":
         """Return the cache with the last token's keys and values, `[B, H, 1, K]`, in a slot.
 
-        The token that comes next is then the last one, and has the slot after `self.slot`.
+        The token that comes next is then the last one, and has the slot after this one.
         """
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
         layers = jax.tree.map(put, self.layers, new)
@@ -137,8 +137,12 @@ def _run_layers(
     dtype, keys_values = weights.compute.dtype, []
     windows = gpt.layer_windows(weights.cfg)
     positions_BT = jnp.maximum(positions_BT, 0)
-    x_BTD = lookup.rows(("vocab", "embed"), ("batch", None), weights.embedding_VD, tokens_BT)
-    x_BTD += lookup.rows((None, "embed"), ("batch", None), weights.positions_TD, positions_BT)
+    x_BTD = embedding_lookup.rows(
+        ("vocab", "embed"), ("batch", None), weights.embedding_VD, tokens_BT
+    )
+    x_BTD += embedding_lookup.rows(
+        (None, "embed"), ("batch", None), weights.positions_TD, positions_BT
+    )
     x_BTD = rules.constrain(x_BTD.astype(dtype), "batch", None, None)
     for i, layer in enumerate(weights.layers):
         core = functools.partial(attend, i, windows[i % len(windows)])

@@ -2,7 +2,7 @@
 
 Parameters declare logical axes where they are made (`model.gpt`), activations where they are used
 (`constrain`). Only this room names mesh axes to lay out arrays or to communicate, apart from
-`stage` in `gradient.pipeline` and `checkpoint.stacking`. Other rooms ask for an axis's size.
+`stage` in `gradient.pipeline` and `checkpoint.layer_stacking`. Other rooms ask for an axis's size.
 """
 
 import math

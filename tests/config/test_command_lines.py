@@ -15,7 +15,7 @@ import typing
 import pytest
 
 from gpt3jax import errors
-from gpt3jax.config import command, ranges, validation
+from gpt3jax.config import command_line, ranges, validation
 
 import test_config
 
@@ -103,8 +103,8 @@ def kinds(module, monkeypatch):
         found.extend([] if found else [kind])
         raise SystemExit
 
-    monkeypatch.setattr(command, "parse", parse)
-    monkeypatch.setattr(command, "parse_beside_config", parse)
+    monkeypatch.setattr(command_line, "parse", parse)
+    monkeypatch.setattr(command_line, "parse_beside_config", parse)
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     with pytest.raises(SystemExit):
         importlib.import_module(f"gpt3jax.{module}").main()

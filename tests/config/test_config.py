@@ -19,7 +19,7 @@ from gpt3jax import errors, optimizer
 from gpt3jax.config import batch_schedule, ranges, recipe, schema, validation
 from gpt3jax.hardware import flops
 from gpt3jax.plan import memory_model, placement
-from gpt3jax.run import faults
+from gpt3jax.run import numerical_faults
 
 RECIPE = """
 from gpt3jax import config
@@ -394,7 +394,7 @@ def use_numbers(cfg):
     jax.random.key(cfg.train.seed)
     np.random.RandomState(cfg.train.seed)
     np.int32([cfg.data.eod_id, cfg.model.vocab_size - 1, cfg.model.padded_vocab_size - 1])
-    faults.Faults(cfg, ()).loss_limit(n_steps)
+    numerical_faults.Faults(cfg, ()).loss_limit(n_steps)
     flops.n_params(cfg.model)
     limit = 2 * max(cfg.watchdog.slow_phase_seconds, cfg.watchdog.step_multiple)
     assert max(limit, cfg.checkpoint.retry_pause) < threading.TIMEOUT_MAX

@@ -22,7 +22,7 @@ from gpt3jax import step
 from gpt3jax.checkpoint import array_names, parameters
 from gpt3jax.config import schema
 from gpt3jax.convert import __main__ as convert
-from gpt3jax.convert import mcore, megatron, torch_files
+from gpt3jax.convert import megatron, megatron_core, torch_files
 from gpt3jax.sharding import meshes
 
 import numpy_gpt
@@ -118,7 +118,10 @@ def test_what_comes_in_goes_out_byte_for_byte(tmp_path, implementation):
     tensors = safetensors.numpy.load_file(WEIGHTS)
     if implementation == "transformer_engine":
         tensors = {fused(name): tensor for name, tensor in tensors.items()}
-        assert len(set(tensors) & {fused(tensor.name) for tensor in mcore.TENSORS.values()}) == 4
+        assert (
+            len(set(tensors) & {fused(tensor.name) for tensor in megatron_core.TENSORS.values()})
+            == 4
+        )
     file = write(tmp_path / "in", tensors, {}) / "model.safetensors"
     (tmp_path / "in" / "args.json").unlink()
     from_megatron(file, tmp_path / "c", n_heads=4, vocab_size=251)
@@ -290,10 +293,10 @@ def test_an_end_of_document_that_is_not_known_is_no_token():
         (ARGS | {"tokenizer_type": "HuggingFaceTokenizer", "null_tokenizer_eod_id": 7}, 7),
         (padded, 256),
     ):
-        model, eod_id = mcore.model_of("", args, 0)
+        model, eod_id = megatron_core.model_of("", args, 0)
         assert eod_id == expected, args
-        written = mcore.args_of(model, eod_id, 1, 1, "local")
-        assert mcore.model_of("", written, 0)[1] == expected
+        written = megatron_core.args_of(model, eod_id, 1, 1, "local")
+        assert megatron_core.model_of("", written, 0)[1] == expected
 
 
 def refused(monkeypatch, capsys, tmp_path, *args):
@@ -470,4 +473,4 @@ def test_every_parameter_has_a_megatron_name():
     abstract = jax.eval_shape(lambda: step.init_state(tiny.make_config())).params
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
-    assert {array_names.in_model(name) for name in names} == mcore.TENSORS.keys()
+    assert {array_names.in_model(name) for name in names} == megatron_core.TENSORS.keys()

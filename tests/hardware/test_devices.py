@@ -8,7 +8,7 @@ import types
 import pytest
 
 from gpt3jax import errors
-from gpt3jax.config import command
+from gpt3jax.config import command_line
 from gpt3jax.hardware import devices
 
 import corpus
@@ -93,7 +93,7 @@ def test_what_jax_says_of_gpus_that_it_cannot_start_becomes_a_line(capsys, messa
     def fail():
         raise RuntimeError(message)
 
-    assert command.run(fail) == status
+    assert command_line.run(fail) == status
     line = capsys.readouterr().err
     assert words in line and line.count("\n") == 1 and "JAX_PLATFORMS=''" not in line
 
@@ -103,7 +103,7 @@ def test_another_error_stays_one():
         raise RuntimeError("Unable to do this")
 
     with pytest.raises(RuntimeError):
-        command.run(fail)
+        command_line.run(fail)
 
 
 START = """

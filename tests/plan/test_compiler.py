@@ -14,15 +14,7 @@ from gpt3jax import errors
 from gpt3jax.config import recipe
 from gpt3jax.hardware import gpus
 from gpt3jax.plan import __main__ as plan
-from gpt3jax.plan import (
-    compiler,
-    hlo,
-    placement,
-    planning,
-    report,
-    time_model,
-    timeline,
-)
+from gpt3jax.plan import compiler, hlo, placement, planning, report, time_model, timeline
 from gpt3jax.plan import options as plan_options
 
 compiles = pytest.mark.skipif(bool(compiler.missing_extra()), reason="needs the extra plan")

@@ -7,7 +7,7 @@ import pytest
 
 from gpt3jax.config import schema
 from gpt3jax.hardware import gpus
-from gpt3jax.plan import buffers, compiler, hlo, legible, placement, report
+from gpt3jax.plan import buffer_assignment, compiler, hlo, hlo_checks, placement, report
 
 CFG = schema.Config(
     model=schema.Model(
@@ -57,12 +57,14 @@ def test_json_of_closed_forms_is_the_golden_one(golden):
 
 
 def test_json_of_a_compiled_step_is_the_golden_one(golden, monkeypatch):
-    monkeypatch.setattr(legible, "check", lambda *_: None)  # the program is a small part of a step
+    monkeypatch.setattr(
+        hlo_checks, "check", lambda *_: None
+    )  # the program is a small part of a step
     text = (golden / "step.hlo").read_text()
     compiled = compiler.Compiled(
         argument_bytes=10_000_000, temp_bytes=9_000_000, peak_bytes=26_000_000, attention="cudnn",
         largest_buffers=[
-            buffers.Buffer(
+            buffer_assignment.Buffer(
                 4_194_304, "bf16[2,512,2048]", "while/body/add", "gpt3jax/model/gpt.py:12"
             )
         ],

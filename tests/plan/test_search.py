@@ -8,7 +8,7 @@ from gpt3jax import errors
 from gpt3jax.config import recipe
 from gpt3jax.hardware import gpus
 from gpt3jax.plan import __main__ as plan
-from gpt3jax.plan import compiler, hlo, legible, memory_model, placement, planning, search
+from gpt3jax.plan import compiler, hlo, hlo_checks, memory_model, placement, planning, search
 
 
 def test_searched_layouts_fit_and_their_options_give_them(recipe_file):
@@ -97,7 +97,7 @@ def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
 
     monkeypatch.setattr(compiler, "missing_extra", lambda: "")
     monkeypatch.setattr(compiler, "compile_step", compile_step)
-    monkeypatch.setattr(legible, "check", lambda *_: None)
+    monkeypatch.setattr(hlo_checks, "check", lambda *_: None)
     file = tmp_path / "plan.json"
     args = [f"--config={recipe_file}", "--gpus=8", "--search", "--verify", f"--json={file}"]
     assert plan.main([*args, "--n-compiled=1"]) == 0
@@ -125,7 +125,7 @@ def test_search_goes_on_where_a_program_cannot_be_read(recipe_file, fake_step, c
 
     monkeypatch.setattr(compiler, "missing_extra", lambda: "")
     monkeypatch.setattr(compiler, "compile_step", lambda *_: fake_step(10**9))
-    monkeypatch.setattr(legible, "check", check)
+    monkeypatch.setattr(hlo_checks, "check", check)
     assert plan.main([f"--config={recipe_file}", "--gpus=8", "--search", "--n-compiled=2"]) == 0
     assert "it is written in another way" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ import pytest
 from gpt3jax import errors, step
 from gpt3jax.config import recipe, schema
 from gpt3jax.data import global_batch
+from gpt3jax.hardware import flops
 from gpt3jax.sharding import meshes, rules, sequence
 
 import tiny
@@ -187,7 +188,6 @@ def test_175b_has_its_parameters_and_its_step_lowers_without_allocating(reposito
 
 
 def test_abstract_init_agrees_with_the_closed_form():
-    from gpt3jax.hardware import flops
 
     cfg = tiny.make_config().model
     assert tiny.count_params(cfg) == flops.n_params(cfg)

@@ -12,7 +12,7 @@ from rich import console
 from gpt3jax import errors
 from gpt3jax.config import schema, user_paths
 from gpt3jax.distributed import joining, messages
-from gpt3jax.preflight import checks, joint, options, report, speed
+from gpt3jax.preflight import across_processes, checks, options, report, speed
 from gpt3jax.sharding import meshes
 
 _LIMIT = 60.0  # seconds for a measurement, compiling included
@@ -25,7 +25,7 @@ def check(cfg: schema.Config, given: options.Options) -> int:
         UserError, TransientError: a check failed.
     """
     joining.start(cfg.distributed, cfg.mesh)
-    session = joint.Session(cfg)
+    session = across_processes.Session(cfg)
     with _reported(session, given):
         _check(session, quick=given.quick)
     messages.leave()
@@ -33,7 +33,7 @@ def check(cfg: schema.Config, given: options.Options) -> int:
     return errors.RETRY if given.strict and has_warning else errors.DONE
 
 
-def _check(session: joint.Session, *, quick: bool) -> None:
+def _check(session: across_processes.Session, *, quick: bool) -> None:
     """Make all rounds; each depends on the one before it.
 
     Raises:
@@ -42,7 +42,7 @@ def _check(session: joint.Session, *, quick: bool) -> None:
     session.on_hosts(with_gpus=True)
     session.on_devices()
     mesh = meshes.make_mesh(session.cfg.mesh)
-    program, batch_size = joint.abstract_program(session.cfg, mesh)
+    program, batch_size = across_processes.abstract_program(session.cfg, mesh)
     session.on_program(program, batch_size)
     session.on_memory(program)
     if quick:
@@ -54,7 +54,7 @@ def _check(session: joint.Session, *, quick: bool) -> None:
             _collective(session, mesh, axis, kind, sizes)
 
 
-def _matmuls(session: joint.Session, sizes: speed.Sizes) -> None:
+def _matmuls(session: across_processes.Session, sizes: speed.Sizes) -> None:
     def measure() -> dict[str, float]:
         return {str(d.id): speed.matmul_tflops(d, sizes) for d in jax.local_devices()}
 
@@ -70,7 +70,11 @@ def _matmuls(session: joint.Session, sizes: speed.Sizes) -> None:
 
 
 def _collective(
-    session: joint.Session, mesh: jax.sharding.Mesh, axis: str, kind: str, sizes: speed.Sizes
+    session: across_processes.Session,
+    mesh: jax.sharding.Mesh,
+    axis: str,
+    kind: str,
+    sizes: speed.Sizes,
 ) -> None:
     name = f"{kind} {axis}"
 
@@ -89,7 +93,7 @@ def _collective(
 
 
 @contextlib.contextmanager
-def _reported(session: joint.Session, given: options.Options) -> Iterator[None]:
+def _reported(session: across_processes.Session, given: options.Options) -> Iterator[None]:
     """Print and write the report in process 0, whether checks fail or not."""
     begin = time.monotonic()
     try:

@@ -15,7 +15,7 @@ from gpt3jax import errors
 from gpt3jax.checkpoint import array_digests
 from gpt3jax.config import schema
 from gpt3jax.data import loader
-from gpt3jax.run import faults, startup
+from gpt3jax.run import numerical_faults, startup
 from gpt3jax.sharding import layouts
 from gpt3jax.watch import phases
 
@@ -89,7 +89,9 @@ def _compare_step(
     return lines + [f"  gradient norm of {n}: {float(a)!r} and {float(b)!r}" for n, a, b in norms]
 
 
-def _take_steps(run: startup.Run, started: startup.Started, history: faults.Faults) -> Pass:
+def _take_steps(
+    run: startup.Run, started: startup.Started, history: numerical_faults.Faults
+) -> Pass:
     """Take the steps up to the one to replay; `history` has the losses that limits come from."""
     cfg, state, position, steps = run.cfg, started.state, started.position, []
     batches = loader.train_batches(

@@ -3,9 +3,9 @@
 import html
 from collections.abc import Iterable, Mapping
 
-from gpt3jax.plan import report, rows
+from gpt3jax.plan import report, report_rows
 
-GIB = rows.GIB
+GIB = report_rows.GIB
 _COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -31,7 +31,7 @@ def render(plan: report.Report, command_line: str) -> str:
     spread = f"{seconds.low:.3g} to {seconds.high:.3g} s"
     parts = [
         "<h1>gpt3jax plan</h1>",
-        f"<p>{html.escape(rows.head(plan))}</p>",
+        f"<p>{html.escape(report_rows.head(plan))}</p>",
         f"<p><code>{html.escape(command_line)}</code></p>",
         *(f'<p class="no">{html.escape(problem)}</p>' for problem in plan.problems),
         f"<h2>Memory of a GPU: {peak}</h2>",
@@ -39,13 +39,13 @@ def render(plan: report.Report, command_line: str) -> str:
         f"<h2>Step: {seconds.expected:.3g} s (estimate; {spread})</h2>",
         _time(plan),
         f"<h2>Collectives of a step ({plan.time.collectives_are})</h2>",
-        _table(rows.COLLECTIVES, rows.collectives(plan)),
+        _table(report_rows.COLLECTIVES, report_rows.collectives(plan)),
     ]
     if plan.search:
-        ranked = _table(rows.SEARCHED, rows.searched(plan.search))
+        ranked = _table(report_rows.SEARCHED, report_rows.searched(plan.search))
         parts += ["<h2>Layouts of the search, fastest first; the first is this page's</h2>", ranked]
     if plan.compiled:
-        arrays = _table(rows.BUFFERS, rows.buffers(plan.compiled))
+        arrays = _table(report_rows.BUFFERS, report_rows.buffers(plan.compiled))
         parts += ["<h2>Largest temporary arrays (compiled)</h2>", arrays]
     parts += ["<h2>Assumptions</h2>", _assumptions(plan)]
     body = "\n".join(parts)
@@ -77,16 +77,16 @@ def _time(plan: report.Report) -> str:
     for traffic in plan.time.collectives:
         name = f"waiting for {traffic.axis}"
         waits[name] = waits.get(name, 0.0) + traffic.exposed
-    least = rows.SMALL * plan.time.step_seconds.expected
+    least = report_rows.SMALL * plan.time.step_seconds.expected
     waits = {name: seconds for name, seconds in waits.items() if seconds > least}
-    return _bar(shares | waits, "s") + _table((), rows.facts(plan))
+    return _bar(shares | waits, "s") + _table((), report_rows.facts(plan))
 
 
 def _assumptions(plan: report.Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
-    note = html.escape(f"{rows.network(plan)}. Versions: {versions}")
+    note = html.escape(f"{report_rows.network(plan)}. Versions: {versions}")
     head = ("", "best / expected / worst", "")
-    return _table(head, rows.assumptions(plan)) + f"<p><small>{note}</small></p>"
+    return _table(head, report_rows.assumptions(plan)) + f"<p><small>{note}</small></p>"
 
 
 def _bar(shares: Mapping[str, float], unit: str, free: float = 0.0) -> str:

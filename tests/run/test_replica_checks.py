@@ -10,7 +10,7 @@ import pytest
 from gpt3jax import errors, step, train
 from gpt3jax.checkpoint import storage
 from gpt3jax.model import gpt
-from gpt3jax.run import corruption
+from gpt3jax.run import replica_checks
 from gpt3jax.sharding import layouts
 
 import tiny
@@ -65,7 +65,7 @@ def altered(params, name, place, mesh):
 def test_one_flipped_bit_names_the_device(axes, name, place, n_replicas):
     mesh = tiny.make_mesh(**axes)
     shapes, params = random_params(mesh)
-    check = corruption.Replicas(mesh, shapes, 3)
+    check = replica_checks.Replicas(mesh, shapes, 3)
     check.check(1, params)
     bad = altered(params, name, place, mesh)
     check.after_step(2, bad)  # not due
@@ -84,7 +84,7 @@ def test_one_flipped_bit_names_the_device(axes, name, place, n_replicas):
 def test_equal_replicas_are_found_equal_at_each_interval_and_save():
     mesh = tiny.make_mesh(data=4, tensor=2)
     shapes, params = random_params(mesh)
-    check = corruption.Replicas(mesh, shapes, 2)
+    check = replica_checks.Replicas(mesh, shapes, 2)
     for number in range(1, 6):
         check.after_step(number, params)
     check.check(5, params)
@@ -102,9 +102,9 @@ def test_equal_replicas_are_found_equal_at_each_interval_and_save():
 def test_what_has_no_replicas_is_said(axes, shard_optimizer, told):
     mesh = tiny.make_mesh(**axes)
     shapes, _ = random_params(mesh, shard_optimizer)
-    (line,) = corruption.Replicas(mesh, shapes, 2).describe()
+    (line,) = replica_checks.Replicas(mesh, shapes, 2).describe()
     assert told in line
-    assert corruption.Replicas(mesh, shapes, 0).describe() == []
+    assert replica_checks.Replicas(mesh, shapes, 0).describe() == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from gpt3jax import errors, optimizer, train
 from gpt3jax.checkpoint import metadata
 from gpt3jax.data import inspect, loader
-from gpt3jax.run import faults, stopping
+from gpt3jax.run import numerical_faults, stopping
 
 import tiny
 
@@ -170,14 +170,18 @@ def test_limits_survive_restarts_and_do_not_depend_on_the_mesh(tmp_path, spoil, 
 
 def test_a_limit_does_not_depend_on_what_was_read_already(tmp_path):
     cfg = make_config(tmp_path / "run", spike="warn")
-    rng, early, late = np.random.default_rng(5), faults.Faults(cfg, ()), faults.Faults(cfg, ())
+    rng, early, late = (
+        np.random.default_rng(5),
+        numerical_faults.Faults(cfg, ()),
+        numerical_faults.Faults(cfg, ()),
+    )
     for number in range(1, 40):
         loss = float(np.float32(rng.normal(3)))
         values = {"loss": loss, "grad_norm": 1.0, "skipped": int(rng.random() < 0.2)}
         late.note(number, values)
         assert late.loss_limit(number + 1) == early.loss_limit(number + 1)
         early.note(number, values)
-        restored = faults.Faults(cfg, ())
+        restored = numerical_faults.Faults(cfg, ())
         restored.restore(json.loads(json.dumps(early.as_json())))
         assert restored.loss_limit(number + 1) == early.loss_limit(number + 1)
         assert restored.loss_limit(number + 2) == early.loss_limit(number + 2)
@@ -187,7 +191,9 @@ def test_a_limit_does_not_depend_on_what_was_read_already(tmp_path):
 def test_losses_of_a_stretch_without_limits_do_not_return(tmp_path):
     """Spikes were watched, then not: when they are again, the old losses are no measure."""
     watched, off = (make_config(tmp_path / "run", spike=spike) for spike in ("warn", "off"))
-    seen_before, unwatched, again = (faults.Faults(cfg, ()) for cfg in (watched, off, watched))
+    seen_before, unwatched, again = (
+        numerical_faults.Faults(cfg, ()) for cfg in (watched, off, watched)
+    )
     for number in range(1, 10):
         seen_before.note(number, {"loss": 3.0 + number % 2, "grad_norm": 1.0, "skipped": 0})
     assert math.isfinite(seen_before.loss_limit(11))
@@ -198,7 +204,7 @@ def test_losses_of_a_stretch_without_limits_do_not_return(tmp_path):
 
 def test_a_checkpoint_without_losses_still_loads(tmp_path):
     meta = metadata.Meta(step=1, consumed_samples=1, data_order={}, config={})
-    history = faults.Faults(make_config(tmp_path / "run", spike="warn"), ())
+    history = numerical_faults.Faults(make_config(tmp_path / "run", spike="warn"), ())
     history.note(1, {"loss": 3.0, "grad_norm": 1.0, "skipped": 0})
     history.restore(meta.faults)
     assert history.as_json() == {"losses": [], "skipped_in_row": 0}
@@ -206,7 +212,7 @@ def test_a_checkpoint_without_losses_still_loads(tmp_path):
 
 def test_a_verdict_changes_nothing_and_ends_the_run_at_the_last_skip_allowed(tmp_path):
     cfg = make_config(tmp_path / "run", nonfinite="skip", max_skipped_steps=2)
-    history, before = faults.Faults(cfg, ()), {"losses": [], "skipped_in_row": 0}
+    history, before = numerical_faults.Faults(cfg, ()), {"losses": [], "skipped_in_row": 0}
     values = {"loss": math.nan, "grad_norm": math.nan, "loss_scale": 1.0, "skipped": 1}
     fault = history.judge(6, 48, 8, values, np.array([]))
     assert history.as_json() == before and fault.kind == "not finite" and not fault.error

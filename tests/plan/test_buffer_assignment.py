@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt3jax.plan import buffers
+from gpt3jax.plan import buffer_assignment
 
 
 @pytest.mark.parametrize("page", ["", " page 0,"])  # from 0.11 on
@@ -38,7 +38,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %pair = (f32[4]{0}, bf16[100]{0}) fusion(%p), calls=%c
 }
 """
-    largest = buffers.largest(assignment, text)
+    largest = buffer_assignment.largest(assignment, text)
     assert [(b.n_bytes, b.shape, b.operation, b.source) for b in largest] == [
         (400, "f32[100]", "jit(f)/add", "gpt3jax/model.py:12"),
         (200, "bf16[100]", "fusion", ""),

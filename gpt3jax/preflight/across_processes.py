@@ -15,9 +15,9 @@ import jax
 
 from gpt3jax import errors, step
 from gpt3jax.config import schema, validation
-from gpt3jax.data import skipping
+from gpt3jax.data import skipped_samples
 from gpt3jax.distributed import messages
-from gpt3jax.preflight import checks, facts
+from gpt3jax.preflight import checks, process_facts
 from gpt3jax.run import start_report, startup
 
 # What a process reports in a round, from JSON; None: it was silent.
@@ -35,9 +35,9 @@ class Session:
         # Name a stopped process before JAX's service ends all processes because of it.
         heartbeat = cfg.distributed.heartbeat_timeout
         self._timeout = min(cfg.distributed.start_timeout, 0.8 * heartbeat)
-        self.hosts: list[str] = [facts.host()]
+        self.hosts: list[str] = [process_facts.host()]
         if self.me:
-            messages.publish(f"host/{self.me}", facts.host())
+            messages.publish(f"host/{self.me}", process_facts.host())
 
     def wait_long(self) -> None:
         """Wait as long as for the start from now on: others may restore or map a corpus."""
@@ -68,24 +68,24 @@ class Session:
         planted: list[pathlib.Path] = []
         problems: dict[str, str] = {}
         if self.me == 0:
-            planted, problems = facts.plant(self.cfg, token)
+            planted, problems = process_facts.plant(self.cfg, token)
             if self.n > 1:
                 messages.publish("token", token)
         else:
             token = self._receive("token")
         try:
-            answer = facts.of_host(self.cfg, token, first=self.me == 0)
+            answer = process_facts.of_host(self.cfg, token, first=self.me == 0)
             answer["folders"] |= problems
-            used = facts.used_gpus() if with_gpus else {}
+            used = process_facts.used_gpus() if with_gpus else {}
             answers = self._gather("hosts", {**answer, "used": used})
         finally:
-            facts.uproot(planted)
+            process_facts.uproot(planted)
         offsets = self._clock_offsets(answers)
         verdict: list[checks.Check] = []
         if self.me == 0:
             self.used = _part(answers, "used")
             verdict = [*self._check_answered(answers), *_host_checks(self.hosts, answers)]
-            n_folders = len([f for f in facts.FOLDERS if schema.flatten(self.cfg)[f]])
+            n_folders = len([f for f in process_facts.FOLDERS if schema.flatten(self.cfg)[f]])
             verdict.append(checks.folders(self.hosts, _part(answers, "folders"), n_folders))
             verdict.append(checks.clocks(self.hosts, offsets))
         return self._conclude("hosts", verdict, all_there=None not in answers)
@@ -100,7 +100,7 @@ class Session:
         def judge(answers: list[Answer]) -> Sequence[checks.Check]:
             return [checks.devices(self.hosts, answers)]
 
-        return self.round("devices", facts.devices(), judge)
+        return self.round("devices", process_facts.devices(), judge)
 
     def on_program(self, built: step.Program, batch_size: int) -> list[checks.Check]:
         """Compare the training step that each process is about to compile.
@@ -108,7 +108,7 @@ class Session:
         Raises:
             UserError, TransientError: as `round`.
         """
-        fingerprint = facts.program(built, self.cfg, batch_size)
+        fingerprint = process_facts.program(built, self.cfg, batch_size)
 
         def judge(answers: list[Answer]) -> Sequence[checks.Check]:
             return [checks.same("program", self.hosts, answers, "fail", fingerprint)]
@@ -127,7 +127,7 @@ class Session:
         def judge(answers: list[Answer]) -> Sequence[checks.Check]:
             return [checks.memory(self.hosts, answers, self.used, needed)]
 
-        return self.round("memory", facts.free_bytes(), judge)
+        return self.round("memory", process_facts.free_bytes(), judge)
 
     def _check_answered(self, answers: Sequence[Answer]) -> list[checks.Check]:
         """Return a check that names silent processes; with none silent, only in the first round."""
@@ -139,7 +139,7 @@ class Session:
         texts = messages.gather(name, json.dumps(answer), self._timeout)
         if self.me == 0 and len(self.hosts) < self.n:
             others = [messages.receive(f"host/{i}", 0) for i in range(1, self.n)]
-            self.hosts = [facts.host(), *(host or "host unknown" for host in others)]
+            self.hosts = [process_facts.host(), *(host or "host unknown" for host in others)]
         return [None if text is None else json.loads(text) for text in texts]
 
     def _clock_offsets(self, answers: Sequence[Answer]) -> list[tuple[float, float] | None]:
@@ -185,8 +185,8 @@ class Session:
         text = messages.receive(name, 2 * self._timeout)  # process 0 waits for others meanwhile
         if text is None:
             raise errors.TransientError(
-                f"preflight: process {self.me} ({facts.host()}) heard nothing from process 0 for "
-                f"{2 * self._timeout:.0f} s: look at its output"
+                f"preflight: process {self.me} ({process_facts.host()}) heard nothing from process "
+                f"0 for {2 * self._timeout:.0f} s: look at its output"
             )
         return text
 
@@ -241,6 +241,6 @@ def abstract_program(cfg: schema.Config, mesh: jax.sharding.Mesh) -> tuple[step.
         UserError: the config does not fit the devices, or its schedules do not fit the run.
     """
     schedule = startup.schedule_of(cfg, mesh)
-    _, samples = skipping.run_length(cfg, schedule)
+    _, samples = skipped_samples.run_length(cfg, schedule)
     validation.check_schedule(cfg.optimizer, samples)
     return step.build(cfg, mesh, samples), schedule.size(0)

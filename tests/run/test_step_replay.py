@@ -9,7 +9,7 @@ import pytest
 
 from gpt3jax import errors, train
 from gpt3jax.data import loader
-from gpt3jax.run import replay, startup
+from gpt3jax.run import startup, step_replay
 
 import tiny
 
@@ -44,7 +44,7 @@ def files(folder):
 @pytest.mark.slow
 def test_a_step_repeats_from_the_checkpoint_before_it(trained, capsys):
     before = files(trained)
-    assert replay.replay(make_config(trained, replay_step=7)) == errors.DONE
+    assert step_replay.replay(make_config(trained, replay_step=7)) == errors.DONE
     told = capsys.readouterr().out
     assert "at step 4, 32 samples" in told and "step 7 repeats bit for bit" in told
     lines = (trained / "logs" / "metrics.jsonl").read_text().splitlines()
@@ -88,7 +88,7 @@ def test_what_does_not_repeat_is_named(trained, capsys, monkeypatch, which):
 
     monkeypatch.setattr(loader, "train_batches", with_a_bad_batch)
     monkeypatch.setattr(startup, "start_or_resume", with_a_fault)
-    assert replay.replay(make_config(trained, replay_step=7)) == errors.RETRY
+    assert step_replay.replay(make_config(trained, replay_step=7)) == errors.RETRY
     told = capsys.readouterr().out
     assert "repeats" not in told
     if which == "state":
@@ -102,4 +102,4 @@ def test_what_does_not_repeat_is_named(trained, capsys, monkeypatch, which):
 @pytest.mark.slow
 def test_a_step_that_the_run_does_not_have_is_refused(trained):
     with pytest.raises(errors.UserError, match="the run ends at 9"):
-        replay.replay(make_config(trained, replay_step=10))
+        step_replay.replay(make_config(trained, replay_step=10))

@@ -8,7 +8,7 @@ import pytest
 
 from gpt3jax import errors, train
 from gpt3jax.config import batch_schedule, recipe, schema
-from gpt3jax.data import inspect, loader, skipping
+from gpt3jax.data import inspect, loader, skipped_samples
 from gpt3jax.run import startup, stopping
 from gpt3jax.sharding import meshes
 
@@ -36,7 +36,7 @@ def test_steps_take_what_is_left_in_order(seed):
     rng = np.random.default_rng(seed)
     stages = ((0, 2), (int(rng.integers(5, 60)), 4), (int(rng.integers(60, 120)), 6))
     texts = [f"{a}:{a + n}" for a, n in zip(rng.integers(0, 150, 3), rng.integers(1, 40, 3))]  # noqa: B905
-    stream = skipping.from_config(schema.Data(skip_samples=tuple(texts)))
+    stream = skipped_samples.from_config(schema.Data(skip_samples=tuple(texts)))
     schedule, limit = batch_schedule.BatchSchedule(stages), 200
     expected = by_hand(stages, stream.left_out, limit)
     left = {n for t in texts for n in range(*map(int, t.split(":")))}
@@ -55,7 +55,7 @@ def test_steps_take_what_is_left_in_order(seed):
 
 
 def test_without_stretches_the_stream_is_the_run():
-    stream = skipping.from_config(schema.Data())
+    stream = skipped_samples.from_config(schema.Data())
     schedule = batch_schedule.BatchSchedule(((0, 2), (7, 4)))
     assert stream.schedule(schedule) == schedule and stream.position(9) == stream.n_kept(9) == 9
     assert stream.end(schedule, 3, 6, 16) == (6, 16)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt3jax.model import lookup
+from gpt3jax.model import embedding_lookup
 from gpt3jax.sharding import rules
 
 import tiny
@@ -33,7 +33,7 @@ def looked_up(axes, manual, kinds, table, ids, weights):
     table_axes, out_axes = kinds
 
     def weighted(table, ids, weights):
-        rows = lookup.rows(table_axes, out_axes, table, ids)
+        rows = embedding_lookup.rows(table_axes, out_axes, table, ids)
         rows = rules.constrain(rows, *out_axes, None)
         return (rows * weights).sum(), rows
 
@@ -75,7 +75,9 @@ def test_without_a_mesh_it_is_plain_indexing():
     ids = np.arange(V)[None, ::-1]
     weights = jnp.ones((1, V, D))
     rows, gradient = jax.value_and_grad(
-        lambda t: (lookup.rows(("vocab", "embed"), ("batch", "seq"), t, ids) * weights).sum()
+        lambda t: (
+            embedding_lookup.rows(("vocab", "embed"), ("batch", "seq"), t, ids) * weights
+        ).sum()
     )(table)
     np.testing.assert_allclose(rows, table.sum(), rtol=1e-5)
     np.testing.assert_allclose(gradient, np.ones((V, D)))

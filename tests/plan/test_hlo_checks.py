@@ -7,12 +7,12 @@ import pytest
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.hardware import gpus
-from gpt3jax.plan import buffers, compiler, hlo, legible, placement, time_model
+from gpt3jax.plan import buffer_assignment, compiler, hlo, hlo_checks, placement, time_model
 
 import tiny
 
 COST, IS_SYNC = '{"exec_time_us":1,"name":""}', '{"is_sync":false}'
-BUFFER = buffers.Buffer(4, "f32[1]", "add", "")
+BUFFER = buffer_assignment.Buffer(4, "f32[1]", "add", "")
 COMPILED = compiler.Compiled(
     argument_bytes=3, temp_bytes=4, peak_bytes=7, attention="cudnn", largest_buffers=[BUFFER],
     cudnn={"forward": True, "backward": True}, compile_seconds=1.0, host_bytes=0, versions={},
@@ -31,7 +31,7 @@ def check(compiled=COMPILED, axes=None, attention=None, **of_time):
     share = of_time.pop("share_of_flops", 1.0)
     parts = dataclasses.replace(least.parts, flops=share * least.parts.flops)
     time = dataclasses.replace(least, parts=parts, **of_time)
-    legible.check(cfg, layout, compiled, time, least)
+    hlo_checks.check(cfg, layout, compiled, time, least)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gpt3jax.config import schema
-from gpt3jax.data import skipping
+from gpt3jax.data import skipped_samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Faults:
         values: Mapping[str, float],
         norms: np.ndarray,
     ) -> dict[str, object]:
-        stream = skipping.from_config(self._cfg.data)
+        stream = skipped_samples.from_config(self._cfg.data)
         n_kept = stream.n_kept(samples)
         numbers = stream.numbers(np.arange(n_kept - size, n_kept))
         cuts = np.flatnonzero(np.diff(numbers) > 1) + 1
