@@ -281,7 +281,7 @@ def test_paths_are_parsed_as_megatron_does():
 def test_commands_need_no_jax():
     """The commands `inspect`, `merge` and `prepare` start at once."""
     code = (
-        "import sys; from gpt3jax.data import inspect, merge, prepare, text; "
+        "import sys; from gpt3jax.data import inspect, merge, prepare, text_corpus; "
         "sys.exit(bool({'jax', 'grain'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

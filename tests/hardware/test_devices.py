@@ -109,7 +109,7 @@ def test_another_error_stays_one():
 START = """
 import sys
 from jax._src import hardware_utils
-from gpt3jax.config import command, schema
+from gpt3jax.config import command_line, schema
 from gpt3jax.distributed import joining
 from gpt3jax.hardware import devices
 from gpt3jax.sharding import meshes
@@ -119,7 +119,7 @@ if len(sys.argv) > 1:
 def start():
     joining.start(schema.Distributed(), schema.Mesh())
     print(meshes.make_mesh(schema.Mesh()).devices.flat[0].platform)
-sys.exit(command.run(start))
+sys.exit(command_line.run(start))
 """
 
 

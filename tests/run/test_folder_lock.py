@@ -134,7 +134,7 @@ def test_a_file_that_somebody_removed_is_made_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b'{"pid": 1', None], ids=["empty", "cut", "elsewhere"])
 def test_of_many_that_wait_for_a_dead_one_one_gets_the_folder(tmp_path, monkeypatch, content):
-    wait_no_longer_than(monkeypatch, 1.0, lease=0.3)
+    wait_no_longer_than(monkeypatch, 3.0, lease=1.0)  # a loaded machine stalls a holder
     if content is None:
         lock_of(tmp_path, system="another").make_file()
     else:
