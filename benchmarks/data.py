@@ -1,14 +1,14 @@
-"""Measure the data path on this machine, beside Megatron's own in the same run.
+"""Measure the data path on this machine, and Megatron's in the same run for comparison.
 
     python benchmarks/data.py --vocab-file vocab.json --merge-file merges.txt [--megatron]
 
-Four things: tokens encoded per CPU second of one worker; the time and memory to build the sample
-index of 10M documents; samples read per second at 2,048 tokens; tokens per second that the loader
-gives a process. Options change their sizes. `--megatron` runs megatron-core's classes on the same
-input, in turns with ours (`pip install -e '.[benchmark]'`; torch from the CPU index is enough). Its
-`preprocess_data.py` is not on PyPI: its worker's three steps (parse JSON, encode with Hugging
-Face's GPT-2 tokenizer, add to megatron-core's IndexedDatasetBuilder) are timed instead, without its
-start and its pipes.
+It measures four things: tokens encoded per CPU second of one worker; the time and memory to build
+the sample index of 10M documents; samples read per second at 2,048 tokens; tokens per second that
+the loader gives a process. Options change the sizes. `--megatron` alternates our code with
+megatron-core's classes on the same input (`pip install -e '.[benchmark]'`; torch from the CPU index
+is enough). Megatron's `preprocess_data.py` is not on PyPI. Instead the three steps of its worker
+are timed, without its start and its pipes: parse JSON, encode with Hugging Face's GPT-2 tokenizer,
+add to megatron-core's IndexedDatasetBuilder.
 """
 
 import argparse
@@ -39,9 +39,9 @@ def parse(args):
     parser.add_argument("--merge-file", required=True)
     parser.add_argument("--megatron", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--text-mb", type=float, default=20, help="of text to encode")
-    parser.add_argument("--documents", type=int, default=10_000_000, help="of the sample index")
-    parser.add_argument("--corpus-mb", type=float, default=80, help="of the corpus to read")
+    parser.add_argument("--text-mb", type=float, default=20, help="size of the text to encode")
+    parser.add_argument("--documents", type=int, default=10_000_000, help="documents in the index")
+    parser.add_argument("--corpus-mb", type=float, default=80, help="size of the corpus to read")
     parser.add_argument("--samples", type=int, default=8192, help="the loader reads twice as many")
     return parser.parse_args(args)
 
@@ -71,7 +71,7 @@ def _figure(values):
 
 @contextlib.contextmanager
 def timed(rates, n, clock=time.perf_counter):
-    """Append how many of n things a second happened inside."""
+    """Append how many of the n things the block does per second."""
     begin = clock()
     yield
     rates.append(n / (clock() - begin))

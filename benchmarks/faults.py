@@ -1,13 +1,13 @@
-"""Kill runs at random moments, start them again, and compare with a run that nothing disturbed.
+"""Kill runs at random moments, restart them, and compare them with an undisturbed run.
 
     python benchmarks/faults.py --kills 200 [--processes 1 2 4] [--steps 120]
 
 A tiny model trains in 1, 2 and 4 processes. Each time `kill -9` strikes one process, at any moment
 of its life or inside a save, and the others a moment later, as a scheduler would. The same command
-starts them again, until the run is at its end. Losses, evaluations, the final state and the sample
-numbers of every step must then equal, bit for bit, those of the undisturbed run. Exits with 1 if
-one differs. On 2 shared cores 200 kills took 68 minutes. Processes are forked from one that has
-imported the package, to save time.
+starts them again until the run completes. Losses, evaluations, the final state and the sample
+numbers of every step must then equal the undisturbed run's bit for bit. The command exits with 1 if
+one differs. On 2 shared cores 200 kills took 68 minutes. To save time, processes are forked from
+one that has imported the package.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from gpt3jax.sharding import meshes
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 N_DEVICES = 4
-SHARES = {1: 0.8, 2: 0.15, 4: 0.05}  # of the kills, by processes of a run
+SHARES = {1: 0.8, 2: 0.15, 4: 0.05}  # share of the kills, by number of processes in a run
 MOST_OF_A_RUN = 25  # kills
 RECIPE = """
 from gpt3jax import config
@@ -64,7 +64,7 @@ def parse(args):
     parser.add_argument(
         "--processes", type=int, nargs="+", choices=list(SHARES), default=list(SHARES)
     )
-    parser.add_argument("--steps", type=int, default=120, help="of each run, 12 or more")
+    parser.add_argument("--steps", type=int, default=120, help="steps of each run, at least 12")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     return parser.parse_args(args)
 
@@ -161,7 +161,7 @@ def wait(processes):
 
 
 def finish_with_kills(folder, n, most, life, rng):
-    """Start a run until it is at its end, with at most so many kills; return when they struck."""
+    """Start a run until it completes, with at most `most` kills; return when they struck."""
     struck = collections.Counter()
     while True:
         processes = start(folder, n)
@@ -182,7 +182,7 @@ def finish_with_kills(folder, n, most, life, rng):
 
 
 def await_moment(folder, processes, in_a_save, seconds, rng):
-    """Wait so many seconds, or up to the next save that begins."""
+    """Wait for `seconds`, or until the next save begins."""
     deadline = time.monotonic() + seconds
     known = set(unfinished(folder))
     while all(process.is_alive() for process in processes):
@@ -206,7 +206,7 @@ def moment_of(folder):
 
 
 def differences(run, reference, n):
-    """Return in what a run that was killed differs from the undisturbed one."""
+    """Return how a killed run differs from the undisturbed one."""
     found = []
     if records(run) != records(reference):
         found.append("losses")
@@ -224,18 +224,18 @@ def records(folder):
 
 
 def samples(folder, process):
-    """Return the samples of each batch of a process: one kind, however often it was taken."""
+    """Return the distinct lists of samples of each batch of a process, repeats left out."""
     lines = (folder / f"samples.{process}.jsonl").read_text().splitlines(keepends=True)
     batches = collections.defaultdict(set)
     for line in lines:
-        if line.endswith("\n"):  # else the process was killed as it wrote it
+        if line.endswith("\n"):  # else the process was killed while writing it
             rows = json.loads(line)
             batches[min(map(min, rows)) // 8].add(str(rows))
     return dict(batches)
 
 
 def state_of(folder, n):
-    """Return the arrays of a run's last checkpoint, whose digests are checked on the way."""
+    """Return the arrays of a run's last checkpoint; restoring checks their digests."""
     cfg = recipe.parse([f"--config={folder}/recipe.py"])
     mesh = meshes.make_mesh(cfg.mesh)
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)

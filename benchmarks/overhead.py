@@ -1,12 +1,12 @@
-"""Measure what watching a run costs a step, in one process, with and without in turns.
+"""Measure how much watching a run adds to a step, in one process.
 
     python benchmarks/overhead.py [--config RECIPE.py] [--devices 4] [--steps 40] [--rounds 5]
 
 "Without" takes the batches from the loader, dispatches the steps and reads the loss one behind.
 "With" is the loop of `gpt3jax.main`: watchdog, metrics to the console, metrics.jsonl and
-TensorBoard, account of the time, gradient norms, replicas compared every 10 steps (10 times as
-often as by default). Both take the same compiled step of the quickstart's model on emulated CPU
-devices, data parallel. Nothing is saved. What counts is the difference of the medians.
+TensorBoard, time accounting, gradient norms, replicas compared every 10 steps (10 times as often
+as by default). The two alternate, and take the same compiled step of the quickstart's model, data
+parallel on emulated CPU devices. Nothing is saved. Compare the medians.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def measure(cfg, rounds):
 
 
 def without(run, state, start):
-    """Return the state after the bare steps, and the seconds of one."""
+    """Return the state after the bare steps, and the seconds per step."""
     batches = loader.train_batches(
         run.splits, run.cfg, run.schedule, run.mesh, start.samples, run.end.samples
     )
@@ -89,7 +89,7 @@ def without(run, state, start):
 
 
 def watched(run, state, start):
-    """Return the state after the steps of `train.loop`, and the seconds of one."""
+    """Return the state after the steps of `train.loop`, and the seconds per step."""
     cfg = run.cfg
     with contextlib.redirect_stdout(io.StringIO()), watchers.Oversight(cfg) as overseer:
         overseer.begin(start.step)

@@ -1,12 +1,12 @@
-"""The tables of docs/plan.md: layouts, memory and MFU of recipes by number of GPUs; residuals.
+"""Print the tables of docs/plan.md: layouts by number of GPUs, memory, published runs.
 
     python benchmarks/plan.py layouts [--gpus 8 64] [--recipes 345m gpt3/13b] [--rows FILE]
     python benchmarks/plan.py memory [--no-compile]
     python benchmarks/plan.py runs
 
-Needs the extra `plan`, except with `--no-compile`, which prints the closed forms' figures. Runs on
-a CPU. All of `layouts` takes an hour; it keeps its rows in a file, and the next call continues from
-there. Prints Markdown.
+It prints Markdown, and runs on a CPU. It needs the extra `plan`, except with `--no-compile`, which
+prints the closed forms' figures. All of `layouts` takes an hour; it keeps its rows in a file, and
+the next call continues from there.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LAYOUTS = [
                     "--batch.microbatch-size=3", "--model.remat=mlp"]),
     ("gpt3/13b", 64, ["--mesh.data=8", "--mesh.fsdp=8", "--mesh.shard-optimizer"]),
 ]  # fmt: skip
-# Published steps of 175B to compare a layout of ours with: source, seconds, kind of GPU, layout.
+# Published steps of 175B, each compared with a layout of ours: source, seconds, GPU, layout.
 RUNS = [
     ("Pax, 256 H100, fsdp", 30.1, "h100", *LAYOUTS[2]),
     ("Megatron-LM, 1,024 A100, TP 8 x PP 16", 32.0, "a100", *LAYOUTS[3]),
@@ -59,7 +59,7 @@ def layouts(options):
     """Print the fastest layout that a search finds, for each recipe and number of GPUs.
 
     Each compiled row is added to the file `--rows` as it comes. Rows that the file already has are
-    printed from there: remove those that are to be planned again.
+    printed from there: remove a row to plan it again.
     """
     file = options.rows if options.compile else None
     known = {tuple(cells(row)[:2]): row for row in lines_of(file)}
@@ -84,7 +84,7 @@ def cells(row):
 
 
 def layout_row(recipe, n, compile_steps):
-    """Return the row of the faster of two layouts that fit once compiled, or why there is none."""
+    """Return a row: the faster of two compiled layouts that fit, or why there is none."""
     start = f"| {recipe} | {n:,} |"
     try:
         plan = report(
@@ -115,7 +115,7 @@ def memory(options):
     for recipe, n, args in LAYOUTS:
         plan = report(recipe, n, [*args, *BF16], compile=options.compile)
         peak, ours = plan.peak.peak_bytes_per_gpu, plan.peak.estimated_peak_bytes_per_gpu
-        states = 16 * plan.work.parameters / n  # fp32 weights, gradients, two moments, all cut
+        states = 16 * plan.work.parameters / n  # fp32 weights, gradients, two moments, all sharded
         print(
             f"| {recipe} on {n}: {' '.join(a.removeprefix('--') for a in args)} | "
             f"{states / 2**30:.2f} | {ours / 2**30:.2f} | {peak / 2**30:.2f} | "
@@ -125,7 +125,7 @@ def memory(options):
 
 
 def runs(options):
-    """Print what the plan says of published runs, and what the estimates consist of (seconds)."""
+    """Print the plan's estimates of published runs, and the parts of each (seconds)."""
     parts = ("matmul", "attention", "elementwise", "exposed")
     print(f"| run | published s | estimate s (range) | ratio | {' | '.join(parts)} |")
     print("|---|---|---|---|---|---|---|---|")
@@ -155,7 +155,7 @@ def parse(args):
 
 
 def main(args):
-    """Print the table that is asked for."""
+    """Print the requested table."""
     options = parse(args)
     {"layouts": layouts, "memory": memory, "runs": runs}[options.table](options)
 

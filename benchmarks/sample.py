@@ -1,12 +1,12 @@
-"""Measure decoding on this machine, beside Hugging Face's `generate` with the same weights.
+"""Compare decoding on this machine with Hugging Face's `generate` on the same weights.
 
     python benchmarks/sample.py [--threads 1] [--rounds 2] [--peers gpt3jax]
 
 The default is 12 layers x 512 x 8 heads, a vocabulary of 50304, prompts of 64 tokens, 128 new ones,
 greedy, fp32, batches of 1 and 8; options change all of these. It runs on the CPU; the peers take
-turns, each in a process of its own on the same number of cores. Hugging Face's peer needs
+turns, each in its own process on the same number of cores. Hugging Face's peer needs
 `pip install torch transformers` (the extra `benchmark`); `--peers gpt3jax` runs without it. A
-figure covers a whole call, prefill included, after one call to warm up. On a shared machine,
+figure covers a whole call, including prefill, after one warm-up call. On a shared machine,
 compare the CPU seconds.
 """
 
@@ -93,7 +93,7 @@ def compare(options, args):
 
 
 def write_weights(folder, options):
-    """Write random weights for each peer: `folder/gpt3jax`, and the same as `folder/hf`."""
+    """Write the same random weights for each peer: `folder/gpt3jax` and `folder/hf`."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -3,11 +3,11 @@
     python benchmarks/train_step.py --config=configs/345m.py --data.mock [--group.field VALUE ...]
     python benchmarks/train_step.py --cpu-peers [--rounds 2] [--peers gpt3jax]
 
-`--cpu-peers` runs one and the same workload (12 x 512 x 8, sequence 1024, vocabulary 50304, batch
-4, all of which options change; fp32, no dropout; forward, backward, clip, AdamW) with gpt3jax and
-with Hugging Face's GPT-2 in PyTorch, in turns and each in a process of its own, and prints both and
-their ratio. Hugging Face's needs `pip install torch transformers` (the extra `benchmark`);
-`--peers gpt3jax` does without. CPU seconds are the figure to compare where the machine is shared.
+`--cpu-peers` runs the same workload with gpt3jax and with Hugging Face's GPT-2 in PyTorch, in turns
+and each in its own process, and prints both and their ratio. The workload is fp32 without dropout:
+forward, backward, clip, AdamW. Options change its sizes (12 x 512 x 8, sequence 1024, vocabulary
+50304, batch 4). Hugging Face's peer needs `pip install torch transformers` (the extra `benchmark`);
+`--peers gpt3jax` runs without it. On a shared machine, compare the CPU seconds.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def get_config():
 
 
 def parse(args):
-    """Return the options, and those that are the recipe's."""
+    """Return the benchmark's own options and the recipe's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--cpu-peers", action="store_true")
     of_peers = parser.add_argument_group("with --cpu-peers")
@@ -115,7 +115,7 @@ def show(name, result):
 
 
 def timed(step, n_tokens):
-    """Return the figures of `N_STEPS` calls of a step that waits for its end."""
+    """Return the figures of `N_STEPS` calls of a step, each waiting until the step ends."""
     walls, cpus = [], []
     for _ in range(N_STEPS):
         wall, cpu = time.perf_counter(), time.process_time()

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Install gpt3jax into a virtual environment of its own, in the image or on a bare machine.
+# Install gpt3jax into its own virtual environment, in the image or on a bare machine.
 #
 #   launch/install.sh [cuda13|cuda12|cpu] [FOLDER]     (default: cuda13 .venv)
 #
-# As root on Debian or Ubuntu it installs what is missing with apt: Python, and for GPUs the
+# As root on Debian or Ubuntu it installs missing packages with apt: Python, and for GPUs the
 # libraries of InfiniBand, without which NCCL silently uses the slow network. CUDA comes with JAX's
 # wheels, so a machine needs only NVIDIA's driver.
-# PYTHON=FILE selects another interpreter than python3, 3.11 to 3.13. Versions are pinned in
+# PYTHON=FILE selects an interpreter other than python3, 3.11 to 3.13. Versions are pinned in
 # launch/constraints.txt; an empty CONSTRAINTS= installs the newest.
 set -euo pipefail
 
@@ -24,7 +24,7 @@ case $kind in
     ;;
 esac
 
-# Debian's Python comes without the module that makes virtual environments.
+# Debian's Python lacks the module that makes virtual environments.
 python_serves() {
   "$python" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
@@ -47,6 +47,6 @@ fi
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
 python=$(cd "$folder/bin" && pwd)/python
 "$python" -m pip install --quiet --no-cache-dir ${constraints:+--constraint "$constraints"} "$package"
-cd / # to import the installed package, not the folder gpt3jax of the repository
+cd / # so that Python imports the installed package, not the repository's folder gpt3jax
 "$python" -m gpt3jax.main --help >/dev/null
 echo "gpt3jax is installed: $python -m gpt3jax.main --config=RECIPE.py"

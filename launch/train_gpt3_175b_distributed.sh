@@ -9,8 +9,8 @@
 #     NUM_NODES=16 NODE_RANK=0 MASTER_ADDR=node0 launch/train_gpt3_175b_distributed.sh ...
 #
 # Further arguments override the recipe: ... --mesh.tensor=8 --train.n-steps 100.
-# CONFIG=FILE selects another recipe, PYTHON=FILE another interpreter; COMMAND=preflight checks the
-# machines with the same options in place of training.
+# CONFIG=FILE selects another recipe, PYTHON=FILE another interpreter. COMMAND=preflight takes the
+# same options and checks the machines in place of training.
 set -euo pipefail
 
 if [ $# -lt 5 ]; then
@@ -40,11 +40,11 @@ arguments=(
   --data.vocab-file "$vocab_file"
   --data.merge-file "$merge_file"
   --data.paths "$data_path"
-  ${processes[@]+"${processes[@]}"} # bash before 4.4 takes an empty array for an unset one
+  ${processes[@]+"${processes[@]}"} # before 4.4, bash treats an empty array as unset
   "$@"
 )
-# The settings that gpt3jax.plan compiles with; variables that are already set take precedence.
+# These are the settings that gpt3jax.plan compiles with. Variables that are set take precedence.
 settings=$("${PYTHON:-python3}" -m gpt3jax.hardware.xla_flags "${arguments[@]}")
 eval "$settings"
-# exec: the run must receive the signals.
+# Use exec, because the run must receive the signals.
 exec "${PYTHON:-python3}" -m "gpt3jax.${COMMAND:-main}" "${arguments[@]}"
