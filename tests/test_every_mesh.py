@@ -88,10 +88,10 @@ def test_features_do_not_depend_on_the_mesh(variant, rtol, sizes):
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param((8, 1, 1, 1, 1), marks=pytest.mark.slow),
+        pytest.param((8, 1, 1, 1, 1), marks=pytest.mark.slower),
         pytest.param((2, 1, 2, 1, 2), marks=pytest.mark.slow),
         pytest.param((2, 2, 2, 1, 1), marks=pytest.mark.slow),
-        pytest.param((4, 1, 1, 2, 1), marks=pytest.mark.slow),
+        pytest.param((4, 1, 1, 2, 1), marks=pytest.mark.slower),
     ],
     ids=named,
 )

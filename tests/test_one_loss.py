@@ -32,7 +32,7 @@ def config_of(dropout, **mesh):
 @pytest.mark.parametrize(
     "mesh",
     [
-        pytest.param(mesh, marks=() if mesh == "data2-fsdp2-tensor2" else pytest.mark.slow)
+        pytest.param(mesh, marks=() if mesh == "data2-fsdp2-tensor2" else pytest.mark.slower)
         for mesh in MESHES
     ],
 )
@@ -119,7 +119,7 @@ def test_the_mean_of_microbatch_means_is_megatrons():
 @pytest.mark.parametrize(
     "mesh",
     [
-        pytest.param(mesh, marks=() if mesh == "data2-fsdp2-tensor2" else pytest.mark.slow)
+        pytest.param(mesh, marks=() if mesh == "data2-fsdp2-tensor2" else pytest.mark.slower)
         for mesh in MESHES
     ],
 )

@@ -135,7 +135,7 @@ def test_a_run_leaves_curves_and_its_config(corpus, tmp_path, uninterrupted):
     assert saved["model.n_layers"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_each_batch_size_compiles_once_and_counts_right(corpus, tmp_path, monkeypatch):
     built = []
     build = step.build
@@ -153,30 +153,32 @@ def test_each_batch_size_compiles_once_and_counts_right(corpus, tmp_path, monkey
     assert built[0].train.jitted._cache_size() == 2
 
 
-@pytest.mark.slow
-def test_a_growing_batch_has_one_loss_on_every_mesh(corpus, tmp_path, monkeypatch):
-    cuts = {
-        "data": {"data": 8},
-        "stages": {"data": 2, "stage": 2, "tensor": 2},
-        "context": {"fsdp": 2, "context": 2, "tensor": 2},
-        "zero": {"data": 4, "stage": 2, "shard_optimizer": True},
-    }
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"data": 8}, id="data", marks=pytest.mark.slower),
+        pytest.param({"data": 2, "stage": 2, "tensor": 2}, id="stages", marks=pytest.mark.slow),
+        pytest.param(
+            {"fsdp": 2, "context": 2, "tensor": 2}, id="context", marks=pytest.mark.slower
+        ),
+        pytest.param(
+            {"data": 4, "stage": 2, "shard_optimizer": True}, id="zero", marks=pytest.mark.slower
+        ),
+    ],
+)
+def test_a_growing_batch_has_one_loss_on_every_mesh(corpus, tmp_path, monkeypatch, mesh):
     batch = {"global_batch_size": 16, "schedule": f"0:8 {20 * 32}:16"}
-    for name, mesh in cuts.items():
-        train.train(make_config(corpus, tmp_path / name, mesh, batch=batch, train={"n_steps": 6}))
-    monkeypatch.setattr(meshes, "make_mesh", lambda _: tiny.make_mesh())
-    train.train(make_config(corpus, tmp_path / "alone", {}, batch=batch, train={"n_steps": 6}))
-    expected, _ = records(tmp_path / "alone")
-    assert [r["batch_size"] for r in expected] == [8, 8, 8, 16, 16, 16]
-    for name in cuts:
-        found, _ = records(tmp_path / name)
-        for key in ("loss", "grad_norm"):
-            np.testing.assert_allclose(
-                [r[key] for r in found], [r[key] for r in expected], rtol=1e-5, err_msg=name
-            )
+    for name, cut in {"mesh": mesh, "alone": {}}.items():
+        if not cut:
+            monkeypatch.setattr(meshes, "make_mesh", lambda _: tiny.make_mesh())
+        train.train(make_config(corpus, tmp_path / name, cut, batch=batch, train={"n_steps": 6}))
+    (ours, _), (alone, _) = records(tmp_path / "mesh"), records(tmp_path / "alone")
+    assert [r["batch_size"] for r in alone] == [8, 8, 8, 16, 16, 16]
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[key] for r in ours], [r[key] for r in alone], rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_checkpoint_load_starts_a_new_run_from_an_old_one(corpus, tmp_path, uninterrupted):
     cfg = make_config(corpus, tmp_path / "branch", MESH_A, train={"n_steps": 6})
     old = dataclasses.replace(cfg.checkpoint, load=uninterrupted.checkpoint.dir)
@@ -185,7 +187,7 @@ def test_checkpoint_load_starts_a_new_run_from_an_old_one(corpus, tmp_path, unin
     assert [r["step"] for r in steps] == [5, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_only_the_parameters_of_another_run_start_a_new_one(corpus, tmp_path, uninterrupted):
     """At step 0, with fresh moments, though seed and order differ; then it resumes its own."""
     cfg = make_config(

@@ -116,7 +116,7 @@ def test_remat_changes_no_gradient(name):
         np.testing.assert_allclose(grad, tiny.leaves(none_grads)[name], atol=2e-6 * scale + 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.slower
 def test_remat_policies_save_less_and_less():
     cfg = dataclasses.replace(TINY, dropout=0.1, attention_dropout=0.1, n_layers=8, seq_len=128)
     saved = [remat_case(dataclasses.replace(cfg, remat=r))[2] for r in remat.POLICIES]
