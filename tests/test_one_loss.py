@@ -74,7 +74,11 @@ def test_initial_weights_are_the_same_bits_where_llvm_optimizes(repository):
 
 
 @pytest.mark.parametrize(
-    "n_microbatches", [4, *(pytest.param(n, marks=pytest.mark.slower) for n in (2, 16))]
+    "n_microbatches",
+    [
+        pytest.param(4, marks=pytest.mark.slow),
+        *(pytest.param(n, marks=pytest.mark.slower) for n in (2, 16)),
+    ],
 )
 def test_microbatches_add_up_to_one_batch(n_microbatches):
     cfg = config_of(0.1)
@@ -95,7 +99,8 @@ def test_masked_tokens_count_alike_on_every_mesh(n_microbatches):
     one_device.check(cfg, n_microbatches, one_device.Steps(3, masked=True))
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_more_tokens_than_vocabulary_entries_train_alike(sequence_parallel):
     """The partitioners of jaxlib 0.11 and 0.12 abort on a lookup that is left to them here."""
     mesh = {"data": 2, "fsdp": 2, "tensor": 2, "sequence_parallel": sequence_parallel}

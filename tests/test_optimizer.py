@@ -203,6 +203,7 @@ def test_megatrons_training_curve_is_followed():
         assert error < 1e-4, f"{name}: {error:.1e}"
 
 
+@pytest.mark.slow
 def test_only_matrices_and_embeddings_decay():
     cfg = tiny.make_config().model
     params = jax.tree.map(jnp.ones_like, gpt.GPT(cfg, jax.random.key(0)))

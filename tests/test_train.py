@@ -67,7 +67,7 @@ def uninterrupted(corpus, tmp_path):
     return cfg
 
 
-@pytest.mark.parametrize("second_mesh", [MESH_A, MESH_B])
+@pytest.mark.parametrize("second_mesh", [MESH_A, pytest.param(MESH_B, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_as_if_never_stopped(
     corpus, tmp_path, uninterrupted, monkeypatch, second_mesh
 ):
@@ -226,6 +226,7 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
     np.testing.assert_allclose(recorded["validation_loss"], (lse - target).mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "warned"),
     [

@@ -137,6 +137,7 @@ def test_a_flipped_bit_or_two_swapped_values_change_a_digest(bit):
         assert same == np.array_equal(x, other)
 
 
+@pytest.mark.slow
 def test_only_the_newest_are_kept(tmp_path):
     assert saved(tmp_path, steps=(1, 2, 3, 4), max_to_keep=2).steps() == [4, 3]
 

@@ -60,6 +60,7 @@ def description(path):
     return described
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_of_0_1(folder, monkeypatch, capfd):
     """Its samples come in the same order; its losses are those of the run that wrote it."""
     assert corpus.call_main(monkeypatch, folder, "--mesh.cpu-devices=8") == 0

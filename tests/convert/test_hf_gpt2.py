@@ -103,6 +103,7 @@ def test_names_without_a_prefix_masks_and_16_bits_are_read(gpt2, tmp_path):
     assert not np.asarray(params.embedding_VD[257:]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [pytest.param({}, marks=pytest.mark.slower), {"only_params": True}]
 )

@@ -115,6 +115,7 @@ def test_a_text_is_read_as_it_is_but_for_the_mark_of_utf8(bpe, tmp_path):
     assert bpe.decode(read.tokens.tolist()) == "a\r\nb\u2028\ufeff" and read.n_bytes == 10
 
 
+@pytest.mark.slow
 def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypatch):
     """The same tokens: what stands before the first one here is a token of the corpus there."""
     folder = corpus.write_run(tmp_path)

@@ -147,6 +147,7 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("plan") / "it's a cache")
 
 
+@pytest.mark.slow
 @compiles
 def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     recipe_file, repository, tmp_path, cache, monkeypatch
@@ -233,6 +234,7 @@ def doctored(compiled, text):
     return dataclasses.replace(compiled, text=text, program=hlo.parse(text), cudnn=cudnn)
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("documents", [False, pytest.param(True, marks=pytest.mark.slower)])
 def test_attention_over_a_split_sequence_compiles_for_h100(

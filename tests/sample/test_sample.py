@@ -64,6 +64,7 @@ def test_a_prompt_ends_where_its_line_does_and_nowhere_else(tmp_path):
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
 
 
+@pytest.mark.slow
 def test_prompts_are_continued_alone_and_from_a_file(
     checkpoint_dir, bpe, tmp_path, monkeypatch, capsys
 ):

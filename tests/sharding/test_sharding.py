@@ -34,6 +34,7 @@ def test_no_large_array_of_the_state_is_whole_on_a_device():
         assert len(matrices) == {"params": 5, "opt_state": 10}[part]
 
 
+@pytest.mark.slow
 def test_gradients_and_new_state_keep_the_layout():
     cfg, mesh = tiny.make_config(), tiny.make_mesh(data=2, fsdp=2, tensor=2)
     program = step.build(cfg, mesh, 320)
