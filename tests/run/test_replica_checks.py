@@ -1,7 +1,6 @@
 """Checksums of replicas: one altered buffer, on any mesh, is found and its device is named."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -126,14 +125,15 @@ def test_a_corrupted_replica_ends_a_run_before_it_is_saved(tmp_path, monkeypatch
     def with_a_broken_device(*args):
         program = build(*args)
 
-        @functools.wraps(program.train)  # with what compiles it
-        def broken(state, batch):
-            state, metrics = program.train(state, batch)
-            if int(state.step) == 5:
-                params = altered(state.params, "blocks/mlp/w_in_DF", 3, program.mesh)
-                state = dataclasses.replace(state, params=params)
-            return state, metrics
+        class Broken(step.OnMesh):
+            def __call__(self, state, batch):
+                state, metrics = program.train(state, batch)
+                if int(state.step) == 5:
+                    params = altered(state.params, "blocks/mlp/w_in_DF", 3, program.mesh)
+                    state = dataclasses.replace(state, params=params)
+                return state, metrics
 
+        broken = Broken(program.mesh, program.train.jitted)
         return dataclasses.replace(program, train=broken)
 
     with monkeypatch.context() as patched:
