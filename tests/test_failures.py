@@ -1,8 +1,6 @@
 """Whatever ends a run, nothing is lost: the next start goes on, or says why it cannot."""
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import re
@@ -22,6 +20,7 @@ from gpt3jax.checkpoint import storage
 from gpt3jax.data import indexed
 
 import corpus
+import tiny
 
 pytestmark = pytest.mark.slow  # minutes on 2 cores: real processes, killed and started again
 
@@ -441,14 +440,13 @@ def test_metrics_are_read_only_after_the_next_step_is_dispatched(tmp_path, monke
     def spying_build(*args):
         program = build(*args)
 
-        @functools.wraps(program.train)  # with what compiles it
         def spy(state, batch):
             state, metrics = program.train(state, batch)
             dispatched.append(metrics)
             events.append(("dispatch", len(dispatched)))
             return state, metrics
 
-        return dataclasses.replace(program, train=spy)
+        return tiny.with_train(program, spy)
 
     def spying_get(tree):
         numbers = [i + 1 for i, metrics in enumerate(dispatched) if metrics is tree]

@@ -185,3 +185,13 @@ def segments_of(allowed_BTS):
     """Return segment ids: a document starts where a position cannot see the one before."""
     starts = ~np.diagonal(allowed_BTS, offset=-1, axis1=1, axis2=2)
     return np.cumsum(np.pad(starts, ((0, 0), (1, 0))), axis=1)
+
+
+def with_train(program, train):
+    """Return a program whose training step is a function, which still compiles like the step."""
+
+    class Train(step.OnMesh):
+        def __call__(self, *args):
+            return train(*args)
+
+    return dataclasses.replace(program, train=Train(program.mesh, program.train.jitted))

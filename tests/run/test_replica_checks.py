@@ -125,16 +125,14 @@ def test_a_corrupted_replica_ends_a_run_before_it_is_saved(tmp_path, monkeypatch
     def with_a_broken_device(*args):
         program = build(*args)
 
-        class Broken(step.OnMesh):
-            def __call__(self, state, batch):
-                state, metrics = program.train(state, batch)
-                if int(state.step) == 5:
-                    params = altered(state.params, "blocks/mlp/w_in_DF", 3, program.mesh)
-                    state = dataclasses.replace(state, params=params)
-                return state, metrics
+        def broken(state, batch):
+            state, metrics = program.train(state, batch)
+            if int(state.step) == 5:
+                params = altered(state.params, "blocks/mlp/w_in_DF", 3, program.mesh)
+                state = dataclasses.replace(state, params=params)
+            return state, metrics
 
-        broken = Broken(program.mesh, program.train.jitted)
-        return dataclasses.replace(program, train=broken)
+        return tiny.with_train(program, broken)
 
     with monkeypatch.context() as patched:
         patched.setattr(step, "build", with_a_broken_device)

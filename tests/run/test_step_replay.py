@@ -1,7 +1,6 @@
 """A step taken twice: it repeats, or what differs is named; nothing is written."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -63,7 +62,6 @@ def test_what_does_not_repeat_is_named(trained, capsys, monkeypatch, which):
         started = start(*args)
         run = started.run
 
-        @functools.wraps(run.program.train)  # with what compiles it
         def spoilt(state, batch, *limit):
             calls.append(1)
             state, metrics = run.program.train(state, batch, *limit)
@@ -75,7 +73,7 @@ def test_what_does_not_repeat_is_named(trained, capsys, monkeypatch, which):
                 state = dataclasses.replace(state, params=params)
             return state, metrics
 
-        program = dataclasses.replace(run.program, train=spoilt)
+        program = tiny.with_train(run.program, spoilt)
         return dataclasses.replace(started, run=dataclasses.replace(run, program=program))
 
     batches = loader.train_batches
