@@ -194,7 +194,7 @@ def test_all_stop_where_another_run_comes_into_the_folder(tmp_path, what):
     else:
         taken = folder / ("checkpoints" if what == "folder" else "logs")
         other = folder_lock.Lock("", taken)
-        other._me |= {"system": "another"}
+        other.holder |= {"system": "another"}
         (taken / folder_lock.FILE).write_bytes(other.content())
     begin = time.monotonic()
     statuses, _, err = finish(processes)
