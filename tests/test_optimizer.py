@@ -244,9 +244,8 @@ def test_float16_overflow_skips_the_step_and_nothing_advances():
     assert program.train.jitted._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-    "compute_dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("compute_dtype", ["float16", "bfloat16"])
 def test_16_bit_gradients_are_near_those_of_fp32(compute_dtype):
     rates = {"dropout": 0.0, "attention_dropout": 0.0}
     norms = {}

@@ -100,6 +100,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
         assert error < 1e-3, f"{name}: {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [{"n_steps": 5}, {"n_steps": 0, "n_samples": 56}])
 def test_a_run_goes_on_with_another_batch_size(corpus, tmp_path, uninterrupted, monkeypatch, limit):
     """2 steps of 16 samples, then 3 of 8: each sample once, in order."""

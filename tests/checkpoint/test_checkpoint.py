@@ -201,6 +201,7 @@ def test_a_checkpoint_that_another_run_wrote_is_reported(tmp_path):
     storage.Checkpoints(str(tmp_path)).check_alone()  # the next start knows it
 
 
+@pytest.mark.slow
 def test_saving_overlaps_the_next_steps(tmp_path):
     """The state may be donated as soon as save returns."""
     cfg, mixed = tiny.make_config(), program("mixed")

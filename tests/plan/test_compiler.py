@@ -193,6 +193,7 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert json.loads(file.read_text())["compiled"]["cached"]
 
 
+@pytest.mark.slow
 @compiles
 def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatch):
     """A part that a version writes in another way must not be missing from a step's time."""

@@ -98,7 +98,10 @@ def test_logits_with_a_cache_are_those_without(kind):
         cache = cache.append(keys_values, cache.slot)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind == "dense" else ()) for kind in MODELS],
+)
 def test_greedy_text_is_what_recomputing_everything_gives(kind):
     params = make_params(kind)
     generated = run(make_generator(params))
