@@ -493,7 +493,7 @@ def test_log_files_hold_json_alone_after_a_kill_in_mid_line(tmp_path, monkeypatc
 
 def test_kills_at_random_moments_change_nothing(repository):
     """A few of what benchmarks/faults.py does 200 times."""
-    command = [sys.executable, "benchmarks/faults.py", "--kills", "4", "--processes", "1", "2"]
+    command = [sys.executable, "benchmarks/faults.py", "--kills", "2", "--processes", "1", "2"]
     told = subprocess.run(
         command, cwd=repository, capture_output=True, text=True, timeout=900,
         env=os.environ | {"PYTHONPATH": str(repository)},
