@@ -110,7 +110,7 @@ def adamw_update(
         rate = decay if param.get_metadata("decays") else 0.0
         return jax.tree.map(lambda p, u: p - lr * (u + rate * p), param, update)
 
-    return jax.tree.map(step, params, updates, is_leaf=layouts.is_variable), opt_state
+    return layouts.map_variables(step, params, updates), opt_state
 
 
 @jax.tree_util.register_dataclass

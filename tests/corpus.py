@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt3jax import main
 from gpt3jax.config import recipe
-from gpt3jax.data import indexed
+from gpt3jax.data import indexed, tokenizer_training
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 VOCAB = 64
@@ -96,3 +96,10 @@ def records(folder):
     """Return the records of metrics.jsonl without what depends on the clock."""
     lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def train_tokenizer(folder, texts, size=400):
+    """Train a tokenizer on a few texts, five times each; return its two files."""
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    tokenizer_training.train(texts * 5, size, *files)
+    return files

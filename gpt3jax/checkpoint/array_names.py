@@ -5,8 +5,9 @@ from typing import Any, TypeAlias
 import jax
 
 from gpt3jax.checkpoint import metadata
+from gpt3jax.sharding import layouts
 
-PyTree: TypeAlias = Any  # nested containers of arrays, or of what stands for them
+PyTree: TypeAlias = layouts.PyTree
 
 _PARAMS = "params"  # the field of `step.TrainState`
 
@@ -19,12 +20,9 @@ def saved_names(abstract_state: PyTree, meta: metadata.Meta) -> list[str]:
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """Return the leaves of a tree with their names, in the order of `jax.tree.leaves`."""
-    return [(name_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def name_of(path: jax.tree_util.KeyPath[object]) -> str:
-    """Return the name of an array from its path in the tree."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return [
+        (layouts.name_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def is_param(name: str) -> bool:

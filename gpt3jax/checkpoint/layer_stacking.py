@@ -31,6 +31,11 @@ def stacked_dims(state: array_names.PyTree) -> array_names.PyTree:
     return _map_with_stacked(lambda n_stacked, _: n_stacked, state)
 
 
+def stacked_by_name(abstract_state: array_names.PyTree, config: dict[str, Any]) -> dict[str, int]:
+    """Return `stacked_dims` by the arrays' names, as a run of this (flat) config wrote them."""
+    return dict(array_names.named_leaves(stacked_dims(as_written(abstract_state, config))))
+
+
 def restacked(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Return an array in the shape and layout of `like`."""
     if leaf.shape == like.shape:
@@ -49,7 +54,7 @@ def _map_with_stacked(
         n_stacked = axes.index("layers") + 1 if "layers" in axes else 0
         return jax.tree.map(functools.partial(function, n_stacked), node)
 
-    return jax.tree.map(map_variable, state, is_leaf=layouts.is_variable)
+    return layouts.map_variables(map_variable, state)
 
 
 def _restacked_shape(

@@ -18,7 +18,7 @@ from gpt3jax.config import schema
 from gpt3jax.data import tokenizer, tokenizer_files, tokenizer_sources
 from gpt3jax.distributed import joining
 from gpt3jax.model import gpt
-from gpt3jax.sharding import meshes
+from gpt3jax.sharding import layouts, meshes
 
 ComputeDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -206,7 +206,7 @@ def write(
     def in_blocks(
         path: jax.tree_util.KeyPath[object], leaf: jax.ShapeDtypeStruct
     ) -> array_blocks.Blocks:
-        name = array_names.in_model(array_names.name_of(path))
+        name = array_names.in_model(layouts.name_of(path))
         return array_blocks.Blocks(leaf.shape, functools.partial(rows, name, leaf.shape))
 
     params = jax.tree.map_with_path(in_blocks, program.abstract_state.params)

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gpt3jax.checkpoint import array_blocks, array_digests, array_names, metadata, orbax_errors
+from gpt3jax.sharding import layouts
 
 NOT_READ = ocp.PLACEHOLDER
 """What stands in a state for an array that is not read: `...`."""
@@ -47,7 +48,7 @@ def arrays(path: pathlib.Path) -> list[Array]:
 def only(layout: array_names.PyTree, wanted: Callable[[str], bool]) -> array_names.PyTree:
     """Return a layout in which arrays whose names are not wanted are not read."""
     return jax.tree.map_with_path(
-        lambda path, leaf: leaf if wanted(array_names.name_of(path)) else NOT_READ, layout
+        lambda path, leaf: leaf if wanted(layouts.name_of(path)) else NOT_READ, layout
     )
 
 

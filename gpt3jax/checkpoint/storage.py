@@ -316,8 +316,7 @@ class Checkpoints:
         meta, path = self.read_meta(step), self.path(step)
         with orbax_errors.named(path):
             expected = self.read_digests(step, meta, abstract_state)[name]
-        layout = layer_stacking.as_written(abstract_state, meta.config)
-        n_stacked = dict(array_names.named_leaves(layer_stacking.stacked_dims(layout)))[name]
+        n_stacked = layer_stacking.stacked_by_name(abstract_state, meta.config)[name]
         yield from partial_reading.read_blocks(path, name, n_stacked, expected)
 
     def set_aside(self, steps: list[int]) -> None:

@@ -28,8 +28,7 @@ def verify(
             raise ValueError(f"it does not have {', '.join(missing)}")
         # Orbax needs files of its own as well: it reads the smallest array.
         partial_reading.read_some(path, _smallest_alone(abstract_state, meta), meta)
-    layout = layer_stacking.as_written(abstract_state, meta.config)
-    n_stacked = dict(array_names.named_leaves(layer_stacking.stacked_dims(layout)))
+    n_stacked = layer_stacking.stacked_by_name(abstract_state, meta.config)
     changed = []
     for name in names:
         try:

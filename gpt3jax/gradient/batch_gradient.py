@@ -75,11 +75,10 @@ def params_to_use(cfg: schema.Config, params: gpt.GPT) -> gpt.GPT:
         return params
 
     def cast(variable: layouts.Variable) -> layouts.Variable:
-        is_of_layers = "layers" in layouts.variable_axes(variable)
-        is_cast = is_of_layers and variable.get_metadata("decays")
+        is_cast = layouts.is_of_layers(variable) and variable.get_metadata("decays")
         dtype = cfg.precision.compute_dtype if is_cast else jnp.float32
         return jax.tree.map(lambda x: x.astype(dtype), variable)
 
     # Without the barrier XLA may gather first, twice the bytes, and cast then.
-    used = jax.lax.optimization_barrier(jax.tree.map(cast, params, is_leaf=layouts.is_variable))
+    used = jax.lax.optimization_barrier(layouts.map_variables(cast, params))
     return layouts.constrain_like_params(used)

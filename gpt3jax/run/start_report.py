@@ -4,12 +4,12 @@ import jax
 
 from gpt3jax import optimizer
 from gpt3jax.config import batch_schedule, schema, validation
+from gpt3jax.data import global_batch
 from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops
 from gpt3jax.model import remat
 from gpt3jax.plan import memory_model, placement
 from gpt3jax.run import startup, step_log
-from gpt3jax.sharding import rules
 
 
 def lines(run: startup.Run) -> list[str]:
@@ -92,10 +92,10 @@ def step_bytes(
 
     The plan's headroom in the bytes that a device offers (`limit`, if known) is included.
     """
-    rows = cfg.batch.microbatch_size * rules.data_parallel_size(mesh)
+    full = cfg.batch.global_batch_size
     layout = placement.Layout(
         sizes=dict(mesh.shape),
-        n_microbatches=max(cfg.batch.global_batch_size // rows, 1),
+        n_microbatches=max(global_batch.n_microbatches(cfg, mesh, full), 1),
         attention=attention,
         problems=(),
     )

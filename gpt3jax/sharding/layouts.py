@@ -5,6 +5,7 @@ training step and the restore target all use it.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
@@ -16,7 +17,7 @@ from gpt3jax import errors
 from gpt3jax.config import ranges
 from gpt3jax.sharding import rules
 
-PyTree: TypeAlias = Any  # nested containers of variables and arrays
+PyTree: TypeAlias = Any  # nested containers of variables and arrays, or of what stands for them
 Tree = TypeVar("Tree")
 Variable: TypeAlias = "nnx.Variable[jax.Array]"
 
@@ -35,7 +36,7 @@ def state_shardings(abstract_state: PyTree, mesh: Mesh, *, over_data: bool = Fal
     def sharding_of(path: tuple[Any, ...], node: PyTree) -> PyTree:
         if not is_variable(node):
             return replicated
-        _check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), node, mesh)
+        _check_divides(name_of(path), node, mesh)
         dim = data_dim(node, mesh) if over_data else None
         spec = with_data(rules.spec(variable_axes(node)), dim)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), node)
@@ -49,7 +50,7 @@ def constrain_like_params(tree: Tree) -> Tree:
     def constrain(variable: Variable) -> Variable:
         return jax.tree.map(lambda x: rules.constrain(x, *variable_axes(variable)), variable)
 
-    return jax.tree.map(constrain, tree, is_leaf=is_variable)
+    return map_variables(constrain, tree)
 
 
 def zeros_like_params(params: Tree) -> Tree:
@@ -92,6 +93,16 @@ def variable_axes(variable: Variable) -> tuple[str | None, ...]:
     return ((), ("layers",), (None, "layers"))[n_stacked] + axes
 
 
+def is_of_layers(variable: Variable) -> bool:
+    """Return whether a variable stacks the layers' own arrays."""
+    return "layers" in variable_axes(variable)
+
+
+def map_variables(function: Callable[..., PyTree], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Return a tree (and trees like it) with `function` called for each variable or plain array."""
+    return jax.tree.map(function, tree, *rest, is_leaf=is_variable)
+
+
 def is_variable(node: PyTree) -> TypeGuard[Variable]:
     """Return whether a node is a parameter, moment or gradient with its metadata, not an array."""
     return isinstance(node, nnx.Variable)
@@ -100,8 +111,12 @@ def is_variable(node: PyTree) -> TypeGuard[Variable]:
 def array_names(tree: PyTree) -> list[str]:
     """Return the name of each array of a tree of variables, such as `blocks/mlp/w_in_DF`."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    return [name.removesuffix("/value") for name in names]
+    return [name_of(path).removesuffix("/value") for path in paths]
+
+
+def name_of(path: jax.tree_util.KeyPath[object]) -> str:
+    """Return the name of a node from its path in a tree: its keys with slashes between them."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _check_divides(name: str, variable: Variable, mesh: Mesh) -> None:

@@ -19,6 +19,8 @@ Sums = TypeVar("Sums")
 PyTree: TypeAlias = layouts.PyTree
 Batch: TypeAlias = dict[str, jax.Array]
 Sum: TypeAlias = jax.Array
+Gradient: TypeAlias = Callable[[Params, Batch], tuple[Sum, Params]]
+"""(params, rows of a batch) -> (sum, gradients like params)."""
 _MANUAL = frozenset({"data", "stage"})
 
 
@@ -36,40 +38,38 @@ def sum_on_replicas(
     )
 
 
-def sum_grads_on_replicas(
-    function: Callable[[Params, Batch], tuple[Sum, Params]], params: Params
-) -> Callable[[Params, Batch], tuple[Sum, Params]]:
+def sum_grads_on_replicas(function: Gradient[Params], params: Params) -> Gradient[Params]:
     """Return a function that adds up the sum and the gradients that `function` returns.
 
     The gradients are added up once, at the end. Those of layers stay with their stage.
     """
-    if _is_alone():
-        return function
-
-    def summed(params: Params, batch: Batch) -> tuple[Sum, Params]:
-        loss_sum, grads = function(params, batch)
-        return _sum_over_both(loss_sum), _map_variables(_all_reduced, grads)
-
-    specs = _map_variables(_spec_of_stage, params)
-    return _on_replicas(summed, params, (PartitionSpec(), specs))
+    return _grads_on_replicas(function, params, _all_reduced, _spec_of_stage)
 
 
-def scatter_grads_on_replicas(
-    function: Callable[[Params, Batch], tuple[Sum, Params]], params: Params
-) -> Callable[[Params, Batch], tuple[Sum, Params]]:
+def scatter_grads_on_replicas(function: Gradient[Params], params: Params) -> Gradient[Params]:
     """Return `sum_grads_on_replicas` where a replica gets only its part of each gradient (ZeRO-1).
 
     `layouts.data_dim` is the dimension that is cut; gradients without one stay whole.
     """
+    spec_of_part = functools.partial(_spec_of_part, jax.sharding.get_abstract_mesh())
+    return _grads_on_replicas(function, params, _scattered, spec_of_part)
+
+
+def _grads_on_replicas(
+    function: Gradient[Params],
+    params: Params,
+    add_up: Callable[[PyTree], PyTree],
+    spec_of: Callable[[PyTree], PyTree],
+) -> Gradient[Params]:
+    """Return `function` on each replica and stage: `add_up` and `spec_of` are of each gradient."""
     if _is_alone():
         return function
 
     def summed(params: Params, batch: Batch) -> tuple[Sum, Params]:
         loss_sum, grads = function(params, batch)
-        return _sum_over_both(loss_sum), _map_variables(_scattered, grads)
+        return _sum_over_both(loss_sum), layouts.map_variables(add_up, grads)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    specs = _map_variables(functools.partial(_spec_of_part, mesh), params)
+    specs = layouts.map_variables(spec_of, params)
     return _on_replicas(summed, params, (PartitionSpec(), specs))
 
 
@@ -83,16 +83,12 @@ def _on_replicas(
 ) -> Callable[[Params, Batch], Result]:
     mapped: Callable[[Params, Batch], Result] = jax.shard_map(
         function,
-        in_specs=(_map_variables(_spec_of_stage, params), PartitionSpec(None, "data")),
+        in_specs=(layouts.map_variables(_spec_of_stage, params), PartitionSpec(None, "data")),
         out_specs=out_specs,
         axis_names=_MANUAL,
         check_vma=False,
     )
     return mapped
-
-
-def _map_variables(function: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
-    return jax.tree.map(function, tree, is_leaf=layouts.is_variable)
 
 
 def _spec_of_stage(variable: PyTree) -> PyTree:
@@ -117,7 +113,7 @@ def _sum_over_both(x: Sums) -> Sums:
 
 
 def _belongs_to_stage(variable: PyTree) -> bool:
-    return layouts.is_variable(variable) and "layers" in layouts.variable_axes(variable)
+    return layouts.is_variable(variable) and layouts.is_of_layers(variable)
 
 
 def _all_reduced(grad: PyTree) -> PyTree:

@@ -26,8 +26,9 @@ from gpt3jax.data import (
     prepare,
     tokenizer,
     tokenizer_sources,
-    tokenizer_training,
 )
+
+import corpus
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 GPT2 = (str(GOLDEN / "gpt2" / "vocab.json"), str(GOLDEN / "gpt2" / "merges.txt"))
@@ -43,10 +44,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bpe")
-    paths = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer_training.train(TEXTS * 5, 400, *paths)
-    return paths
+    return corpus.train_tokenizer(tmp_path_factory.mktemp("bpe"), TEXTS)
 
 
 @pytest.fixture(scope="module")

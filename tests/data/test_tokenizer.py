@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt3jax import errors
-from gpt3jax.data import tokenizer_sources, tokenizer_training
+from gpt3jax.data import tokenizer_sources
+
+import corpus
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 GPT2 = (str(GOLDEN / "gpt2" / "vocab.json"), str(GOLDEN / "gpt2" / "merges.txt"))
@@ -25,10 +27,7 @@ TEXT = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bpe")
-    paths = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer_training.train(TEXT * 5, 400, *paths)
-    return paths
+    return corpus.train_tokenizer(tmp_path_factory.mktemp("bpe"), TEXT)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import pytest
 from gpt3jax import errors
 from gpt3jax.data import tokenizer_sources, tokenizer_training
 
+import corpus
+
 TEXT = [
     "The cat sat on the mat; the cat's hat isn't flat. 123 cats, 4567 hats!\n",
     "naïve café — Ωμέγα, 日本語, 🙂🙂 \u200b\x00\x7f",
@@ -15,10 +17,7 @@ TEXT = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bpe")
-    paths = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer_training.train(TEXT * 5, 400, *paths)
-    return paths
+    return corpus.train_tokenizer(tmp_path_factory.mktemp("bpe"), TEXT)
 
 
 def test_training_again_gives_the_same_files(files, tmp_path):
