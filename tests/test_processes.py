@@ -262,7 +262,10 @@ def test_a_hang_is_told_by_all_and_the_process_at_fault_named(tmp_path):
     begin = time.monotonic()
     statuses, _, err = finish(processes)
     assert statuses == [errors.RETRY] * 2 and time.monotonic() - begin < 60
-    assert re.search(r"process 1 \(\S+\) has been in 'wait for data' after step 5", err[0]), err[0]
+    # Its own watchdog may have ended it before the first process looks: then it is silent.
+    silent = r"not been heard of for \d+ s; before, it was"
+    pattern = rf"process 1 \(\S+\) has (been|{silent}) in 'wait for data' after step 5"
+    assert re.search(pattern, err[0]), err[0]
     assert "process 0 has been in 'wait for devices'" in err[0] and "in loop" in err[0]
     assert "process 1 has been in 'wait for data'" in err[1] and "in slow" in err[1]
 

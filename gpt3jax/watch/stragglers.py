@@ -90,9 +90,7 @@ class Peers:
         for i in range(self._n):
             silence = now - changed[i] if i in posts else math.inf
             if silence > 3 * self._every:
-                how_long = f" for {silence:.0f} s" if i in posts else ""
-                where = _at(posts.pop(i, None))
-                lines.append(f"process {i}{where} has not been heard of{how_long}")
+                lines.append(f"process {i}{_silent(posts.pop(i, None), silence)}")
         for i in held_up_by({i: post.doing for i, post in posts.items()}):
             step, phase, seconds = posts[i].doing
             seconds += now - changed[i]
@@ -173,3 +171,14 @@ def slowest(
 
 def _at(post: Post | None) -> str:
     return f" ({post.host})" if post else ""
+
+
+def _silent(post: Post | None, silence: float) -> str:
+    """Say for how long a process has posted nothing, and what it was doing before.
+
+    Its last phase matters: a process whose own watchdog ended it is silent too.
+    """
+    if post is None:
+        return " has not been heard of"
+    before = f"before, it was in '{post.doing.phase}' after step {post.doing.step}"
+    return f"{_at(post)} has not been heard of for {silence:.0f} s; {before}"

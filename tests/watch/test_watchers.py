@@ -1,5 +1,6 @@
 """The clock of a run, the account of its time, who is slow or behind, and the watchdog."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from gpt3jax import errors
 from gpt3jax.config import schema
+from gpt3jax.distributed import messages
 from gpt3jax.watch import goodput, phases, stragglers, watchdog
 
 
@@ -175,6 +177,26 @@ with clock.during(phases.HOST):
     stuck_here()
 """
 HOLDS_THE_GIL = "import ctypes; ctypes.PyDLL(None).sleep(60)"
+
+
+def test_a_silent_process_is_named_with_what_it_did_last(monkeypatch):
+    """Its own watchdog may have ended it before the others look."""
+    ticks = itertools.count(1.0)
+
+    def posted(_folder):
+        running = ("host0", (7, phases.DEVICE, next(ticks)), None)
+        return {"0": json.dumps(running), "1": json.dumps(("host1", (6, phases.DATA, 2.5), None))}
+
+    monkeypatch.setattr(messages, "post", lambda *_: None)
+    monkeypatch.setattr(messages, "posted", posted)
+    peers = stragglers.Peers(phases.Phases(), 0, 2, every=0.02)
+    end = time.monotonic() + 30
+    before = "before, it was in 'wait for data' after step 6"
+    expected = rf"process 1 \(host1\) has not been heard of for \d+ s; {before}"
+    while not re.fullmatch(expected, peers.behind()[0]):
+        assert time.monotonic() < end, peers.behind()
+        time.sleep(0.01)
+    peers.close()
 
 
 @pytest.mark.parametrize("stuck", ["time.sleep(60)", HOLDS_THE_GIL])
