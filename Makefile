@@ -44,7 +44,7 @@ lint: $(DEV)  ## style, format, types, spelling
 
 docs: $(DOCS)  ## the documentation, a site in site/: its reference from the code, every link checked
 	$(BIN)/python docs/reference/generate.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
