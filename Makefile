@@ -9,10 +9,11 @@ BIN = $(VENV)/bin
 TEST = $(VENV)/.gpt3jax-test
 DEV = $(VENV)/.gpt3jax-dev
 PLAN = $(VENV)/.gpt3jax-plan
+DOCS = $(VENV)/.gpt3jax-docs
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-slow test-all test-versions gpu-compiler lint help clean
+.PHONY: quickstart test test-slow test-all test-versions gpu-compiler lint docs help clean
 
 quickstart: $(TEST)  ## train a small GPT on the CPU, in minutes (ARGS="--train.n-steps=50")
 	$(BIN)/python -m gpt3jax.main --config=configs/quickstart.py $(ARGS)
@@ -41,11 +42,15 @@ lint: $(DEV)  ## style, format, types, spelling
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+docs: $(DOCS)  ## the documentation, a site in site/: its reference from the code, every link checked
+	$(BIN)/python docs/reference/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 clean:  ## remove caches and build output; runs/, .venv and .venvs stay
-	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist gpt3jax.egg-info
+	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site gpt3jax.egg-info
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed once, and again when pyproject.toml changes.
@@ -59,7 +64,11 @@ $(PLAN): pyproject.toml | $(BIN)/python
 
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[dev]'
-	touch $@ $(TEST)
+	touch $@ $(TEST) $(DOCS)
+
+$(DOCS): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[docs]'
+	touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \

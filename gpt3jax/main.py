@@ -1,4 +1,4 @@
-"""`python -m gpt3jax.main --config=RECIPE.py [--group.field VALUE ...]`: train."""
+"""`python -m gpt3jax.main --config=RECIPE.py [--group.field VALUE ...]`: train a GPT-3 model."""
 
 import os
 import sys

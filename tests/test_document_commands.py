@@ -273,9 +273,24 @@ def test_values_that_texts_give_to_fields_are_of_their_type(parse, monkeypatch):
         raise AssertionError(documents.told(faults))
 
 
+def test_the_reference_has_the_options_that_help_shows(parse):
+    pages = (REPOSITORY / "docs" / "reference" / f"{name}.md" for name in ("options", "commands"))
+    text = "\n".join(page.read_text() for page in pages)
+    rows = " ".join(re.findall(r"(?m)^\| (`--[^|]*)", text))
+    shown = options_of_commands(parse)
+    assert set(re.findall(OPTION, rows)) <= shown
+    assert shown - {"--help"} <= set(re.findall(OPTION, text))  # help names others' options too
+
+
 def known_options(parse):
-    """Return the options of all commands and benchmarks, as their help shows them."""
+    """Return the options of all commands and benchmarks."""
     texts = [pathlib.Path(file).read_text() for file in documents.python_files("benchmarks")]
+    return options_of_commands(parse) | set(re.findall(OPTION, "\n".join(texts)))
+
+
+def options_of_commands(parse):
+    """Return the options of all commands, as their help shows them."""
+    texts = []
     for name, needed in COMMANDS.items():
         recipe_alone = [word for word in needed if word == RECIPE and name != "gpt3jax.plan"]
         for sub in SUBCOMMANDS.get(name, [None]):

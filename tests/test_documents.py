@@ -112,7 +112,7 @@ def headings(file):
 def test_modules_fields_and_attributes_exist():
     dotted = r"(?<![\w./*{}-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?![\w./*-])"
     a_file = (
-        r"\.(?:py|md|jsonl?|npz|bin|idx|txt|yaml|safetensors|sh|cpp|sbatch|toml|jinja|process_N)$"
+        r"\.(?:py|md|jsonl?|npz|bin|idx|txt|ya?ml|safetensors|sh|cpp|sbatch|toml|jinja|process_N)$"
     )
     faults = [
         f"{place}: `{name}` is no field of the config and no name of a module"

@@ -1,4 +1,4 @@
-"""`python -m gpt3jax.convert`: weights from and to other formats.
+"""`python -m gpt3jax.convert`: convert weights from and to other formats.
 
     from-hf DIR --output CKPT                  a Hugging Face GPT-2 folder to a checkpoint
     to-hf --checkpoint CKPT --output DIR       the newest checkpoint to a Hugging Face GPT-2 folder

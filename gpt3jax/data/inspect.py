@@ -1,12 +1,11 @@
 """Show what is in a corpus, and which samples a run takes from it.
 
-inspect PREFIX --document 7 --vocab-file vocab.json --merge-file merges.txt
+A document as text; samples of a corpus; the indices of a blend; what a step of a run reads:
 
-inspect PREFIX --seq-len 2048 --n-samples 1000 --samples 0:4
-
-inspect 0.7 PREFIX_1 0.3 PREFIX_2 --seq-len 2048 --n-samples 1000 --dump indices.npz
-
-inspect --config runs/345m/logs/config.json --step 1200
+    python -m gpt3jax.data.inspect PREFIX --document 7 --tokenizer tokenizer.json
+    python -m gpt3jax.data.inspect PREFIX --seq-len 2048 --n-samples 1000 --samples 0:4
+    python -m gpt3jax.data.inspect 0.7 PREFIX_1 0.3 PREFIX_2 --n-samples 1000 --dump indices.npz
+    python -m gpt3jax.data.inspect --config runs/345m/logs/config.json --step 1200
 """
 
 import dataclasses

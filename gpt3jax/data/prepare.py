@@ -43,8 +43,10 @@ class Options:
     )
     append_eod: bool = False
     """End each document that is not empty with the end-of-document token."""
-    workers: Annotated[int, ranges.Range(1, 1000)] = len(os.sched_getaffinity(0))
-    """Number of threads that encode."""
+    workers: Annotated[int, ranges.Range(1, 1000)] = dataclasses.field(
+        default_factory=lambda: len(os.sched_getaffinity(0))
+    )
+    """Number of threads that encode; by default, the number of CPUs that are free to use."""
     on_bad_line: Literal["error", "skip"] = "error"
     """Stop at a line that is not UTF-8, is not JSON or lacks the key; or skip it."""
     on_empty_document: Literal["keep", "skip", "error"] = "keep"

@@ -1,4 +1,4 @@
-"""`python -m gpt3jax.evaluate --checkpoint CKPT --text FILE`: how good a trained model is.
+"""`python -m gpt3jax.evaluate --checkpoint CKPT --text FILE`: measure how good a trained model is.
 
     --text FILE             loss, perplexity and bits per byte of a file of text
     --data PREFIX           the same for a corpus, PREFIX.bin and PREFIX.idx

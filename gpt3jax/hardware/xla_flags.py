@@ -1,7 +1,8 @@
-"""XLA's options, each with its reason: for runs (`launch/`) and plans on GPUs, one for CPUs.
+"""`python -m gpt3jax.hardware.xla_flags --config=RECIPE.py ...`: print XLA's options for a run.
 
-`python -m gpt3jax.hardware.xla_flags --config=RECIPE.py ...` prints the options of a run as lines
-for a shell; they must be in the environment before JAX starts. Imports no JAX.
+It prints lines for a shell: the options must be in the environment before JAX starts. Here stand
+those for runs (`launch/`) and plans on GPUs, and one for CPUs, each with its reason. Imports no
+JAX.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """`python -m gpt3jax.plan --config=RECIPE.py --gpus=N [--gpu=h100] [--group.field VALUE ...]`.
 
-Says, without a GPU, what a config's step needs on a pod: memory, collectives, time and cost. Closed
+Say, without a GPU, what a config's step needs on a pod: memory, collectives, time and cost. Closed
 forms answer at once; with the extra `plan`, the true step is compiled as well. Further options
 override the recipe, as in gpt3jax.main.
 """

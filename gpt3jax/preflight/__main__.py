@@ -1,7 +1,7 @@
 """`python -m gpt3jax.preflight --config=RECIPE.py [--json FILE] [--group.field VALUE ...]`.
 
-Start it like gpt3jax.main, once for each process of the run. It compares the processes and measures
-their machines; it trains nothing. Other options override the recipe, as in gpt3jax.main.
+Compare the processes of a run and measure their machines; nothing is trained. Start it like
+gpt3jax.main, once for each process. Other options override the recipe, as in gpt3jax.main.
 """
 
 import os

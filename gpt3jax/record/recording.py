@@ -144,14 +144,15 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         self, entry: Mapping[str, float], memory: Mapping[str, int]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Return what to plot over steps and samples, and what over steps alone."""
-        both = {tag: entry[name] for tag, name in tensorboard.TAGS.items()}
+        values = {**entry, "n_devices": self._n_devices}
+        both = {tag: values[name] for tag, name in tensorboard.TAGS.items()}
         over_steps = {
-            tag: values[name]
-            for tags, values in ((tensorboard.STEP_TAGS, entry), (tensorboard.MEMORY_TAGS, memory))
+            tag: known[name]
+            for tags, known in ((tensorboard.STEP_TAGS, entry), (tensorboard.MEMORY_TAGS, memory))
             for tag, name in tags.items()
-            if name in values
+            if name in known
         }
-        return both | {"world-size": self._n_devices}, over_steps
+        return both, over_steps
 
     def log_eval(
         self, step: int, consumed_samples: int, split: Literal["validation", "test"], loss: float
@@ -163,7 +164,8 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         self.say(console_line.evaluation_lines(step, split, loss, perplexity))
         place = {"step": step, "consumed_samples": consumed_samples}
         values = {f"{split}_loss": float(loss), f"{split}_ppl": perplexity}
-        tags = {f"lm loss {split}": loss, f"lm loss {split} ppl": perplexity}
+        names = tensorboard.EVALUATION_TAGS.items()
+        tags = {tag: values[name] for tag, name in names if name in values}
         if self.folder is not None:
             self.folder.record(place | values, tags, {})
 

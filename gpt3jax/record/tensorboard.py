@@ -1,4 +1,8 @@
-"""TensorBoard's files, and the tags in them: Megatron's where it has them."""
+"""TensorBoard's files, and the tags in them: Megatron's where it has them.
+
+What the values mean stands in `metrics`. The account of the run's time and the search for slow
+processes have further tags: `goodput.TAGS` and `stragglers.TAGS`.
+"""
 
 import contextlib
 import math
@@ -17,6 +21,14 @@ TAGS = {
     "lm loss": "loss",
     "loss-scale": "loss_scale",
     "grad-norm": "grad_norm",
+    "world-size": "n_devices",
+}
+# The same after an evaluation:
+EVALUATION_TAGS = {
+    "lm loss validation": "validation_loss",
+    "lm loss validation ppl": "validation_ppl",
+    "lm loss test": "test_loss",
+    "lm loss test ppl": "test_ppl",
 }
 # Over steps only:
 STEP_TAGS = {

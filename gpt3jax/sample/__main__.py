@@ -1,4 +1,4 @@
-"""`python -m gpt3jax.sample --checkpoint CKPT --prompt "..."`: text from a trained model.
+"""`python -m gpt3jax.sample --checkpoint CKPT --prompt "..."`: generate text from a trained model.
 
     --prompt TEXT ...       continue these texts; a single one is printed as it comes
     --prompts FILE          continue each line of a file, in batches

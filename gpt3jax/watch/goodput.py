@@ -17,6 +17,18 @@ from gpt3jax.record import console_line, json_files
 from gpt3jax.watch import phases
 
 _WRITE_SECONDS = 10.0  # between writes of the file
+PARTS = {
+    "steps": "Steps that count, without waiting for data.",
+    "lost steps": "Steps that a later start took again (estimated from their number).",
+    **{p: text for p, text in phases.MEANINGS.items() if p not in (phases.HOST, phases.DEVICE)},
+    "between starts": "Time between starts, which is no part of the run's time.",
+}
+"""What the time of a run goes into, over all its starts (seconds)."""
+TAGS = {
+    "goodput": "Share of the run's time that went into steps that count (0 to 1).",
+    **{f"seconds/{part}": text for part, text in PARTS.items()},
+}
+"""What TensorBoard shows of it."""
 
 
 @dataclasses.dataclass
@@ -30,9 +42,10 @@ class Start:
     step: int
     """Steps that the run had taken when the entry was written."""
     seconds: dict[str, float]
-    """Time in each phase."""
+    """Time in each phase (seconds)."""
     end: str = ""
-    """How: "complete", "stopped" or "refused"; empty if it was killed, failed, or still runs."""
+    """How the start ended: "complete", "stopped" or "refused"; empty if it was killed, failed, or
+    still runs."""
 
     @property
     def total(self) -> float:

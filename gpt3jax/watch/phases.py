@@ -17,7 +17,17 @@ from typing import NamedTuple
 START, RESTORE, COMPILE, EVALUATE, SAVE = "start", "restore", "compile", "evaluate", "save"
 DATA, HOST, DEVICE = "wait for data", "host", "wait for devices"
 STEPS = (DATA, HOST, DEVICE)
-"""The phases that a step is made of; `HOST` is Python's work, dispatch included."""
+"""The phases that a step is made of."""
+MEANINGS = {
+    START: "Starting: imports, joining the other processes, checks, opening the corpus.",
+    RESTORE: "Reading the checkpoint that the run goes on from.",
+    COMPILE: "Compiling the step, and waiting for processes that still compile.",
+    DATA: "Steps: waiting for the next batch.",
+    HOST: "Steps: Python's own work, dispatch included.",
+    DEVICE: "Steps: waiting for the devices.",
+    EVALUATE: "Evaluating on the validation and the test split.",
+    SAVE: "Saving checkpoints, as far as training waits for it.",
+}
 
 
 class Doing(NamedTuple):

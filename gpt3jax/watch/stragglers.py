@@ -22,6 +22,13 @@ _READERS = 2
 # A process is slow if it takes this share of a step longer than the median process ...
 _SLOW_SHARE = 0.1
 _SLOW_TIMES = 3  # ... so many times in a row.
+TAGS = {
+    "slowest-process": "Number of the process that spends most time of a step outside of its "
+    "devices.",
+    "slowest-process-seconds": "Time a step that the slowest process spends there (seconds).",
+    "median-process-seconds": "Time a step that the median process spends there (seconds).",
+}
+"""What TensorBoard shows of the slowest process, with two or more processes."""
 
 
 class Post(NamedTuple):

@@ -74,8 +74,4 @@ class Oversight(contextlib.AbstractContextManager["Oversight"]):
                 f"outside of its devices, where the median is {slow.median:.3f} s: every step "
                 f"waits for it ({slow.step:.3f} s)"
             )
-        return {
-            "slowest-process": slow.process,
-            "slowest-process-seconds": slow.own,
-            "median-process-seconds": slow.median,
-        }
+        return dict(zip(stragglers.TAGS, (slow.process, slow.own, slow.median), strict=True))

@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.hardware import flops
-from gpt3jax.record import console_line, log_folder, recording, tensorboard
+from gpt3jax.record import console_line, log_folder, metrics, recording, tensorboard
 
 # As Megatron-LM printed them (a run of 30 iterations of 8 samples); see tests/golden.
 MEGATRON_STEPS = [
@@ -207,15 +207,17 @@ def test_jsonl_stays_json_where_floats_are_not_finite(tmp_path):
     assert evaluation["validation_loss"] == evaluation["validation_ppl"] == "NaN"
 
 
-def test_the_readme_lists_every_entry(tmp_path, repository):
+def test_what_is_recorded_has_a_meaning(tmp_path):
     with record(tmp_path, peak_flops=1e12) as recorder:
-        log(recorder, 1)
+        recorder.log_step(1, 8, 8, 0.5, VALUES, {"bytes_in_use": 1, "peak_bytes_in_use": 2})
         for split in ("validation", "test"):
             recorder.log_eval(1, 8, split, 4.5)
-    text = " ".join((repository / "README.md").read_text().split())
-    listed = text.partition("Per logged step: ")[2].partition("Entries that")[0]
-    names = {n for span in re.findall(r"`([a-z_, ]+)`", listed) for n in span.split(", ")}
-    assert names == {name for entry in entries(tmp_path) for name in entry}
+    names = {name for entry in entries(tmp_path) for name in entry}
+    assert names == {*metrics.STEP, *metrics.EVALUATION}
+    tags = tensorboard.TAGS | tensorboard.EVALUATION_TAGS
+    tags |= tensorboard.STEP_TAGS | tensorboard.MEMORY_TAGS
+    assert scalars(tmp_path).keys() == tags.keys()
+    assert set(tags.values()) - names == set(metrics.TENSORBOARD)
 
 
 def test_jsonl_is_there_line_by_line(tmp_path):

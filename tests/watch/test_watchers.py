@@ -64,6 +64,16 @@ def test_a_process_knows_when_it_began():
     assert 0.3 < float(told.stdout) < time.monotonic() - begin + 0.02
 
 
+def test_what_is_plotted_of_the_time_has_a_meaning(now):
+    names = {v for k, v in vars(phases).items() if k.isupper() and isinstance(v, str)}
+    assert names == phases.MEANINGS.keys()
+    clock = phases.Phases()
+    for phase in names:
+        with clock.during(phase):
+            now.sleep(1.0)
+    assert goodput.Account("", clock, 0).scalars().keys() == goodput.TAGS.keys()
+
+
 def start_of(first, last, seconds, began=0.0, end=""):
     return goodput.Start(began, first, last, seconds, end)
 
