@@ -180,8 +180,9 @@ def test_the_readme_has_a_row_for_every_command_and_no_other():
     names = {".".join(f.relative_to(REPOSITORY).with_suffix("").parts) for f in started}
     commands = {n for n in names if not n.endswith(".__main__")} - PARTS_OF_COMMANDS
     assert set(COMMANDS) == commands
-    rows = re.findall(r"(?m)^\| `(gpt3jax[\w.]*)` \|", (REPOSITORY / "README.md").read_text())
-    assert sorted(rows) == sorted(commands)
+    table = (REPOSITORY / "README.md").read_text()
+    rows = re.findall(r"(?m)^\| \[`([\w.]+)`\]\(docs/.*\) \| ", table)
+    assert sorted(f"gpt3jax.{row}" for row in rows) == sorted(commands)
 
 
 def starts(name):
