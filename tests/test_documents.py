@@ -280,12 +280,12 @@ def test_every_page_can_be_reached_from_the_readme():
         file = waiting.pop()
         if file not in reached:
             reached.add(file)
-            links = re.findall(r"\]\(([^)#]+\.md)(?:#[^)]*)?\)", file.read_text())
-            linked = [(file.parent / link).resolve() for link in links if "://" not in link]
-            waiting += [target for target in linked if target.is_file()]
-    pages = set((REPOSITORY / "docs").glob("*.md")) | set((REPOSITORY / "docs").glob("*/*.md"))
-    of_readme = {file for file in pages if file.parent.name == "decisions"}  # linked as a folder
-    missing = pages - reached - of_readme - {REPOSITORY / "docs" / "index.md"}
+            links = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", file.read_text())
+            for target in ((file.parent / link).resolve() for link in links):
+                pages = target.glob("*.md") if target.is_dir() else [target]
+                waiting += [page for page in pages if page.is_file() and page.suffix == ".md"]
+    pages = set((REPOSITORY / "docs").rglob("*.md")) - {REPOSITORY / "docs" / "index.md"}
+    missing = pages - reached
     assert not missing, f"no link leads to {sorted(str(file) for file in missing)}"
 
 
