@@ -8,10 +8,12 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
 import tomllib
 
+import numpy as np
 import pytest
 
 from gpt3jax.config import recipe, schema
@@ -304,6 +306,16 @@ def test_the_readme_says_how_far_off_the_plan_was_for_every_published_run():
     ratios = [row.split("|")[4].strip() for row in table.splitlines()[2:]]
     missing = [ratio for ratio in ratios if ratio not in page("README.md").text]
     assert len(ratios) > 2 and not missing, f"README.md: say {missing}, as docs/plan.md"
+
+
+def test_the_readme_says_how_far_apart_the_meshes_of_its_picture_are():
+    data = json.loads((REPOSITORY / "docs" / "figures" / "data" / "one_loss.json").read_text())
+    alone, meshes = np.array(data["one_device"]), np.array(list(data["meshes"].values()))
+    difference = np.abs(meshes - alone).max()
+    said = f"All {len(meshes)} ways to cut 8 emulated devices were trained beside one device"
+    text = " ".join(page("README.md").text.split())
+    assert said in text
+    assert f"in {len(alone)} steps their losses differ by at most {difference:.4f} nats" in text
 
 
 def test_the_readme_names_the_versions_that_are_supported():
