@@ -37,7 +37,10 @@ COMMANDS = {
     "gpt3jax.data.inspect": [],
     "gpt3jax.checkpoint": [],
     "gpt3jax.convert": [],
+    "gpt3jax.report": ["RUN", "--html=FILE"],
+    "gpt3jax.summary": ["RUN"],
 }
+PARTS_OF_COMMANDS = {"gpt3jax.plan.compiler"}  # processes that another command starts
 SUBCOMMANDS = {
     "gpt3jax.checkpoint": ["list", "show", "verify"],
     "gpt3jax.convert": ["from-hf", "to-hf", "from-megatron", "to-megatron"],
@@ -166,6 +169,20 @@ def test_commands_of_the_package_take_what_documents_give_them(parse):
                 n_parsed += 1
     assert not faults, documents.told(faults)
     assert n_parsed > 50, "the documents' commands are not found any more"
+
+
+def test_the_readme_has_a_row_for_every_command_and_no_other():
+    package = REPOSITORY / "gpt3jax"
+    started = [
+        f for f in documents.python_files("gpt3jax") if '__name__ == "__main__"' in f.read_text()
+    ]
+    started += [file.parent for file in package.rglob("__main__.py")]
+    names = {".".join(f.relative_to(REPOSITORY).with_suffix("").parts) for f in started}
+    commands = {n for n in names if not n.endswith(".__main__")} - PARTS_OF_COMMANDS
+    assert set(COMMANDS) == commands
+    table = (REPOSITORY / "README.md").read_text()
+    rows = re.findall(r"(?m)^\| \[`([\w.]+)`\]\(docs/.*\) \| ", table)
+    assert sorted(f"gpt3jax.{row}" for row in rows) == sorted(commands)
 
 
 def starts(name):

@@ -8,9 +8,12 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
+import tomllib
 
+import numpy as np
 import pytest
 
 from gpt3jax.config import recipe, schema
@@ -260,27 +263,71 @@ def texts_of_the_code():
     return "\n".join(" ".join(text.split()) for text in found)
 
 
-def readme():
-    (document,) = (d for d in documents.markdown() if d.file.name == "README.md")
+def page(name):
+    (document,) = (d for d in documents.markdown() if d.file.name == name)
     return document
 
 
-def test_the_readme_has_the_figures_of_every_recipe():
-    rows = re.findall(r"(?m)^\| `(configs/[\w/]+\.py)`(.*)$", readme().text)
+def test_the_readme_is_short_and_shows_a_picture_that_it_describes():
+    text = page("README.md").text
+    assert len(text.splitlines()) <= 130
+    ((description, picture),) = re.findall(r"!\[([^]]+)\]\(([^)]+)\)", text)
+    assert len(description.split()) > 10 and (REPOSITORY / picture).is_file()
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    """The site's home is the one page that stands beside the README."""
+    reached, waiting = set(), [REPOSITORY / "README.md"]
+    while waiting:
+        file = waiting.pop()
+        if file not in reached:
+            reached.add(file)
+            links = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", file.read_text())
+            for target in ((file.parent / link).resolve() for link in links):
+                pages = target.glob("*.md") if target.is_dir() else [target]
+                waiting += [page for page in pages if page.is_file() and page.suffix == ".md"]
+    pages = set((REPOSITORY / "docs").rglob("*.md")) - {REPOSITORY / "docs" / "index.md"}
+    missing = pages - reached
+    assert not missing, f"no link leads to {sorted(str(file) for file in missing)}"
+
+
+def test_the_table_of_recipes_has_the_figures_of_each():
+    rows = re.findall(r"(?m)^\| `(configs/[\w/]+\.py)`(.*)$", page("training.md").text)
     names = {str(file.relative_to(REPOSITORY)) for file in documents.python_files("configs")}
     assert {name for name, _ in rows} == names
     for name, row in rows:
         cfg = recipe.load(str(REPOSITORY / name)).model
         shape = f"| {cfg.n_layers} x {cfg.d_model} x {cfg.n_heads} | {cfg.seq_len} |"
-        assert shape in row, f"README.md: {name} is {shape}"
+        assert shape in row, f"docs/training.md: {name} is {shape}"
 
 
 def test_the_readme_says_how_far_off_the_plan_was_for_every_published_run():
-    plan = (REPOSITORY / "docs" / "plan.md").read_text()
-    table = plan.partition("| run | published s |")[2].partition("\n\n")[0]
+    table = page("plan.md").text.partition("| run | published s |")[2].partition("\n\n")[0]
     ratios = [row.split("|")[4].strip() for row in table.splitlines()[2:]]
-    missing = [ratio for ratio in ratios if ratio not in readme().text]
-    assert len(ratios) > 2 and not missing, f"README.md, Plan a run: say {missing}, as docs/plan.md"
+    missing = [ratio for ratio in ratios if ratio not in page("README.md").text]
+    assert len(ratios) > 2 and not missing, f"README.md: say {missing}, as docs/plan.md"
+
+
+def test_the_readme_says_how_far_apart_the_meshes_of_its_picture_are():
+    data = json.loads((REPOSITORY / "docs" / "figures" / "data" / "one_loss.json").read_text())
+    alone, meshes = np.array(data["one_device"]), np.array(list(data["meshes"].values()))
+    difference = np.abs(meshes - alone).max()
+    said = f"All {len(meshes)} ways to cut 8 emulated devices were trained beside one device"
+    text = " ".join(page("README.md").text.split())
+    assert said in text
+    assert f"in {len(alone)} steps their losses differ by at most {difference:.4f} nats" in text
+
+
+def test_the_readme_names_the_versions_that_are_supported():
+    """Those of Python 3.11 are the oldest that are allowed, those of 3.12 and 3.13 the newest."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    rows = re.findall(r"(?m)^\| Python (3\.\d+)(?:, 3\.\d+)* \| (.*) \|$", page("README.md").text)
+    assert [python for python, _ in rows] == ["3.11", "3.12"]
+    for name in ("jax", "flax", "numpy"):
+        (bounds,) = (d for d in project["dependencies"] if re.match(rf"{name}\b[><=]", d))
+        oldest, newest = re.search(r">=([\d.]+)", bounds)[1], re.search(r"<=([\d.]+)", bounds)[1]
+        for (_, versions), version in zip(rows, (oldest, newest), strict=True):
+            assert f"{name} {version}" in versions.split(", "), f"README.md: {name} {version}"
 
 
 def test_figures_behind_a_field_are_its_default():
