@@ -21,6 +21,8 @@ from gpt3jax.hardware import flops
 from gpt3jax.plan import memory_model, placement
 from gpt3jax.run import numerical_faults
 
+import documents
+
 RECIPE = """
 from gpt3jax import config
 
@@ -358,6 +360,7 @@ def test_a_number_beyond_its_range_names_field_value_and_bounds(valid, name):
         with pytest.raises(errors.UserError) as error:
             validation.validate(set_number(valid, name, value))
         assert f"{name}={value} must be {bounds}: " in str(error.value)
+        assert documents.points_on(str(error.value))
     with pytest.raises(errors.UserError, match=f"{name}=many is a str: give a number"):
         validation.validate(set_number(valid, name, "many"))
 
