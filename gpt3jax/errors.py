@@ -9,7 +9,19 @@ REQUEUE = 75  # stopped on request, after saving: start again to continue (sysex
 
 
 class UserError(ValueError):
-    """An error that the user can fix; `main` prints its message without a traceback."""
+    """An error that the user can fix; `main` prints its message without a traceback.
+
+    Its text ends with the `page` that says more: a file in docs/, mostly with a heading, as
+    "data.md#from-text". `message` is the text without it, to be used inside of another text.
+    """
+
+    def __init__(self, message: str, *, page: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.page = page
+
+    def __str__(self) -> str:
+        return f"{self.message} (see docs/{self.page})"
 
 
 class TransientError(UserError):

@@ -81,7 +81,8 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     if run_samples >= 2**31:
         raise errors.UserError(
             f"the run has {run_samples} samples, and their numbers must stay below 2^31: shorten "
-            "train.n_steps, train.n_samples or train.n_tokens"
+            "train.n_steps, train.n_samples or train.n_tokens",
+            page="reference/options.md#train",
         )
     validation.check_pipeline(cfg.model, mesh.shape["stage"], cfg.mesh.virtual_stages)
     validation.check_sequence(cfg.model, cfg.mesh, mesh.shape["context"], mesh.shape["tensor"])

@@ -47,7 +47,9 @@ def train(cfg: schema.Config) -> bool:
             with _closing_store(run, clock):
                 with clock.during(phases.HOST):
                     state, position = loop(run, started.state, start, recorder, stop, overseer)
-                messages.refuse_together(held.known_lost())
+                messages.refuse_together(
+                    held.known_lost(), page="operations.md#one-run-in-a-folder"
+                )
                 with clock.during(phases.SAVE):
                     finish(run, state, start, position, recorder, clock)
             complete = position.samples >= run.end.samples

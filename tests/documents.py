@@ -85,3 +85,26 @@ def is_docstring(node):
 def told(faults):
     """Return the message of an assertion that there are no faults: one a line."""
     return "\n" + "\n".join(sorted(set(faults)))
+
+
+def headings(file):
+    """Return the anchors that GitHub makes of a file's headings."""
+    titles = re.findall(r"(?m)^#+ (.*)$", file.read_text())
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def leads_to_a_heading(page):
+    """Tell whether a page that an error names is in docs/ and has the heading, if it names one."""
+    name, _, heading = page.partition("#")
+    file = REPOSITORY / "docs" / name
+    return file.is_file() and (not heading or heading in headings(file))
+
+
+def points_on(text):
+    """Tell whether an error's last line ends with where to read on, which is nowhere else in it."""
+    found = re.findall(r"\(see docs/(\S+)\)", text)
+    return (
+        len(found) == 1
+        and leads_to_a_heading(found[0])
+        and text.rstrip().endswith(f"(see docs/{found[0]})")
+    )

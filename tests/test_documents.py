@@ -101,15 +101,9 @@ def test_links_lead_to_a_file_and_a_heading():
             target = document.file.parent / name if name else document.file
             if not name.startswith("http") and not target.exists():
                 faults.append(f"{place}: no file {name}")
-            elif heading and heading not in headings(target):
+            elif heading and heading not in documents.headings(target):
                 faults.append(f"{place}: {target.name} has no heading #{heading}")
     assert not faults, documents.told(faults)
-
-
-def headings(file):
-    """Return the anchors that GitHub makes of a file's headings."""
-    titles = re.findall(r"(?m)^#+ (.*)$", file.read_text())
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_modules_fields_and_attributes_exist():

@@ -20,6 +20,7 @@ from gpt3jax.checkpoint import storage
 from gpt3jax.data import indexed
 
 import corpus
+import documents
 import tiny
 
 pytestmark = pytest.mark.slow  # minutes on 2 cores: real processes, killed and started again
@@ -198,6 +199,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_never_starts_from_scratch(
         told = capfd.readouterr()
         assert f"no whole checkpoint is left in {folder}/checkpoints" in told.err
         assert f"{folder}/checkpoints/40" in told.err and "Traceback" not in told.err
+        assert documents.points_on(told.err)
         assert "starting from random weights" not in told.out
     assert corpus.records(folder) == corpus.records(finished)
 
@@ -229,7 +231,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(
     assert corpus.call_main(monkeypatch, folder, option) == 2
     told = capfd.readouterr().err
     assert told.startswith("gpt3jax: error: ") and "Traceback" not in told
-    assert all(word in told for word in words), told
+    assert all(word in told for word in words) and documents.points_on(told), told
     assert steps_saved(folder) == [20, 30, 40]
 
 
@@ -284,6 +286,7 @@ def test_starts_that_led_nowhere_are_refused_once(tmp_path, monkeypatch, capfd, 
         assert json.loads(account.read_text())["starts"][-1]["end"] == end
         told = capfd.readouterr()
         assert ("3 starts in a row failed after step 20" in told.err) == (status != 0)
+        assert documents.points_on(told.err) == (status != 0)
     assert re.search(r"time: .* in 6 starts: .*lost steps", told.out)
     assert corpus.records(folder) == corpus.records(finished)
 

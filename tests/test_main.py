@@ -14,6 +14,7 @@ from gpt3jax.model import loss
 from gpt3jax.run import step_log
 
 import corpus
+import documents
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def run(tmp_path, monkeypatch, capfd):
         told = capfd.readouterr().err
         assert status == 2, told
         assert told.startswith("gpt3jax: error: ") and "Traceback" not in told
-        assert len(told.splitlines()) == n_lines, told
+        assert len(told.splitlines()) == n_lines and documents.points_on(told), told
         assert not list(tmp_path.glob("checkpoints/*")), "nothing may be written before an error"
         return told
 
@@ -42,7 +43,7 @@ def without_recipe(monkeypatch, capfd, *argv):
     monkeypatch.setattr(sys, "argv", ["main", *argv])
     assert main.main() == 2
     told = capfd.readouterr().err
-    assert len(told.splitlines()) == 1
+    assert len(told.splitlines()) == 1 and documents.points_on(told)
     return told
 
 
@@ -83,6 +84,7 @@ def test_a_mistyped_option_names_the_nearest(tmp_path, monkeypatch, capfd, optio
     told = capfd.readouterr().err
     assert stopped.value.code == 2
     assert nearest in told.replace(option, "") and "Traceback" not in told
+    assert documents.points_on(told)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,10 @@ def verify(options: Verify, out: console.Console) -> int:
         UserError: there is no such checkpoint.
     """
     if options.all and options.step >= 0:
-        raise errors.UserError(f"--all and --step={options.step} say different things: give one")
+        raise errors.UserError(
+            f"--all and --step={options.step} say different things: give one",
+            page="checkpoints.md#looking-into-a-folder",
+        )
     results: list[dict[str, object]] = []
     chosen = _chosen(options.folder, options.step)
     for entry in chosen if options.all else chosen[:1]:
@@ -203,7 +206,10 @@ def _chosen(folder: str, step: int) -> list[listing.Entry]:
     if not chosen:
         steps = "those of " + ", ".join(str(e.step) for e in entries) if entries else "none"
         missing = "checkpoint" if step < 0 else f"checkpoint of step {step}"
-        raise errors.UserError(f"{folder} has no {missing}: it has {steps}")
+        raise errors.UserError(
+            f"{folder} has no {missing}: it has {steps}",
+            page="checkpoints.md#looking-into-a-folder",
+        )
     return chosen
 
 

@@ -29,7 +29,8 @@ def choose_source(store: storage.Checkpoints | None, load: str) -> storage.Check
     if source is None or not source.steps():
         raise errors.UserError(
             f"checkpoint.load={load} has no checkpoint: correct the folder, or leave the option "
-            "out to start from random weights"
+            "out to start from random weights",
+            page="checkpoints.md#starting-from-another-run",
         )
     return source
 
@@ -48,7 +49,8 @@ def check_same_model(cfg: schema.Config, meta: metadata.Meta) -> None:
         table = _differences(meta.config, fields, differ)
         raise errors.UserError(
             f"the checkpoint of step {meta.step} is of another model:\n{table}\n"
-            "use its values, or another checkpoint.dir"
+            "use its values, or another checkpoint.dir",
+            page="checkpoints.md#resuming",
         )
 
 
@@ -68,7 +70,8 @@ def check_same_order(
         raise errors.UserError(
             f"after step {meta.step} the samples would come in another order, some twice and some "
             f"never:\n{table}\nrestore these values, or accept it with "
-            "--checkpoint.allow-new-data-order"
+            "--checkpoint.allow-new-data-order",
+            page="checkpoints.md#resuming",
         )
 
 

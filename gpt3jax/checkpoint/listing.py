@@ -57,7 +57,8 @@ def entries(folder: str) -> list[Entry]:
                 listed += _entry(path)
     except OSError as error:
         raise errors.UserError(
-            f"{folder} cannot be read ({error.strerror}): give a checkpoint.dir"
+            f"{folder} cannot be read ({error.strerror}): give a checkpoint.dir",
+            page="checkpoints.md#looking-into-a-folder",
         ) from error
     return sorted(listed, key=lambda entry: (entry.step, entry.name))
 

@@ -15,6 +15,9 @@ from gpt3jax.checkpoint import sample_order
 class DamagedError(errors.UserError):
     """A checkpoint that is there but cannot be read, or reads as something else."""
 
+    def __init__(self, message: str, *, page: str = "checkpoints.md#damage") -> None:
+        super().__init__(message, page=page)
+
 
 class ChangedError(DamagedError):
     """A checkpoint whose arrays do not match their digests."""

@@ -85,7 +85,8 @@ def find(folder: str) -> tuple[storage.Checkpoints, int, schema.Config]:
     if store is None or not store.steps():
         raise errors.UserError(
             f"--checkpoint={folder} has no checkpoint: give the folder that a run's checkpoint.dir "
-            "names, or one that gpt3jax.convert wrote"
+            "names, or one that gpt3jax.convert wrote",
+            page="checkpoints.md#looking-into-a-folder",
         )
     newest = store.steps()[0]
     return store, newest, schema.unflatten(schema.Config, store.read_meta(newest).config)
@@ -161,7 +162,8 @@ def open_tokenizer(
     if text.vocab_size > cfg.model.vocab_size:
         raise errors.UserError(
             f"the tokenizer has {text.vocab_size} tokens and the model "
-            f"model.vocab_size={cfg.model.vocab_size}: give the one it was trained with"
+            f"model.vocab_size={cfg.model.vocab_size}: give the one it was trained with",
+            page="data.md#when-data-is-refused",
         )
     return text
 
@@ -171,7 +173,8 @@ def _own_tokenizer(folder: str, cfg: schema.Config, eod_token: str) -> tokenizer
     if not (data.vocab_file or data.tokenizer):
         raise errors.UserError(
             f"--checkpoint={folder} names no tokenizer (data.vocab_file, data.tokenizer): give "
-            "--vocab-file and --merge-file, or --tokenizer"
+            "--vocab-file and --merge-file, or --tokenizer",
+            page="data.md#when-data-is-refused",
         )
     return tokenizer_sources.of_config(data, eod_token)
 
@@ -184,7 +187,9 @@ def new_store(folder: str) -> storage.Checkpoints:
     """
     store = storage.Checkpoints(folder)
     if store.steps():
-        raise errors.UserError(f"--output={folder} has checkpoints: give a new folder")
+        raise errors.UserError(
+            f"--output={folder} has checkpoints: give a new folder", page="converting.md"
+        )
     return store
 
 
@@ -215,7 +220,7 @@ def write(
     failure = store.poll(wait=True)
     store.close()
     if failure:
-        raise errors.UserError(failure)
+        raise errors.UserError(failure, page="checkpoints.md#saving")
 
 
 def untrained(model: schema.Model, data: schema.Data) -> schema.Config:

@@ -87,7 +87,9 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = _manager(self.folder, keep, read_only=read_only)
         except OSError as error:
-            raise errors.UserError(f"checkpoint folder {folder}: {error}") from error
+            raise errors.UserError(
+                f"checkpoint folder {folder}: {error}", page="operations.md#by-symptom"
+            ) from error
         self._known_steps = set(self._manager.all_steps())  # there, or written since by this run
         if not read_only and jax.process_index() == 0:
             keep.mark(self._known_steps)
@@ -122,7 +124,7 @@ class Checkpoints:
                     "not write: another run is in its folder. Find out which, move what is not of "
                     "this run elsewhere, and start again"
                 )
-        messages.refuse_together(problem)
+        messages.refuse_together(problem, page="operations.md#one-run-in-a-folder")
 
     def save(self, state: array_names.PyTree, meta: metadata.Meta) -> float:
         """Start to save; arrays are copied before this returns, files are written behind it.

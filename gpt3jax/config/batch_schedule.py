@@ -14,6 +14,7 @@ from typing import NamedTuple
 from gpt3jax import errors
 from gpt3jax.config import ranges, schema
 
+_PAGE = "reference/options.md#batch"
 Stages = tuple[tuple[int, int], ...]
 
 
@@ -113,7 +114,8 @@ def from_config(batch: schema.Batch, seq_len: int) -> BatchSchedule:
     if stages[-1][1] < full:
         raise errors.UserError(
             f'batch.schedule="{batch.schedule}" ends at {stages[-1][1]}, below '
-            f"batch.global_batch_size={full}: lower the latter, or add a stage of {full}"
+            f"batch.global_batch_size={full}: lower the latter, or add a stage of {full}",
+            page=_PAGE,
         )
     return BatchSchedule(_merge_equal((first, min(size, full)) for first, size in stages))
 
@@ -133,7 +135,7 @@ def parse_schedule(text: str, seq_len: int) -> Stages:
         stages = tuple(sorted(_parse_entry(entry, seq_len) for entry in entries))
         _check_stages(stages, seq_len)
     except ValueError as error:
-        raise errors.UserError(f'batch.schedule="{text}": {error}') from None
+        raise errors.UserError(f'batch.schedule="{text}": {error}', page=_PAGE) from None
     return stages
 
 
@@ -203,18 +205,20 @@ def _check_ramp(ramp: tuple[int, ...], full: int) -> None:
     field = f"batch.ramp={' '.join(map(str, ramp))}"
     if len(ramp) != 3 or min(ramp) < 1:
         raise errors.UserError(
-            f"{field} must be three positive numbers: start size, increment, samples"
+            f"{field} must be three positive numbers: start size, increment, samples", page=_PAGE
         )
     start, increment, _ = ramp
     if start >= full:
         raise errors.UserError(
             f"{field} starts at {start}, not below batch.global_batch_size={full}: "
-            "start lower, or leave the ramp out"
+            "start lower, or leave the ramp out",
+            page=_PAGE,
         )
     if (full - start) % increment:
         raise errors.UserError(
             f"{field}: the increment {increment} does not divide batch.global_batch_size={full} "
-            f"less the start, {full - start}: use one of {ranges.divisors(full - start)}"
+            f"less the start, {full - start}: use one of {ranges.divisors(full - start)}",
+            page=_PAGE,
         )
 
 
@@ -245,11 +249,13 @@ def check(
             raise errors.UserError(
                 f"{stage} is not divisible by batch.microbatch_size={microbatch_size} x "
                 f"{data_parallel_size} data-parallel ranks (mesh.data x mesh.fsdp) = {rows}: "
-                f"make it a multiple of {rows}, or use smaller microbatches or fewer ranks"
+                f"make it a multiple of {rows}, or use smaller microbatches or fewer ranks",
+                page="parallelism.md#which-sizes-are-possible",
             )
         if size // rows % n_stages:
             raise errors.UserError(
                 f"{stage} makes {size // rows} microbatches of {rows} sequences "
                 f"(batch.microbatch_size x mesh.data x mesh.fsdp), not a multiple of mesh.stage="
-                f"{n_stages}: make it a multiple of {rows * n_stages}, or change the mesh"
+                f"{n_stages}: make it a multiple of {rows * n_stages}, or change the mesh",
+                page="parallelism.md#which-sizes-are-possible",
             )

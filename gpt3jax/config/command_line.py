@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -51,7 +51,9 @@ def parse(kind: Any, module: str, description: str | None) -> Any:
     Raises:
         UserError: a number is out of its range, or a path is not one of this machine.
     """
-    return _checked(tyro.cli(kind, prog=f"python -m gpt3jax.{module}", description=description))
+    with pointing_on("reference/commands.md"):
+        options = tyro.cli(kind, prog=f"python -m gpt3jax.{module}", description=description)
+    return _checked(options)
 
 
 def parse_beside_config(
@@ -62,11 +64,23 @@ def parse_beside_config(
     Raises:
         UserError: a number is out of its range, or a path is not one of this machine.
     """
-    options, rest = tyro.cli(
-        kind, prog=f"python -m gpt3jax.{module}", description=description, args=args,
-        return_unknown_args=True,
-    )  # fmt: skip
+    with pointing_on("reference/commands.md"):
+        options, rest = tyro.cli(
+            kind, prog=f"python -m gpt3jax.{module}", description=description, args=args,
+            return_unknown_args=True,
+        )  # fmt: skip
     return _checked(options), rest
+
+
+@contextlib.contextmanager
+def pointing_on(page: str) -> Iterator[None]:
+    """Say where to read on after tyro's message on a wrong option, as a `UserError` does."""
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code:
+            sys.stderr.write(f"(see docs/{page})\n")
+        raise
 
 
 def _checked(options: Options) -> Options:
@@ -84,6 +98,10 @@ def _device_error(error: RuntimeError) -> errors.UserError | None:
         return errors.UserError(
             f"{message}: CUDA's libraries are missing or do not match JAX (see the lines above); "
             "pip install 'gpt3jax[cuda13]' (cuda12 for drivers before 580; the extra plan has only "
-            "the compiler), or set JAX_PLATFORMS=cpu to use the CPU"
+            "the compiler), or set JAX_PLATFORMS=cpu to use the CPU",
+            page="launching.md#gpus-or-the-cpu",
         )
-    return errors.TransientError(f"{message}: see nvidia-smi, or set JAX_PLATFORMS=cpu for the CPU")
+    return errors.TransientError(
+        f"{message}: see nvidia-smi, or set JAX_PLATFORMS=cpu for the CPU",
+        page="launching.md#gpus-or-the-cpu",
+    )

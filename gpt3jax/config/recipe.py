@@ -15,8 +15,9 @@ from typing import Any
 import tyro
 
 from gpt3jax import errors
-from gpt3jax.config import schema, user_paths, validation
+from gpt3jax.config import command_line, schema, user_paths, validation
 
+_PAGE = "training.md#recipes"
 _META = pathlib.Path("meta", "metadata")  # in a checkpoint
 
 
@@ -34,16 +35,17 @@ def parse(args: Sequence[str], command: str = "gpt3jax.main") -> schema.Config:
     known, overrides = parser.parse_known_args(list(args))
     if not known.config and not {"-h", "--help"} & set(overrides):
         raise errors.UserError(
-            "no recipe: add --config=FILE, for example --config=configs/quickstart.py"
+            "no recipe: add --config=FILE, for example --config=configs/quickstart.py", page=_PAGE
         )
     default: dict[str, Any] = {"default": load(known.config)} if known.config else {}
-    cfg: schema.Config = tyro.cli(
-        schema.Config,
-        prog=f"python -m {command} --config RECIPE.py",
-        description="Train a GPT-3 model. These options override the recipe's values.",
-        args=overrides,
-        **default,
-    )
+    with command_line.pointing_on("reference/options.md"):
+        cfg: schema.Config = tyro.cli(
+            schema.Config,
+            prog=f"python -m {command} --config RECIPE.py",
+            description="Train a GPT-3 model. These options override the recipe's values.",
+            args=overrides,
+            **default,
+        )
     cfg = user_paths.expanded(cfg)
     validation.validate(cfg)
     return cfg
@@ -63,7 +65,9 @@ def load(path: str) -> schema.Config:
         files = (*folder.glob("*.py"), *folder.glob("config.json"))
         names = ", ".join(sorted(near.name for near in files)) or "none"
         fault = "a folder, but not a checkpoint: name a file" if file.is_dir() else "no such file"
-        raise errors.UserError(f"--config={path}: {fault} (recipes in {folder}: {names})")
+        raise errors.UserError(
+            f"--config={path}: {fault} (recipes in {folder}: {names})", page=_PAGE
+        )
     if file.suffix == ".json":
         return _read_json(path, file)
     return _read_recipe(path, file)
@@ -76,7 +80,8 @@ def _read_json(path: str, file: pathlib.Path) -> schema.Config:
         return schema.unflatten(schema.Config, content.get("config", content))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise errors.UserError(
-            f"--config={path}: {error}: give a recipe, a run's config.json, or a checkpoint"
+            f"--config={path}: {error}: give a recipe, a run's config.json, or a checkpoint",
+            page=_PAGE,
         ) from error
 
 
@@ -84,7 +89,8 @@ def _read_recipe(path: str, file: pathlib.Path) -> schema.Config:
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise errors.UserError(
-            f"--config={path}: a recipe's name ends in .py, and that of a run's config in .json"
+            f"--config={path}: a recipe's name ends in .py, and that of a run's config in .json",
+            page=_PAGE,
         )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -93,10 +99,14 @@ def _read_recipe(path: str, file: pathlib.Path) -> schema.Config:
         cfg = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:
         raise errors.UserError(
-            f"--config={path}: {type(error).__name__}: {error}; fix the recipe"
+            f"--config={path}: {type(error).__name__}: {error}; fix the recipe", page=_PAGE
         ) from error
     if not hasattr(module, "get_config"):
-        raise errors.UserError(f"--config={path}: the file must define get_config() -> Config")
+        raise errors.UserError(
+            f"--config={path}: the file must define get_config() -> Config", page=_PAGE
+        )
     if not isinstance(cfg, schema.Config):
-        raise errors.UserError(f"--config={path}: get_config() returned {type(cfg)}, not a Config")
+        raise errors.UserError(
+            f"--config={path}: get_config() returned {type(cfg)}, not a Config", page=_PAGE
+        )
     return cfg

@@ -59,12 +59,14 @@ def full(name: str, path: str) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise errors.UserError(
             f"{name}={path} is the address of a store, but gpt3jax reads and writes files: mount "
-            "the store (gcsfuse, s3fs) or use a shared file system, and give the path there"
+            "the store (gcsfuse, s3fs) or use a shared file system, and give the path there",
+            page="operations.md#by-symptom",
         )
     expanded_path = os.path.expanduser(path)
     if expanded_path.startswith("~"):
         raise errors.UserError(
-            f"{name}={path} names no user of this machine: give the whole path, or ./{path}"
+            f"{name}={path} names no user of this machine: give the whole path, or ./{path}",
+            page="operations.md#by-symptom",
         )
     return expanded_path
 
@@ -78,7 +80,8 @@ def check_not_a_step(folder: pathlib.Path) -> None:
     if any((folder / file).is_file() for file in ("meta/metadata", "state/_METADATA")):
         raise errors.UserError(
             f"{folder} is itself a checkpoint, of one step: give the folder that it is in, "
-            f"{folder.absolute().parent}, whose newest checkpoint is used"
+            f"{folder.absolute().parent}, whose newest checkpoint is used",
+            page="operations.md#by-symptom",
         )
 
 
@@ -105,11 +108,14 @@ def not_writable(name: str, folder: str | pathlib.Path, error: OSError) -> error
     """
     fix = "make room" if error.errno in _NO_ROOM else "check the path, its permissions or its mount"
     kind = errors.TransientError if error.errno in _TRANSIENT else errors.UserError
-    return kind(f"{name}={folder} cannot be written ({error}): {fix}, or choose another folder")
+    return kind(
+        f"{name}={folder} cannot be written ({error}): {fix}, or choose another folder",
+        page="operations.md#by-symptom",
+    )
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+def read_json(path: pathlib.Path, page: str) -> dict[str, Any]:
+    """Return the object in a JSON file; `page` is that of the errors.
 
     Raises:
         UserError: the file cannot be read, or is not a JSON object.
@@ -117,9 +123,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise errors.UserError(f"{path} cannot be read: {error}") from error
+        raise errors.UserError(f"{path} cannot be read: {error}", page=page) from error
     if not isinstance(content, dict):
-        raise errors.UserError(f"{path} is not a JSON object")
+        raise errors.UserError(f"{path} is not a JSON object", page=page)
     return content
 
 
@@ -133,7 +139,8 @@ def write(path: str, text: str) -> None:
         pathlib.Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise errors.UserError(
-            f"{path} cannot be written ({error.strerror}): choose another file"
+            f"{path} cannot be written ({error.strerror}): choose another file",
+            page="operations.md#by-symptom",
         ) from error
 
 

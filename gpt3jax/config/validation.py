@@ -1,6 +1,7 @@
-"""Checks of a config: what makes it invalid, and which of its fields have no effect.
+"""Checks of a config: what makes it invalid.
 
-What depends on the devices is checked in `sharding` and `step`. Imports no JAX.
+What depends on the devices is checked in `sharding` and `step`; `unused_fields` has what is valid
+and has no effect. Imports no JAX.
 """
 
 import math
@@ -34,8 +35,10 @@ def check_ranges(tree: object, prefix: str = "") -> None:
     for name, value, bounds in ranges.numbers(tree):
         problem = bounds.problem(value)
         if problem:
-            field = f"{prefix}{name.replace('_', '-')}" if prefix else name
-            raise errors.UserError(f"{field}={value} {problem}")
+            field, page = name, f"reference/options.md#{name.partition('.')[0]}"
+            if prefix:
+                field, page = f"{prefix}{name.replace('_', '-')}", "reference/commands.md"
+            raise errors.UserError(f"{field}={value} {problem}", page=page)
 
 
 def check_model(model: schema.Model, data: schema.Data) -> None:
@@ -47,18 +50,21 @@ def check_model(model: schema.Model, data: schema.Data) -> None:
     if model.d_model % model.n_heads:
         raise errors.UserError(
             f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
-            f"use one of {ranges.divisors(model.d_model)}"
+            f"use one of {ranges.divisors(model.d_model)}",
+            page="reference/options.md#model",
         )
     if model.seq_len % model.n_loss_chunks:
         raise errors.UserError(
             f"model.n_loss_chunks={model.n_loss_chunks} does not divide "
-            f"model.seq_len={model.seq_len}: use one of {ranges.divisors(model.seq_len)}"
+            f"model.seq_len={model.seq_len}: use one of {ranges.divisors(model.seq_len)}",
+            page="reference/options.md#model",
         )
     resets = data.eod_mask_loss or data.reset_position_ids or data.reset_attention_mask
     if resets and data.eod_id >= model.vocab_size:
         raise errors.UserError(
             f"data.eod_id={data.eod_id} is not below model.vocab_size={model.vocab_size}: "
-            "give the end-of-document token of the corpus"
+            "give the end-of-document token of the corpus",
+            page="reference/options.md#data",
         )
 
 
@@ -66,29 +72,34 @@ def _check_optimizer(optimizer: schema.Optimizer) -> None:
     o = optimizer
     if o.min_lr > o.peak_lr:
         raise errors.UserError(
-            f"optimizer.min_lr={o.min_lr} exceeds optimizer.peak_lr={o.peak_lr}: lower it"
+            f"optimizer.min_lr={o.min_lr} exceeds optimizer.peak_lr={o.peak_lr}: lower it",
+            page="reference/options.md#optimizer",
         )
     if o.warmup_samples and o.warmup_fraction:
         raise errors.UserError(
             f"optimizer.warmup_samples={o.warmup_samples} and optimizer.warmup_fraction="
-            f"{o.warmup_fraction} both set the warm-up: set one of them to 0"
+            f"{o.warmup_fraction} both set the warm-up: set one of them to 0",
+            page="reference/options.md#optimizer",
         )
     if o.decay_samples and o.warmup_samples >= o.decay_samples:
         raise errors.UserError(
             f"optimizer.warmup_samples={o.warmup_samples} must be below "
-            f"optimizer.decay_samples={o.decay_samples}, which includes it: shorten the warm-up"
+            f"optimizer.decay_samples={o.decay_samples}, which includes it: shorten the warm-up",
+            page="reference/options.md#optimizer",
         )
     if (o.decay == "wsd") != (o.wsd_decay_samples > 0):
         raise errors.UserError(
             f"optimizer.decay={o.decay} with optimizer.wsd_decay_samples={o.wsd_decay_samples}: "
-            "wsd, and only wsd, needs the length of its final decay: change one of them"
+            "wsd, and only wsd, needs the length of its final decay: change one of them",
+            page="reference/options.md#optimizer",
         )
     if o.decay_samples:
         check_schedule(o, o.decay_samples)
     if o.weight_decay_growth == "constant" and o.start_weight_decay:
         raise errors.UserError(
             f"optimizer.start_weight_decay={o.start_weight_decay} has no effect with "
-            "optimizer.weight_decay_growth=constant: choose linear or cosine"
+            "optimizer.weight_decay_growth=constant: choose linear or cosine",
+            page="reference/options.md#optimizer",
         )
 
 
@@ -111,7 +122,8 @@ def check_schedule(optimizer: schema.Optimizer, run_samples: int) -> None:
             )
         raise errors.UserError(
             f"optimizer.wsd_decay_samples={o.wsd_decay_samples} after a warm-up of {int(warmup)} "
-            f"samples takes {needed} samples, which exceeds {limit}"
+            f"samples takes {needed} samples, which exceeds {limit}",
+            page="reference/options.md#optimizer",
         )
 
 
@@ -121,22 +133,26 @@ def _check_precision(
     if precision.compute_dtype != "float16" and precision.static_loss_scale:
         raise errors.UserError(
             f"precision.static_loss_scale={precision.static_loss_scale} has no effect with "
-            f"precision.compute_dtype={precision.compute_dtype}: only float16 scales the loss"
+            f"precision.compute_dtype={precision.compute_dtype}: only float16 scales the loss",
+            page="reference/options.md#precision",
         )
     if precision.scales_dynamically and precision.initial_loss_scale < precision.min_loss_scale:
         raise errors.UserError(
             f"precision.initial_loss_scale={precision.initial_loss_scale} is below "
-            f"precision.min_loss_scale={precision.min_loss_scale}: raise it, or lower the minimum"
+            f"precision.min_loss_scale={precision.min_loss_scale}: raise it, or lower the minimum",
+            page="reference/options.md#precision",
         )
     if attention.implementation == "cudnn" and model.attention_dropout:
         raise errors.UserError(
             f"model.attention_dropout={model.attention_dropout} cannot run on "
-            "model.attention.implementation=cudnn: set it to 0, or use xla"
+            "model.attention.implementation=cudnn: set it to 0, or use xla",
+            page="reference/options.md#model",
         )
     if attention.implementation == "cudnn" and precision.compute_dtype == "float32":
         raise errors.UserError(
             "precision.compute_dtype=float32 cannot run on model.attention.implementation=cudnn: "
-            "use bfloat16 or float16, or xla"
+            "use bfloat16 or float16, or xla",
+            page="reference/options.md#precision",
         )
 
 
@@ -146,7 +162,8 @@ def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
         raise errors.UserError(
             f"{rest} are all -1: only one axis can be the rest of the devices; give the others a "
-            "size"
+            "size",
+            page="parallelism.md#which-sizes-are-possible",
         )
     if mesh.stage > 0:
         check_pipeline(model, mesh.stage, mesh.virtual_stages)
@@ -154,7 +171,8 @@ def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
         if mesh.tensor > 0 and size % mesh.tensor:
             raise errors.UserError(
                 f"mesh.tensor={mesh.tensor} does not divide model.{field}={size}: "
-                f"use one of {ranges.divisors(size)}"
+                f"use one of {ranges.divisors(size)}",
+                page="parallelism.md#which-sizes-are-possible",
             )
     # The size of an axis of -1 is known only with the devices: `step.build` checks again.
     check_sequence(model, mesh, max(mesh.context, 1), max(mesh.tensor, 1))
@@ -172,13 +190,15 @@ def check_sequence(model: schema.Model, mesh: schema.Mesh, context: int, tensor:
         raise errors.UserError(
             f"model.seq_len={model.seq_len} must be a multiple of {multiple} for mesh.context="
             f"{context} (two chunks each) and mesh.tensor={tensor} (mesh.sequence_parallel="
-            f"{mesh.sequence_parallel}): use {-(-model.seq_len // multiple) * multiple}"
+            f"{mesh.sequence_parallel}): use {-(-model.seq_len // multiple) * multiple}",
+            page="parallelism.md#which-sizes-are-possible",
         )
     if model.seq_len % (model.n_loss_chunks * context):
         raise errors.UserError(
             f"model.n_loss_chunks={model.n_loss_chunks} does not divide the "
             f"{model.seq_len // context} positions that each of mesh.context={context} holds: "
-            f"use one of {ranges.divisors(model.seq_len // context)}"
+            f"use one of {ranges.divisors(model.seq_len // context)}",
+            page="parallelism.md#which-sizes-are-possible",
         )
 
 
@@ -190,7 +210,8 @@ def check_pipeline(model: schema.Model, n_stages: int, virtual_stages: int) -> N
     """
     if n_stages == 1 and virtual_stages > 1:
         raise errors.UserError(
-            f"mesh.virtual_stages={virtual_stages} has no effect with mesh.stage=1: set it to 1"
+            f"mesh.virtual_stages={virtual_stages} has no effect with mesh.stage=1: set it to 1",
+            page="parallelism.md#which-sizes-are-possible",
         )
     unit = 2 if model.attention.pattern == "alternating" and n_stages > 1 else 1
     if model.n_layers % (n_stages * virtual_stages * unit):
@@ -198,7 +219,8 @@ def check_pipeline(model: schema.Model, n_stages: int, virtual_stages: int) -> N
         raise errors.UserError(
             f"mesh.stage={n_stages} x mesh.virtual_stages={virtual_stages} does not divide "
             f"model.n_layers={model.n_layers}{pairs}: their product must be one of "
-            f"{ranges.divisors(model.n_layers // unit)}"
+            f"{ranges.divisors(model.n_layers // unit)}",
+            page="parallelism.md#which-sizes-are-possible",
         )
 
 
@@ -206,35 +228,41 @@ def _check_run(cfg: schema.Config) -> None:
     train, batch, checkpoint = cfg.train, cfg.batch, cfg.checkpoint
     if not (train.n_steps or train.n_samples or train.n_tokens):
         raise errors.UserError(
-            "the run has no length: set train.n_steps, train.n_samples or train.n_tokens"
+            "the run has no length: set train.n_steps, train.n_samples or train.n_tokens",
+            page="reference/options.md#train",
         )
     if batch.schedule and batch.ramp:
         raise errors.UserError(
-            "batch.schedule and batch.ramp both set the batch size: clear one of them"
+            "batch.schedule and batch.ramp both set the batch size: clear one of them",
+            page="reference/options.md#batch",
         )
     batch_schedule.from_config(batch, cfg.model.seq_len)
     first, last = cfg.log.profile_steps
     if (first, last) != (0, 0) and not (0 < first <= last and cfg.log.dir):
         raise errors.UserError(
             f"log.profile_steps={first} {last} must be a first and a last step from 1 on, "
-            "and needs a log.dir for the profile"
+            "and needs a log.dir for the profile",
+            page="reference/options.md#log",
         )
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise errors.UserError(
             "checkpoint.allow_new_data_order has no effect without a checkpoint.dir or "
-            "checkpoint.load: leave it out"
+            "checkpoint.load: leave it out",
+            page="checkpoints.md#resuming",
         )
     period, interval = checkpoint.keep_period, checkpoint.save_interval
     if period % interval:
         raise errors.UserError(
             f"checkpoint.keep_period={period} must be a multiple of checkpoint.save_interval="
             f"{interval}, or some of the steps to keep are never saved: use "
-            f"{-(-period // interval) * interval}"
+            f"{-(-period // interval) * interval}",
+            page="checkpoints.md#saving",
         )
     if checkpoint.only_params and not checkpoint.load:
         raise errors.UserError(
             "checkpoint.only_params has no effect without checkpoint.load: name the folder to load "
-            "parameters from"
+            "parameters from",
+            page="checkpoints.md#starting-from-another-run",
         )
 
 
@@ -251,13 +279,18 @@ def split_weights(split: str) -> list[float]:
     if not len(words) == len(weights) <= 3 or sum(weights) <= 0:
         raise errors.UserError(
             f'data.split={split!r} must be up to three weights, not all 0, like "949,50,1" or '
-            '"90/5/5"'
+            '"90/5/5"',
+            page="data.md#which-corpora-a-run-reads",
         )
     return [*weights, 0.0, 0.0][:3]
 
 
-def stretch(text: str, field: str = "data.skip_samples") -> tuple[int, int]:
-    """Return (A, B) of a range of samples "A:B"; `field` names it in messages.
+def stretch(
+    text: str,
+    field: str = "data.skip_samples",
+    page: str = "numerical_faults.md#leaving-data-out",
+) -> tuple[int, int]:
+    """Return (A, B) of a range of samples "A:B"; messages have its field and page.
 
     Raises:
         UserError: the text is not a range, or the range is empty.
@@ -269,7 +302,8 @@ def stretch(text: str, field: str = "data.skip_samples") -> tuple[int, int]:
     if not 0 <= first < stop <= ranges.INT32:
         raise errors.UserError(
             f"{field}={text} must be A:B with A < B, as in 8000:8640 for the samples "
-            "8000 to 8639, or 8K:9K"
+            "8000 to 8639, or 8K:9K",
+            page=page,
         )
     return first, stop
 
@@ -283,94 +317,34 @@ def _check_data(data: schema.Data) -> None:
     if not given:
         raise errors.UserError(
             "data.paths is empty: give --data.paths PREFIX for the files PREFIX.bin and "
-            "PREFIX.idx, or --data.mock"
+            "PREFIX.idx, or --data.mock",
+            page="data.md#which-corpora-a-run-reads",
         )
     if len(given) > 1:
         raise errors.UserError(
-            f"data.{' and data.'.join(given)} each say what to train on: keep one"
+            f"data.{' and data.'.join(given)} each say what to train on: keep one",
+            page="data.md#which-corpora-a-run-reads",
         )
     if (data.validation_paths or data.test_paths) and not data.train_paths:
         raise errors.UserError(
             "data.validation_paths and data.test_paths go with data.train_paths: give it in place "
-            "of data.paths"
+            "of data.paths",
+            page="data.md#which-corpora-a-run-reads",
         )
     if data.from_text and len(data.paths) != 1:
         raise errors.UserError(
             f"data.paths has {len(data.paths)} entries, but data.from_text makes one "
-            "corpus: give one prefix"
+            "corpus: give one prefix",
+            page="data.md#which-corpora-a-run-reads",
         )
     if bool(data.vocab_file) != bool(data.merge_file):
         raise errors.UserError(
-            "data.vocab_file and data.merge_file go together: give both or neither"
+            "data.vocab_file and data.merge_file go together: give both or neither",
+            page="data.md#which-corpora-a-run-reads",
         )
     if data.tokenizer and data.vocab_file:
         raise errors.UserError(
             f"data.tokenizer={data.tokenizer} and data.vocab_file={data.vocab_file} each name a "
-            "tokenizer: keep one of them"
+            "tokenizer: keep one of them",
+            page="data.md#which-corpora-a-run-reads",
         )
-
-
-def without_effect(cfg: schema.Config) -> list[str]:
-    """Return a warning for each field that was changed from its default and has no effect.
-
-    Where this is likely to be a mistake, `validate` refuses the config instead.
-    """
-    values = schema.flatten(cfg)
-    return [
-        f"WARNING: {name}={values[name]} has no effect with {reason}"
-        for reason, applies, names in (*_unused_in_training(cfg), *_unused_in_operation(cfg))
-        for name in names
-        if applies and values[name] != _DEFAULTS[name]
-    ]
-
-
-_Unused = list[tuple[str, bool, tuple[str, ...]]]  # reason, whether it applies, fields it disables
-
-
-def _unused_in_training(cfg: schema.Config) -> _Unused:
-    o, data, precision = cfg.optimizer, cfg.data, cfg.precision
-    dynamic_scale = (
-        "precision.initial_loss_scale", "precision.min_loss_scale",
-        "precision.loss_scale_window", "precision.loss_scale_hysteresis",
-    )  # fmt: skip
-    return [
-        ("model.attention.pattern=dense", cfg.model.attention.pattern == "dense",
-         ("model.attention.band",)),
-        (f"optimizer.decay={o.decay}", o.decay != "wsd", ("optimizer.wsd_decay",)),
-        ("optimizer.decay=constant", o.decay == "constant", ("optimizer.min_lr",)),
-        ("no warm-up", not (o.warmup_samples or o.warmup_fraction), ("optimizer.init_lr",)),
-        (f"precision.compute_dtype={precision.compute_dtype}",
-         precision.compute_dtype != "float16", dynamic_scale),
-        ("precision.static_loss_scale", precision.static_loss_scale > 0, dynamic_scale),
-        ("data.train_paths", bool(data.train_paths), ("data.split",)),
-        ("data.mock", data.mock, ("data.split",)),
-        ("data.prefetch=0", not data.prefetch, ("data.read_threads",)),
-    ]  # fmt: skip
-
-
-def _unused_in_operation(cfg: schema.Config) -> _Unused:
-    faults = cfg.faults
-    validation = (
-        "train.eval_batches", "data.validation_paths", "data.test_paths",
-        "data.drop_last_partial_validation_sequence",
-    )  # fmt: skip
-    return [
-        ("mesh.data=1", cfg.mesh.data == 1, ("mesh.shard_optimizer",)),
-        ("mesh.tensor=1", cfg.mesh.tensor == 1, ("mesh.sequence_parallel",)),
-        ("train.eval_interval=0", not cfg.train.eval_interval, validation),
-        ("neither faults.nonfinite nor faults.spike at skip",
-         "skip" not in (faults.nonfinite, faults.spike), ("faults.max_skipped_steps",)),
-        ("faults.spike=off", faults.spike == "off",
-         ("faults.spike_window", "faults.spike_deviations")),
-        ("watchdog.step_multiple=0", not cfg.watchdog.step_multiple, ("watchdog.min_seconds",)),
-        ("no log.dir", not cfg.log.dir, ("train.max_fruitless_starts",)),
-    ]  # fmt: skip
-
-
-_DEFAULTS = schema.flatten(
-    schema.Config(
-        model=schema.Model(n_layers=1, d_model=1, n_heads=1, seq_len=1),
-        optimizer=schema.Optimizer(peak_lr=0.0),
-        batch=schema.Batch(global_batch_size=1),
-    )
-)

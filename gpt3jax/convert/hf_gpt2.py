@@ -17,6 +17,7 @@ from gpt3jax import errors
 from gpt3jax.config import schema, user_paths
 from gpt3jax.convert import tensor_files
 
+_PAGE = "converting.md#hugging-face"
 Config: TypeAlias = dict[str, Any]  # the content of a config.json
 
 
@@ -76,7 +77,7 @@ def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[schema.Model
         UserError: the file is absent, or describes a network that ours cannot express.
     """
     path = folder / "config.json"
-    config = _DEFAULTS | user_paths.read_json(path)
+    config = _DEFAULTS | user_paths.read_json(path, _PAGE)
     _check_supported(path, config)
     model = schema.Model(
         n_layers=config["n_layer"],
@@ -96,7 +97,9 @@ def read_config(folder: pathlib.Path, own_eod: int | None) -> tuple[schema.Model
 def _check_supported(path: pathlib.Path, config: Config) -> None:
     kind = config.get("model_type")
     if kind != "gpt2":
-        raise errors.UserError(f"{path}: model_type={kind!r} is not supported: only gpt2 is")
+        raise errors.UserError(
+            f"{path}: model_type={kind!r} is not supported: only gpt2 is", page=_PAGE
+        )
     allowed: dict[str, tuple[object, ...]] = {
         "n_inner": (None, 4 * config["n_embd"]),
         "scale_attn_weights": (True,),
@@ -109,21 +112,25 @@ def _check_supported(path: pathlib.Path, config: Config) -> None:
         if config[name] not in values:
             raise errors.UserError(
                 f"{path}: {name}={config[name]!r} is not supported: it must be "
-                f"{' or '.join(map(repr, values))}"
+                f"{' or '.join(map(repr, values))}",
+                page=_PAGE,
             )
 
 
 def _eod_id(path: pathlib.Path, eos: Any, vocab_size: int, own_eod: int | None) -> int:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise errors.UserError(f"{path}: eos_token_id={eos!r} is not supported: it must be an id")
+        raise errors.UserError(
+            f"{path}: eos_token_id={eos!r} is not supported: it must be an id", page=_PAGE
+        )
     tokens: list[int] = [i for i in ids if i < vocab_size]
     if own_eod is not None and own_eod < vocab_size and (not tokens or own_eod in tokens):
         return own_eod
     if len(tokens) > 1:
         raise errors.UserError(
             f"{path}: eos_token_id={eos!r} is several tokens, of which the tokenizer names none as "
-            "its eos_token: leave the one that ends a document"
+            "its eos_token: leave the one that ends a document",
+            page=_PAGE,
         )
     return tokens[0] if tokens else vocab_size
 
@@ -138,7 +145,8 @@ def check(model: schema.Model) -> None:
         raise errors.UserError(
             f"model.attention.pattern={model.attention.pattern}: GPT-2's config has no banded "
             "attention, so that other programs would compute something else: only dense models can "
-            "be exported"
+            "be exported",
+            page=_PAGE,
         )
 
 
@@ -193,7 +201,8 @@ class Weights:
             raise errors.UserError(
                 f"{folder} has neither {tensor_files.FILE} nor an index: give a folder that "
                 "transformers' save_pretrained wrote, or a download of a GPT-2 repository with "
-                "safetensors"
+                "safetensors",
+                page=_PAGE,
             )
         self._model, self._reader = model, tensor_files.Reader(files)
         self._stored = {name.removeprefix(_PREFIX): name for name in self._reader.shapes}
@@ -233,7 +242,8 @@ class Weights:
         if shape != expected:
             raise errors.UserError(
                 f"{self._reader.file(stored)}: {stored} has the shape {list(shape)}, and "
-                f"config.json says {list(expected)}"
+                f"config.json says {list(expected)}",
+                page=_PAGE,
             )
         array = self._reader.rows(stored, first, stop)
         return tensor_files.check_finite(str(self._reader.file(stored)), stored, array)
@@ -257,7 +267,8 @@ class Weights:
             if not np.array_equal(self._tensor(_HEAD, *part), self._tensor(table, *part)):
                 raise errors.UserError(
                     f"{self._reader.file(self._stored[_HEAD])}: {_HEAD} is not {table}: this "
-                    "GPT-2 has a head of its own, ours is tied to the embedding"
+                    "GPT-2 has a head of its own, ours is tied to the embedding",
+                    page=_PAGE,
                 )
 
 

@@ -15,7 +15,10 @@ def of_options(folder: str, vocab_file: str, merge_file: str) -> dict[str, str]:
         UserError: its files do not exist or cannot be read, or the options name two tokenizers.
     """
     if bool(vocab_file) != bool(merge_file) or bool(folder) == bool(vocab_file):
-        raise errors.UserError("give --vocab-file and --merge-file together, or --tokenizer")
+        raise errors.UserError(
+            "give --vocab-file and --merge-file together, or --tokenizer",
+            page="converting.md#hugging-face",
+        )
     if vocab_file:
         tokenizer_sources.from_files(vocab_file, merge_file)
         return {"vocab_file": vocab_file, "merge_file": merge_file}
@@ -23,7 +26,8 @@ def of_options(folder: str, vocab_file: str, merge_file: str) -> dict[str, str]:
     if not files:
         raise errors.UserError(
             f"--tokenizer={folder} has no tokenizer.json, nor vocab.json and merges.txt: give a "
-            "folder with a tokenizer"
+            "folder with a tokenizer",
+            page="converting.md#hugging-face",
         )
     return files
 

@@ -14,6 +14,8 @@ from gpt3jax import errors
 from gpt3jax.config import ranges, schema, user_paths, validation
 from gpt3jax.convert import megatron_core, tensor_files, torch_files
 
+_PAGE = "from_megatron.md#checkpoints"
+
 if TYPE_CHECKING:
     from gpt3jax.checkpoint import parameters
 
@@ -65,7 +67,7 @@ def from_megatron(options: FromMegatron) -> str:
 
     path = pathlib.Path(options.folder)
     if not path.exists():
-        raise errors.UserError(f"{path} does not exist")
+        raise errors.UserError(f"{path} does not exist", page=_PAGE)
     files = [path] if path.is_file() else tensor_files.files(path)
     if files:
         reader = tensor_files.Reader(files)
@@ -134,19 +136,22 @@ def _check_sizes(options: ToMegatron, model: schema.Model) -> None:
     if options.format == "safetensors" and (options.tensor, options.pipeline) != (1, 1):
         raise errors.UserError(
             f"--tensor={options.tensor} and --pipeline={options.pipeline} have no effect with "
-            "--format=safetensors, which is not split: leave them out"
+            "--format=safetensors, which is not split: leave them out",
+            page=_PAGE,
         )
     sizes = {"n_heads": model.n_heads, "padded_vocab_size": model.padded_vocab_size}
     for field, size in sizes.items():
         if size % options.tensor:
             raise errors.UserError(
                 f"--tensor={options.tensor} does not divide model.{field}={size}: use one of "
-                f"{ranges.divisors(size)}"
+                f"{ranges.divisors(size)}",
+                page=_PAGE,
             )
     if model.n_layers % options.pipeline:
         raise errors.UserError(
             f"--pipeline={options.pipeline} does not divide model.n_layers={model.n_layers}: use "
-            f"one of {ranges.divisors(model.n_layers)}"
+            f"one of {ranges.divisors(model.n_layers)}",
+            page=_PAGE,
         )
 
 
@@ -174,7 +179,8 @@ class _Rows:
         if tensor.shape != expected:
             raise errors.UserError(
                 f"{self._path}: {theirs} has the shape {list(tensor.shape)}, and its arguments say "
-                f"{list(expected)}"
+                f"{list(expected)}",
+                page=_PAGE,
             )
         tensor_files.check_finite(str(self._path), theirs, tensor)
         return megatron_core.to_ours(name, tensor, shape)
@@ -194,7 +200,8 @@ def joined(
     if not all(np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):
         raise errors.UserError(
             f"{path}: {name} is not the same on all tensor ranks: the files are not of one "
-            "checkpoint"
+            "checkpoint",
+            page=_PAGE,
         )
     return arrays[0]
 
@@ -216,7 +223,7 @@ def _merged(path: pathlib.Path, files: list[torch_files.Shard]) -> _Shards:
         n_before += n_layers
     counts = {len(ranks) for ranks in shards.values()}
     if len(counts) > 1:
-        raise errors.UserError(f"{path}: its tensor ranks do not hold the same tensors")
+        raise errors.UserError(f"{path}: its tensor ranks do not hold the same tensors", page=_PAGE)
     return shards
 
 
@@ -233,18 +240,20 @@ def _safetensors_args(
 ) -> megatron_core.Args:
     """Return the arguments beside safetensors; without the file, derive them from the shapes."""
     if path.is_file():
-        return user_paths.read_json(path)
+        return user_paths.read_json(path, _PAGE)
     if not n_heads:
         raise errors.UserError(
             f"{path} does not exist, and the tensors' shapes do not determine the number of "
-            "attention heads: give --n-heads N"
+            "attention heads: give --n-heads N",
+            page=_PAGE,
         )
     shapes = {megatron_core.local_name(name): shape for name, shape in reader.shapes.items()}
     needed = [megatron_core.TENSORS[name].name for name in ("embedding_VD", "positions_TD")]
     missing = [name for name in needed if len(shapes.get(name, ())) != 2]
     if missing:
         raise errors.UserError(
-            f"{path.parent} has no tensor {missing[0]}: it is not a GPT with learned positions"
+            f"{path.parent} has no tensor {missing[0]}: it is not a GPT with learned positions",
+            page=_PAGE,
         )
     (vocab, width), (positions, _) = (shapes[name] for name in needed)
     layers = [int(n.split(".")[2]) for n in shapes if n.startswith("decoder.layers.")]
@@ -270,7 +279,8 @@ def _check_tensors(path: pathlib.Path, shards: _Shards, model: schema.Model) -> 
     if not all(np.array_equal(head(), table(), equal_nan=True) for head, table in heads):
         raise errors.UserError(
             f"{path}: {megatron_core.HEAD} is not {megatron_core.EMBEDDING}: this GPT has an "
-            "output layer of its own, ours is tied to the embedding"
+            "output layer of its own, ours is tied to the embedding",
+            page=_PAGE,
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from gpt3jax import errors
 from gpt3jax.config import schema
 
+_PAGE = "from_megatron.md#checkpoints"
 Args: TypeAlias = Mapping[str, Any]  # Megatron's command-line arguments, from its checkpoints
 Layout = Literal["same", "linear", "qkv_weight", "qkv_bias"]
 """How Megatron stores a parameter.
@@ -184,7 +185,8 @@ def model_of(where: str, args: Args, vocab_size: int) -> tuple[schema.Model, int
     if not 0 < vocab_size <= padded:
         raise errors.UserError(
             f"{where}: a vocabulary of {vocab_size} does not fit padded_vocab_size={padded}: give "
-            "its size before padding with --vocab-size"
+            "its size before padding with --vocab-size",
+            page=_PAGE,
         )
     exact = args.get("bias_gelu_fusion", True) is False and not args.get("openai_gelu")
     model = schema.Model(
@@ -213,7 +215,9 @@ def check(where: str, args: Args) -> None:
     """
     for name, (values, reason) in _SUPPORTED.items():
         if args.get(name, values[0]) not in values:
-            raise errors.UserError(f"{where}: {name}={args[name]!r} is not supported: {reason}")
+            raise errors.UserError(
+                f"{where}: {name}={args[name]!r} is not supported: {reason}", page=_PAGE
+            )
     width, heads = (_number(where, args, n) for n in ("hidden_size", "num_attention_heads"))
     sizes = {
         "ffn_hidden_size": (4 * width, "4 x hidden_size"),
@@ -226,7 +230,8 @@ def check(where: str, args: Args) -> None:
         value = args.get(name)
         if value not in (None, size):
             raise errors.UserError(
-                f"{where}: {name}={value} is not supported: in ours it is {formula}, {size}"
+                f"{where}: {name}={value} is not supported: in ours it is {formula}, {size}",
+                page=_PAGE,
             )
 
 
@@ -296,7 +301,8 @@ def _attention(where: str, args: Args) -> schema.Attention:
     if tuple(window)[1:] != (0,) or window[0] < 0 or banded not in (2, every_other):
         raise errors.UserError(
             f"{where}: window_size={window!r} with window_attn_skip_freq={layers!r} is not "
-            "supported: ours can have bands of (N, 0) in every other layer from the first on (2)"
+            "supported: ours can have bands of (N, 0) in every other layer from the first on (2)",
+            page=_PAGE,
         )
     return schema.Attention(pattern="alternating", band=window[0])
 
@@ -306,7 +312,7 @@ def _number(where: str, args: Args, name: str) -> int:
     if not isinstance(value, int) or value < 1:
         problem = "is missing" if value is _ABSENT else f"is {value!r}"
         raise errors.UserError(
-            f"{where}: {name} {problem} in its arguments: is it a GPT checkpoint?"
+            f"{where}: {name} {problem} in its arguments: is it a GPT checkpoint?", page=_PAGE
         )
     return value
 

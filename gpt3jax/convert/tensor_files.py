@@ -14,6 +14,7 @@ import safetensors.numpy
 from gpt3jax import errors
 from gpt3jax.config import user_paths
 
+_PAGE = "converting.md"
 FORMATS = ("float32", "bfloat16", "float16")  # of weights: fp32 represents each value exactly
 FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -115,7 +116,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / FILE).is_file():
         return [folder / FILE]
     if (folder / _INDEX).is_file():
-        names = user_paths.read_json(folder / _INDEX).get("weight_map", {}).values()
+        names = user_paths.read_json(folder / _INDEX, _PAGE).get("weight_map", {}).values()
         return [folder / name for name in sorted(set(names))]
     return []
 
@@ -127,7 +128,7 @@ def check_empty(output: pathlib.Path) -> None:
         UserError: it is not.
     """
     if output.is_dir() and any(output.iterdir()):
-        raise errors.UserError(f"--output={output} is not empty: give a new folder")
+        raise errors.UserError(f"--output={output} is not empty: give a new folder", page=_PAGE)
 
 
 def check_names(
@@ -148,7 +149,8 @@ def check_names(
         if tensors:
             raise errors.UserError(
                 f"{where} {problem} tensor {sorted(tensors)[0]} ({len(tensors)} such): it is not "
-                f"the {network}"
+                f"the {network}",
+                page=_PAGE,
             )
 
 
@@ -161,7 +163,8 @@ def check_format(path: pathlib.Path, name: str, dtype: str) -> None:
     if dtype not in FORMATS:
         raise errors.UserError(
             f"{path}: {name} is {dtype}, which fp32 cannot represent exactly: write it as one of "
-            f"{', '.join(FORMATS)}"
+            f"{', '.join(FORMATS)}",
+            page=_PAGE,
         )
 
 
@@ -175,7 +178,8 @@ def check_finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
     if not finite.all():
         raise errors.UserError(
             f"{where}: {name} has {array.size - finite.sum()} of {array.size} values that are NaN "
-            "or infinite, so the model is useless: use an earlier checkpoint"
+            "or infinite, so the model is useless: use an earlier checkpoint",
+            page=_PAGE,
         )
     return array
 
@@ -186,4 +190,4 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
         with safetensors.safe_open(path, "np") as file:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
-        raise errors.UserError(f"{path} cannot be read: {error}") from error
+        raise errors.UserError(f"{path} cannot be read: {error}", page=_PAGE) from error

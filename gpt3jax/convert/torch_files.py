@@ -23,6 +23,7 @@ import numpy as np
 from gpt3jax import errors
 from gpt3jax.convert import megatron_core, tensor_files
 
+_PAGE = "from_megatron.md#checkpoints"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = "model_optim_rng.pt"
 _IGNORED = ("megatron.", "transformer_engine.")  # values of their types, such as enums in args
@@ -65,7 +66,8 @@ def read(folder: pathlib.Path) -> tuple[pathlib.Path, megatron_core.Args, list[S
         if len(ranks) != n_tensor * n_pipeline or args.get(name, size) != size:
             raise errors.UserError(
                 f"{iteration}: files of {len(ranks)} ranks for {name}={args.get(name)}: some are "
-                "missing, or belong to another checkpoint"
+                "missing, or belong to another checkpoint",
+                page=_PAGE,
             )
     shards = []
     for (tensor_rank, stage), content in loaded.items():
@@ -121,7 +123,8 @@ def _torch() -> types.ModuleType:
         return importlib.import_module("torch")
     except ImportError as error:
         raise errors.UserError(
-            f"Megatron's torch format needs torch ({error}): pip install 'gpt3jax[megatron]'"
+            f"Megatron's torch format needs torch ({error}): pip install 'gpt3jax[megatron]'",
+            page=_PAGE,
         ) from error
 
 
@@ -133,7 +136,8 @@ def _newest(folder: pathlib.Path) -> pathlib.Path:
     if not tracker.is_file():
         raise errors.UserError(
             f"{folder} has neither {_TRACKER} nor mp_rank_* folders: give the folder of Megatron's "
-            "--save, one of its iterations, or safetensors"
+            "--save, one of its iterations, or safetensors",
+            page=_PAGE,
         )
     newest = tracker.read_text().strip()
     name = newest if newest == "release" else f"iter_{newest.zfill(7)}"
@@ -146,7 +150,8 @@ def _check_format(iteration: pathlib.Path) -> None:
     if (iteration / ".metadata").is_file() or (iteration / "metadata.json").is_file():
         raise errors.UserError(
             f"{iteration} is not in the torch format: write it once more from Megatron with "
-            "--ckpt-convert-format torch --ckpt-convert-save FOLDER"
+            "--ckpt-convert-format torch --ckpt-convert-save FOLDER",
+            page=_PAGE,
         )
 
 
@@ -156,11 +161,14 @@ def _ranks(iteration: pathlib.Path) -> dict[tuple[int, int], pathlib.Path]:
         match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.name)
         if match is None:
             raise errors.UserError(
-                f"{path} is of an expert-parallel checkpoint: ours has no mixture of experts"
+                f"{path} is of an expert-parallel checkpoint: ours has no mixture of experts",
+                page=_PAGE,
             )
         ranks[int(match[1]), int(match[2] or 0)] = path / _FILE
     if (0, 0) not in ranks:
-        raise errors.UserError(f"{iteration} has no mp_rank_00: the checkpoint is not complete")
+        raise errors.UserError(
+            f"{iteration} has no mp_rank_00: the checkpoint is not complete", page=_PAGE
+        )
     return ranks
 
 
@@ -173,18 +181,21 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = _read_restricted(path, _allowed())
     except OSError as error:
-        raise errors.UserError(f"{path} cannot be read: {error}") from error
+        raise errors.UserError(f"{path} cannot be read: {error}", page=_PAGE) from error
     except Exception as error:  # a damaged file makes torch raise anything
         name = _refused_type(error)
         if name:
             raise errors.UserError(
                 f"{path} is not loaded: it needs {name}, which could run code and which weights do "
-                "not need"
+                "not need",
+                page=_PAGE,
             ) from None
         line = str(error).strip().split("\n")[0]
-        raise errors.UserError(f"{path} cannot be read: {line[:200]}") from None
+        raise errors.UserError(f"{path} cannot be read: {line[:200]}", page=_PAGE) from None
     if not isinstance(content, dict) or not isinstance(content.get("args"), _NAMESPACES):
-        raise errors.UserError(f"{path} has no args: it is not a checkpoint of Megatron's training")
+        raise errors.UserError(
+            f"{path} has no args: it is not a checkpoint of Megatron's training", page=_PAGE
+        )
     return content
 
 
@@ -243,7 +254,8 @@ def _tensors(path: pathlib.Path, model: object) -> dict[str, Callable[[], np.nda
         elif isinstance(value, Mapping):
             raise errors.UserError(
                 f"{path}: its model has {name}, as Megatron's legacy models do; convert it with "
-                "Megatron's tools/checkpoint/convert.py to mcore first"
+                "Megatron's tools/checkpoint/convert.py to mcore first",
+                page=_PAGE,
             )
     return tensors
 

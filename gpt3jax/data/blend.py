@@ -49,7 +49,8 @@ def parse(paths: Sequence[str], field: str = "data.paths") -> tuple[list[str], l
     if not all(are_weights):
         raise errors.UserError(
             f"{field}={' '.join(words)}: {words[::2][are_weights.index(False)]!r} stands where "
-            "a weight is expected: give every prefix a weight before it, or none"
+            "a weight is expected: give every prefix a weight before it, or none",
+            page="data.md#which-corpora-a-run-reads",
         )
     return words[1::2], [float(word) for word in words[::2]]
 
@@ -109,7 +110,8 @@ def _shares(corpora: Sequence[indexed.Corpus], weights: Sequence[float]) -> list
         if not 0 < weight < math.inf:
             raise errors.UserError(
                 f"data.paths: the weight of {corpus.prefix} is {weight:g} and must be above 0: "
-                "give it another, or leave the corpus out"
+                "give it another, or leave the corpus out",
+                page="data.md#when-data-is-refused",
             )
     shares: list[float] = blend_order.normalise(weights).tolist()
     return shares
@@ -184,7 +186,8 @@ class Blend:
             if not len(m):
                 raise errors.UserError(
                     f"{m.corpus.prefix}: its part of this split has fewer than the {m.seq_len} + 1 "
-                    "tokens of one sample: leave the corpus out, or give all corpora weights"
+                    "tokens of one sample: leave the corpus out, or give all corpora weights",
+                    page="data.md#when-data-is-refused",
                 )
 
     def _check_sizes(self, counts: list[int]) -> None:
@@ -193,7 +196,8 @@ class Blend:
                 raise errors.UserError(
                     f"the blend takes {count} samples of {m.corpus.prefix}, which prepared "
                     f"{len(m)}: {len(self)} samples are too few for {len(self.maps)} corpora with "
-                    "such weights; leave out those with the smallest weights"
+                    "such weights; leave out those with the smallest weights",
+                    page="data.md#when-data-is-refused",
                 )
 
 

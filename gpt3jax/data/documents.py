@@ -20,6 +20,7 @@ from typing import IO, Any, TypeAlias
 
 from gpt3jax import errors
 
+_PAGE = "data.md#from-text"
 CHUNK_BYTES = 1 << 20
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -74,9 +75,11 @@ def find(inputs: Sequence[str], left_out: list[pathlib.Path]) -> list[pathlib.Pa
             words = [word] if path.is_file() else sorted(glob.glob(word, recursive=True))
             matches = [path for path in map(pathlib.Path, words) if path.is_file()]
         if not matches:
-            raise errors.UserError(f"--input {word}: no file there ({KNOWN})")
+            raise errors.UserError(f"--input {word}: no file there ({KNOWN})", page=_PAGE)
         for unknown in (p for p in matches if not _format(p)):
-            raise errors.UserError(f"--input {unknown}: unknown kind of file; known are {KNOWN}")
+            raise errors.UserError(
+                f"--input {unknown}: unknown kind of file; known are {KNOWN}", page=_PAGE
+            )
         files += matches
     return files
 
@@ -147,7 +150,7 @@ def read(
             else:
                 yield from _lines(path, file, raw, max_bytes)
     except (OSError, EOFError, zlib.error) as error:  # cut short, or not of the kind it is named
-        raise errors.UserError(f"{path}: cannot be read: {error}") from error
+        raise errors.UserError(f"{path}: cannot be read: {error}", page=_PAGE) from error
 
 
 def texts_of(record: object, key: str, max_bytes: int) -> list[str]:
@@ -228,7 +231,7 @@ def _zstd(path: pathlib.Path) -> types.ModuleType:
 
 
 def _missing(package: str, path: pathlib.Path) -> errors.UserError:
-    return errors.UserError(f"{path} needs {package}: pip install 'gpt3jax[data]'")
+    return errors.UserError(f"{path} needs {package}: pip install 'gpt3jax[data]'", page=_PAGE)
 
 
 def _lines(path: pathlib.Path, file: IO[bytes], raw: IO[bytes], max_bytes: int) -> Iterator[Chunk]:
@@ -269,7 +272,7 @@ def _texts(
         if len(text) > max_bytes:
             problem = f"{max_bytes >> 20} MB (--max-document-mb) without a place to cut it"
             if continues:
-                raise errors.UserError(f"{path}: {problem}")
+                raise errors.UserError(f"{path}: {problem}", page=_PAGE)
             yield Chunk(path=path, records=[BadError(problem)], first=1, position=raw.tell())
             return
     yield Chunk(path=path, records=[text], first=1, position=raw.tell(), continues=continues)
@@ -299,7 +302,9 @@ def _rows(path: pathlib.Path, key: str) -> Iterator[Chunk]:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
             if key not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
-                raise errors.UserError(f"{path}: no column {key!r} (--json-key); it has {names}")
+                raise errors.UserError(
+                    f"{path}: no column {key!r} (--json-key); it has {names}", page=_PAGE
+                )
             batches = file.iter_batches(batch_size=_ROWS, columns=[key], use_threads=False)
             columns = (_without_checks(batch.column(0)) for batch in batches)
             values = (value for column in columns for value in column.to_pylist())

@@ -47,7 +47,9 @@ def arrays(folder: str, key: Callable[[], Key], build: Callable[[], Arrays]) -> 
                 return kept
             _write(entry, build(), text)
     except OSError as error:
-        raise errors.UserError(f"data.index_cache={folder}: {error}") from error
+        raise errors.UserError(
+            f"data.index_cache={folder}: {error}", page="data.md#which-corpora-a-run-reads"
+        ) from error
     kept = _read(entry)
     assert kept, entry
     return kept

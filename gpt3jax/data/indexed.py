@@ -23,13 +23,8 @@ from gpt3jax import errors
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES: dict[int, type[np.integer]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
+    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16,
+}  # fmt: skip
 _HEADER = struct.Struct("<9sQBQQ")
 CHECK_AT_ONCE = 1 << 20  # sequences: bounds the memory of opening a corpus of any size
 COPY_AT_ONCE = 1 << 23  # tokens
@@ -124,7 +119,7 @@ class IndexedCorpus:
             lengths = self.lengths[low : low + CHECK_AT_ONCE].astype(np.int64)
             if np.min(lengths) < 0:
                 i = int(np.argmin(lengths))
-                raise errors.UserError(
+                raise _refusal(
                     f"{path}: sequence {low + i} has a negative length, {lengths[i]}: the file is "
                     "damaged; copy or prepare it again"
                 )
@@ -132,7 +127,7 @@ class IndexedCorpus:
             wrong = self.pointers[low : low + CHECK_AT_ONCE] != ends - lengths * size
             if wrong.any():
                 i = int(wrong.argmax())
-                raise errors.UserError(
+                raise _refusal(
                     f"{path}: sequence {low + i} begins at byte {self.pointers[low + i]} where the "
                     f"lengths before it end at {ends[i] - lengths[i] * size}: the file is damaged; "
                     "copy or prepare it again"
@@ -143,7 +138,7 @@ class IndexedCorpus:
     def _check_documents(self, path: pathlib.Path) -> None:
         ends = self.document_indices
         if not len(ends) or ends[0] or ends[-1] != len(self) or (ends[1:] < ends[:-1]).any():
-            raise errors.UserError(
+            raise _refusal(
                 f"{path}: its documents do not cover its {len(self)} sequences: the file is "
                 "damaged; copy or prepare it again"
             )
@@ -173,7 +168,7 @@ def check_tokens(corpus: IndexedCorpus, vocab_size: int) -> None:
     """
     largest = int(np.iinfo(corpus.dtype).max)
     if largest < vocab_size - 1:
-        raise errors.UserError(
+        raise _refusal(
             f"{corpus.prefix}.bin has {corpus.dtype} tokens, up to {largest}, but model.vocab_size="
             f"{vocab_size}: it was tokenised with another vocabulary"
         )
@@ -182,7 +177,7 @@ def check_tokens(corpus: IndexedCorpus, vocab_size: int) -> None:
         bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
         if len(bad):
             place = start + bad[0]
-            raise errors.UserError(
+            raise _refusal(
                 f"{corpus.prefix}.bin has token {corpus.tokens[place]} at place {place}, outside "
                 f"of model.vocab_size={vocab_size}: is it tokenised for this model?"
             )
@@ -192,7 +187,7 @@ def _paths(prefix: str) -> tuple[pathlib.Path, pathlib.Path]:
     paths = pathlib.Path(prefix + ".idx"), pathlib.Path(prefix + ".bin")
     for path in paths:
         if not path.is_file():
-            raise errors.UserError(f"{path}: no such file{_hint(prefix)}")
+            raise _refusal(f"{path}: no such file{_hint(prefix)}")
     return paths
 
 
@@ -217,26 +212,26 @@ def _map(path: pathlib.Path) -> _Mapped:
                 return b""
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise errors.UserError(f"{path}: {error}") from error
+        raise _refusal(f"{path}: {error}") from error
 
 
 def _read_header(index: _Mapped, path: pathlib.Path) -> tuple[np.dtype[np.integer], int, int]:
     if index[: len(MAGIC)] != MAGIC:
-        raise errors.UserError(
+        raise _refusal(
             f"{path} is not an index of Megatron's: it begins with {bytes(index[:9])!r}, "
             f"not {MAGIC!r}"
         )
     if len(index) < _HEADER.size:
-        raise errors.UserError(f"{path} was cut: {len(index)} bytes are less than its header")
+        raise _refusal(f"{path} was cut: {len(index)} bytes are less than its header")
     _, version, code, n_sequences, n_documents = _HEADER.unpack(index[: _HEADER.size])
     if version != VERSION:
-        raise errors.UserError(f"{path} has version {version}; version {VERSION} is known")
+        raise _refusal(f"{path} has version {version}; version {VERSION} is known")
     if code not in DTYPES:
         known = ", ".join(f"{c} ({np.dtype(d)})" for c, d in DTYPES.items())
-        raise errors.UserError(f"{path} has tokens of type code {code}; known are {known}")
+        raise _refusal(f"{path} has tokens of type code {code}; known are {known}")
     needed = _HEADER.size + 12 * n_sequences + 8 * n_documents
     if len(index) not in (needed, needed + n_sequences):  # the latter with modes, multimodal
-        raise errors.UserError(
+        raise _refusal(
             f"{path} has {len(index)} bytes where {n_sequences} sequences and {n_documents} "
             f"document entries make {needed}: it was cut or damaged"
         )
@@ -246,7 +241,7 @@ def _read_header(index: _Mapped, path: pathlib.Path) -> tuple[np.dtype[np.intege
 def _check_size(path: pathlib.Path, n_bytes: int, needed: int) -> None:
     if n_bytes != needed:
         fault = "it was cut" if n_bytes < needed else "it is too long"
-        raise errors.UserError(
+        raise _refusal(
             f"{path} has {n_bytes} bytes and its index needs {needed}: {fault}, or the two files "
             "are not of one corpus; copy or prepare them again"
         )
@@ -317,7 +312,7 @@ class Writer:
             self._documents.pop()
         first = len(self._lengths)
         if lengths and max(lengths) > np.iinfo(np.int32).max:
-            raise errors.UserError(
+            raise _refusal(
                 f"{self._prefix}: document {self.n_documents} has {max(lengths):,} tokens in one "
                 "sequence; the format counts them in 32 bits: split it"
             )
@@ -340,7 +335,7 @@ class Writer:
             low, high = tokens.min(), tokens.max()
             limits = np.iinfo(self._dtype)
             if tokens.dtype.kind not in "iu" or low < limits.min or high > limits.max:
-                raise errors.UserError(
+                raise _refusal(
                     f"{self._prefix}.bin takes {self._dtype} tokens, {limits.min} to {limits.max}, "
                     f"not {low} to {high} ({tokens.dtype}): write it with a larger vocabulary"
                 )
@@ -390,9 +385,13 @@ def _close_durably(file: IO[bytes]) -> None:
         os.fsync(file.fileno())
 
 
+def _refusal(message: str) -> errors.UserError:
+    return errors.UserError(message, page="data.md#when-data-is-refused")
+
+
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise errors.UserError(f"{path}: {error.strerror}: nothing was written") from error
+        raise _refusal(f"{path}: {error.strerror}: nothing was written") from error

@@ -36,6 +36,7 @@ from gpt3jax.data import (
     tokenizer_sources,
 )
 
+_PAGE = "data.md#inspecting-corpora-and-samples"
 Path = user_paths.Path  # Options has a field named `config`
 WHICH = {"train": "train", "valid": "validation", "test": "test"}
 _SAMPLE_INDICES = ("document_index", "sample_index", "shuffle_index")
@@ -103,7 +104,7 @@ def inspect(options: Options) -> list[str]:
     lines = [line for corpus in corpora for line in describe(corpus)]
     if options.document is not None:
         if not corpora:
-            raise errors.UserError("--document needs a corpus in files")
+            raise errors.UserError("--document needs a corpus in files", page=_PAGE)
         lines += _document(corpora[0], options.document, text)
     if options.samples or options.dump or options.step is not None:
         source, numbers = _run_samples(cfg, options) if cfg else _samples(options, corpora)
@@ -117,9 +118,11 @@ def _config(options: Options) -> schema.Config | None:
     if cfg:
         validation.validate(cfg)
     if bool(options.paths) == bool(cfg):
-        raise errors.UserError("give the prefix of a corpus, prefixes with weights, or --config")
+        raise errors.UserError(
+            "give the prefix of a corpus, prefixes with weights, or --config", page=_PAGE
+        )
     if options.step is not None and cfg is None:
-        raise errors.UserError("--step needs --config")
+        raise errors.UserError("--step needs --config", page=_PAGE)
     return cfg
 
 
@@ -141,7 +144,8 @@ def _show_samples(
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(source):
         raise errors.UserError(
             f"samples {numbers.min()} to {numbers.max()}: the {options.which} split has "
-            f"{len(source)}"
+            f"{len(source)}",
+            page=_PAGE,
         )
     lines = [f"{options.which} split: {len(source):,} samples"]
     arrays = samples.read(source, data, numbers) if len(numbers) else {}
@@ -198,14 +202,18 @@ def _samples(
     """Return the samples of corpora, and the numbers of those to show."""
     _, weights = blend.parse(options.paths)
     if weights is not None and options.n_samples is None:
-        raise errors.UserError("a weighted blend has no epoch of its own: give --n-samples")
+        raise errors.UserError(
+            "a weighted blend has no epoch of its own: give --n-samples", page=_PAGE
+        )
     source = blend.Source(corpora, weights, options.split)
     request = samples.Request(
         seq_len=options.seq_len, seed=options.seed, n_samples=options.n_samples
     )
     split = splits.build(source, WHICH[options.which], _data(options), request)
     if split is None:
-        raise errors.UserError(f"--split {options.split} leaves nothing for {options.which}")
+        raise errors.UserError(
+            f"--split {options.split} leaves nothing for {options.which}", page=_PAGE
+        )
     return split, _numbers(options.samples)
 
 
@@ -217,11 +225,13 @@ def _run_samples(
     opened = splits.open_splits(cfg, *schedule.end(cfg.train, cfg.model.seq_len))
     split = getattr(opened, WHICH[options.which])
     if split is None:
-        raise errors.UserError(f"{options.config} has no {options.which} split")
+        raise errors.UserError(f"{options.config} has no {options.which} split", page=_PAGE)
     if options.step is None:
         return split, _numbers(options.samples)
     if options.which != "train" or options.samples:
-        raise errors.UserError("--step shows a training step: leave out --which and --samples")
+        raise errors.UserError(
+            "--step shows a training step: leave out --which and --samples", page=_PAGE
+        )
     stream = skipped_samples.from_config(cfg.data)
     batches = stream.schedule(schedule)
     first = batches.consumed_after(options.step - 1)
@@ -231,7 +241,7 @@ def _run_samples(
 def _numbers(text: str) -> np.ndarray:
     if not text:
         return np.arange(0)
-    return np.arange(*validation.stretch(text, "--samples"))
+    return np.arange(*validation.stretch(text, "--samples", _PAGE))
 
 
 def _document(
@@ -239,7 +249,9 @@ def _document(
 ) -> list[str]:
     n = len(corpus.document_indices) - 1
     if not 0 <= number < n:
-        raise errors.UserError(f"--document {number}: {corpus.prefix} has {n}, from 0 on")
+        raise errors.UserError(
+            f"--document {number}: {corpus.prefix} has {n}, from 0 on", page=_PAGE
+        )
     first, stop = corpus.document_indices[number : number + 2]
     lines = [f"document {number}: {stop - first} sequence(s)"]
     return lines + [_show(corpus.read(i), text) for i in range(first, stop)]
@@ -266,7 +278,7 @@ def _dump(path: str, arrays: dict[str, np.ndarray]) -> None:
         with open(path, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
-        raise errors.UserError(f"--dump {path}: {error}") from error
+        raise errors.UserError(f"--dump {path}: {error}", page=_PAGE) from error
 
 
 if __name__ == "__main__":

@@ -111,5 +111,6 @@ class Batches:
             raise errors.UserError(
                 f"{files} has token {token} "
                 f"(in the batch from sample {first} on), outside of "
-                f"model.vocab_size={self.cfg.model.vocab_size}: is it tokenised for this model?"
+                f"model.vocab_size={self.cfg.model.vocab_size}: is it tokenised for this model?",
+                page="data.md#when-data-is-refused",
             )

@@ -35,14 +35,18 @@ def merge(options: Options) -> str:
             is one of the inputs or cannot be written.
     """
     if not options.input or options.output_prefix in options.input:
-        raise errors.UserError("give --input prefixes, and an --output-prefix that is none of them")
+        raise errors.UserError(
+            "give --input prefixes, and an --output-prefix that is none of them",
+            page="data.md#from-text",
+        )
     corpora = [indexed.IndexedCorpus(prefix) for prefix in options.input]
     dtype = corpora[0].dtype
     for corpus in corpora:
         if corpus.dtype != dtype:
             raise errors.UserError(
                 f"{corpus.prefix} has {corpus.dtype} tokens and {corpora[0].prefix} {dtype}: their "
-                "vocabularies differ; prepare both with one vocabulary"
+                "vocabularies differ; prepare both with one vocabulary",
+                page="data.md#from-text",
             )
     with indexed.Writer(options.output_prefix, dtype.type) as writer:
         for corpus in tqdm.tqdm(corpora, desc="merging", unit=" corpora"):

@@ -22,6 +22,7 @@ from gpt3jax import errors
 from gpt3jax.config import command_line, ranges, user_paths
 from gpt3jax.data import documents, indexed, tokenizer, tokenizer_sources
 
+_PAGE = "data.md#from-text"
 N_BAD_SHOWN = 10  # bad records that the report names
 _Bar: TypeAlias = "tqdm.tqdm[Never]"
 
@@ -117,7 +118,9 @@ def prepare(options: Options) -> Report:
         _write_files(files, encoder, options, writer, report)
         if not report.n_tokens:
             bad = f": {report.n_bad:,} bad lines, first {report.bad[0]}" if report.bad else ""
-            raise errors.UserError(f"{' '.join(options.input)}: there is no text to encode{bad}")
+            raise errors.UserError(
+                f"{' '.join(options.input)}: there is no text to encode{bad}", page=_PAGE
+            )
     return report
 
 
@@ -203,14 +206,15 @@ def _write(encoded: Encoded, writer: indexed.Writer, options: Options, report: R
         message = f"{path}:{number}: {fault}"
         if options.on_bad_line == "error":
             raise errors.UserError(
-                f"{message}; fix it, or leave out such lines with --on-bad-line skip"
+                f"{message}; fix it, or leave out such lines with --on-bad-line skip", page=_PAGE
             )
         report.n_bad += 1
         if report.n_bad <= N_BAD_SHOWN:
             report.bad.append(message)
     if encoded.empty and options.on_empty_document == "error":
         raise errors.UserError(
-            f"{path}:{encoded.empty[0]}: an empty document; fix it, or set --on-empty-document"
+            f"{path}:{encoded.empty[0]}: an empty document; fix it, or set --on-empty-document",
+            page=_PAGE,
         )
     report.n_empty += len(encoded.empty)
     if encoded.sequences:

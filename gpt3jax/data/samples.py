@@ -83,7 +83,8 @@ def build(corpus: indexed.Corpus, split: str, name: str, request: Request) -> "S
     if bounds[0] == bounds[1]:
         raise errors.UserError(
             f"data.split={split!r} gives the {name} split none of the {len(corpus)} "
-            f"documents of {corpus.prefix}: give it a larger weight, or 0 to leave it out"
+            f"documents of {corpus.prefix}: give it a larger weight, or 0 to leave it out",
+            page="data.md#when-data-is-refused",
         )
     return SampleMap(corpus, bounds, request)
 
@@ -134,7 +135,8 @@ class SampleMap:
         if n_tokens == 0:
             raise errors.UserError(
                 f"{corpus.prefix}: there is no token in documents {sequences[0]} to "
-                f"{sequences[1]} (of {len(corpus)}): the corpus is too small for this split"
+                f"{sequences[1]} (of {len(corpus)}): the corpus is too small for this split",
+                page="data.md#when-data-is-refused",
             )
         self.epochs = Epochs.needed(n_tokens, request.seq_len, request.n_samples)
         n = _count_samples(self.epochs.n * n_tokens, request)

@@ -13,6 +13,8 @@ from numpy import typing as npt
 from gpt3jax import errors
 from gpt3jax.config import batch_schedule, schema, validation
 
+_PAGE = "numerical_faults.md#leaving-data-out"
+
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
@@ -96,12 +98,14 @@ def check(stream: Stream, schedule: batch_schedule.BatchSchedule, n_samples: int
         if first >= n_samples:
             raise errors.UserError(
                 f"data.skip_samples={first}:{stop} lies beyond the run's {n_samples} samples and "
-                "has no effect: correct it, or leave it out"
+                "has no effect: correct it, or leave it out",
+                page=_PAGE,
             )
     if stream.left_out and not stream.end(schedule, 0, 0, n_samples)[0]:
         raise errors.UserError(
             f"data.skip_samples leaves {stream.n_kept(n_samples)} of the run's {n_samples} "
-            "samples, less than one batch: leave out fewer"
+            "samples, less than one batch: leave out fewer",
+            page=_PAGE,
         )
 
 
@@ -118,5 +122,6 @@ def check_resumed(stream: Stream, skipped: Sequence[str] | None, position: int) 
         if first < stop and stream.n_kept(stop) > stream.n_kept(first):
             raise errors.UserError(
                 f"the checkpoint's run left out samples {first} to {stop - 1}: keep them in "
-                "data.skip_samples until its end (stretches may be added)"
+                "data.skip_samples until its end (stretches may be added)",
+                page=_PAGE,
             )

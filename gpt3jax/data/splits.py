@@ -38,7 +38,8 @@ def open_splits(cfg: schema.Config, n_steps: int, n_samples: int) -> Splits:
     if maps[0] is None:
         raise errors.UserError(
             f"data.split={cfg.data.split!r} leaves nothing to train on: give its first weight a "
-            "share"
+            "share",
+            page="data.md#which-corpora-a-run-reads",
         )
     parts = maps[0].maps if isinstance(maps[0], blend.Blend) else [maps[0]]
     n_epochs = ", ".join(str(part.epochs.n) for part in parts)
@@ -114,7 +115,8 @@ def _counts(cfg: schema.Config, n_steps: int, n_samples: int) -> list[int]:
         raise errors.UserError(
             f"train.eval_batches={train.eval_batches} takes {n_evals * eval_size} samples in "
             f"{n_evals} evaluations, and their numbers must stay below 2^31: lower it, or evaluate "
-            "less often (train.eval_interval)"
+            "less often (train.eval_interval)",
+            page="reference/options.md#train",
         )
     return [n_samples, n_evals * eval_size, eval_size if n_evals else 0]
 
@@ -134,7 +136,8 @@ def _build_enough(
         raise errors.UserError(
             f"the run needs {n} {name} samples and {prefixes} has {len(split)}: "
             "give each prefix a weight, or "
-            + ("shorten the run" if name == "train" else "lower train.eval_batches")
+            + ("shorten the run" if name == "train" else "lower train.eval_batches"),
+            page="data.md#when-data-is-refused",
         )
     return split
 

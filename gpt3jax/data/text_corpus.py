@@ -43,7 +43,8 @@ def ensure_corpus(data: schema.Data, model: schema.Model) -> None:
     if not (data.vocab_file or data.tokenizer):
         raise errors.UserError(
             "data.from_text needs data.vocab_file and data.merge_file: the tokenizer, which is "
-            "trained and written there if the files are absent; or data.tokenizer"
+            "trained and written there if the files are absent; or data.tokenizer",
+            page="data.md#which-corpora-a-run-reads",
         )
     files = text_files(data.from_text)
     lock = pathlib.Path(data.paths[0] + ".lock")
@@ -72,7 +73,8 @@ def _write(files: list[pathlib.Path], data: schema.Data) -> None:
                 writer.add_document([[*ids, bpe.eod_id]])
         if not writer.n_documents:
             raise errors.UserError(
-                f"data.from_text={data.from_text!r}: none of its {len(files)} files is UTF-8 text"
+                f"data.from_text={data.from_text!r}: none of its {len(files)} files is UTF-8 text",
+                page="data.md#which-corpora-a-run-reads",
             )
     if left_out:
         sys.stderr.write(
@@ -106,7 +108,8 @@ def text_files(source: str) -> list[pathlib.Path]:
     if not files:
         raise errors.UserError(
             f"data.from_text={source!r}: there are no files in {folder}: give a folder of text, "
-            f"or {PYTHON!r}"
+            f"or {PYTHON!r}",
+            page="data.md#which-corpora-a-run-reads",
         )
     files.sort(key=lambda p: hashlib.sha256(p.relative_to(folder).as_posix().encode()).digest())
     if source != PYTHON:
@@ -130,7 +133,9 @@ def read(files: list[pathlib.Path], doing: str, left_out: list[pathlib.Path]) ->
             left_out.append(path)
             continue
         except OSError as error:
-            raise errors.UserError(f"data.from_text: {path}: {error}") from error
+            raise errors.UserError(
+                f"data.from_text: {path}: {error}", page="data.md#which-corpora-a-run-reads"
+            ) from error
         if text:
             yield text
 
@@ -147,18 +152,21 @@ def check_vocabulary(data: schema.Data, model: schema.Model) -> None:
     if bpe.vocab_size > model.vocab_size:
         raise errors.UserError(
             f"{data.tokenizer or data.vocab_file} has {bpe.vocab_size} tokens, more than "
-            f"model.vocab_size={model.vocab_size}: set model.vocab_size={bpe.vocab_size}"
+            f"model.vocab_size={model.vocab_size}: set model.vocab_size={bpe.vocab_size}",
+            page="data.md#when-data-is-refused",
         )
     if bpe.eod_id != data.eod_id:
         raise errors.UserError(
             f"{data.tokenizer or data.vocab_file} has {tokenizer.END_OF_TEXT} as {bpe.eod_id}, but "
-            f"data.eod_id={data.eod_id}: set data.eod_id={bpe.eod_id}"
+            f"data.eod_id={data.eod_id}: set data.eod_id={bpe.eod_id}",
+            page="data.md#when-data-is-refused",
         )
     if data.tokenizer and bpe.added and data.eod_id not in bpe.added:
         known = ", ".join(f"{number} ({token})" for number, token in sorted(bpe.added.items())[:8])
         raise errors.UserError(
             f"data.eod_id={data.eod_id} is an ordinary token of data.tokenizer={data.tokenizer}: "
-            f"set it to the token that ends a document, one of {known}"
+            f"set it to the token that ends a document, one of {known}",
+            page="data.md#when-data-is-refused",
         )
 
 

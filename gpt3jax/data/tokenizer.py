@@ -52,7 +52,8 @@ class Tokenizer:
         if eod_id not in vocab.values():
             raise errors.UserError(
                 f"the tokenizer has no token {eod!r} for the end of a document: name the one "
-                "it has with --eod-token (for training, its id with data.eod_id)"
+                "it has with --eod-token (for training, its id with data.eod_id)",
+                page="data.md#from-text",
             )
         backend.no_truncation()
         backend.no_padding()
@@ -98,7 +99,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise errors.UserError(
-                f"the text {text[:40]!r} is not UTF-8 at character {error.start}: fix it"
+                f"the text {text[:40]!r} is not UTF-8 at character {error.start}: fix it",
+                page="data.md#from-text",
             ) from None
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from gpt3jax import errors
 from gpt3jax.config import schema, user_paths
 
+_PAGE = "data.md#when-data-is-refused"
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
@@ -29,11 +30,13 @@ def read_text(path: str) -> str:
         UserError: the file is missing, or not UTF-8.
     """
     if not pathlib.Path(path).is_file():
-        raise errors.UserError(f"{path}: no such file (GPT-2's vocab.json and merges.txt)")
+        raise errors.UserError(
+            f"{path}: no such file (GPT-2's vocab.json and merges.txt)", page=_PAGE
+        )
     try:
         return pathlib.Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.UserError(f"{path}: {error}") from error
+        raise errors.UserError(f"{path}: {error}", page=_PAGE) from error
 
 
 def read_merges(path: str) -> list[tuple[str, str]]:
@@ -50,7 +53,8 @@ def read_merges(path: str) -> list[tuple[str, str]]:
         left, _, right = line.partition(" ")
         if not right or " " in right:
             raise errors.UserError(
-                f"{path}:{number}: {line!r} is not a merge: two tokens and a space between them"
+                f"{path}:{number}: {line!r} is not a merge: two tokens and a space between them",
+                page=_PAGE,
             )
         merges.append((left, right))
     return merges
@@ -119,7 +123,8 @@ def check(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
                 raise errors.UserError(
                     f"{folder / name} adds the token {token!r} as {number}, which the tokenizer "
                     f"there does not: write a whole {TOKENIZER}, as AutoTokenizer"
-                    f".from_pretrained({str(folder)!r}).save_pretrained(...) of transformers does"
+                    f".from_pretrained({str(folder)!r}).save_pretrained(...) of transformers does",
+                    page=_PAGE,
                 )
     if (folder / TOKENIZER).is_file():
         _check_pair(folder, vocab)
@@ -148,7 +153,8 @@ def _check_pair(folder: pathlib.Path, vocab: Mapping[str, int]) -> None:
     if differ:
         raise errors.UserError(
             f"{folder / differ[0]} is not of the same tokenizer as {TOKENIZER} beside it: remove "
-            "the one that the model was not trained with"
+            "the one that the model was not trained with",
+            page=_PAGE,
         )
 
 
@@ -160,4 +166,4 @@ def _decoder(folder: pathlib.Path) -> dict[str, int]:
 
 def _read(path: pathlib.Path) -> _Json:
     """Return the object in a JSON file, an empty one where there is no file."""
-    return user_paths.read_json(path) if path.is_file() else {}
+    return user_paths.read_json(path, _PAGE) if path.is_file() else {}

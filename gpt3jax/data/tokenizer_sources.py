@@ -12,6 +12,8 @@ from gpt3jax import errors
 from gpt3jax.config import schema, user_paths
 from gpt3jax.data import tokenizer, tokenizer_files
 
+_PAGE = "data.md#when-data-is-refused"
+
 # Source has a field named `tokenizer`.
 END_OF_TEXT = tokenizer.END_OF_TEXT
 Tokenizer = tokenizer.Tokenizer
@@ -40,7 +42,9 @@ class Source:
         """
         files = (self.vocab_file, self.merge_file)
         if any(files) == bool(self.tokenizer) or any(files) != all(files):
-            raise errors.UserError("give --vocab-file and --merge-file together, or --tokenizer")
+            raise errors.UserError(
+                "give --vocab-file and --merge-file together, or --tokenizer", page=_PAGE
+            )
         if self.tokenizer:
             return from_pretrained(self.tokenizer, self.eod_token)
         return _gpt2(*files, self.eod_token)
@@ -58,7 +62,9 @@ def of_config(data: schema.Data, eod_token: str = tokenizer.END_OF_TEXT) -> toke
     if not data.tokenizer:
         return _gpt2(data.vocab_file, data.merge_file, eod_token)
     if not pathlib.Path(data.tokenizer).is_file():
-        raise errors.UserError(f"data.tokenizer={data.tokenizer}: no such file (a tokenizer.json)")
+        raise errors.UserError(
+            f"data.tokenizer={data.tokenizer}: no such file (a tokenizer.json)", page=_PAGE
+        )
     backend = _load(data.tokenizer)
     by_id = eod_token == tokenizer.END_OF_TEXT and backend.id_to_token(data.eod_id) is not None
     return tokenizer.Tokenizer(backend, data.eod_id if by_id else eod_token, splits_at_blanks=False)
@@ -97,7 +103,9 @@ def from_files(vocab_file: str, merge_file: str) -> tokenizer.Tokenizer:
     try:
         bpe = models.BPE(vocab=vocab, merges=merges)
     except Exception as error:  # the library raises bare Exception
-        raise errors.UserError(f"{merge_file} does not belong to {vocab_file}: {error}") from error
+        raise errors.UserError(
+            f"{merge_file} does not belong to {vocab_file}: {error}", page=_PAGE
+        ) from error
     backend = tokenizer.byte_level(bpe)
     backend.add_special_tokens([tokenizer.END_OF_TEXT])
     gpt2 = tokenizer.Tokenizer(backend, tokenizer.END_OF_TEXT, splits_at_blanks=True)
@@ -127,7 +135,8 @@ def _gpt2(vocab_file: str, merge_file: str, eod_token: str) -> tokenizer.Tokeniz
     if eod_token != tokenizer.END_OF_TEXT:
         raise errors.UserError(
             f"{eod_token!r} cannot be the end-of-document token of {vocab_file}, which has "
-            f"{tokenizer.END_OF_TEXT} ({gpt2.eod_id}) for it: leave --eod-token out"
+            f"{tokenizer.END_OF_TEXT} ({gpt2.eod_id}) for it: leave --eod-token out",
+            page=_PAGE,
         )
     return gpt2
 
@@ -141,7 +150,8 @@ def _load(source: str) -> tokenizers.Tokenizer:
         reason = str(error).strip().split("\n")[0]
         raise errors.UserError(
             f"--tokenizer={source}: {reason}: give a tokenizer.json, a folder with one, or "
-            "a name on the Hugging Face hub, which needs a network"
+            "a name on the Hugging Face hub, which needs a network",
+            page=_PAGE,
         ) from error
 
 
@@ -149,19 +159,25 @@ def _read_vocab(path: str) -> dict[str, int]:
     try:
         vocab = json.loads(tokenizer_files.read_text(path))
     except json.JSONDecodeError as error:
-        raise errors.UserError(f"{path} is not JSON, as GPT-2's vocab.json is: {error}") from error
+        raise errors.UserError(
+            f"{path} is not JSON, as GPT-2's vocab.json is: {error}", page=_PAGE
+        ) from error
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     if not ids or not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
         raise errors.UserError(
-            f"{path} is not a vocabulary: it must map every token to an id, from 0 on without gaps"
+            f"{path} is not a vocabulary: it must map every token to an id, from 0 on without gaps",
+            page=_PAGE,
         )
     if tokenizer.END_OF_TEXT not in vocab:
-        raise errors.UserError(f"{path} has no {tokenizer.END_OF_TEXT}: add it as the last token")
+        raise errors.UserError(
+            f"{path} has no {tokenizer.END_OF_TEXT}: add it as the last token", page=_PAGE
+        )
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys()
     if missing:
         raise errors.UserError(
             f"{path} has no token for {len(missing)} of the 256 bytes, {sorted(missing)[0]!r} "
-            "among them: it is not the vocabulary of a byte-level BPE, as GPT-2's is"
+            "among them: it is not the vocabulary of a byte-level BPE, as GPT-2's is",
+            page=_PAGE,
         )
     return vocab
 

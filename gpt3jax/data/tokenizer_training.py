@@ -23,7 +23,8 @@ def train(texts: Iterable[str], vocab_size: int, vocab_file: str, merge_file: st
     if vocab_size < MIN_VOCAB_SIZE:
         raise errors.UserError(
             f"model.vocab_size={vocab_size} is too small for a byte-level BPE: it needs a token "
-            f"for each of 256 bytes and {tokenizer.END_OF_TEXT}: use {MIN_VOCAB_SIZE} or more"
+            f"for each of 256 bytes and {tokenizer.END_OF_TEXT}: use {MIN_VOCAB_SIZE} or more",
+            page="data.md#which-corpora-a-run-reads",
         )
     backend = tokenizer.byte_level(models.BPE())
     trainer = trainers.BpeTrainer(

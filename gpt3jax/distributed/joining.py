@@ -33,7 +33,9 @@ def start(distributed: schema.Distributed, mesh: schema.Mesh) -> None:
             )
     except (ValueError, RuntimeError) as error:
         raise errors.TransientError(
-            f"{arguments['num_processes']} processes were expected and could not be joined: {error}"
+            f"{arguments['num_processes']} processes were expected and could not be joined: "
+            f"{error}",
+            page="operations.md#by-symptom",
         ) from error
 
 

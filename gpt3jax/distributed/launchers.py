@@ -12,6 +12,8 @@ from typing import Any
 from gpt3jax import errors
 from gpt3jax.config import schema
 
+_PAGE = "launching.md#how-processes-find-each-other"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launcher:
@@ -132,7 +134,8 @@ def arguments(distributed: schema.Distributed, environ: Mapping[str, str]) -> di
             f"{n} processes are expected ({_reason(distributed, place)}), each would train alone "
             f"without the address of process 0, and {problem}: give "
             "--distributed.coordinator-address HOST:PORT (or JAX_COORDINATOR_ADDRESS), its host "
-            "and a free port, the same to all"
+            "and a free port, the same to all",
+            page=_PAGE,
         )
     # Deactivated: otherwise JAX would take the devices from a launcher.
     return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
@@ -144,13 +147,16 @@ def _n_processes(
     """Return the number of processes, this one included."""
     n, size = distributed.n_processes, place.size if place else 1
     if n and place and place.launcher.size and size != n:
-        raise errors.UserError(f"distributed.n_processes={n}, but {place.source}: make them equal")
+        raise errors.UserError(
+            f"distributed.n_processes={n}, but {place.source}: make them equal", page=_PAGE
+        )
     if n:
         return n
     if size == 1 and (distributed.coordinator_address or distributed.process_id >= 0):
         raise errors.UserError(
             "distributed.coordinator_address or distributed.process_id is given without "
-            "distributed.n_processes, and this process would train alone: give all three"
+            "distributed.n_processes, and this process would train alone: give all three",
+            page=_PAGE,
         )
     if size == 1:
         _check_nothing_ahead(environ)
@@ -158,7 +164,8 @@ def _n_processes(
         raise errors.UserError(
             f"{place.source}, one process of several, and each would train alone: give "
             "--distributed.n-processes and --distributed.coordinator-address HOST:PORT, the same "
-            f"to all, or unset {place.launcher.rank} if each is a run of its own"
+            f"to all, or unset {place.launcher.rank} if each is a run of its own",
+            page=_PAGE,
         )
     return size
 
@@ -171,13 +178,15 @@ def _process_id(distributed: schema.Distributed, place: Place | None, n: int) ->
         raise errors.UserError(
             f"distributed.n_processes={n}, but this process sees no other and would train "
             "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
-            "HOST:PORT and --distributed.process-id to each process"
+            "HOST:PORT and --distributed.process-id to each process",
+            page=_PAGE,
         )
     if number >= n:
         source = f"distributed.process_id={number}" if given or not place else place.source
         raise errors.UserError(
             f"{source}, but the {n} processes of distributed.n_processes are numbered 0 to "
-            f"{n - 1}: correct one of them"
+            f"{n - 1}: correct one of them",
+            page=_PAGE,
         )
     return number
 
@@ -223,7 +232,8 @@ def _check_nothing_ahead(environ: Mapping[str, str]) -> None:
                 f"{size}={environ[size]}, but this process was not started by {command} and would "
                 f"train alone: start it with {command}, or give --distributed.n-processes, "
                 "--distributed.process-id and --distributed.coordinator-address, or unset "
-                f"{size}"
+                f"{size}",
+                page=_PAGE,
             )
 
 
@@ -272,12 +282,13 @@ def _check_tasks_per_node(environ: Mapping[str, str]) -> None:
     if n_gpus > 1 and n_tasks == n_nodes > 1:
         raise errors.UserError(
             f"srun started one task on each of {n_nodes} nodes, to use one GPU of {n_gpus}: "
-            f"start one per GPU, with --ntasks-per-node={n_gpus}"
+            f"start one per GPU, with --ntasks-per-node={n_gpus}",
+            page=_PAGE,
         )
 
 
 def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
     text = environ.get(variable) or str(default)
     if not text.isdecimal():
-        raise errors.UserError(f"{variable}={text} is not a number: correct it")
+        raise errors.UserError(f"{variable}={text} is not a number: correct it", page=_PAGE)
     return int(text)

@@ -27,15 +27,17 @@ def on_any_process(answer: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.bool_(answer))))
 
 
-def refuse_together(problem: str) -> None:
-    """End all processes if one of them has a problem; all must call it.
+def refuse_together(problem: str, page: str) -> None:
+    """End all processes if one of them has a problem; all must call it, with the same page.
 
     Raises:
         UserError: with this process's problem, or the advice to read another process's output.
     """
     if on_any_process(bool(problem)):
         leave()
-        raise errors.UserError(problem or "another process ended the run: its output says why")
+        raise errors.UserError(
+            problem or "another process ended the run: its output says why", page=page
+        )
 
 
 def process() -> tuple[int, int]:
@@ -55,7 +57,9 @@ def receive(name: str, timeout: float) -> str | None:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" in str(error) or "NOT_FOUND" in str(error):
             return None
-        raise errors.TransientError(f"the first process cannot be reached: {error}") from error
+        raise errors.TransientError(
+            f"the first process cannot be reached: {error}", page="operations.md#by-symptom"
+        ) from error
 
 
 def gather(
@@ -88,18 +92,20 @@ def raise_of_first(name: str, error: errors.UserError | None, timeout: float) ->
     """
     me, n = process()
     if n > 1 and me == 0:
-        message = error and [isinstance(error, errors.TransientError), str(error)]
+        message = error and [isinstance(error, errors.TransientError), error.message, error.page]
         publish(name, json.dumps(message))
     elif n > 1:
         text = receive(name, timeout)
         if text is None:
             raise errors.TransientError(
                 f"process {me} heard nothing from process 0 ({name}) for {timeout:.0f} s: look at "
-                "its output"
+                "its output",
+                page="preflight.md#starting",
             )
         if message := json.loads(text):
-            is_transient, reason = message
-            error = (errors.TransientError if is_transient else errors.UserError)(reason)
+            is_transient, reason, page = message
+            kind = errors.TransientError if is_transient else errors.UserError
+            error = kind(reason, page=page)
     if error is not None:
         leave()
         raise error
@@ -128,7 +134,9 @@ def meet(name: str, timeout: float) -> None:
     try:
         _client().wait_at_barrier(f"gpt3jax/{name}", int(1000 * timeout))
     except jax.errors.JaxRuntimeError as error:
-        raise errors.TransientError(f"waiting for all processes ({name}): {error}") from error
+        raise errors.TransientError(
+            f"waiting for all processes ({name}): {error}", page="operations.md#by-symptom"
+        ) from error
 
 
 def leave() -> None:

@@ -49,7 +49,8 @@ def evaluate(options: evaluate_options.Options) -> str:
     if options.stride > seq_len:
         raise errors.UserError(
             f"--stride={options.stride} must be from 1 to model.seq_len={seq_len}, or 0 for its "
-            "default: choose a value there"
+            "default: choose a value there",
+            page="evaluation.md#loss-perplexity-bits-per-byte",
         )
     results: Mapping[str, object]
     if options.tasks:
@@ -109,7 +110,7 @@ def _open(
     except errors.UserError as error:
         if options.source != tokenizer_sources.Source():
             raise
-        why_no_bytes = str(error)
+        why_no_bytes = error.message
     stream = token_stream.read_corpus(options.data, own_tokenizer, cfg, options.max_tokens)
     return stream, why_no_bytes
 

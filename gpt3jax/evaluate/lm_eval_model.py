@@ -24,6 +24,7 @@ from gpt3jax.data import tokenizer_sources
 from gpt3jax.evaluate import token_losses, windows
 from gpt3jax.sample import generate, generated_text, sampling_options
 
+_PAGE = "evaluation.md#tasks"
 _MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own models
 _GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
@@ -116,7 +117,8 @@ class CheckpointLM(TemplateLM):
             if len(after) > self._seq_len:
                 raise errors.UserError(
                     f"a continuation of {len(after)} tokens ({continuation[:40]!r}...) does not "
-                    f"fit model.seq_len={self._seq_len}: leave its task out"
+                    f"fit model.seq_len={self._seq_len}: leave its task out",
+                    page=_PAGE,
                 )
             rows.append(np.asarray([*before, *after][-self._seq_len - 1 :]))
             counts.append(len(after))
@@ -214,7 +216,8 @@ class CheckpointLM(TemplateLM):
             raise errors.UserError(
                 f"a task asks for {unknown[0]}={options[unknown[0]]!r} in generating, which is not "
                 "supported: leave the task out; supported are "
-                f"{', '.join(sorted(_GENERATION_OPTIONS))}"
+                f"{', '.join(sorted(_GENERATION_OPTIONS))}",
+                page=_PAGE,
             )
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else until
@@ -268,13 +271,16 @@ def run(
         UserError: a task is not known, or the folder does not exist.
     """
     if folder and not pathlib.Path(folder).is_dir():
-        raise errors.UserError(f"--task-folder={folder} is no folder: give one with YAML files")
+        raise errors.UserError(
+            f"--task-folder={folder} is no folder: give one with YAML files", page=_PAGE
+        )
     manager = lm_eval.tasks.TaskManager(include_path=folder or None)
     for name in tasks:
         if not manager.match_tasks([name]):
             raise errors.UserError(
                 f"--tasks has {name!r}, which lm-eval does not know: see `lm-eval ls tasks`, or "
-                "give the folder of its YAML file as --task-folder"
+                "give the folder of its YAML file as --task-folder",
+                page=_PAGE,
             )
     results = lm_eval.simple_evaluate(
         model=model,

@@ -56,15 +56,22 @@ def check(options: Options) -> None:
     measured = [f"--{name}" for name in ("text", "data", "tasks") if getattr(options, name)]
     if len(measured) != 1:
         given = " and ".join(measured) if measured else "nothing"
-        raise errors.UserError(f"{given} given to measure: give one of --text, --data and --tasks")
+        raise errors.UserError(
+            f"{given} given to measure: give one of --text, --data and --tasks",
+            page="evaluation.md",
+        )
     defaults = Options(checkpoint="")
     useless = ("max_tokens",) if options.tasks else ("task_folder", "n_fewshot", "limit")
     for name in useless:
         if getattr(options, name) != getattr(defaults, name):
             option = name.replace("_", "-")
-            raise errors.UserError(f"--{option} has no effect with {measured[0]}: leave it out")
+            raise errors.UserError(
+                f"--{option} has no effect with {measured[0]}: leave it out", page="evaluation.md"
+            )
     if options.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise errors.UserError("--tasks needs the extra: pip install 'gpt3jax[lm-eval]'")
+        raise errors.UserError(
+            "--tasks needs the extra: pip install 'gpt3jax[lm-eval]'", page="evaluation.md#tasks"
+        )
     if options.json:
         write(options.json, "")  # a path that cannot be written fails now, not after hours
 
@@ -79,4 +86,6 @@ def write(path: str, content: str) -> None:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(path).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise errors.UserError(f"--json={path} cannot be written: {error}") from error
+        raise errors.UserError(
+            f"--json={path} cannot be written: {error}", page="evaluation.md"
+        ) from error

@@ -114,5 +114,6 @@ def _check(row: np.ndarray, cfg: schema.Model) -> None:
     if low < 0 or high >= cfg.vocab_size:
         raise errors.UserError(
             f"there are token ids from {low} to {high}, but the model knows ids from 0 to "
-            f"{cfg.vocab_size - 1}: use the tokenizer or a corpus that it was trained with"
+            f"{cfg.vocab_size - 1}: use the tokenizer or a corpus that it was trained with",
+            page="data.md#when-data-is-refused",
         )

@@ -35,9 +35,13 @@ def read_file(path: str, tokenizer: tokenization.Tokenizer, max_tokens: int) -> 
     try:
         content = documents.decode(pathlib.Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.UserError(f"--text={path} cannot be read: {error}") from error
+        raise errors.UserError(
+            f"--text={path} cannot be read: {error}", page="evaluation.md"
+        ) from error
     if not content:
-        raise errors.UserError(f"--text={path} is empty: give a file with text")
+        raise errors.UserError(
+            f"--text={path} is empty: give a file with text", page="evaluation.md"
+        )
     whole = tokenizer.encode_batch([content])[0]
     tokens = whole[: max_tokens or None]
     scored_text = content if len(tokens) == len(whole) else tokenizer.decode(tokens.tolist())
@@ -56,14 +60,17 @@ def read_corpus(
     """
     corpus = indexed.IndexedCorpus(prefix)
     if not corpus.n_tokens:
-        raise errors.UserError(f"--data={prefix} has no token: give a corpus that has documents")
+        raise errors.UserError(
+            f"--data={prefix} has no token: give a corpus that has documents", page="evaluation.md"
+        )
     indexed.check_tokens(corpus, cfg.model.vocab_size)
     tokens = corpus.head(max_tokens or corpus.n_tokens)
     eod_id = cfg.data.eod_id if tokenizer is None else tokenizer.eod_id
     if eod_id >= cfg.model.vocab_size:
         raise errors.UserError(
             f"the checkpoint's data.eod_id={eod_id} is not below model.vocab_size="
-            f"{cfg.model.vocab_size}: give the tokenizer that the model was trained with"
+            f"{cfg.model.vocab_size}: give the tokenizer that the model was trained with",
+            page="data.md#when-data-is-refused",
         )
     n_bytes = 0 if tokenizer is None else _count_bytes(corpus, tokenizer, len(tokens))
     return TokenStream(tokens=tokens, eod_id=eod_id, n_bytes=n_bytes)

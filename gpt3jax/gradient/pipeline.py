@@ -173,7 +173,8 @@ def check_microbatches(n_microbatches: int, n_stages: int) -> None:
     if n_microbatches % n_stages:
         raise errors.UserError(
             f"{n_microbatches} microbatches a step are not a multiple of mesh.stage={n_stages}: "
-            "change batch.global_batch_size, batch.microbatch_size, or the mesh"
+            "change batch.global_batch_size, batch.microbatch_size, or the mesh",
+            page="parallelism.md#pipeline",
         )
 
 

@@ -40,13 +40,15 @@ def choose(cpu_devices: int) -> None:
         raise errors.UserError(
             f"JAX_PLATFORMS={platforms}, but no NVIDIA GPU is visible here: see nvidia-smi and "
             "CUDA_VISIBLE_DEVICES, start a container with --gpus=all, or set JAX_PLATFORMS=cpu to "
-            "use the CPU"
+            "use the CPU",
+            page="launching.md#gpus-or-the-cpu",
         )
     if not has_cuda():
         raise errors.UserError(
             f"an NVIDIA GPU is visible ({gpu}), but JAX is installed without CUDA: pip install "
             "'gpt3jax[cuda13]' (cuda12 for drivers before 580), or set JAX_PLATFORMS=cpu to use "
-            "the CPU"
+            "the CPU",
+            page="launching.md#gpus-or-the-cpu",
         )
 
 

@@ -213,7 +213,9 @@ def find(name: str) -> Gpu:
         UserError: no GPU has this name.
     """
     if name not in GPUS:
-        raise errors.UserError(f"--gpu={name} is not known: use one of {', '.join(GPUS)}")
+        raise errors.UserError(
+            f"--gpu={name} is not known: use one of {', '.join(GPUS)}", page="plan.md"
+        )
     return GPUS[name]
 
 

@@ -152,7 +152,10 @@ def check(flags: str) -> None:
             known = {match.decode() for match in re.findall(rb"xla_[a-z0-9_]+(?=\0)", code)}
             near = difflib.get_close_matches(name.decode(), known, 3)
             hint = f"did you mean {' or '.join(near)}?" if near else "remove it"
-            raise errors.UserError(f"XLA_FLAGS: this XLA has no option {name.decode()}: {hint}")
+            raise errors.UserError(
+                f"XLA_FLAGS: this XLA has no option {name.decode()}: {hint}",
+                page="plan.md#xlas-settings",
+            )
 
 
 def _gpu_here() -> gpus.Gpu:
@@ -174,7 +177,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if cfg.mesh.stage == -1:
             raise errors.UserError(
                 "mesh.stage=-1: XLA's settings depend on the stages, whose number is not known "
-                "yet; give it"
+                "yet; give it",
+                page="plan.md#xlas-settings",
             )
         gpu, n_stages = _gpu_here(), cfg.mesh.stage
         flags = text(of_run(gpu, gpus.network_of(gpu), n_stages))

@@ -56,7 +56,8 @@ def choose(model: schema.Model, compute_dtype: str, platform: str) -> str:
     if requested == "cudnn" and not (supported and platform == "gpu"):
         raise errors.UserError(
             f"model.attention.implementation=cudnn does not serve here (devices: {platform}; "
-            f"model.d_head={model.d_head} must be a multiple of 8 up to 128): use auto or xla"
+            f"model.d_head={model.d_head} must be a multiple of 8 up to 128): use auto or xla",
+            page="reference/options.md#model",
         )
     if requested == "auto":
         return "cudnn" if supported and platform == "gpu" else "xla"

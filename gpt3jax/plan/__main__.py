@@ -45,7 +45,8 @@ def _check_writable(path: str) -> None:
     target = file if file.exists() else file.parent
     if file.is_dir() or not target.exists() or not os.access(target, os.W_OK):
         raise errors.UserError(
-            f"{path} cannot be written: choose a file in a folder that exists and is writable"
+            f"{path} cannot be written: choose a file in a folder that exists and is writable",
+            page="plan.md",
         )
 
 

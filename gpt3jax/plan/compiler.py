@@ -217,8 +217,8 @@ def main() -> int:
     try:
         answer = _compile(request)
     except errors.UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+        sys.stderr.write(f"{json.dumps([error.message, error.page])}\n")
+        return errors.REFUSED
     file = pathlib.Path(request["out"])
     file.write_bytes(gzip.compress(json.dumps(answer).encode(), compresslevel=3))
     return 0
@@ -278,7 +278,7 @@ def _run(wanted: _Step, environment: dict[str, str], file: pathlib.Path) -> None
             env={**os.environ, **environment, "XLA_FLAGS": flags},
         )  # fmt: skip
         if done.returncode:
-            raise errors.UserError(_failure(done.returncode, done.stderr))
+            raise _failure(done.returncode, done.stderr)
         os.replace(request["out"], file)
 
 
@@ -288,18 +288,20 @@ def _quoted(text: str) -> str:
     return f"{quote}{text}{quote}"
 
 
-def _failure(status: int, stderr: str) -> str:
-    """Return in one line why the compiling process ended: its signal, and its last error."""
+def _failure(status: int, stderr: str) -> errors.UserError:
+    """Return why the compiling process ended: what `main` said, or its signal and last error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no message"]
-    if status == 2:  # `main`
-        return lines[-1]
+    if status == errors.REFUSED:
+        message, page = json.loads(lines[-1])
+        return errors.UserError(message, page=page)
     fatal = re.compile(r"F\d{4} |[A-Za-z_][\w.]*(Error|Exception)\b.*:")  # XLA's, Python's
     error = next((line for line in reversed(lines) if fatal.match(line)), lines[-1])
-    if status > 0:
-        return f"the compiler failed: {error}"
-    name = signal.Signals(-status).name
-    hint = " (is there too little memory?)" if name == "SIGKILL" else ""
-    return f"the compiler was ended by {name}{hint}: {error}"
+    reason = "the compiler failed"
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = " (is there too little memory?)" if name == "SIGKILL" else ""
+        reason = f"the compiler was ended by {name}{hint}"
+    return errors.UserError(f"{reason}: {error}", page="plan.md#where-the-figures-come-from")
 
 
 def _sources() -> str:
@@ -328,7 +330,8 @@ def _cache_folder() -> pathlib.Path:
             continue
     raise errors.UserError(
         f"{home} cannot be written, nor can {temporary}: set XDG_CACHE_HOME to a folder for "
-        "compiled steps"
+        "compiled steps",
+        page="plan.md",
     )
 
 

@@ -35,7 +35,8 @@ def unreadable(reason: str) -> errors.UserError:
     """Return the error for a program that differs from those of the versions in `TRIED`."""
     return errors.UserError(
         f"the plan cannot read the step that jax {importlib.metadata.version('jax')} compiled: "
-        f"{reason}. Use --no-compile, or a version that was tried: {', '.join(TRIED)}"
+        f"{reason}. Use --no-compile, or a version that was tried: {', '.join(TRIED)}",
+        page="plan.md#where-the-figures-come-from",
     )
 
 

@@ -74,10 +74,12 @@ def check_nodes(n_gpus: int, gpus_per_node: int) -> None:
         UserError: they do not.
     """
     if n_gpus < 1:
-        raise errors.UserError(f"--gpus={n_gpus} must be at least 1")
+        raise errors.UserError(f"--gpus={n_gpus} must be at least 1", page="plan.md")
     if n_gpus > gpus_per_node and n_gpus % gpus_per_node:
         raise errors.UserError(
-            f"--gpus={n_gpus} is not a multiple of --gpus-per-node={gpus_per_node}: use whole nodes"
+            f"--gpus={n_gpus} is not a multiple of --gpus-per-node={gpus_per_node}: use whole "
+            "nodes",
+            page="plan.md",
         )
 
 
@@ -99,7 +101,8 @@ def _resolve(mesh: schema.Mesh, n_gpus: int) -> dict[str, int]:
         raise errors.UserError(
             f"mesh: {axes} does not fit --gpus={n_gpus}: the axes' product must be {n_gpus}; "
             f"change one{free if mesh.data > 0 else ''}"
-            f"{'' if -1 in vars(mesh).values() else ', or give -1 to one'}"
+            f"{'' if -1 in vars(mesh).values() else ', or give -1 to one'}",
+            page="parallelism.md#which-sizes-are-possible",
         )
     return sizes
 
@@ -116,5 +119,6 @@ def _check(cfg: schema.Config, sizes: dict[str, int]) -> None:
         if size % sizes[axis]:
             raise errors.UserError(
                 f"mesh.{axis}={sizes[axis]} does not divide model.{field}={size}: "
-                f"use one of {ranges.divisors(size)}"
+                f"use one of {ranges.divisors(size)}",
+                page="parallelism.md#which-sizes-are-possible",
             )

@@ -38,7 +38,7 @@ def plan(request: options.Options, overrides: list[str], command_line: str) -> r
     out = console.Console(width=width, markup=False, emoji=False)  # it prints users' text
     missing = compiler.missing_extra() if request.compile else "--no-compile was given"
     if request.dump_hlo and missing:
-        raise errors.UserError(f"--dump-hlo needs the compiled step: {missing}")
+        raise errors.UserError(f"--dump-hlo needs the compiled step: {missing}", page="plan.md")
     searched: list[report.SearchedLayout] = []
     if request.search:
         searched = _search(recipe_args, request, target, out, compiles=not missing)
@@ -140,7 +140,10 @@ def _search(
             queue.note(candidate, layouts[-1].peak_bytes_per_gpu)
     layouts.sort(key=lambda row: (bool(row.failed), not row.fits, row.step_seconds or 0))
     if all(layout.failed for layout in layouts):
-        raise errors.UserError(f"none of {len(layouts)} layouts compiled: {layouts[0].failed}")
+        raise errors.UserError(
+            f"none of {len(layouts)} layouts compiled: {layouts[0].failed}",
+            page="plan.md#where-the-figures-come-from",
+        )
     terminal.show_search(layouts, out)
     return layouts
 
@@ -160,7 +163,7 @@ def _searched(
         compiled = _compile(cfg, args, layout, target) if compiles else None
         built = report.build(cfg, layout, target, compiled)
     except errors.UserError as error:
-        return dataclasses.replace(searched, failed=str(error))
+        return dataclasses.replace(searched, failed=error.message)
     return dataclasses.replace(
         searched,
         fits=built.peak.fits,

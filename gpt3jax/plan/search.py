@@ -54,7 +54,8 @@ def candidates(
         raise errors.UserError(
             f"no mesh of --gpus={n_gpus} divides batch.global_batch_size="
             f"{cfg.batch.global_batch_size}, model.n_heads={cfg.model.n_heads} and "
-            f"model.n_layers={cfg.model.n_layers}: change the number of GPUs or the batch"
+            f"model.n_layers={cfg.model.n_layers}: change the number of GPUs or the batch",
+            page="parallelism.md#which-sizes-are-possible",
         )
     fitting = [
         candidate
@@ -63,7 +64,8 @@ def candidates(
     ]
     if not fitting:
         raise errors.UserError(
-            f"no layout of this model fits --gpus={n_gpus} {gpu.name}: use more GPUs or others"
+            f"no layout of this model fits --gpus={n_gpus} {gpu.name}: use more GPUs or others",
+            page="plan.md#layouts",
         )
     return sorted(fitting, key=lambda candidate: candidate.seconds)
 

@@ -186,7 +186,8 @@ class Session:
         if text is None:
             raise errors.TransientError(
                 f"preflight: process {self.me} ({process_facts.host()}) heard nothing from process "
-                f"0 for {2 * self._timeout:.0f} s: look at its output"
+                f"0 for {2 * self._timeout:.0f} s: look at its output",
+                page="preflight.md#starting",
             )
         return text
 

@@ -279,7 +279,8 @@ def refuse(checks: Sequence[Check], process: int) -> None:
     text = "; ".join(lines[:_SHOWN]) + more
     lasting = any(check.status == "fail" for check in failed)
     kind = errors.UserError if lasting else errors.TransientError
-    raise kind(f"preflight: {text}. See docs/preflight.md")
+    page = "preflight.md#what-is-checked-what-a-failure-means-what-to-do"
+    raise kind(f"preflight: {text}", page=page)
 
 
 def _by_text(lines: list[tuple[str, int]], hosts: Sequence[str]) -> tuple[Line, ...]:

@@ -131,7 +131,7 @@ def plant(cfg: schema.Config, token: str) -> tuple[list[pathlib.Path], dict[str,
         except OSError as error:
             problems[name] = _not_writable(folder, error)
         except errors.UserError as error:
-            problems[name] = str(error)
+            problems[name] = error.message
     return planted, problems
 
 

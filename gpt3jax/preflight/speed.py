@@ -115,7 +115,10 @@ def within(seconds: float, doing: str, action: Callable[[], Result]) -> Result:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise errors.TransientError(f"preflight: {doing} did not end in {seconds:.0f} s: it hangs")
+        raise errors.TransientError(
+            f"preflight: {doing} did not end in {seconds:.0f} s: it hangs",
+            page="preflight.md#what-is-checked-what-a-failure-means-what-to-do",
+        )
     if failure:
         raise failure[0]
     return result[0]

@@ -118,7 +118,8 @@ class Lock:
                 if now - begin > WAIT_SECONDS:
                     raise errors.UserError(
                         f"{held}, and of two runs in a folder one loses its checkpoints: end one "
-                        "of them, or give this one another folder"
+                        "of them, or give this one another folder",
+                        page="operations.md#one-run-in-a-folder",
                     )
                 if not warned:
                     sys.stdout.write(f"WARNING: {held}: waiting up to {WAIT_SECONDS:.0f} s\n")

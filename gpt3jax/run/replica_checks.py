@@ -99,7 +99,9 @@ class Replicas:
         (step_number, sums), self._pending = self._pending, None
         different = differences(np.asarray(sums), self._groups, self._names)
         if different:
-            raise errors.TransientError(self._message(step_number, different))
+            raise errors.TransientError(
+                self._message(step_number, different), page="numerical_faults.md#comparing-replicas"
+            )
         self.last_good = step_number
 
     def _sums(self, params: gpt.GPT) -> jax.Array:

@@ -41,7 +41,8 @@ def save(
     if failure and run.store.n_failed >= limit:
         raise errors.TransientError(
             f"{run.store.n_failed} saves in a row failed (checkpoint.max_failed_saves), the last: "
-            f"{failure}"
+            f"{failure}",
+            page="checkpoints.md#saving",
         )
 
 
@@ -71,7 +72,9 @@ def save_last(
                 f"WARNING: {failure}; try {n} of {tries}, again in {options.retry_pause:g} s"
             )
             time.sleep(options.retry_pause)
-    raise errors.TransientError(f"the last checkpoint failed {tries} times: {failure}")
+    raise errors.TransientError(
+        f"the last checkpoint failed {tries} times: {failure}", page="checkpoints.md#saving"
+    )
 
 
 def _start_save(

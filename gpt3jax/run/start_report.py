@@ -3,7 +3,7 @@
 import jax
 
 from gpt3jax import optimizer
-from gpt3jax.config import batch_schedule, schema, validation
+from gpt3jax.config import batch_schedule, schema, unused_fields
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops
@@ -23,7 +23,7 @@ def lines(run: startup.Run) -> list[str]:
         *run.replicas.describe(),
         *memory_warnings(step_bytes(cfg, run.mesh, attention, limit), limit),
         *(["WARNING: checkpoint.dir is empty: nothing will be saved"] if run.store is None else []),
-        *validation.without_effect(cfg),
+        *unused_fields.without_effect(cfg),
         *beyond_the_end(cfg, run.schedule, run.end),
     ]
 

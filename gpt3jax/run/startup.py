@@ -108,7 +108,7 @@ def _restore_newest(
         try:
             restored = _restore(source, step_number, cfg, mesh, schedule, store)
         except metadata.DamagedError as error:
-            problem = str(error)
+            problem = error.message
         if not messages.on_any_process(bool(problem)):
             source.set_aside(damaged)
             return restored, [f"WARNING: {p}; going back to an older one" for p in problems]

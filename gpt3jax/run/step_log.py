@@ -116,7 +116,7 @@ class StepLog:
         file = self._recorder.record_fault(fault.step_number, fault.entry)
         see = f"; see {file}" if file else ""
         if fault.error:
-            raise errors.UserError(fault.error + see)
+            raise errors.UserError(fault.error + see, page="numerical_faults.md")
         self._recorder.say(f"WARNING: {fault.warning}{see}")
         return fault.kind == "spike"
 

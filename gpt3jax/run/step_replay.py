@@ -43,11 +43,13 @@ def replay(cfg: schema.Config) -> int:
     run, first_step = started.run, started.position.step + 1
     if last > run.end.step:
         raise errors.UserError(
-            f"train.replay_step={last}, but the run ends at {run.end.step}: choose a step of it"
+            f"train.replay_step={last}, but the run ends at {run.end.step}: choose a step of it",
+            page="numerical_faults.md#is-it-the-machine",
         )
     if last < first_step:
         raise errors.UserError(
-            f"train.replay_step={last} lies before the start, which is after step {first_step - 1}"
+            f"train.replay_step={last} lies before the start, which is after step {first_step - 1}",
+            page="numerical_faults.md#is-it-the-machine",
         )
     _say(*started.lines, f"taking steps {first_step} to {last} twice; nothing is written")
     first = _take_steps(run, started, run.faults)

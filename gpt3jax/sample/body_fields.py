@@ -106,4 +106,4 @@ def check_option(name: str, value: float) -> None:
     try:
         sampling_options.Options(**changed).check()
     except errors.UserError as error:
-        raise RefusedError(str(error), name) from None
+        raise RefusedError(error.message, name) from None

@@ -16,6 +16,7 @@ from gpt3jax.model import gpt
 from gpt3jax.sample import decoder_weights, decoding, sampling, sampling_options
 from gpt3jax.sharding import rules
 
+_PAGE = "sampling.md"
 Result = TypeVar("Result")
 
 
@@ -76,17 +77,20 @@ class Generator:
         """
         options.check()
         if not prompt:
-            raise errors.UserError("a prompt is empty: give at least one token")
+            raise errors.UserError("a prompt is empty: give at least one token", page=_PAGE)
         most = self.model.seq_len - min(options.max_new_tokens, 1)
         if len(prompt) > most:
             raise errors.UserError(
                 f"a prompt has {len(prompt)} tokens, and model.seq_len={self.model.seq_len} leaves "
-                f"no room for more: give at most {most}"
+                f"no room for more: give at most {most}",
+                page=_PAGE,
             )
         if not 0 <= min(prompt) <= max(prompt) < self.model.vocab_size:
             raise errors.UserError(
                 f"a prompt has ids from {min(prompt)} to {max(prompt)}, but the model knows ids "
-                f"from 0 to {self.model.vocab_size - 1}: use the tokenizer that it was trained with"
+                f"from 0 to {self.model.vocab_size - 1}: use the tokenizer that it was trained "
+                "with",
+                page=_PAGE,
             )
 
     def room(self, prompt: list[int]) -> int:

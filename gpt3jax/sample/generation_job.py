@@ -135,7 +135,7 @@ def read_prompt(
     try:
         served.generator.check(ids, options)
     except errors.UserError as error:
-        raise body_fields.RefusedError(str(error), name) from None
+        raise body_fields.RefusedError(error.message, name) from None
     n_new, seq_len = options.max_new_tokens, served.generator.model.seq_len
     if n_new > served.generator.room(ids):
         raise body_fields.RefusedError(
@@ -157,7 +157,7 @@ def _encode(served: ServedModel, value: object, name: str) -> list[int]:
         try:
             return served.tokenizer.encode(value) or [served.tokenizer.eod_id]
         except errors.UserError as error:  # half of a surrogate pair
-            raise body_fields.RefusedError(f"{name} is not text: {error}", name) from None
+            raise body_fields.RefusedError(f"{name} is not text: {error.message}", name) from None
     if isinstance(value, list) and all(type(token) is int for token in value):
         return value
     message = f"{name} must be a text, token ids, or a list of either"

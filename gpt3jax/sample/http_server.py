@@ -64,7 +64,8 @@ def run(app: applications.Starlette, host: str, port: int) -> None:
     except (OSError, OverflowError, UnicodeError) as error:
         raise errors.UserError(
             f"--server.host={host} --server.port={port} cannot be listened on ({error}): choose "
-            "another"
+            "another",
+            page="sampling.md#server",
         ) from error
     options = uvicorn.Config(app, timeout_keep_alive=30)
     with listening:

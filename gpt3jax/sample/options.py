@@ -13,6 +13,8 @@ from gpt3jax.config import ranges, schema, user_paths
 from gpt3jax.data import documents, tokenizer_sources
 from gpt3jax.sample import sampling_options
 
+_PAGE = "sampling.md"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve:
@@ -63,18 +65,24 @@ def check(options: Options) -> None:
         UserError: options do not go together, or nothing is to be generated.
     """
     if bool(options.prompt) + bool(options.prompts) + options.serve > 1:
-        raise errors.UserError("--prompt, --prompts and --serve exclude each other: give one")
+        raise errors.UserError(
+            "--prompt, --prompts and --serve exclude each other: give one", page=_PAGE
+        )
     if options.sampling.max_new_tokens < 1:
-        raise errors.UserError("--max-new-tokens=0 must be at least 1: raise it")
+        raise errors.UserError("--max-new-tokens=0 must be at least 1: raise it", page=_PAGE)
     if options.serve and importlib.util.find_spec("starlette") is None:
-        raise errors.UserError("--serve needs the extra: pip install 'gpt3jax[serve]'")
+        raise errors.UserError(
+            "--serve needs the extra: pip install 'gpt3jax[serve]'", page="sampling.md#server"
+        )
     if options.serve and options.sampling != sampling_options.Options():
         raise errors.UserError(
-            "--serve takes the sampling options from each request: leave them out here"
+            "--serve takes the sampling options from each request: leave them out here",
+            page="sampling.md#server",
         )
     if not (options.prompt or options.prompts or options.serve or sys.stdin.isatty()):
         raise errors.UserError(
-            "nothing to continue: give --prompt, --prompts or --serve, or use a terminal"
+            "nothing to continue: give --prompt, --prompts or --serve, or use a terminal",
+            page=_PAGE,
         )
 
 
@@ -89,7 +97,11 @@ def read_prompts(options: Options) -> list[str]:
     try:
         lines = documents.text_lines(pathlib.Path(options.prompts).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.UserError(f"--prompts={options.prompts} cannot be read: {error}") from error
+        raise errors.UserError(
+            f"--prompts={options.prompts} cannot be read: {error}", page=_PAGE
+        ) from error
     if not any(lines):
-        raise errors.UserError(f"--prompts={options.prompts} has no prompt: write one a line")
+        raise errors.UserError(
+            f"--prompts={options.prompts} has no prompt: write one a line", page=_PAGE
+        )
     return [line for line in lines if line]

@@ -49,7 +49,9 @@ class Continuation:
         try:
             return self.tokenizer.encode(prompt) or [self.tokenizer.eod_id]
         except errors.UserError as error:
-            raise errors.UserError(f"--prompt is not UTF-8 text: {error}") from None
+            raise errors.UserError(
+                f"--prompt is not UTF-8 text: {error.message}", page="sampling.md"
+            ) from None
 
     def _print_batch(self, prompts: list[str], rows: list[generate.Row], totals: "_Totals") -> None:
         """Print a single text as it comes, several when all are complete: they would mix."""

@@ -127,5 +127,6 @@ def _check_divides(name: str, variable: Variable, mesh: Mesh) -> None:
         if size % ways:
             raise errors.UserError(
                 f"mesh.{'*'.join(mesh_axes)}={ways} does not divide {axis}={size} of {name}: "
-                f"use one of {ranges.divisors(size)}"
+                f"use one of {ranges.divisors(size)}",
+                page="parallelism.md#which-sizes-are-possible",
             )

@@ -24,7 +24,8 @@ def make_mesh(mesh: schema.Mesh) -> jax.sharding.Mesh:
         asked = " x ".join(f"{a} {getattr(mesh, a)}" for a in AXES)
         raise errors.UserError(
             f"mesh: {asked} does not fit {n_devices} {jax.default_backend()} device(s): the axes' "
-            f"product must be {n_devices}; change one, give -1 to one, or start more devices"
+            f"product must be {n_devices}; change one, give -1 to one, or start more devices",
+            page="parallelism.md#which-sizes-are-possible",
         )
     return jax.make_mesh(list(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -46,7 +46,8 @@ class Oversight(contextlib.AbstractContextManager["Oversight"]):
         if most and messages.of_first_process(self._account.n_fruitless >= most):
             raise errors.UserError(
                 f"{most} starts in a row failed after step {step} and saved nothing: find out why "
-                "in their logs, then start again (train.max_fruitless_starts=0 takes any number)"
+                "in their logs, then start again (train.max_fruitless_starts=0 takes any number)",
+                page="operations.md#exit-statuses",
             )
 
     def stepped(self, step: int, recorder: recording.Recorder) -> None:

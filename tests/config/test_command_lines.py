@@ -17,6 +17,7 @@ import pytest
 from gpt3jax import errors
 from gpt3jax.config import command_line, ranges, validation
 
+import documents
 import test_config
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "gpt3jax"
@@ -87,7 +88,9 @@ def test_help_a_typo_and_a_wrong_value_need_no_jax(module, tmp_path):
         [sys.executable, "-c", CALL], input=json.dumps([f"gpt3jax.{module}", *lines]),
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
-    assert "Traceback" not in done.stderr and word in done.stderr.splitlines()[-1], done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and word in last, done.stderr
+    assert documents.points_on(last), last
     statuses, imported = json.loads(done.stdout.splitlines()[-1])
     assert statuses == [0, 2, 2]
     assert not HEAVY & set(imported)

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from gpt3jax import errors, optimizer
-from gpt3jax.config import batch_schedule, ranges, recipe, schema, validation
+from gpt3jax.config import batch_schedule, ranges, recipe, schema, unused_fields, validation
 from gpt3jax.hardware import flops
 from gpt3jax.plan import memory_model, placement
 from gpt3jax.run import numerical_faults
+
+import documents
 
 RECIPE = """
 from gpt3jax import config
@@ -358,6 +360,7 @@ def test_a_number_beyond_its_range_names_field_value_and_bounds(valid, name):
         with pytest.raises(errors.UserError) as error:
             validation.validate(set_number(valid, name, value))
         assert f"{name}={value} must be {bounds}: " in str(error.value)
+        assert documents.points_on(str(error.value))
     with pytest.raises(errors.UserError, match=f"{name}=many is a str: give a number"):
         validation.validate(set_number(valid, name, "many"))
 
@@ -497,18 +500,18 @@ WITHOUT_EFFECT = [
 @pytest.mark.parametrize("case", WITHOUT_EFFECT, ids=lambda case: case[0])
 def test_a_field_that_was_set_and_decides_nothing_is_named(parse, case):
     overrides, *told = case
-    (line,) = validation.without_effect(parse(*overrides.split()))
+    (line,) = unused_fields.without_effect(parse(*overrides.split()))
     assert all(words in line for words in (*told, "has no effect"))
 
 
 def test_nothing_is_said_of_fields_that_were_not_set_or_have_an_effect(parse):
-    assert validation.without_effect(parse()) == []
+    assert unused_fields.without_effect(parse()) == []
     used = parse(
         "--precision.compute-dtype=float16", "--precision.loss-scale-window=9",
         "--faults.spike=skip", "--faults.max-skipped-steps=3", "--faults.spike-window=9",
         "--optimizer.warmup-samples=2", "--optimizer.init-lr=1e-4", "--train.eval-batches=2",
     )  # fmt: skip
-    assert validation.without_effect(used) == []
+    assert unused_fields.without_effect(used) == []
 
 
 def test_every_error_of_validate_is_provoked_above(parse, valid):

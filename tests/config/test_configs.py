@@ -13,7 +13,7 @@ import re
 import pytest
 
 from gpt3jax import errors
-from gpt3jax.config import batch_schedule, recipe, schema, validation
+from gpt3jax.config import batch_schedule, recipe, schema, unused_fields, validation
 from gpt3jax.hardware import flops
 
 import tiny
@@ -65,7 +65,7 @@ def test_the_recipes_are_these():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_valid_and_a_function_of_nothing(name):
     validation.validate(ready(name))
-    assert validation.without_effect(ready(name)) == []
+    assert unused_fields.without_effect(ready(name)) == []
     assert recipe.load(str(path_of(name))) == recipe.load(str(path_of(name)))
 
 

@@ -202,7 +202,7 @@ def test_faults_far_into_an_index_are_found(tmp_path, monkeypatch):
 def test_a_missing_file_is_named(tmp_path, end):
     prefix = write(tmp_path / "c", [[[1]]])
     pathlib.Path(prefix + end).unlink()
-    with pytest.raises(errors.UserError, match=rf"c\{end}: no such file$"):
+    with pytest.raises(errors.UserError, match=rf"c\{end}: no such file \(see "):
         indexed.IndexedCorpus(prefix)
 
 

@@ -18,6 +18,7 @@ from gpt3jax.data import (
 )
 
 import corpus
+import documents
 import tiny
 
 
@@ -158,7 +159,7 @@ def test_what_cannot_be_shown_is_an_error_of_one_line(
     monkeypatch.chdir(corpus.write_run(tmp_path))
     assert call(monkeypatch, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("gpt3jax: error: ") and message in line
+    assert line.startswith("gpt3jax: error: ") and message in line and documents.points_on(line)
 
 
 def test_a_recipe_without_a_corpus_is_refused_as_such(repository, monkeypatch, capsys):

@@ -485,7 +485,7 @@ def test_errors_are_one_line_and_a_status(tmp_path, monkeypatch, capsys, files):
     monkeypatch.setattr(sys, "argv", [*words, "--tokenizer", folder])
     assert prepare.main() == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.endswith("leave out such lines with --on-bad-line skip")
+    assert "leave out such lines with --on-bad-line skip (see docs/" in message
     assert "a.jsonl:1: not JSON" in message
 
 

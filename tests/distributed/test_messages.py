@@ -10,7 +10,7 @@ import pytest
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.distributed import joining
+from gpt3jax.distributed import joining, messages
 
 import corpus
 
@@ -89,3 +89,17 @@ def test_jax_itself_warns_of_a_proxy():
         env=os.environ | {"A_PROXY_ID": "7", "JAX_PLATFORMS": "cpu"}, check=True,
     )  # fmt: skip
     assert "proxy" in done.stderr
+
+
+def test_the_error_of_the_first_process_is_raised_in_all_with_its_page(monkeypatch):
+    board, raised = {}, []
+    error_of_first = errors.TransientError("it is full", page="checkpoints.md#saving")
+    monkeypatch.setattr(messages, "publish", board.__setitem__)
+    monkeypatch.setattr(messages, "receive", lambda name, timeout: board[name])
+    monkeypatch.setattr(messages, "leave", lambda: None)
+    for me, own in enumerate((error_of_first, None)):
+        monkeypatch.setattr(messages, "process", lambda me=me: (me, 2))
+        with pytest.raises(errors.TransientError) as error:
+            messages.raise_of_first("folders", own, 1.0)
+        raised.append(str(error.value))
+    assert raised == [str(error_of_first)] * 2

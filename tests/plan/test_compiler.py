@@ -17,6 +17,8 @@ from gpt3jax.plan import __main__ as plan
 from gpt3jax.plan import compiler, hlo, placement, planning, report, time_model, timeline
 from gpt3jax.plan import options as plan_options
 
+import documents
+
 compiles = pytest.mark.skipif(bool(compiler.missing_extra()), reason="needs the extra plan")
 
 
@@ -110,7 +112,7 @@ jaxlib._jax.XlaRuntimeError: INTERNAL: it does not lower
 @pytest.mark.parametrize(
     ("status", "stderr", "message"),
     [
-        (2, "warning\nmesh.tensor=5 does not divide\n", "mesh.tensor=5 does not divide"),
+        (2, 'warning\n["mesh.tensor=5 does not divide", "plan.md"]\n', "mesh.tensor=5 does not"),
         (1, TRACEBACK, "failed: jaxlib._jax.XlaRuntimeError: INTERNAL: it does not lower"),
         (
             -6,
@@ -130,7 +132,7 @@ def test_why_the_compiler_ended_is_an_error_of_one_line(
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(errors.UserError, match=message) as error:
         compile_step(recipe_file)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and documents.points_on(str(error.value))
 
 
 def collectives_of(recipe_file, n_gpus):

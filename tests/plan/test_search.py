@@ -87,7 +87,11 @@ def test_search_says_where_it_drops_a_growing_batch(recipe_file, growth, dropped
 def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
     recipe_file, fake_step, tmp_path, capsys, monkeypatch
 ):
-    answers = [errors.UserError("it broke"), *[fake_step(10**12)] * 2, fake_step(10**9)]
+    answers = [
+        errors.UserError("it broke", page="plan.md"),
+        *[fake_step(10**12)] * 2,
+        fake_step(10**9),
+    ]
 
     def compile_step(cfg, args, sizes, gpu, network):
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -111,7 +115,7 @@ def test_search_goes_on_after_a_failed_compile_and_while_nothing_fits(
     assert len(json.loads(file.read_text())["search"]) == 1 + planning.MORE_COMPILED
     assert "none of these layouts fits" in capsys.readouterr().out
 
-    answers[:] = [errors.UserError("it broke")]
+    answers[:] = [errors.UserError("it broke", page="plan.md")]
     assert plan.main(args) == 2
     assert "none of 8 layouts compiled: it broke" in capsys.readouterr().err
 

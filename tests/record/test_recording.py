@@ -333,7 +333,7 @@ def test_full_disk_under_tensorboard_is_an_error_and_no_hang(tmp_path, monkeypat
 
 def test_full_disk_at_the_end_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
     def close(_):
-        raise errors.UserError("log.dir")
+        raise errors.UserError("log.dir", page="operations.md#by-symptom")
 
     real_close = log_folder.LogFolder.close
     with pytest.raises(ZeroDivisionError), record(tmp_path) as recorder:
