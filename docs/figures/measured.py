@@ -1,4 +1,4 @@
-"""What a figure is drawn from: runs of this package, and JSON that says of which commit they are."""
+"""What figures are drawn from: runs of this package, and JSON that says of which commit."""
 
 import argparse
 import datetime
@@ -99,7 +99,7 @@ def run(module, *args, folder):
         raise SystemExit(f"{module} failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def losses(folder):
-    """Return the loss of each step of a run."""
+def losses(folder, name="loss"):
+    """Return the losses that the log of a run has, in the order of its steps."""
     lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    return [record[name] for record in map(json.loads, lines) if name in record]

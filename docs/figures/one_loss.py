@@ -11,8 +11,6 @@ import math
 import pathlib
 import tempfile
 
-import matplotlib.ticker
-
 import measured
 import style
 
@@ -63,18 +61,19 @@ def train(folder, sizes):
 
 
 def draw(data, folder):
-    """Draw all curves, and how far each is from the one device's."""
-    figure, ((curves,), (differences,)) = style.panels(2, 4.6, sharex=True)
-    steps = range(1, len(data["one_device"]) + 1)
+    """Draw all curves, and how far each is from that of one device."""
+    figure, ((curves,), (differences,)) = style.panels(2, 4.8, sharex=True, height_ratios=(3, 2))
+    steps = range(1, N_STEPS + 1)
     for losses in data["meshes"].values():
         curves.plot(steps, losses, color=style.BLUE, linewidth=0.8)
         apart = [abs(a - b) for a, b in zip(losses, data["one_device"], strict=True)]
-        differences.plot(steps, apart, color=style.BLUE, linewidth=0.5)
-    curves.plot(steps, data["one_device"], ".", color=style.ORANGE, markersize=4)
+        differences.semilogy(steps, apart, color=style.BLUE, linewidth=0.5)
+    curves.plot(steps, data["one_device"], **style.RINGS, label="one device")
+    curves.legend()
     n_meshes = len(data["meshes"])
-    curves.set_title(
-        f"One loss: {n_meshes} meshes of {N_DEVICES} devices (lines), one device (dots)"
-    )
+    curves.set_title(f"Loss on {n_meshes} meshes of {N_DEVICES} devices and on one device")
+    differences.set_title(f"Absolute difference of each of the {n_meshes} from one device")
+    differences.set_xlabel("step")
     style.save(figure, folder / "one_loss.svg", "One loss on every mesh", data["source"])
 
 

@@ -13,6 +13,10 @@ GREY = "#747a83"
 BLUE, ORANGE, GREEN, RED = "#2f77e1", "#c15d0a", "#148c3d", "#e23640"
 PURPLE, TEAL, GOLD, PINK = "#975ed0", "#0b8787", "#9a730d", "#cf4096"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED, GOLD, PINK)
+# A reference, which another curve lies on: rings around its points.
+RINGS = {
+    "color": ORANGE, "marker": "o", "markersize": 6, "markerfacecolor": "none", "linestyle": "none",
+}  # fmt: skip
 WIDTH = 7.5  # inches
 SETTINGS = {
     "font.family": "sans-serif",
@@ -41,6 +45,11 @@ def panels(n_rows, height, **ratios):
     matplotlib.use("svg")
     pyplot.rcParams.update(SETTINGS)
     return pyplot.subplots(n_rows, figsize=(WIDTH, height), squeeze=False, **ratios)
+
+
+def label(panel, x, y, text, **look):
+    """Write text a little to the right of a point."""
+    panel.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", **look)
 
 
 def told(source):
