@@ -53,6 +53,7 @@ def measure():
         life = time.monotonic() - life
         rng = random.Random(SEED)
         moments = faults.finish_with_kills(killed, 1, N_KILLS, LIFE * life, rng)
+        assert sum(moments.values()) == N_KILLS, "it ended before: make LIFE shorter"
         return {
             "undisturbed": measured.losses(alone / "logs"),
             "killed": measured.losses(killed / "logs"),
@@ -75,7 +76,8 @@ def starts(outputs):
     for output in reversed(outputs):
         steps = [int(number) for number in re.findall(r"iteration +(\d+)/", output)]
         # A start that came to no step saved nothing: the next one began where it did.
-        spans.append((steps[0] - 1, steps[-1]) if steps else (spans[-1][0],) * 2)
+        none = (spans[-1][0] if spans else N_STEPS,) * 2
+        spans.append((steps[0] - 1, steps[-1]) if steps else none)
     return spans[::-1]
 
 

@@ -67,7 +67,7 @@ def draw(data, folder):
     for losses in data["meshes"].values():
         curves.plot(steps, losses, color=style.BLUE, linewidth=0.8)
         apart = [abs(a - b) for a, b in zip(losses, data["one_device"], strict=True)]
-        differences.semilogy(steps, apart, color=style.BLUE, linewidth=0.5)
+        differences.semilogy(steps, apart, ".", color=style.BLUE, markersize=1.5)
     curves.plot(steps, data["one_device"], **style.RINGS, label="one device")
     curves.legend()
     n_meshes = len(data["meshes"])
