@@ -20,7 +20,7 @@ N_STEPS = 60
 OPTIONS = (
     "--config=configs/quickstart.py",
     "--model.n-layers=8", "--model.d-model=64", "--model.n-heads=8", "--model.vocab-size=384",
-    "--optimizer.peak-lr=5e-3", "--batch.microbatch-size=2",
+    "--batch.microbatch-size=2",
     f"--train.n-steps={N_STEPS}", "--train.eval-interval=0",
     "--checkpoint.dir=", "--log.interval=1",
 )  # fmt: skip
@@ -64,13 +64,16 @@ def draw(data, folder):
     """Draw all curves, and how far each is from that of one device."""
     figure, ((curves,), (differences,)) = style.panels(2, 4.8, sharex=True, height_ratios=(3, 2))
     steps = range(1, N_STEPS + 1)
-    for losses in data["meshes"].values():
-        curves.plot(steps, losses, color=style.BLUE, linewidth=0.8)
-        apart = [abs(a - b) for a, b in zip(losses, data["one_device"], strict=True)]
-        differences.semilogy(steps, apart, ".", color=style.BLUE, markersize=1.5)
+    n_meshes, all_losses = len(data["meshes"]), data["meshes"].values()
     curves.plot(steps, data["one_device"], **style.RINGS, label="one device")
+    # All curves at once, as the area between the lowest and the highest: a small file.
+    lowest, highest = ([edge(at) for at in zip(*all_losses, strict=True)] for edge in (min, max))
+    curves.fill_between(steps, lowest, highest, color=style.BLUE, label=f"{n_meshes} meshes")
     curves.legend()
-    n_meshes = len(data["meshes"])
+    for losses in all_losses:
+        apart = [abs(a - b) for a, b in zip(losses, data["one_device"], strict=True)]
+        differences.plot(steps, apart, color=style.BLUE, linewidth=0.5)
+    differences.set_yscale("log", nonpositive="mask")
     curves.set_title(f"Loss on {n_meshes} meshes of {N_DEVICES} devices and on one device")
     differences.set_title(f"Absolute difference of each of the {n_meshes} from one device")
     differences.set_xlabel("step")

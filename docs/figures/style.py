@@ -74,4 +74,5 @@ def rounded(svg):
     """Return an SVG whose coordinates have two decimals: 1/100 of a point."""
     short = re.compile(r"(\.\d\d)\d+")
     text = NUMBERS.sub(lambda match: short.sub(r"\1", match.group()), svg)
+    text = text.replace(" \nL ", " ")  # what follows M is a line without saying so
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
