@@ -75,6 +75,7 @@ def draw(data, folder):
         differences.plot(steps, apart, color=style.BLUE, linewidth=0.5)
     differences.set_yscale("symlog", linthresh=5e-7)  # the last bit of a loss of 5; 0 is shown too
     differences.set_ylim(bottom=0)
+    differences.set_yticks([0, 1e-6, 1e-5, 1e-4])
     curves.set_title(f"Loss on {n_meshes} meshes of {N_DEVICES} devices and on one device")
     differences.set_title(f"Absolute difference of each of the {n_meshes} from one device")
     differences.set_xlabel("step")

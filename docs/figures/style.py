@@ -71,8 +71,8 @@ def save(figure, file, title, source):
 
 
 def rounded(svg):
-    """Return an SVG whose coordinates have two decimals: 1/100 of a point."""
-    short = re.compile(r"(\.\d\d)\d+")
+    """Return an SVG whose coordinates have one decimal: 1/10 of a point."""
+    short = re.compile(r"(\.\d)\d+")
     text = NUMBERS.sub(lambda match: short.sub(r"\1", match.group()), svg)
     text = text.replace(" \nL ", " ")  # what follows M is a line without saying so
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
