@@ -2,13 +2,15 @@
 
     python docs/figures/killed.py [--draw]
 
-`benchmarks/faults.py` kills with SIGKILL at random moments and compares: losses, evaluations, the
-samples of every step, and the final state.
+SIGKILL strikes a moment after random steps. `benchmarks/faults.py`, which also kills starts and
+saves, compares: losses, evaluations, the samples of every step, and the final state.
 """
 
+import collections
 import pathlib
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -18,8 +20,7 @@ import style
 
 N_KILLS = 20
 N_STEPS = 400
-SEED = 3  # of the moments; when a process is where is chance all the same
-LIFE = 0.4  # longest time to a kill, as a share of an undisturbed run's
+SEED = 3  # of the steps after which it is killed
 CORPUS = measured.REPOSITORY / "tests" / "golden" / "megatron_run" / "shakespeare"
 RECIPE = f"""
 from gpt3jax import config
@@ -48,13 +49,13 @@ def measure():
     faults.set_up()
     with tempfile.TemporaryDirectory() as folder:
         alone, killed = (new_run(pathlib.Path(folder) / name) for name in ("alone", "killed"))
-        life = time.monotonic()
-        assert faults.wait(faults.start(alone, 1)) == [0], (alone / "out.0.txt").read_text()
-        life = time.monotonic() - life
+        finish(faults, alone)
         rng = random.Random(SEED)
-        moments = faults.finish_with_kills(killed, 1, N_KILLS, LIFE * life, rng)
-        assert sum(moments.values()) == N_KILLS, "it ended before: make LIFE shorter"
+        kills_at = sorted(rng.sample(range(1, N_STEPS), N_KILLS))
+        moments = collections.Counter(kill_after(faults, killed, n, rng) for n in kills_at)
+        finish(faults, killed)
         return {
+            "options": {"seed": SEED, "kills_after_steps": kills_at},
             "undisturbed": measured.losses(alone / "logs"),
             "killed": measured.losses(killed / "logs"),
             "moments": dict(moments),
@@ -68,6 +69,30 @@ def new_run(folder):
     folder.mkdir()
     (folder / "recipe.py").write_text(RECIPE)
     return folder
+
+
+def finish(faults, folder):
+    """Start a run and let it complete."""
+    assert faults.wait(faults.start(folder, 1)) == [0], (folder / "out.0.txt").read_text()
+
+
+def kill_after(faults, folder, step, rng):
+    """Start a run, kill it a moment after a step, and return what it was doing."""
+    (process,) = faults.start(folder, 1)
+    while process.is_alive() and last_step(folder) < step:
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.1))
+    moment = faults.moment_of(folder)
+    process.kill()
+    assert faults.wait([process]) == [-signal.SIGKILL], (folder / "out.0.txt").read_text()
+    return moment
+
+
+def last_step(folder):
+    """Return the last step in the log of a run."""
+    file = folder / "logs" / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+)', file.read_text()) if file.exists() else []
+    return int(steps[-1]) if steps else 0
 
 
 def starts(outputs):
