@@ -51,7 +51,7 @@ def measure():
         alone, killed = (new_run(pathlib.Path(folder) / name) for name in ("alone", "killed"))
         finish(faults, alone)
         rng = random.Random(SEED)
-        kills_at = sorted(rng.sample(range(1, N_STEPS), N_KILLS))
+        kills_at = sorted(rng.sample(range(1, N_STEPS * 9 // 10), N_KILLS))  # not past the end
         moments = collections.Counter(kill_after(faults, killed, n, rng) for n in kills_at)
         finish(faults, killed)
         return {
