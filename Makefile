@@ -10,10 +10,11 @@ TEST = $(VENV)/.gpt3jax-test
 DEV = $(VENV)/.gpt3jax-dev
 PLAN = $(VENV)/.gpt3jax-plan
 DOCS = $(VENV)/.gpt3jax-docs
+FIGURES = $(VENV)/.gpt3jax-figures
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-slow test-all test-versions gpu-compiler lint docs help clean
+.PHONY: quickstart test test-slow test-all test-versions gpu-compiler figures lint docs help clean
 
 quickstart: $(TEST)  ## train a small GPT on the CPU, in minutes (ARGS="--train.n-steps=50")
 	$(BIN)/python -m gpt3jax.main --config=configs/quickstart.py $(ARGS)
@@ -35,6 +36,11 @@ test-versions:  ## the quick tests on every Python that is here and supported, i
 	done
 
 gpu-compiler: $(PLAN)  ## install what gpt3jax.plan and its tests compile with, 0.7 GiB
+
+figures: $(FIGURES)  ## measure and draw the pictures of docs/figures, 45 minutes (ARGS=--draw: draw only)
+	@set -e; for figure in one_loss megatron_curve plan_175b killed; do \
+	  $(BIN)/python docs/figures/$$figure.py $(ARGS); \
+	done
 
 lint: $(DEV)  ## style, format, types, spelling
 	$(BIN)/ruff check .
@@ -61,6 +67,10 @@ $(TEST): pyproject.toml | $(BIN)/python
 $(PLAN): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[test,plan]'
 	touch $@ $(TEST)
+
+$(FIGURES): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[test,plan,figures]'
+	touch $@ $(TEST) $(PLAN)
 
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[dev]'

@@ -54,6 +54,7 @@ def get_config():
         log=config.Log(dir="logs", interval=1),
     )
 """
+START = "--- start ---\n"  # in the file of a process's output
 FORKS = multiprocessing.get_context("forkserver")
 CLOCKED = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
 
@@ -71,6 +72,13 @@ def parse(args):
 
 def main(args):
     options = parse(args)
+    set_up()
+    print(f"seed {options.seed}, {os.cpu_count()} cores, jax {jax.__version__}")
+    return 0 if torment(options) else 1
+
+
+def set_up():
+    """Prepare this process, and those that it will fork."""
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -78,8 +86,6 @@ def main(args):
     FORKS.set_forkserver_preload(["gpt3jax.main"])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", N_DEVICES)
-    print(f"seed {options.seed}, {os.cpu_count()} cores, jax {jax.__version__}")
-    return 0 if torment(options) else 1
 
 
 def torment(options):
@@ -127,6 +133,8 @@ def start(folder, n):
     several = [f"--distributed.n-processes={n}", f"--distributed.coordinator-address={address}"]
     processes = []
     for i in range(n):
+        with open(folder / f"out.{i}.txt", "a") as out:
+            out.write(START)
         options = [f"--mesh.cpu-devices={N_DEVICES // n}"]
         options += [*several, f"--distributed.process-id={i}"] if n > 1 else []
         processes.append(FORKS.Process(target=run_main, args=(str(folder), i, options)))
@@ -201,7 +209,7 @@ def unfinished(folder):
 def moment_of(folder):
     if unfinished(folder):
         return "in a save"
-    last = (folder / "out.0.txt").read_text().rpartition("process(es)")[2]
+    last = (folder / "out.0.txt").read_text().rpartition(START)[2]
     return "in steps" if "iteration" in last.rpartition("compiling")[2] else "at the start"
 
 
