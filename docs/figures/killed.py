@@ -113,10 +113,10 @@ def draw(data, folder):
     steps, rings = range(1, N_STEPS + 1), slice(0, None, 8)
     curves.plot(steps[rings], data["undisturbed"][rings], **style.RINGS, label="undisturbed")
     curves.plot(steps, data["killed"], color=style.BLUE, linewidth=0.8, label="killed")
-    losses_there = [data["killed"][n - 1] for n in first_again]
     curves.plot(
-        first_again, losses_there, "|", color=style.RED, markersize=12, label="started again"
-    )
+        first_again, [0.03] * n_kills, "^", color=style.RED, markersize=5, label="started again",
+        transform=curves.get_xaxis_transform(),
+    )  # fmt: skip
     curves.legend()
     told = "differs" if data["differences"] else "equal to the bit"
     curves.set_title(f"Loss of a run killed {n_kills} times, over an undisturbed one: {told}")
