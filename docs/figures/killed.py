@@ -109,7 +109,8 @@ def starts(outputs):
 def draw(data, folder):
     """Draw both curves, and below them the steps that each start took."""
     figure, ((curves,), (spans,)) = style.panels(2, 5, sharex=True, height_ratios=(3, 2))
-    n_kills, first_again = sum(data["moments"].values()), [n + 1 for n, _ in data["starts"][1:]]
+    first_again = [first + 1 for first, _ in data["starts"][1:]]
+    n_kills = len(first_again)
     steps, rings = range(1, N_STEPS + 1), slice(0, None, 8)
     curves.plot(steps[rings], data["undisturbed"][rings], **style.RINGS, label="undisturbed")
     curves.plot(steps, data["killed"], color=style.BLUE, linewidth=0.8, label="killed")
