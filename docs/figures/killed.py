@@ -109,23 +109,25 @@ def starts(outputs):
 def draw(data, folder):
     """Draw both curves, and below them the steps that each start took."""
     figure, ((curves,), (spans,)) = style.panels(2, 5, sharex=True, height_ratios=(3, 2))
-    steps = range(1, N_STEPS + 1)
-    few = slice(0, None, 8)
-    curves.plot(steps[few], data["undisturbed"][few], **style.RINGS, label="undisturbed")
+    first_again = [first + 1 for first, _ in data["starts"][1:]]
+    n_kills = len(first_again)
+    steps, rings = range(1, N_STEPS + 1), slice(0, None, 8)
+    curves.plot(steps[rings], data["undisturbed"][rings], **style.RINGS, label="undisturbed")
     curves.plot(steps, data["killed"], color=style.BLUE, linewidth=0.8, label="killed")
-    firsts = [first + 1 for first, _ in data["starts"][1:]]
     curves.plot(
-        firsts, [data["killed"][n - 1] for n in firsts], "v", color=style.RED, label="start"
-    )
+        first_again, [0.03] * n_kills, "^", color=style.RED, markersize=5, label="started again",
+        transform=curves.get_xaxis_transform(),
+    )  # fmt: skip
     curves.legend()
-    for i, (first, last) in enumerate(data["starts"]):
-        spans.plot((first, last), (i, i), color=style.BLUE, linewidth=3)
-        if i < len(data["starts"]) - 1:
-            spans.plot(last, i, "x", color=style.RED)
+    told = "differs" if data["differences"] else "equal to the bit"
+    curves.set_title(f"Loss of a run killed {n_kills} times, over an undisturbed one: {told}")
+    for i, (first, last) in enumerate(data["starts"], 1):
+        spans.plot((first, last), (i, i), color=style.BLUE, linewidth=3, solid_capstyle="butt")
+        if i <= n_kills:
+            spans.plot(last, i, "x", color=style.RED, markersize=5)
     spans.invert_yaxis()
-    spans.set(xlabel="step", ylabel="start")
-    n_kills = sum(data["moments"].values())
-    curves.set_title(f"Loss of a run killed {n_kills} times, over an undisturbed one")
+    spans.set(xlabel="step", ylabel="start", yticks=(1, 5, 10, 15, 20))
+    spans.set_title(f"Steps that each of the {len(data['starts'])} starts took, until the kill (x)")
     style.save(figure, folder / "killed.svg", f"A run killed {n_kills} times", data["source"])
 
 

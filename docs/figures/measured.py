@@ -28,19 +28,9 @@ def main(name, measure, draw):
 
 
 def write(name, data):
-    """Write the data of a figure, a list of numbers on a line."""
-    text = json.dumps(data, indent=1)
-    (DATA / f"{name}.json").write_text(with_short_lists(text) + "\n")
-
-
-def with_short_lists(text):
-    """Return indented JSON with each innermost list on one line."""
-    parts = text.split("[")
-    for i, part in enumerate(parts):
-        inside, bracket, after = part.partition("]")
-        if i and bracket and "{" not in inside:
-            parts[i] = " ".join(inside.split()) + bracket + after
-    return "[".join(parts)
+    """Write the data of a figure, a field on a line."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()]
+    (DATA / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read(name):

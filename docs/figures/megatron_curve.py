@@ -28,12 +28,13 @@ def measure():
         ours_validation = measured.losses(pathlib.Path(folder) / "logs", "validation_loss")
     ours[1] = (ours[0] + ours[1]) / 2  # Megatron's line of iteration 2 shows that
     theirs = json.loads((GOLDEN / "run.json").read_text())
-    megatron_validation = [e["loss"] for e in theirs["evaluations"] if e["on"] == ""]
+    evaluations = [e for e in theirs["evaluations"] if e["on"] == ""]  # those while it trains
     return {
         "megatron_commit": theirs["versions"]["megatron_lm_commit"][:10],
         "megatron": [step["loss"] for step in theirs["steps"]], "ours": ours,
-        "validation_steps": [e["iteration"] for e in theirs["evaluations"] if e["on"] == ""],
-        "megatron_validation": megatron_validation, "ours_validation": ours_validation,
+        "validation_steps": [e["iteration"] for e in evaluations],
+        "megatron_validation": [e["loss"] for e in evaluations],
+        "ours_validation": ours_validation,
     }  # fmt: skip
 
 
@@ -45,14 +46,8 @@ def draw(data, folder):
     curves.plot(steps, data["ours"], color=style.BLUE, label="gpt3jax")
     rings = style.RINGS | {"marker": "s", "markersize": 8}
     curves.plot(data["validation_steps"], data["megatron_validation"], **rings)
-    curves.plot(
-        data["validation_steps"],
-        data["ours_validation"],
-        "s",
-        color=style.BLUE,
-        markersize=4,
-        label="validation",
-    )
+    squares = {"color": style.BLUE, "markersize": 4, "label": "validation"}
+    curves.plot(data["validation_steps"], data["ours_validation"], "s", **squares)
     curves.legend()
     curves.set_title("Loss of Megatron-LM's pretrain_gpt.py, and of gpt3jax from the same weights")
     apart = [abs(a - b) for a, b in zip(data["megatron"], data["ours"], strict=True)]

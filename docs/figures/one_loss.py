@@ -75,7 +75,8 @@ def draw(data, folder):
         differences.plot(steps, apart, color=style.BLUE, linewidth=0.5)
     differences.set_yscale("symlog", linthresh=5e-7)  # the last bit of a loss of 5; 0 is shown too
     differences.set_ylim(bottom=0)
-    differences.set_yticks([0, 1e-6, 1e-5, 1e-4])
+    top = differences.get_ylim()[1]
+    differences.set_yticks([0, *(tick for tick in (1e-6, 1e-5, 1e-4, 1e-3) if tick < top)])
     curves.set_title(f"Loss on {n_meshes} meshes of {N_DEVICES} devices and on one device")
     differences.set_title(f"Absolute difference of each of the {n_meshes} from one device")
     differences.set_xlabel("step")
