@@ -55,7 +55,9 @@ def get_config():
     )
 """
 FORKS = multiprocessing.get_context("forkserver")
-CLOCKED = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
+CLOCKED = (
+    "time", "step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device",
+)  # fmt: skip
 
 
 def parse(args):
