@@ -7,6 +7,7 @@ on it, as a process of its own.
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -54,6 +55,11 @@ def step_times(rng, sizes, devices):
     return seconds * (1 + 0.02 * np.abs(rng.standard_normal(len(sizes)))) * slow
 
 
+def learning_rate(share):
+    """Return the learning rate after a share of the run: a warm-up, then half a cosine."""
+    return 2e-4 * min(share / 0.02, 0.55 + 0.45 * math.cos(math.pi * share))
+
+
 def starts_of(rng, n_steps, seconds):
     """Return the starts of a run, the Unix time at which each step ended, and their steps' mesh."""
     ends = [
@@ -96,7 +102,7 @@ def write_metrics(folder, rng, n_steps, seconds, times):
             entry = {
                 "step": i + 1, "time": times[i], "consumed_samples": int(samples[i]),
                 "consumed_tokens": int(samples[i]) * SEQ_LEN, "batch_size": int(sizes[i]),
-                "learning_rate": 2e-4 * min((i + 1) / (0.02 * n_steps), 0.55 + 0.45 * math.cos(math.pi * i / n_steps)),
+                "learning_rate": learning_rate((i + 1) / n_steps),
                 "loss": loss[i], "grad_norm": math.nan if skipped else norm[i], "loss_scale": 1.0,
                 "interval_loss": loss[i], "step_time": seconds[i], "skipped": skipped,
                 "skipped_in_interval": skipped, "nan_in_interval": skipped,
@@ -112,6 +118,10 @@ def write_metrics(folder, rng, n_steps, seconds, times):
     return np.flatnonzero(~np.isfinite(loss)) + 1
 
 
+def change(then, now):
+    return {"then": then["mesh"], "now": now["mesh"]}
+
+
 def write_run(folder, n_steps, seed=0):
     """Write the files of a run of so many logged steps."""
     rng = np.random.default_rng(seed)
@@ -124,10 +134,10 @@ def write_run(folder, n_steps, seed=0):
     args = [f"--config={REPOSITORY}/configs/gpt3/1_3b.py", "--data.mock", f"--log.dir={folder}"]
     cfg = recipe.parse([*args, f"--train.n-steps={n_steps}", "--train.n-tokens=0"], "gpt3jax.main")
     history = [
-        {"step": start.first_step, "samples": 0, "changes": {"mesh": {"then": a.layout["mesh"], "now": start.layout["mesh"]}}}
-        for a, start in zip(starts, starts[1:], strict=False)
-        if a.layout != start.layout
-    ]  # fmt: skip
+        {"step": b.first_step, "samples": 0, "changes": {"mesh": change(a.layout, b.layout)}}
+        for a, b in itertools.pairwise(starts)
+        if a.layout != b.layout
+    ]
     content = schema.flatten(cfg) | {"history": history}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     rows = [vars(start) for start in starts]
@@ -158,8 +168,9 @@ def main(args=None):
         size = sum((run / "metrics.jsonl").stat().st_size for run in runs)
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
         print(
-            f"{options.runs} x {options.steps:,} logged steps, {size / 1e6:.1f} MB of metrics.jsonl: "
-            f"{seconds:.1f} s, {memory:.0f} MiB, page of {page.stat().st_size / 1e3:.0f} KB"
+            f"{options.runs} x {options.steps:,} logged steps, {size / 1e6:.1f} MB of "
+            f"metrics.jsonl: {seconds:.1f} s, {memory:.0f} MiB, page of "
+            f"{page.stat().st_size / 1e3:.0f} KB"
         )
 
 

@@ -57,6 +57,8 @@ class Chart:
     title: str
     unit: str
     series: Sequence[Series]
+    has_key: bool = True
+    """Name the series, if there are several."""
     stretch: Mapping[str, tuple[float, float]]
     log: bool = False
     from_zero: bool = False
@@ -99,8 +101,8 @@ class Sheet:
     def _figure(self, chart: Chart) -> Html:
         number = len(self._charts)
         self._charts.append({"series": [self._values(series) for series in chart.series]})
-        several = len(chart.series) > 1
-        keys = [bars.key(s.name, bars.color_class(s.color)) for s in chart.series if several]
+        named = chart.series if chart.has_key and len(chart.series) > 1 else ()
+        keys = [bars.key(series.name, bars.color_class(series.color)) for series in named]
         caption = tag("figcaption", tag("b", chart.title), " ", tag("small", chart.unit), *keys)
         y, beyond = _scale(chart)
         if y is None:
@@ -123,7 +125,8 @@ class Sheet:
         lanes = [_lane([m for m in marks if m.kind == kind], kind, x, key) for kind in self._lanes]
         return tag(
             "div", tag("div", *_labels(y, y_ticks, "bottom"), class_="y"), canvas,
-            tag("div", *lanes, class_="lanes"), tag("div", *_labels(x, x_ticks, "left"), class_="x"),
+            tag("div", *lanes, class_="lanes"),
+            tag("div", *_labels(x, x_ticks, "left"), class_="x"),
             class_=f"plot x{i}", data_chart=number, data_axis=key,
             data_low=f"{x.low:.9g}", data_high=f"{x.high:.9g}",
         )  # fmt: skip
@@ -189,23 +192,28 @@ def _drawn(series: Series, x: scales.Scale, y: scales.Scale, key: str) -> list[H
         np.array([_down(y, value) for value in column[inside]], int)
         for column in (values.mean, values.low, values.high)
     )
-    # Where a value is not finite the line breaks.
-    breaks = np.flatnonzero(np.diff(np.flatnonzero(inside)) > 1) + 1
-    pieces = list(
-        zip(*(np.split(column, breaks) for column in (across, mean, low, high)), strict=True)
-    )
+    ends = _breaks(across, np.flatnonzero(inside))
+    pieces = [np.split(column, ends) for column in (across, mean, low, high)]
+    line = "".join(map(_path, pieces[0], pieces[1]))
     kind = "dots" if series.dots else "line"
-    paths = [tag("path", d="".join(_path(a, m) for a, m, _, _ in pieces), class_=f"{kind} {color}")]
+    paths = [tag("path", d=line, class_=f"{kind} {color}")]
     if series.dots:
         dots = "".join(f"M{a} {m}h0" for a, m in zip(across, mean, strict=True))
         paths.append(tag("path", d=dots, class_=f"dot {color}"))
     elif not np.array_equal(low, high):
         band = "".join(
-            _path(np.concatenate([a, a[::-1]]), np.concatenate([h, lo[::-1]])) + "z"
-            for a, _, lo, h in pieces
+            _path(np.concatenate([a, a[::-1]]), np.concatenate([top, bottom[::-1]])) + "z"
+            for a, _, bottom, top in zip(*pieces, strict=True)
         )
         paths.insert(0, tag("path", d=band, class_=f"band {color}"))
     return paths
+
+
+def _breaks(across: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return where a line breaks: at a value that is not finite, and at a pause of the run."""
+    gaps = np.diff(across)
+    pause = max(_WIDTH / 100, 10 * float(np.median(gaps))) if len(gaps) else 0.0
+    return np.flatnonzero((np.diff(columns) > 1) | (gaps > pause)) + 1
 
 
 def _path(across: np.ndarray, down: np.ndarray) -> str:
@@ -228,9 +236,13 @@ def _lines(marks: Sequence[Mark], x: scales.Scale, key: str) -> list[Html]:
         if mark.across:
             paths.setdefault(mark.kind, set()).add(_place(x, mark.xs[key]))
     return [
-        tag("path", d="".join(f"M{at} 0v{_HEIGHT}" for at in sorted(places)), class_=f"across {_mark_class(kind)}")
+        tag(
+            "path",
+            d="".join(f"M{at} 0v{_HEIGHT}" for at in sorted(places)),
+            class_=f"across {_mark_class(kind)}",
+        )
         for kind, places in paths.items()
-    ]  # fmt: skip
+    ]
 
 
 def _lane(marks: Sequence[Mark], kind: str, x: scales.Scale, key: str) -> Html:
@@ -257,15 +269,3 @@ def _labels(scale: scales.Scale, ticks: Sequence[float], side: str) -> list[Html
     return [
         tag("span", scales.short(tick), style=f"{side}:{scale.share(tick):.2%}") for tick in ticks
     ]
-
-
-def stacked(rows: Sequence[tuple[str, Html]], ticks: Sequence[tuple[float, str]]) -> Html:
-    """Return rows of blocks over one axis; ticks are (share of the width, name)."""
-    names = [tag("span", name, style=f"left:{share:.2%}") for share, name in ticks]
-    lines = [
-        tag("div", tag("span", name, class_="row-name"), tag("div", blocks, class_="track"), class_="row")
-        for name, blocks in rows
-    ]  # fmt: skip
-    axis = tag("div", tag("span", class_="row-name"), tag("div", *names, class_="x"), class_="row")
-    kind = "timeline" if any(name for name, _ in rows) else "timeline nameless"
-    return tag("div", *lines, axis, class_=kind)

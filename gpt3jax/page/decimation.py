@@ -22,7 +22,7 @@ class Columns:
 
 
 class Bins:
-    """Points in the order of x, cut into columns of equal width along x; empty ones are left out."""
+    """Points in the order of x, cut into columns of equal width in x; empty ones are left out."""
 
     def __init__(self, x: Array, n_columns: int) -> None:
         """Cut; with fewer points than columns each is a column of its own."""

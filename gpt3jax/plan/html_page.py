@@ -34,6 +34,7 @@ def render(plan: report.Report, command_line: str) -> str:
 
 def _figures(plan: report.Report) -> list[tables.Tile]:
     seconds, run, peak = plan.time.step_seconds, plan.run, plan.peak
+    spread = f"{seconds.low:.3g} to {seconds.high:.3g}"
     per_gpu = plan.time.tokens_per_second_per_gpu
     shown = [
         (
@@ -41,7 +42,7 @@ def _figures(plan: report.Report) -> list[tables.Tile]:
             f"{peak.peak_bytes_per_gpu / GIB:.1f} GiB",
             f"{'fits' if peak.fits else 'does not fit'} in {peak.budget_bytes / GIB:.1f}",
         ),
-        ("step, estimated", f"{seconds.expected:.3g} s", f"{seconds.low:.3g} to {seconds.high:.3g}"),
+        ("step, estimated", f"{seconds.expected:.3g} s", spread),
         ("MFU, estimated", f"{plan.time.mfu:.1%}", f"{per_gpu:,.0f} tokens/s a GPU"),
         ("run", f"{run.run_days:,.1f} days", f"{run.gpu_hours:,.0f} GPU-hours"),
         ("tokens", f"{run.run_tokens / 1e9:,.1f}B", f"{run.run_steps:,} steps"),

@@ -5,11 +5,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt3jax.page import charts, decimation, elements
+from gpt3jax.page import bars, charts, decimation, document, elements
 from gpt3jax.report import marks, positions, run_folder
 
 _N_COLUMNS = 600  # of one run's charts: about a column for each pixel
 _N_COLUMNS_OF_ALL = 1000  # of several runs together, so that the page stays small
+
+_UNTIMED = (
+    "Entries of an earlier version have no time: on the axis of time they are where the times of "
+    "their steps put them, without pauses."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,7 @@ class _Curve:
 _LOSS = _Curve(title="Loss", field="interval_loss", unit="nats a token", log_from=3.0)
 _CURVES = (
     _Curve(title="Learning rate", field="learning_rate"),
-    _Curve(title="Gradient norm", field="grad_norm", unit="of the last step of an interval", log_from=20.0),
+    _Curve(title="Gradient norm", field="grad_norm", unit="of a logged step", log_from=20.0),
     _Curve(title="Throughput", field="tokens_per_second", unit="tokens/s", from_zero=True),
     _Curve(title="MFU", field="mfu", unit="% of the peak", factor=100.0, from_zero=True),
     _Curve(title="TFLOP/s", field="tflops_per_device", unit="of a device", from_zero=True),
@@ -70,8 +75,9 @@ class _Drawn:
         """Return some rows of a table, whose steps these are, cut into columns."""
         bins = decimation.Bins(step[rows], self._n_columns)
         places = self.places.at(step[rows])
-        xs = {key: bins.of(place).mean for key, place in places.items()}
-        return _Cut(rows=rows, bins=bins, xs=xs | {"step": np.round(xs["step"])})
+        # The place of a column is that of its last entry: it is never between two starts.
+        xs = {key: bins.of(place).high for key, place in places.items()}
+        return _Cut(rows=rows, bins=bins, xs=xs)
 
     def has(self, field: str) -> bool:
         """Return whether any entry has a value of a field."""
@@ -94,15 +100,19 @@ def draw(runs: Sequence[run_folder.Run], labels: Sequence[str]) -> elements.Html
     with_entries = [d for d in drawn if len(d.run.metrics.steps)]
     if not with_entries:
         return elements.tag("p", "No step is logged yet.", class_="note")
-    keys = set.intersection(*(d.places.axes for d in with_entries))
-    axes = [axis for axis in positions.AXES if axis.key in keys]
+    shared = positions.common_axes([d.places for d in with_entries])
+    axes = [charts.Axis(key=key, name=name) for key, name in shared]
     events = [
         mark
         for d in with_entries
         for mark in marks.of(d.run, d.places, f"{d.label}: " if several else "")
     ]
-    sheet = charts.Sheet(axes, events)
-    return sheet.draw(_charts(with_entries, [axis.key for axis in axes]))
+    drawn_charts = _charts(with_entries, [axis.key for axis in axes])
+    keys_of_runs = [bars.key(d.label, bars.color_class(d.number)) for d in with_entries if several]
+    key = [elements.tag("p", *keys_of_runs, class_="key")] if several else []
+    untimed = not all(np.isfinite(d.run.metrics.steps["time"]).all() for d in with_entries)
+    note = [document.note(_UNTIMED)] if untimed else []
+    return elements.join([*key, charts.Sheet(axes, events).draw(drawn_charts), *note])
 
 
 def _charts(drawn: Sequence[_Drawn], keys: Sequence[str]) -> list[charts.Chart]:
@@ -131,9 +141,10 @@ def _stretch(
         lows, highs = [], []
         for d in drawn:
             last = float(d.run.metrics.steps["step"][-1])
-            place = d.places.at(np.array([min(since, last), last]))[key]
-            lows.append(place[0] if since else 0.0)
-            highs.append(place[1])
+            if last >= since:
+                place = d.places.at(np.array([since, last]))[key]
+                lows.append(place[0] if since else 0.0)
+                highs.append(place[1])
         stretch[key] = float(min(lows)), float(max(highs))
     return stretch
 
@@ -141,13 +152,18 @@ def _stretch(
 def _loss_chart(
     drawn: Sequence[_Drawn], stretch: dict[str, tuple[float, float]], since: float, title: str
 ) -> charts.Chart:
-    series = []
+    series: list[charts.Series] = []
     for d in drawn:
+        if d.run.metrics.steps["step"][-1] < since:
+            continue
         field = _LOSS.field if d.has(_LOSS.field) else "loss"
         series.append(_series(d, dataclasses.replace(_LOSS, field=field, title="training"), since))
         series += _evaluations(d, since)
     curve = _LOSS if not since else dataclasses.replace(_LOSS, log_from=np.inf, close_up=True)
-    return _chart(curve, series, stretch, title)
+    chart = _chart(curve, series, stretch, title)
+    if any(d.label for d in drawn) and any(s.dots for s in series):
+        return dataclasses.replace(chart, unit=f"{chart.unit}; dots: validation, test")
+    return dataclasses.replace(chart, has_key=not any(d.label for d in drawn))
 
 
 def _chart(
@@ -158,12 +174,13 @@ def _chart(
 ) -> charts.Chart:
     ends = np.concatenate([v for s in series for v in (s.values.low, s.values.high)])
     known = ends[np.isfinite(ends)]
-    log = bool(known.size) and 0 < known.min() and known.max() / known.min() > curve.log_from
+    log = bool(known.size) and known.min() > 0 and known.max() / known.min() > curve.log_from
     unit = f"{curve.unit}, log scale".lstrip(", ") if log else curve.unit
     return charts.Chart(
         title=title,
         unit=unit,
         series=series,
+        has_key=False,
         stretch=stretch,
         log=log,
         from_zero=curve.from_zero,

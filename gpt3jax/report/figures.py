@@ -11,13 +11,16 @@ from gpt3jax.report import metric_tables, progress, run_folder
 from gpt3jax.watch import goodput
 
 Figure = tables.Tile
+_ORDER = (
+    "steps", "tokens", "time left", "loss", "validation loss", "test loss", "tokens/s", "MFU",
+    "TFLOP/s a device", "goodput", "starts", "skipped steps",
+)  # fmt: skip
 
 
 def side_by_side(runs: Sequence[run_folder.Run], now: float) -> dict[str, list[str]]:
     """Return the figures of runs by their names, as texts; "" where a run has none."""
     known = [{name: (value, remark) for name, value, remark in of(run, now)} for run in runs]
-    longest_first = sorted(known, key=len, reverse=True)
-    names = dict.fromkeys(name for of_run in longest_first for name in of_run)
+    names = sorted({name for of_run in known for name in of_run}, key=_ORDER.index)
     shown = {}
     for name in names:
         cells = [of_run.get(name, ("", "")) for of_run in known]
@@ -78,7 +81,8 @@ def _loss(title: str, table: metric_tables.Table, name: str) -> Figure:
 def _rates(run: run_folder.Run) -> list[Figure]:
     tokens, tflops, mfu, per_device = (
         progress.recent(run, name)
-        for name in ("tokens_per_second", "tflops_per_device", "mfu", "tokens_per_second_per_device")
+        for name in ("tokens_per_second", "tflops_per_device", "mfu",
+            "tokens_per_second_per_device",)
     )  # fmt: skip
     shown = []
     if math.isfinite(tokens):

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable, Sequence
 
-from gpt3jax.page import bars, document, elements, scales
+from gpt3jax.page import document, elements, scales
 from gpt3jax.report import curves, run_folder, sections, starts_of_run
 
 Html = elements.Html
@@ -15,14 +15,8 @@ def render(runs: Sequence[run_folder.Run], now: float) -> str:
     names = labels(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     made = f"Run report of {scales.utc(now):%Y-%m-%d %H:%M} UTC"
-    keys = [bars.key(name, bars.color_class(i)) for i, name in enumerate(names)]
-    below = (
-        [document.note(made), tag("p", *keys, class_="key")]
-        if len(runs) > 1
-        else [document.note(made)]
-    )
     body = [
-        document.header(title, *below),
+        document.header(title, document.note(made)),
         *sections.notes(runs),
         sections.headline(runs, names, now),
         document.section("Curves", curves.draw(runs, names)),

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from gpt3jax.page import bars, charts, document, elements, scales, tables
+from gpt3jax.page import bars, document, elements, scales, tables, timelines
 from gpt3jax.record import console_line
-from gpt3jax.report import run_folder
+from gpt3jax.report import positions, run_folder
 from gpt3jax.watch import goodput, phases
 
 Html = elements.Html
@@ -15,7 +15,10 @@ _KINDS = {
     phases.START: 0, phases.RESTORE: 5, phases.COMPILE: 1, "steps": 2, phases.DATA: 8,
     phases.EVALUATE: 6, phases.SAVE: 3, "lost steps": 4,
 }  # fmt: skip
-_ENDS = {"": "killed, failed, or still running", "refused": "an error", "stopped": "stopped"}
+_HEAD = (
+    "start", "began (UTC)", "took", "pause before", "steps", "lost", "mesh", "devices", "jax",
+    "ended",
+)  # fmt: skip
 _N_ROWS = 200  # of the table of starts
 
 
@@ -41,68 +44,81 @@ def _color(kind: str) -> str:
 
 
 def timeline(runs: Sequence[run_folder.Run], labels: Sequence[str]) -> Html:
-    """Return the starts of runs as blocks over real time, a row for each run."""
+    """Return the starts of a run as blocks over real time; of several, each since its begin."""
     with_starts = [(run, label) for run, label in zip(runs, labels, strict=True) if run.starts]
-    began = min(run.starts[0].began for run, _ in with_starts)
-    ended = max(start.began + start.total for run, _ in with_starts for start in run.starts)
-    scale = scales.Scale(low=began, high=max(ended, began + 1))
-    ticks = [(scale.share(at), name) for at, name in scales.time_ticks(began, scale.high, 5)]
+    length = max(_ended(run) - run.starts[0].began for run, _ in with_starts) or 1.0
     rows = [
-        (label if len(runs) > 1 else "", elements.join(_blocks(run, scale)))
+        (label if len(runs) > 1 else "", elements.join(_blocks(run, length)))
         for run, label in with_starts
     ]
-    day = f"{scales.utc(began):%d %b %Y %H:%M} to {scales.utc(ended):%d %b %Y %H:%M} UTC"
-    return tag("div", charts.stacked(rows, ticks), document.note(day))
+    run = with_starts[0][0]
+    if len(runs) == 1:
+        began, ended = run.starts[0].began, _ended(run)
+        moments = scales.time_ticks(began, began + length, 5)
+        ticks = [((moment - began) / length, name) for moment, name in moments]
+        note = f"{scales.utc(began):%d %b %Y %H:%M} to {scales.utc(ended):%d %b %Y %H:%M} UTC"
+    else:
+        unit = positions.unit_of(length)
+        scale = scales.Scale(low=0.0, high=length / unit.seconds)
+        ticks = [(scale.share(tick), scales.short(tick)) for tick in scale.ticks(6)]
+        note = f"{unit.name} since the first start of each run"
+    if any(run.checkpoints for run, _ in with_starts):
+        note += "; small marks are checkpoints"
+    return tag("div", timelines.timeline(rows, ticks), document.note(note))
 
 
-def _blocks(run: run_folder.Run, scale: scales.Scale) -> list[Html]:
+def _ended(run: run_folder.Run) -> float:
+    return max(start.began + start.total for start in run.starts)
+
+
+def _blocks(run: run_folder.Run, length: float) -> list[Html]:
     """Return a start's parts, each kind once: the order within a start is not recorded."""
-    blocks = []
-    for number, (start, parts) in enumerate(
-        zip(run.starts, goodput.spent(list(run.starts)), strict=True)
-    ):
-        at, about = start.began, f"start {number + 1}, steps {start.first_step:,} to {start.step:,}"
-        for kind in sorted(
-            parts, key=lambda kind: list(_KINDS).index(kind) if kind in _KINDS else 99
-        ):
-            if parts[kind] > 0:
-                left, width = scale.share(at), parts[kind] / (scale.high - scale.low)
-                title = f"{about}: {kind} {console_line.duration(parts[kind])}"
-                style = f"left:{left:.3%};width:{width:.3%}"
+    blocks, began = [], run.starts[0].began
+    all_spent = goodput.spent(list(run.starts))
+    for number, (start, spent) in enumerate(zip(run.starts, all_spent, strict=True), 1):
+        at, about = start.began - began, f"start {number}, steps {start.first_step:,} to "
+        for kind in sorted(spent, key=_place):
+            title = f"{about}{start.step:,}: {kind} {console_line.duration(spent[kind])}"
+            style = f"left:{at / length:.3%};width:{spent[kind] / length:.3%}"
+            if spent[kind] > 0:
                 blocks.append(tag("i", class_=_color(kind), title=title, style=style))
-                at += parts[kind]
+            at += spent[kind]
     for entry in run.checkpoints or ():
+        style = f"left:{(entry.written - began) / length:.3%}"
         title = f"checkpoint of step {entry.step:,}"
-        style = f"left:{scale.share(entry.written):.3%}"
         blocks.append(tag("i", class_="point", title=title, style=style))
     return blocks
+
+
+def _place(kind: str) -> int:
+    return list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS)
 
 
 def table(run: run_folder.Run) -> Html:
     """Return the starts of a run as a table: when, how far, on which layout, and how it ended."""
     starts = list(run.starts)
     lost = goodput.lost_steps(starts)
-    head = [
-        "start",
-        "began (UTC)",
-        "took",
-        "pause before",
-        "steps",
-        "lost",
-        "mesh",
-        "devices",
-        "jax",
-        "ended",
-    ]
-    rows = []
-    for i, start in enumerate(starts):
-        pause = start.began - starts[i - 1].began - starts[i - 1].total if i else math.nan
-        rows.append((
-            f"{i + 1}", f"{scales.utc(start.began):%Y-%m-%d %H:%M:%S}",
-            console_line.duration(start.total), console_line.duration(pause) if i else "",
-            f"{start.first_step:,} to {start.step:,}", f"{lost[i]:,}" if lost[i] else "",
-            *(start.layout.get(name, "") for name in ("mesh", "devices", "jax")),
-            _ENDS.get(start.end, start.end) if i + 1 == len(starts) or start.end else "killed or failed",
-        ))  # fmt: skip
-    more = [document.note(f"The first {len(rows) - _N_ROWS:,} starts are left out.")]
-    return tag("div", tables.table(head, rows[-_N_ROWS:]), *(more if len(rows) > _N_ROWS else []))
+    rows = [_row(starts, i, lost[i]) for i in range(len(starts))]
+    notes = []
+    if len(rows) > _N_ROWS:
+        notes.append(document.note(f"The first {len(rows) - _N_ROWS:,} starts are left out."))
+    if any(not start.end for start in starts[:-1]):
+        known = "What is known of a killed start ends up to 10 s before the kill."
+        notes.append(document.note(known))
+    return tag("div", tables.table(_HEAD, rows[-_N_ROWS:]), *notes)
+
+
+def _row(starts: list[goodput.Start], i: int, n_lost: int) -> tuple[str, ...]:
+    start = starts[i]
+    is_over = i + 1 < len(starts)
+    pause = start.began - starts[i - 1].began - starts[i - 1].total if i else math.nan
+    return (
+        f"{i + 1}",
+        f"{scales.utc(start.began):%Y-%m-%d %H:%M:%S}",
+        console_line.duration(start.total),
+        console_line.duration(pause) if i else "",
+        f"{start.first_step:,} to {start.step:,}",
+        f"{n_lost:,}" if n_lost else "",
+        *(start.layout.get(name, "") for name in ("mesh", "devices", "jax")),
+        start.end or ("killed or failed" if is_over else "killed, failed, or still running"),
+    )
