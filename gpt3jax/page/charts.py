@@ -114,7 +114,7 @@ class Sheet:
     def _plot(self, chart: Chart, y: scales.Scale, i: int, number: int) -> Html:
         key = self._axes[i].key
         low, high = chart.stretch[key]
-        x = scales.Scale(low=low, high=high if high > low else low + 1)
+        x = scales.Scale(low=low, high=high if high > low else low + max(1.0, abs(low) / 1e3))
         marks = [mark for mark in self._marks if x.low <= mark.xs[key] <= x.high]
         y_ticks, x_ticks = y.ticks(6), x.ticks(5)
         grid = "".join(f"M0 {_down(y, tick)}h{_WIDTH}" for tick in y_ticks)

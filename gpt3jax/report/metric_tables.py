@@ -19,6 +19,8 @@ STEP_FIELDS = (
 )  # fmt: skip
 EVALUATION_FIELDS = ("step", "time", "consumed_samples", "validation_loss", "test_loss")
 
+_LARGEST = 1e60  # beyond what float32 holds: with larger numbers, sums and ratios would overflow
+
 
 class Table:
     """Columns of equal length by the names of their fields, in the order of steps."""
@@ -53,6 +55,7 @@ class Metrics:
     """An entry for each logged step, with `STEP_FIELDS`; what an entry lacks is NaN."""
     evaluations: Table
     """An entry for each evaluation, with `EVALUATION_FIELDS`."""
+    n_entries: int
     n_unreadable: int
     """Lines that are not whole entries."""
     has_cut_end: bool
@@ -63,7 +66,7 @@ def read(path: pathlib.Path) -> Metrics:
     """Return the metrics of a file; of none if it is not there.
 
     Raises:
-        UserError: the file cannot be read, or no line of it is an entry.
+        UserError: the file cannot be read.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -74,16 +77,12 @@ def read(path: pathlib.Path) -> Metrics:
     entries = [entry for entry in map(_entry, lines) if entry is not None]
     has_cut_end = bool(lines) and not lines[-1].endswith(b"\n") and _entry(lines[-1]) is None
     n_unreadable = len(lines) - len(entries) - has_cut_end
-    if n_unreadable and not entries:
-        raise errors.UserError(
-            f"{path} has no entry in its {len(lines)} lines: metrics.jsonl has a JSON object with "
-            '"step" in each line. Give the log.dir of a gpt3jax run'
-        )
     steps = [entry for entry in entries if "loss" in entry or "interval_loss" in entry]
     evaluations = [entry for entry in entries if entry.keys() & {"validation_loss", "test_loss"}]
     return Metrics(
         steps=_table(steps, STEP_FIELDS),
         evaluations=_table(evaluations, EVALUATION_FIELDS),
+        n_entries=len(entries),
         n_unreadable=n_unreadable,
         has_cut_end=has_cut_end,
     )
@@ -107,9 +106,11 @@ def _table(entries: list[dict[str, object]], fields: tuple[str, ...]) -> Table:
 
 def _number(value: object) -> float:
     """Return a value as a number, NaN where it is none. Strings stand for what JSON lacks."""
-    if type(value) is float:
-        return value
     try:
-        return float(value) if isinstance(value, int | str) else math.nan
+        number = float(value) if isinstance(value, float | int | str) else math.nan
     except (ValueError, OverflowError):
         return math.nan
+    size = abs(number)
+    if size > _LARGEST:
+        return math.copysign(math.inf, number)
+    return number if size > 1 / _LARGEST or math.isnan(number) else 0.0

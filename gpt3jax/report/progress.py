@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 
-from gpt3jax import errors
 from gpt3jax.config import batch_schedule
 from gpt3jax.data import skipped_samples
 from gpt3jax.record import console_line
@@ -47,8 +46,13 @@ def of(run: run_folder.Run, now: float) -> Progress:
         step=step,
         end_step=end[0] if end else None,
         status=_status(run, now),
-        seconds_left=left / table.last("batch_size") * recent(run, "step_time"),
+        seconds_left=_seconds_left(run, left),
     )
+
+
+def _seconds_left(run: run_folder.Run, n_samples: float) -> float:
+    size = run.metrics.steps.last("batch_size")
+    return n_samples / size * recent(run, "step_time") if size > 0 else math.nan
 
 
 def recent(run: run_folder.Run, name: str) -> float:
@@ -62,12 +66,12 @@ def _end(run: run_folder.Run, step: int, samples: float) -> tuple[int, int] | No
     cfg = run.config
     if cfg is None or not (cfg.train.n_steps or cfg.train.n_samples or cfg.train.n_tokens):
         return None
-    start = (step, int(samples)) if math.isfinite(samples) else (0, 0)
+    start = (step, int(samples)) if 0 <= samples < 2**53 else (0, 0)
     try:
         schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
         _, n_samples = skipped_samples.run_length(cfg, schedule, *start)
         return skipped_samples.from_config(cfg.data).end(schedule, *start, n_samples)
-    except errors.UserError:
+    except (ValueError, TypeError):  # a config of another version
         return None
 
 

@@ -102,6 +102,11 @@ def _read(name: str, folder: pathlib.Path) -> Run:
     notes: list[str] = []
     metrics = metric_tables.read(folder / "metrics.jsonl")
     dropped = _or_note(notes, lambda: metric_tables.read(folder / "metrics.dropped.jsonl"))
+    if metrics.n_unreadable and not metrics.n_entries:
+        raise errors.UserError(
+            f"{folder / 'metrics.jsonl'} has no entry in its {metrics.n_unreadable} lines: each is "
+            'a JSON object with "step" in it. Give the log.dir of a gpt3jax run'
+        )
     if metrics.n_unreadable:
         notes.append(f"{metrics.n_unreadable} lines of metrics.jsonl are not whole entries")
     fields = _or_note(notes, lambda: _config_fields(folder / "config.json")) or {}
@@ -111,7 +116,7 @@ def _read(name: str, folder: pathlib.Path) -> Run:
         log_dir=folder,
         metrics=metrics,
         dropped=dropped or metric_tables.read(folder / "none"),
-        starts=_or_note(notes, lambda: goodput.read(folder / "goodput.json")) or [],
+        starts=_or_note(notes, lambda: _starts(folder / "goodput.json")) or [],
         fields=fields,
         config=_or_note(notes, lambda: _config(fields)),
         resumes=_or_note(notes, lambda: [_resume(entry) for entry in history]) or [],
@@ -130,6 +135,14 @@ def _or_note(notes: list[str], read: Callable[[], _Content]) -> _Content | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         notes.append(f"a part of the run's files is unlike any that this version writes: {error!r}")
     return None
+
+
+def _starts(path: pathlib.Path) -> list[goodput.Start]:
+    starts = goodput.read(path)
+    if path.exists() and not starts:
+        raise errors.UserError(f"{path} cannot be read: the starts of the run are not known")
+    goodput.shares(starts)  # it fails here, not later, where an entry has no times
+    return starts
 
 
 def _config_fields(path: pathlib.Path) -> dict[str, Any]:

@@ -207,12 +207,12 @@ def test_jsonl_stays_json_where_floats_are_not_finite(tmp_path):
     assert evaluation["validation_loss"] == evaluation["validation_ppl"] == "NaN"
 
 
-def test_the_readme_lists_every_entry(tmp_path, repository):
+def test_the_documents_list_every_entry(tmp_path, repository):
     with record(tmp_path, peak_flops=1e12) as recorder:
         log(recorder, 1)
         for split in ("validation", "test"):
             recorder.log_eval(1, 8, split, 4.5)
-    text = " ".join((repository / "README.md").read_text().split())
+    text = " ".join((repository / "docs" / "watching.md").read_text().split())
     listed = text.partition("Per logged step: ")[2].partition("Entries that")[0]
     names = {n for span in re.findall(r"`([a-z_, ]+)`", listed) for n in span.split(", ")}
     assert names == {name for entry in entries(tmp_path) for name in entry}
