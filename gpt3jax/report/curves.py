@@ -61,6 +61,8 @@ class _Drawn:
         """Know a run; the label of one alone is empty."""
         self.run, self.label, self.number = run, label, number
         self.places = positions.Positions(run)
+        tables = (run.metrics.steps, run.metrics.evaluations)
+        self.last_step = max((float(t["step"][-1]) for t in tables if len(t)), default=0.0)
         self._n_columns = n_columns
         self._cuts: dict[float, _Cut] = {}
 
@@ -118,7 +120,7 @@ def draw(runs: Sequence[run_folder.Run], labels: Sequence[str]) -> elements.Html
 def _charts(drawn: Sequence[_Drawn], keys: Sequence[str]) -> list[charts.Chart]:
     whole = _stretch(drawn, keys, 0.0)
     found = [_loss_chart(drawn, whole, since=0.0, title=_LOSS.title)]
-    last_step = max(float(d.run.metrics.steps["step"][-1]) for d in drawn)
+    last_step = max(d.last_step for d in drawn)
     if sum(len(d.run.metrics.steps) for d in drawn) >= 20:
         half = _stretch(drawn, keys, last_step / 2)
         found.append(_loss_chart(drawn, half, since=last_step / 2, title="Loss, last half"))
@@ -140,9 +142,8 @@ def _stretch(
     for key in keys:
         lows, highs = [], []
         for d in drawn:
-            last = float(d.run.metrics.steps["step"][-1])
-            if last >= since:
-                place = d.places.at(np.array([since, last]))[key]
+            if d.last_step >= since:
+                place = d.places.at(np.array([since, d.last_step]))[key]
                 lows.append(place[0] if since else 0.0)
                 highs.append(place[1])
         stretch[key] = float(min(lows)), float(max(highs))
@@ -154,8 +155,6 @@ def _loss_chart(
 ) -> charts.Chart:
     series: list[charts.Series] = []
     for d in drawn:
-        if d.run.metrics.steps["step"][-1] < since:
-            continue
         field = _LOSS.field if d.has(_LOSS.field) else "loss"
         series.append(_series(d, dataclasses.replace(_LOSS, field=field, title="training"), since))
         series += _evaluations(d, since)

@@ -68,8 +68,8 @@ def _counted(run: run_folder.Run, kind: str, name: str) -> list[_Event]:
     ]
     table = run.metrics.steps
     in_files = np.sort(np.array([fault.step for fault in by_file], float))
-    befores = np.concatenate([[0.0], table["step"][:-1]]) if len(table) else table["step"]
-    for before, step, n in zip(befores, table["step"], table[name], strict=True):
+    earlier = np.concatenate([[0.0], table["step"][:-1]]) if len(table) else table["step"]
+    for before, step, n in zip(earlier, table["step"], table[name], strict=True):
         if n > 0 and math.isfinite(n):
             n_files = int(np.diff(np.searchsorted(in_files, [before, step], side="right"))[0])
             if n_files < n:

@@ -74,6 +74,16 @@ def test_the_page_says_what_happened(folder):
     assert page.count("<figure>") == 7 and "no value yet" not in page
 
 
+def test_evaluations_after_the_last_logged_step_are_on_the_charts(folder):
+    file = folder / "logs" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:1] + lines[-2:]))  # step 2, evaluations after 40 and 80
+    page, _ = page_of(folder)
+    assert re.search(r'data-axis="step" data-low="0" data-high="80"', page)
+    (dots,) = re.findall(r'x0".*?<path d="([^"]*)" class="dot c1">', page)
+    assert dots.startswith("M3000 ") and "M6000 " in dots
+
+
 def test_steps_that_differ_the_second_time_are_told(folder):
     made_up_run.write_lines(
         folder / "logs" / "metrics.dropped.jsonl", [made_up_run.entry(42) | {"loss": 4.0}]
