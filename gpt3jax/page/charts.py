@@ -157,7 +157,7 @@ class Sheet:
             ],
         }
         text = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-        return tag("script", Html(text), type="application/json", class_="data")
+        return tag("script", Html(text), type="application/json", class_="values")
 
 
 def _scale(chart: Chart) -> tuple[scales.Scale | None, str]:

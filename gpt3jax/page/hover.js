@@ -1,7 +1,7 @@
 // Shows the values under the cursor, and a line through all charts. The charts do without it.
 "use strict";
 for (const sheet of document.querySelectorAll(".sheet")) {
-  const data = JSON.parse(sheet.querySelector("script.data").textContent);
+  const data = JSON.parse(sheet.querySelector("script.values").textContent);
   const tip = sheet.appendChild(document.createElement("div"));
   tip.className = "tip";
 
