@@ -43,7 +43,7 @@ def retaken(run: run_folder.Run) -> list[Html]:
     n = len(before) + len(run.dropped.evaluations)
     if not n:
         return []
-    text = f"{n:,} entries were set aside (metrics.dropped.jsonl) and their steps taken again"
+    text = f"{n:,} entries were set aside (metrics.dropped.jsonl): a start takes their steps again"
     _, first, second = np.intersect1d(before["step"], after["step"], return_indices=True)
     losses = before["loss"][first], after["loss"][second]
     both = np.isfinite(losses[0]) & np.isfinite(losses[1])
