@@ -56,7 +56,9 @@ def get_config():
 """
 START = "--- start ---\n"  # in the file of a process's output
 FORKS = multiprocessing.get_context("forkserver")
-CLOCKED = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
+CLOCKED = (
+    "time", "step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device",
+)  # fmt: skip
 
 
 def parse(args):

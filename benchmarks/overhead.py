@@ -92,7 +92,7 @@ def watched(run, state, start):
     """Return the state after the steps of `train.loop`, and the seconds per step."""
     cfg = run.cfg
     with contextlib.redirect_stdout(io.StringIO()), watchers.Oversight(cfg) as overseer:
-        overseer.begin(start.step)
+        overseer.begin(start.step, startup.describe_mesh(run.mesh))
         with (
             recording.Recorder(
                 cfg,

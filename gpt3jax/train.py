@@ -39,7 +39,7 @@ def train(cfg: schema.Config) -> bool:
         clock = overseer.clock
         started = startup.start_or_resume(cfg, clock, held.lost)
         run, start = started.run, started.position
-        overseer.begin(start.step)
+        overseer.begin(start.step, startup.describe_mesh(run.mesh))
         warnings = across_processes.before_step(preflight, run, start.samples)
         with _open_recorder(run, start) as recorder, stopping.Stop(held.known_lost) as stop:
             for line in (*start_report.lines(run), *started.lines, *warnings):

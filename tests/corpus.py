@@ -18,7 +18,9 @@ VOCAB = 64
 # With and without them bits may differ: conftest.py sets this for the tests' own process.
 XLA_FLAGS = "--xla_backend_optimization_level=0"
 # What depends on the clock.
-TIMES = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
+TIMES = (
+    "time", "step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device",
+)  # fmt: skip
 
 RECIPE = """
 from gpt3jax import config

@@ -34,7 +34,7 @@ def run(name, *args):
 
 def test_each_benchmark_has_a_test_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert names == {"data", "faults", "overhead", "plan", "sample", "train_step"}
+    assert names == {"data", "faults", "overhead", "plan", "report", "sample", "train_step"}
 
 
 DATA = [
@@ -54,6 +54,13 @@ def test_data_measures_the_way_from_text_to_batches(capsys):
 def test_data_is_compared_with_megatrons():
     pytest.importorskip("megatron.core.datasets")
     assert run("data", *DATA, "--megatron").count(", Megatron ") == 4
+
+
+def test_report_times_the_page_of_a_made_up_run(capsys, tmp_path):
+    load("report").main(["--steps=300", "--runs=2", f"--folder={tmp_path}"])
+    assert "2 x 300 logged steps" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert "layout change" in page and "not finite" in page and "lost steps" in page
 
 
 @pytest.mark.slow

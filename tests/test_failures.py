@@ -279,6 +279,8 @@ def test_starts_that_led_nowhere_are_refused_once(tmp_path, monkeypatch, capfd, 
     account = folder / "logs" / "goodput.json"
     (start,) = json.loads(account.read_text())["starts"]
     assert start["end"] == "complete" and start["step"] == 40
+    layout = {"mesh": "data 8", "devices": "8 x cpu", "jax": jax.__version__}
+    assert start["layout"] == layout
     nowhere = start | {"first_step": 20, "step": 27, "end": ""}
     account.write_text(json.dumps({"starts": [start, *[nowhere] * 3]}))
     for status, end in ((errors.REFUSED, "refused"), (errors.DONE, "complete")):

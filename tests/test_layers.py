@@ -10,9 +10,9 @@ import pytest
 
 # From the top. A name is a folder of the package, or a file in its root.
 ROOMS = (
-    "main", "train", "evaluate", "sample", "convert", "preflight", "run", "plan", "checkpoint",
-    "step", "gradient", "watch", "data", "model", "optimizer", "record", "sharding", "distributed",
-    "hardware", "config", "errors",
+    "main", "train", "report", "evaluate", "sample", "convert", "preflight", "run", "plan",
+    "checkpoint", "step", "gradient", "watch", "data", "model", "optimizer", "record", "page",
+    "sharding", "distributed", "hardware", "config", "errors",
 )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ WITHOUT_JAX = (
     "hardware.flops", "hardware.xla_flags", "distributed.launchers", "record.recording",
     "record.console", "watch.phases", "checkpoint.metadata", "plan.options", "preflight.options",
     "evaluate.options", "sample.options", "convert.hf_gpt2", "convert.megatron_core",
+    "page.charts", "report.html_page",
 )  # fmt: skip
 
 

@@ -17,7 +17,9 @@ from gpt3jax.sharding import meshes
 
 import tiny
 
-TIMES = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
+TIMES = (
+    "time", "step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device",
+)  # fmt: skip
 MESH_A = {"data": 2, "fsdp": 2, "tensor": 2}
 MESH_B = {"data": 1, "fsdp": 4, "tensor": 2}
 

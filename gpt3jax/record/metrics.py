@@ -2,6 +2,7 @@
 
 STEP = {
     "step": "Number of steps that the run has taken.",
+    "time": "When the entry was written (seconds since 1970, UTC).",
     "consumed_samples": "Samples that the run has consumed, skipped ones included.",
     "consumed_tokens": "Tokens that the run has consumed.",
     "batch_size": "Samples in the batch of this step.",
@@ -33,7 +34,7 @@ EVALUATION = {
     "test_loss": "Mean loss of the test split's tokens, at the end of the run (nats).",
     "test_ppl": "Perplexity of the test split: exp(loss), at most exp(20).",
 }
-"""The entry of an evaluation in metrics.jsonl, besides `step` and `consumed_samples`."""
+"""The entry of an evaluation in metrics.jsonl, besides `step`, `time` and `consumed_samples`."""
 TENSORBOARD = {
     "n_devices": "Number of devices.",
     "bytes_in_use": "Memory in use on the first device of process 0 (bytes).",

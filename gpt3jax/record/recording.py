@@ -7,6 +7,7 @@ imports no JAX.
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -113,6 +114,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         seq_len = self._cfg.model.seq_len
         entry = {
             "step": step,
+            "time": time.time(),
             "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_samples * seq_len,
             "batch_size": batch_size,
@@ -162,7 +164,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             return
         perplexity = math.exp(min(loss, 20.0))  # bounded as in Megatron; NaN stays NaN
         self.say(console_line.evaluation_lines(step, split, loss, perplexity))
-        place = {"step": step, "consumed_samples": consumed_samples}
+        place = {"step": step, "time": time.time(), "consumed_samples": consumed_samples}
         values = {f"{split}_loss": float(loss), f"{split}_ppl": perplexity}
         names = tensorboard.EVALUATION_TAGS.items()
         tags = {tag: values[name] for tag, name in names if name in values}

@@ -1,9 +1,10 @@
 """Which share of a run's time, over all its starts, went into steps that count, and where the rest.
 
 `goodput.json` in log.dir has an entry for each start of the run: where it began, how far it came,
-and the seconds that its first process spent in each phase. The entry of a killed start ends up to
-10 s before the kill. Steps that a later start takes again are lost; their time is estimated from
-their number. Time between starts is counted apart, since nobody need pay a machine for it.
+on which layout, and the seconds that its first process spent in each phase. The entry of a killed
+start ends up to 10 s before the kill. Steps that a later start takes again are lost; their time is
+estimated from their number. Time between starts is counted apart, since nobody need pay a machine
+for it.
 """
 
 import dataclasses
@@ -46,6 +47,8 @@ class Start:
     end: str = ""
     """How the start ended: "complete", "stopped" or "refused"; empty if it was killed, failed, or
     still runs."""
+    layout: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The mesh, the devices and the version of JAX, in words; empty in older files."""
 
     @property
     def total(self) -> float:
@@ -53,24 +56,40 @@ class Start:
         return math.fsum(self.seconds.values())
 
 
-def shares(starts: list[Start]) -> dict[str, float]:
-    """Return the seconds of a run by what they went into; "between starts" comes last.
+def lost_steps(starts: list[Start]) -> list[int]:
+    """Return how many steps of each start a later start took again."""
+    lost, first_retaken = [], math.inf  # later starts took the steps after this one again
+    for start in reversed(starts):
+        lost.append(int(max(0, start.step - max(first_retaken, start.first_step))))
+        first_retaken = min(first_retaken, start.first_step)
+    return lost[::-1]
+
+
+def spent(starts: list[Start]) -> list[dict[str, float]]:
+    """Return the seconds of each start by what they went into.
 
     "steps" are the steps that count; a later start took "lost steps" again.
     """
-    totals = {"steps": 0.0, "lost steps": 0.0}
-    first_retaken = math.inf  # later starts took the steps after this one again
-    for start in reversed(starts):
+    parts = []
+    for start, n_lost in zip(starts, lost_steps(starts), strict=True):
         on_steps = phases.step_seconds(start.seconds) - start.seconds.get(phases.DATA, 0.0)
         n_steps = start.step - start.first_step
-        n_lost = max(0.0, start.step - max(first_retaken, start.first_step))
         lost = on_steps * n_lost / n_steps if n_steps else 0.0
-        totals["lost steps"] += lost
-        totals["steps"] += on_steps - lost
-        first_retaken = min(first_retaken, start.first_step)
-        for phase, seconds in start.seconds.items():
-            if phase not in (phases.HOST, phases.DEVICE):
-                totals[phase] = totals.get(phase, 0.0) + seconds
+        others = {
+            phase: seconds
+            for phase, seconds in start.seconds.items()
+            if phase not in (phases.HOST, phases.DEVICE)
+        }
+        parts.append({"steps": on_steps - lost, "lost steps": lost} | others)
+    return parts
+
+
+def shares(starts: list[Start]) -> dict[str, float]:
+    """Return the seconds of a run by what they went into, as `spent`; "between starts" is last."""
+    totals = {"steps": 0.0, "lost steps": 0.0}
+    for part in spent(starts):
+        for kind, seconds in part.items():
+            totals[kind] = totals.get(kind, 0.0) + seconds
     pairs = itertools.pairwise(starts)
     between = math.fsum(max(0.0, b.began - a.began - a.total) for a, b in pairs)
     return totals | {"between starts": between}
@@ -89,7 +108,9 @@ def n_fruitless(starts: list[Start], first_step: int) -> int:
 class Account:
     """The account of a run's time, kept by its first process."""
 
-    def __init__(self, log_dir: str, clock: phases.Phases, first_step: int) -> None:
+    def __init__(
+        self, log_dir: str, clock: phases.Phases, first_step: int, layout: dict[str, str]
+    ) -> None:
         """Add a start to the account of a folder; without a folder nothing is kept.
 
         All methods raise UserError, which names log.dir, where it cannot be written.
@@ -97,10 +118,10 @@ class Account:
         self._log_dir = log_dir
         self._clock, self._written = clock, -math.inf
         self._path = pathlib.Path(self._log_dir) / "goodput.json"
-        self._starts = _read(self._path) if self._log_dir else []
+        self._starts = read(self._path) if self._log_dir else []
         self.n_fruitless = n_fruitless(self._starts, first_step)
         began = time.time() - math.fsum(clock.seconds().values())
-        self._starts.append(Start(began, first_step, first_step, {}))
+        self._starts.append(Start(began, first_step, first_step, {}, layout=layout))
         self._write()
 
     def update(self, step: int) -> None:
@@ -147,8 +168,8 @@ class Account:
                 json_files.replace_file(self._path, json.dumps({"starts": rows}, indent=1) + "\n")
 
 
-def _read(path: pathlib.Path) -> list[Start]:
-    """Return the starts before this one; none where the file cannot be read."""
+def read(path: pathlib.Path) -> list[Start]:
+    """Return the starts that a file has; none where it cannot be read."""
     try:
         return [Start(**row) for row in json.loads(path.read_text())["starts"]]
     except (OSError, ValueError, KeyError, TypeError):

@@ -34,14 +34,16 @@ class Oversight(contextlib.AbstractContextManager["Oversight"]):
             with contextlib.suppress(errors.UserError):
                 self._account.close("refused")
 
-    def begin(self, step: int) -> None:
-        """Open the account of the time; the run goes on after this step.
+    def begin(self, step: int, mesh: str) -> None:
+        """Open the account of the time; the run goes on after this step, on a mesh (in words).
 
         Raises:
             UserError: too many starts in a row saved nothing, or log.dir cannot be written.
         """
         folder = self._cfg.log.dir if jax.process_index() == 0 else ""
-        self._account = goodput.Account(folder, self.clock, step)
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        layout = {"mesh": mesh, "devices": devices, "jax": jax.__version__}
+        self._account = goodput.Account(folder, self.clock, step, layout)
         most = self._cfg.train.max_fruitless_starts
         if most and messages.of_first_process(self._account.n_fruitless >= most):
             raise errors.UserError(

@@ -150,7 +150,10 @@ def test_limits_survive_restarts_and_do_not_depend_on_the_mesh(tmp_path, spoil, 
             patched.setattr(stopping.Stop, "requested", lambda _, n, stop=stop: n == stop)
             train.train(cfg)
     train.train(cfg)
-    timed = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device")
+    timed = (
+        "time", "step_time", "tokens_per_second", "tokens_per_second_per_device",
+        "tflops_per_device",
+    )  # fmt: skip
     plain = [
         [{k: v for k, v in r.items() if k not in timed} for r in x]
         for x in (records(cfg), expected)

@@ -105,11 +105,11 @@ def test_the_account_goes_on_over_starts_and_survives_damage(tmp_path, now):
     for i, text in enumerate(["", "{", '{"starts": [{"step": 1}]}']):
         if text:
             (tmp_path / "goodput.json").write_text(text)
-        account = goodput.Account(str(tmp_path), phases.Phases(), 0)
+        account = goodput.Account(str(tmp_path), phases.Phases(), 0, {})
         account.close("stopped")
         now.sleep(60)
         clock = phases.Phases()
-        account = goodput.Account(str(tmp_path), clock, 0)
+        account = goodput.Account(str(tmp_path), clock, 0, {})
         with clock.during(phases.HOST):
             now.sleep(30 + i)
         account.update(3)
