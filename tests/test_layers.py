@@ -104,6 +104,7 @@ def libraries(path):
         ("tensorstore", {"checkpoint.array_blocks"}),
         ("grain", {"data.loader"}),
         ("tensorboardX", {"record.tensorboard"}),
+        ("wandb", {"record.wandb_run"}),
         ("safetensors", {"convert.tensor_files"}),
         ("torch", {"convert.torch_files"}),
         ("starlette", {"sample.http_server"}),
