@@ -34,7 +34,10 @@ _Run: TypeAlias = Any  # wandb.Run: wandb may not be installed
 
 
 def problem(log: schema.Log) -> errors.UserError | None:
-    """Return the error to raise if wandb is not installed or not logged in, without a network."""
+    """Return the error to raise if wandb is not installed, or nobody is logged in.
+
+    The server need not answer: whether it takes the key is seen later.
+    """
     given = f"log.wandb_project={log.wandb_project}"
     try:
         import wandb
@@ -153,9 +156,10 @@ class WandbRun:
         }
         try:
             run = wandb.init(**options)
-        except wandb.errors.CommError as error:
+        except wandb.errors.CommError as error:  # it may not want this key, or project
+            reason = " ".join(str(error).split())
             self._say(
-                f"WARNING: Weights & Biases cannot be reached ({error}): this start is recorded in "
+                f"WARNING: Weights & Biases cannot be used ({reason}): this start is recorded in "
                 f"{self._folder}/wandb; upload it later with `wandb sync`"
             )
             wandb.teardown()  # the attempt holds the run's id
