@@ -29,6 +29,7 @@ _SETTINGS = {
     "finish_timeout": FINISH_SECONDS,
     "finish_timeout_raises": True,
     "quiet": True,
+    "x_transaction_log_flush_interval": 1.0,  # seconds; after a kill W&B lacks what is newer
 }
 _Run: TypeAlias = Any  # wandb.Run: wandb may not be installed
 
@@ -42,8 +43,9 @@ def problem(log: schema.Log) -> errors.UserError | None:
     try:
         import wandb
 
-        settings = wandb.setup().settings
-        offline = settings.mode in ("offline", "dryrun", "disabled")
+        _settings()
+        common = wandb.setup().settings
+        offline = common.mode in ("offline", "dryrun", "disabled")
         if offline or wandb.login(verify=False, prompt=False):
             return None
     except ImportError:
@@ -54,7 +56,7 @@ def problem(log: schema.Log) -> errors.UserError | None:
             "version of the extra: pip install 'gpt3jax[wandb]'"
         )
     return errors.UserError(
-        f"{given}: nobody is logged in to {settings.base_url}: run `wandb login`, set "
+        f"{given}: nobody is logged in to {common.base_url}: run `wandb login`, set "
         "WANDB_API_KEY, or set WANDB_MODE=offline and upload later with `wandb sync`"
     )
 
@@ -139,11 +141,6 @@ class WandbRun:
         import wandb
 
         owner, _, project = self._cfg.log.wandb_project.rpartition("/")
-        settings = {
-            name: value
-            for name, value in _SETTINGS.items()
-            if f"WANDB_{name.upper()}" not in os.environ
-        }
         options = {
             "entity": owner or None,
             "project": project,
@@ -151,7 +148,7 @@ class WandbRun:
             "config": dataclasses.asdict(self._cfg),
             "allow_val_change": True,
             "resume": "allow",
-            "settings": wandb.Settings(**settings),
+            "settings": _settings(),
             **self._identity(),
         }
         try:
@@ -181,6 +178,14 @@ class WandbRun:
     @property
     def _folder(self) -> pathlib.Path:
         return pathlib.Path(self._cfg.log.dir).absolute()
+
+
+def _settings() -> Any:
+    """Return our wandb.Settings, without those that the environment has."""
+    import wandb
+
+    mine = {k: v for k, v in _SETTINGS.items() if f"WANDB_{k.upper()}" not in os.environ}
+    return wandb.Settings(**mine)
 
 
 def _finish(run: _Run, status: int) -> None:
