@@ -26,3 +26,9 @@ class UserError(ValueError):
 
 class TransientError(UserError):
     """An error that a retry may cure: a store that fails, a process that did not join."""
+
+
+def status_of(kind: type[BaseException]) -> int:
+    """Return the exit status of a process that an error of this kind ends."""
+    is_final = issubclass(kind, UserError) and not issubclass(kind, TransientError)
+    return REFUSED if is_final else RETRY

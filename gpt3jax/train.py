@@ -15,13 +15,13 @@ from typing import Literal
 
 import jax
 
-from gpt3jax import step
+from gpt3jax import errors, step
 from gpt3jax.config import schema
 from gpt3jax.data import loader
 from gpt3jax.distributed import messages
 from gpt3jax.hardware import flops
 from gpt3jax.preflight import across_processes
-from gpt3jax.record import recording
+from gpt3jax.record import recording, wandb_run
 from gpt3jax.run import folder_lock, profiling, saving, start_report, startup, step_log, stopping
 from gpt3jax.watch import phases, watchers
 
@@ -34,6 +34,9 @@ def train(cfg: schema.Config) -> bool:
             run holds a folder; later, if another run has taken a folder, or a loss is not finite.
         TransientError: the last checkpoint cannot be written, or replicas differ.
     """
+    if cfg.log.wandb_project:
+        problem = wandb_run.problem(cfg.log) if messages.process()[0] == 0 else None
+        messages.raise_of_first("wandb", problem, cfg.distributed.start_timeout)
     preflight = across_processes.before_devices(cfg)
     with folder_lock.Hold(cfg) as held, watchers.Oversight(cfg) as overseer:
         clock = overseer.clock
@@ -53,6 +56,7 @@ def train(cfg: schema.Config) -> bool:
                 with clock.during(phases.SAVE):
                     finish(run, state, start, position, recorder, clock)
             complete = position.samples >= run.end.samples
+            recorder.will_exit(errors.DONE if complete else errors.REQUEUE)
             summary = overseer.end(complete)
             if position != start:
                 recorder.say(summary)

@@ -44,7 +44,8 @@ OTHER_NAMES = {
 OTHER_WORDS = {
     "VmHWM", "_sharding", "damaged-STEP", "model_args", "torch_dist", "GPUS_PER_NODE",
     "CUDA_DEVICE_MAX_CONNECTIONS", "optim_grads_params", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA",
-    "ExcNodeList", "N-1", "_RANK", "base_url", "local-completions",
+    "ExcNodeList", "N-1", "_RANK", "base_url", "local-completions", "WANDB_BASE_URL", "WANDB_NOTES",
+    "WANDB_RUN_GROUP", "WANDB_TAGS", "WANDB_ERROR_REPORTING",
 }  # fmt: skip
 OTHER_MESSAGES = {"Unable to initialize backend 'cuda'"}  # of JAX
 OTHER_PROGRAMS = (

@@ -74,7 +74,7 @@ WITHOUT_JAX = (
 def test_what_answers_at_once_imports_no_jax(repository):
     """Nothing that these modules import does either: it takes seconds."""
     code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
-    code += "    assert 'jax' not in sys.modules, name"
+    code += "    assert not {'jax', 'wandb'} & set(sys.modules), name"
     names = [f"gpt3jax.{name}" for name in WITHOUT_JAX]
     done = subprocess.run(
         [sys.executable, "-c", code, *names], cwd=repository, capture_output=True, text=True
@@ -105,6 +105,7 @@ def libraries(path):
         ("tensorstore", {"checkpoint.array_blocks"}),
         ("grain", {"data.loader"}),
         ("tensorboardX", {"record.tensorboard"}),
+        ("wandb", {"record.wandb_run"}),
         ("safetensors", {"convert.tensor_files"}),
         ("torch", {"convert.torch_files"}),
         ("starlette", {"sample.http_server"}),

@@ -31,8 +31,7 @@ class Outcome(contextlib.AbstractContextManager["Outcome"]):
         if not isinstance(error, errors.UserError):
             return False
         sys.stderr.write(f"gpt3jax: error: {error}\n")
-        retry = isinstance(error, errors.TransientError)
-        self.status = errors.RETRY if retry else errors.REFUSED
+        self.status = errors.status_of(type(error))
         return True
 
 

@@ -321,6 +321,8 @@ class Log:
     """Steps between console lines and logged metrics."""
     profile_steps: tuple[ranges.Count, ranges.Count] = (0, 0)
     """First and last step to profile for TensorBoard or xprof (0 0: none)."""
+    wandb_project: str = ""
+    """Record the run at Weights & Biases too: PROJECT or TEAM/PROJECT there (empty: do not)."""
     peak_tflops: Annotated[float, ranges.Range(0, 10**9)] = 0.0
     """Peak TFLOP/s of one device in the compute format, for the MFU (0: look the GPU up)."""
 

@@ -244,6 +244,11 @@ def _check_run(cfg: schema.Config) -> None:
             "and needs a log.dir for the profile",
             page="reference/options.md#log",
         )
+    if cfg.log.wandb_project and not cfg.log.dir:
+        raise errors.UserError(
+            f"log.wandb_project={cfg.log.wandb_project} needs a log.dir, which keeps the run's id "
+            "and files at Weights & Biases: give one"
+        )
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise errors.UserError(
             "checkpoint.allow_new_data_order has no effect without a checkpoint.dir or "

@@ -1,1 +1,1 @@
-"""What a run shows and keeps: the console, metrics.jsonl and TensorBoard."""
+"""What a run shows and keeps: the console, metrics.jsonl, TensorBoard, Weights & Biases."""

@@ -37,11 +37,17 @@ def set_aside(path: pathlib.Path, step: int) -> str:
     later = [entry.rstrip(b"\n") + b"\n" for entry in entries if _step_of(entry) > step]
     if not later:
         return ""
-    beside = path.with_suffix(".dropped.jsonl")
-    with open(beside, "ab") as file:  # first: cut short, entries are there twice, not nowhere
+    with open(beside(path), "ab") as file:  # first: cut short, entries are there twice, not nowhere
         file.writelines(later)
     replace_file(path, b"".join(entry for entry in entries if _step_of(entry) <= step).decode())
-    return f"{path}: moved {len(later)} entries past step {step} or unfinished to {beside.name}"
+    return (
+        f"{path}: moved {len(later)} entries past step {step} or unfinished to {beside(path).name}"
+    )
+
+
+def beside(path: pathlib.Path) -> pathlib.Path:
+    """Return the file to which `set_aside` moves entries."""
+    return path.with_suffix(".dropped.jsonl")
 
 
 def _step_of(entry: bytes) -> float:

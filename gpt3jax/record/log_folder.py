@@ -66,6 +66,11 @@ class LogFolder:
         entries = [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
         return any(entry["step"] == step and name in entry for entry in entries)
 
+    def n_entries(self) -> int:
+        """Return how many entries all starts have recorded, those that were set aside included."""
+        files = (self._metrics_path, json_files.beside(self._metrics_path))
+        return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+
     def write_fault(self, step: int, entry: Mapping[str, object]) -> None:
         """Write the file on a faulty step."""
         path = fault_path(self._log_dir, step)

@@ -1,4 +1,4 @@
-"""Records the course of a run: console, progress bar, `metrics.jsonl`, TensorBoard.
+"""Records the course of a run: console, progress bar, `metrics.jsonl`, TensorBoard, W&B.
 
 Only process 0 has an active `Recorder`. It takes Python numbers and never asks a device for one: it
 imports no JAX.
@@ -14,7 +14,7 @@ from typing import Literal
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.hardware import flops
-from gpt3jax.record import console_line, log_folder, progress_bar, tensorboard
+from gpt3jax.record import console_line, log_folder, progress_bar, tensorboard, wandb_run
 
 _VALUES = ("loss", "grad_norm", "loss_scale", "interval_loss", "step_time")
 _COUNTS = (
@@ -68,17 +68,29 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             self.folder = log_folder.LogFolder(cfg, span.start_step, span.start_samples, history)
             if self.folder.set_aside:
                 self.say(self.folder.set_aside)
+        self._wandb: wandb_run.WandbRun | None = None
+        if self.folder is not None and cfg.log.wandb_project:
+            self._wandb = wandb_run.WandbRun(cfg, self.folder.n_entries(), self.say)
+        self._status = errors.DONE
         self.bar = progress_bar.ProgressBar(span.start_step, span.end_step) if active else None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._status = errors.status_of(kind)
         # Where an error ends the run, an error of closing must not hide it.
         with contextlib.suppress(*(() if kind is None else (errors.UserError,))):
             self.close()
+
+    def will_exit(self, status: int) -> None:
+        """Note the exit status of a run that no error ends, for `close`."""
+        self._status = status
 
     def close(self) -> None:
         """Write out and close everything; a second call does nothing."""
         if self.bar is not None:
             self.bar.close()
+        if self._wandb is not None:
+            self._wandb.close(self._status)
         if self.folder is not None:
             self.folder.close()
 
@@ -127,8 +139,20 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             self.bar.show_rate(f"{console_line.short_count(entry['tokens_per_second'])} tokens/s")
         end_step, end_samples = self._span.end_step, self._span.end_samples
         self.say(console_line.step_line(entry, end_step, end_samples, seq_len))
+        self._keep(entry, *self._scalars(entry, memory or {}))
+
+    def _keep(
+        self,
+        entry: Mapping[str, float],
+        both: Mapping[str, float],
+        over_steps: Mapping[str, float],
+    ) -> None:
+        """Keep an entry, with what to plot over steps and samples, and what over steps alone."""
         if self.folder is not None:
-            self.folder.record(entry, *self._scalars(entry, memory or {}))
+            self.folder.record(entry, both, over_steps)
+        if self._wandb is not None:
+            step, consumed_samples = int(entry["step"]), int(entry["consumed_samples"])
+            self._wandb.log(step, consumed_samples, {**both, **over_steps})
 
     def _rates(self, batch_size: int, step_time: float) -> dict[str, float]:
         n_tokens = batch_size * self._cfg.model.seq_len
@@ -168,18 +192,21 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         values = {f"{split}_loss": float(loss), f"{split}_ppl": perplexity}
         names = tensorboard.EVALUATION_TAGS.items()
         tags = {tag: values[name] for tag, name in names if name in values}
-        if self.folder is not None:
-            self.folder.record(place | values, tags, {})
+        self._keep(place | values, tags, {})
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
-        """Plot scalars over steps in TensorBoard, and nowhere else."""
+        """Plot scalars over steps, of a step that `log_step` is still to get; keep no entry."""
         if self.folder is not None:
             self.folder.plot(step, values)
+        if self._wandb is not None:
+            self._wandb.add_to_next_row(values)
 
     def record_fault(self, step: int, entry: Mapping[str, object]) -> str:
         """Keep what is known of a faulty step; return the file's path, "" without log.dir."""
         if self.folder is not None:
             self.folder.write_fault(step, entry)
+        if self._wandb is not None:
+            self._wandb.alert(f"step {step}: {entry['fault']} (policy {entry['policy']})")
         log_dir = self._cfg.log.dir
         return str(log_folder.fault_path(log_dir, step)) if log_dir else ""
 

@@ -297,6 +297,7 @@ REFUSED = [
     ),
     ("--log.profile-steps 3 2 --log.dir=x", "log.profile_steps=3 2", "a first and a last step"),
     ("--log.profile-steps 2 3", "log.profile_steps=2 3", "needs a log.dir"),
+    ("--log.wandb-project=gpt3", "log.wandb_project=gpt3", "needs a log.dir"),
     ("--log.profile-steps 0 3 --log.dir=x", "log.profile_steps=0 3", "from 1 on"),
     (
         "--checkpoint.allow-new-data-order",

@@ -36,7 +36,7 @@ ALL_OPTIONS = [
 # Options of text that are no paths.
 OTHERS = {
     "schedule", "split", "skip_samples", "coordinator_address", "prompt", "host", "tasks", "gpu",
-    "samples", "json_key", "eod_token",
+    "samples", "json_key", "eod_token", "wandb_project",
 }  # fmt: skip
 
 
