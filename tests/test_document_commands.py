@@ -36,7 +36,6 @@ COMMANDS = {
     "gpt3jax.data.merge": ["--input=FILE", "--output-prefix=PREFIX"],
     "gpt3jax.data.inspect": [],
     "gpt3jax.checkpoint": [],
-    "gpt3jax.report": [],
     "gpt3jax.convert": [],
     "gpt3jax.report": ["RUN", "--html=FILE"],
     "gpt3jax.summary": ["RUN"],

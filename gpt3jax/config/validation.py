@@ -247,7 +247,8 @@ def _check_run(cfg: schema.Config) -> None:
     if cfg.log.wandb_project and not cfg.log.dir:
         raise errors.UserError(
             f"log.wandb_project={cfg.log.wandb_project} needs a log.dir, which keeps the run's id "
-            "and files at Weights & Biases: give one"
+            "and files at Weights & Biases: give one",
+            page="watching.md#weights--biases",
         )
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise errors.UserError(

@@ -31,6 +31,7 @@ _SETTINGS = {
     "quiet": True,
     "x_transaction_log_flush_interval": 1.0,  # seconds; after a kill W&B lacks what is newer
 }
+_PAGE = "watching.md#weights--biases"
 _Run: TypeAlias = Any  # wandb.Run: wandb may not be installed
 
 
@@ -49,15 +50,19 @@ def problem(log: schema.Log) -> errors.UserError | None:
         if offline or wandb.login(verify=False, prompt=False):
             return None
     except ImportError:
-        return errors.UserError(f"{given} needs the extra: pip install 'gpt3jax[wandb]'")
+        return errors.UserError(
+            f"{given} needs the extra: pip install 'gpt3jax[wandb]'", page=_PAGE
+        )
     except Exception as error:  # a wrong variable, a malformed key, an old wandb: of any kind
         return errors.UserError(
             f"{given}: wandb cannot be used ({error}): correct its settings, or install the "
-            "version of the extra: pip install 'gpt3jax[wandb]'"
+            "version of the extra: pip install 'gpt3jax[wandb]'",
+            page=_PAGE,
         )
     return errors.UserError(
         f"{given}: nobody is logged in to {common.base_url}: run `wandb login`, set "
-        "WANDB_API_KEY, or set WANDB_MODE=offline and upload later with `wandb sync`"
+        "WANDB_API_KEY, or set WANDB_MODE=offline and upload later with `wandb sync`",
+        page=_PAGE,
     )
 
 
@@ -169,7 +174,7 @@ class WandbRun:
         """Return the id of all starts, which a file keeps; for the first one a name too."""
         file = self._folder / "wandb.json"
         if file.exists():
-            return {"id": user_paths.read_json(file)["id"]}
+            return {"id": user_paths.read_json(file, _PAGE)["id"]}
         run_id = secrets.token_hex(8)
         json_files.replace_file(file, json_files.to_json({"id": run_id}) + "\n")
         name = self._folder.parent.name if self._folder.name == "logs" else self._folder.name

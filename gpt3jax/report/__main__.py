@@ -39,7 +39,8 @@ def _report() -> int:
     options = command_line.parse(Options, "report", __doc__)
     if not options.runs:
         raise errors.UserError(
-            "no RUN is given: name the log.dir of a run, such as runs/quickstart"
+            "no RUN is given: name the log.dir of a run, such as runs/quickstart",
+            page="watching.md#the-report",
         )
     runs, now = run_folder.read_all(options.runs), time.time()
     out = console.Console(highlight=False)

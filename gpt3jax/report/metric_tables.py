@@ -72,7 +72,8 @@ def read(path: pathlib.Path) -> Metrics:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     except OSError as error:
         raise errors.UserError(
-            f"{path} cannot be read ({error.strerror}): check its permissions or its mount"
+            f"{path} cannot be read ({error.strerror}): check its permissions or its mount",
+            page="watching.md#the-report",
         ) from error
     entries = [entry for entry in map(_entry, lines) if entry is not None]
     has_cut_end = bool(lines) and not lines[-1].endswith(b"\n") and _entry(lines[-1]) is None

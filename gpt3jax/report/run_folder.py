@@ -13,6 +13,7 @@ from gpt3jax.report import metric_tables
 from gpt3jax.watch import goodput
 
 _Content = TypeVar("_Content")
+_PAGE = "watching.md#the-report"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,8 @@ def read_all(names: Sequence[str]) -> list[Run]:
         if first != i:
             raise errors.UserError(
                 f"RUN {names[i]} is the same folder as {names[first]} ({folder.resolve()}): "
-                "give each run once"
+                "give each run once",
+                page=_PAGE,
             )
     return [_read(name, folder) for name, folder in zip(names, folders, strict=True)]
 
@@ -89,12 +91,14 @@ def find(name: str) -> pathlib.Path:
                 return folder
         is_folder = folders[0].is_dir()
     except OSError as error:
-        raise errors.UserError(f"RUN {name} cannot be read ({error.strerror})") from error
+        message = f"RUN {name} cannot be read ({error.strerror})"
+        raise errors.UserError(message, page=_PAGE) from error
     if not is_folder:
-        raise errors.UserError(f"RUN {name} is no folder: give the log.dir of a run")
+        raise errors.UserError(f"RUN {name} is no folder: give the log.dir of a run", page=_PAGE)
     raise errors.UserError(
         f"RUN {name} has no metrics.jsonl, neither in itself nor in {folders[1]}: give the log.dir "
-        "of a run (a run with an empty log.dir keeps nothing)"
+        "of a run (a run with an empty log.dir keeps nothing)",
+        page=_PAGE,
     )
 
 
@@ -105,7 +109,8 @@ def _read(name: str, folder: pathlib.Path) -> Run:
     if metrics.n_unreadable and not metrics.n_entries:
         raise errors.UserError(
             f"{folder / 'metrics.jsonl'} has no entry in its {metrics.n_unreadable} lines: each is "
-            'a JSON object with "step" in it. Give the log.dir of a gpt3jax run'
+            'a JSON object with "step" in it. Give the log.dir of a gpt3jax run',
+            page=_PAGE,
         )
     if metrics.n_unreadable:
         notes.append(f"{metrics.n_unreadable} lines of metrics.jsonl are not whole entries")
@@ -140,13 +145,14 @@ def _or_note(notes: list[str], read: Callable[[], _Content]) -> _Content | None:
 def _starts(path: pathlib.Path) -> list[goodput.Start]:
     starts = goodput.read(path)
     if path.exists() and not starts:
-        raise errors.UserError(f"{path} cannot be read: the starts of the run are not known")
+        message = f"{path} cannot be read: the starts of the run are not known"
+        raise errors.UserError(message, page=_PAGE)
     goodput.shares(starts)  # it fails here, not later, where an entry has no times
     return starts
 
 
 def _config_fields(path: pathlib.Path) -> dict[str, Any]:
-    return user_paths.read_json(path) if path.exists() else {}
+    return user_paths.read_json(path, _PAGE) if path.exists() else {}
 
 
 def _config(fields: schema.Flat) -> schema.Config | None:
