@@ -68,8 +68,8 @@ class Terminal(io.StringIO):
 
     def resize(self, width):
         """Become narrower or wider."""
-        lines = []
-        for row, is_continued in zip(self.rows, self.is_continued, strict=True):
+        lines, above = [], slice(self.row + 1)
+        for row, is_continued in zip(self.rows[above], self.is_continued[above], strict=True):
             lines = [*lines[:-1], lines[-1] + row] if is_continued else [*lines, row]
         self.width, self.row, self.column, self.rows, self.is_continued = width, 0, 0, [""], [False]
         self.write("\n".join(lines))
