@@ -10,8 +10,8 @@ import pytest
 
 # From the top. A name is a folder of the package, or a file in its root.
 ROOMS = (
-    "main", "train", "evaluate", "sample", "convert", "preflight", "run", "plan", "checkpoint",
-    "step", "gradient", "watch", "data", "model", "optimizer", "record", "sharding", "distributed",
+    "main", "train", "summary", "evaluate", "sample", "convert", "preflight", "run", "plan",
+    "checkpoint", "step", "gradient", "watch", "data", "model", "optimizer", "record", "sharding", "distributed",
     "hardware", "config", "errors",
 )  # fmt: skip
 
@@ -66,7 +66,8 @@ WITHOUT_JAX = (
     "errors", "config.recipe", "config.validation", "config.command_line", "config.batch_schedule",
     "hardware.flops", "hardware.xla_flags", "distributed.launchers", "record.recording",
     "record.console", "watch.phases", "checkpoint.metadata", "plan.options", "preflight.options",
-    "evaluate.options", "sample.options", "convert.hf_gpt2", "convert.megatron_core",
+    "evaluate.options", "sample.options", "summary.options", "summary.recorded_run",
+    "summary.next_commands", "convert.hf_gpt2", "convert.megatron_core",
 )  # fmt: skip
 
 
