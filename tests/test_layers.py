@@ -11,8 +11,8 @@ import pytest
 # From the top. A name is a folder of the package, or a file in its root.
 ROOMS = (
     "main", "train", "summary", "evaluate", "sample", "convert", "preflight", "run", "plan",
-    "checkpoint", "step", "gradient", "watch", "data", "model", "optimizer", "record", "sharding", "distributed",
-    "hardware", "config", "errors",
+    "checkpoint", "step", "gradient", "watch", "data", "model", "optimizer", "record", "sharding",
+    "distributed", "hardware", "config", "errors",
 )  # fmt: skip
 
 

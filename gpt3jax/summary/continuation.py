@@ -24,11 +24,13 @@ class Continuation:
     """A prompt and what the model wrote after it.
 
     Attributes:
-        logprobs: of the new tokens under the model (ln p); temperature does not change them.
+        tokens: the new ones, with the end-of-text token if the text has ended.
+        logprobs: of these tokens under the model (ln p); temperature does not change them.
     """
 
     prompt: str
     text: str
+    tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
 
     @property
@@ -72,7 +74,12 @@ def write(
     for step in generator.steps([row], scored=True):
         written += text.add(step.tokens[0])
         logprobs += [score.logprob for score in step.scores[0]]
-    return Continuation(prompt=tokenizer.decode(prompt), text=written, logprobs=tuple(logprobs))
+    return Continuation(
+        prompt=tokenizer.decode(prompt),
+        text=written,
+        tokens=tuple(text.tokens),
+        logprobs=tuple(logprobs),
+    )
 
 
 def choose_prompt(rows: np.ndarray, tokenizer: tokenization.Tokenizer) -> list[int]:

@@ -67,7 +67,7 @@ def _other_mesh(cfg: schema.Config, words: str) -> list[str]:
     `words` describe the run's mesh, as `run.startup.describe_mesh` does. The devices are as many,
     batches are cut as before, and no device needs more memory.
     """
-    sizes = collections.defaultdict(lambda: 1)
+    sizes: dict[str, int] = collections.defaultdict(lambda: 1)
     sizes |= {axis: int(size) for axis, size in re.findall(r"(\w+) (\d+)", words)}
     n_shards = sizes["data"] * sizes["fsdp"]
     if sizes["data"] == 1 or cfg.mesh.shard_optimizer or cfg.model.d_model % n_shards:

@@ -122,8 +122,8 @@ def test_probabilities_are_those_of_the_models_logits(run_folder, monkeypatch):
     bpe = parameters.open_tokenizer(run.cfg.checkpoint.dir, source.cfg, options.source)
     assert written.prompt in bpe.decode(rows.ravel().tolist())
     prompt = bpe.encode(written.prompt)
-    tokens = [*prompt, *bpe.encode(written.text)]
-    assert len(tokens) == len(prompt) + len(written.logprobs), "choose another seed"
+    tokens = [*prompt, *written.tokens]
+    assert len(written.tokens) == len(written.logprobs) > 1
     params, tokens_BT = source.params(), np.asarray([tokens])
     positions_BT = np.arange(len(tokens))[None]
     with jax.set_mesh(source.program.mesh):
