@@ -16,7 +16,6 @@ from gpt3jax.checkpoint import metadata, parameters
 from gpt3jax.config import recipe, schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.evaluate import token_losses
-from gpt3jax.sharding import meshes
 from gpt3jax.summary import __main__ as summary
 from gpt3jax.summary import continuation, learned, next_commands, recorded_run
 from gpt3jax.summary import options as summary_options
@@ -90,9 +89,18 @@ def test_a_summary_has_its_three_parts_and_commands_that_work(run_folder, monkey
     assert call(monkeypatch, convert, *commands[2][3:]) == errors.DONE
     assert (run_folder / "run" / "hf" / "model.safetensors").is_file()
     assert next_commands.all_of(recorded_run.read("run"), "x")[2].commands[0].endswith("run/hf-2")
+
+
+@pytest.mark.slow
+def test_the_exported_model_opens_in_transformers_as_printed(run_folder, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    done = subprocess.run([sys.executable, *commands[3][1:]], capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.split()) > 1, done.stderr
+    monkeypatch.chdir(run_folder)
+    run = recorded_run.read("run")
+    run = dataclasses.replace(run, folder=tmp_path)
+    export, use = next_commands.all_of(run, "class File1:")[2].commands
+    assert call(monkeypatch, convert, *shlex.split(export)[3:]) == errors.DONE
+    done = subprocess.run([sys.executable, *shlex.split(use)[1:]], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("class"), done.stderr
 
 
 @pytest.mark.slow
@@ -116,9 +124,7 @@ def test_probabilities_are_those_of_the_models_logits(run_folder, monkeypatch):
     measured = learned.compare(run).measured
     rows, _ = measured.source.tokens(measured.numbers)
     written = continuation.write(run, options, rows)
-    source = parameters.open_newest(
-        run.cfg.checkpoint.dir, meshes.make_mesh(schema.Mesh(data=1, fsdp=8))
-    )
+    source = parameters.open_newest(run.cfg.checkpoint.dir, tiny.one_device_mesh())
     bpe = parameters.open_tokenizer(run.cfg.checkpoint.dir, source.cfg, options.source)
     assert written.prompt in bpe.decode(rows.ravel().tolist())
     prompt = bpe.encode(written.prompt)
