@@ -16,7 +16,6 @@ from gpt3jax.config import batch_schedule, schema
 from gpt3jax.convert import hf_gpt2
 from gpt3jax.summary import recorded_run
 
-_LONGER = 1.25  # times its length, for a run that has ended
 _LIMITS = ("n_steps", "n_samples", "n_tokens")
 
 
@@ -49,7 +48,7 @@ def train_on(run: recorded_run.RecordedRun) -> Next:
     options: list[str] = []
     where = "to its end"
     if run.newest.consumed_samples >= end:
-        limits = {name: round(limit * _LONGER) for name, limit in limits.items()}
+        limits = {name: limit + -(-limit // 4) for name, limit in limits.items()}  # a quarter more
         options = [w for n, x in limits.items() for w in (f"--train.{n.replace('_', '-')}", str(x))]
         where = f"to {' or '.join(f'{x:,} {n[2:]}' for n, x in limits.items())}"
     mesh = _other_mesh(cfg, run.newest.mesh)
@@ -104,7 +103,7 @@ def _in_transformers(folder: str, prompt: str) -> str:
     names = map(json.dumps, ("text-generation", folder, word[0] if word else "The"))
     return (
         "from transformers import pipeline; "
-        "print(pipeline({}, {})({})[0]['generated_text'])".format(*names).replace("'", '"')
+        'print(pipeline({}, {})({})[0]["generated_text"])'.format(*names)
     )
 
 

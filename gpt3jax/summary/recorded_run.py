@@ -1,5 +1,6 @@
 """A run as its log.dir and its checkpoints tell it. Imports no JAX."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -60,10 +61,9 @@ def _log_dir(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _entries(path: pathlib.Path) -> Iterator[Entry]:
-    """Yield the whole lines of a file of metrics, which a run may be writing."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):
+    """Yield the whole lines of a file of metrics; a run may be writing it, or was killed then."""
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
             yield json.loads(line)
 
 

@@ -252,10 +252,26 @@ def test_a_run_before_its_end_is_trained_to_it(tmp_path):
     assert item.what.startswith("train on to its end") and "--train.n-steps" not in options_of(item)
 
 
-def test_the_limit_that_the_run_has_is_raised(tmp_path):
-    item = train_on(tmp_path / "run", train={"n_steps": 0, "n_tokens": 10_240})
-    assert options_of(item)[2:4] == ["--train.n-tokens", "12800"]
-    assert "to 12,800 tokens" in item.what
+@pytest.mark.parametrize(
+    ("limit", "option", "words"),
+    [
+        ({"n_steps": 0, "n_tokens": 10_240}, ["--train.n-tokens", "12800"], "to 12,800 tokens"),
+        ({"n_steps": 1}, ["--train.n-steps", "2"], "to 2 steps"),
+    ],
+)
+def test_the_limit_that_the_run_has_is_raised(tmp_path, limit, option, words):
+    item = train_on(tmp_path / "run", train=limit)
+    assert options_of(item)[2:4] == option and words in item.what
+
+
+def test_names_of_folders_are_quoted(tmp_path):
+    folder = tmp_path / "it's a run"
+    write_run(folder)
+    _, report, export = next_commands.all_of(recorded_run.read(str(folder)), "x = 1")
+    assert options_of(report) == [str(folder), "--html", str(folder / "report.html")]
+    code = shlex.split(export.commands[1])[2]
+    compile(code, "code", "exec")
+    assert f'("text-generation", "{folder / "hf"}")("x")' in code
 
 
 def test_a_banded_model_is_not_exported(tmp_path):
