@@ -35,7 +35,7 @@ COMMANDS = {
     "gpt3jax.data.prepare": ["--input=FILE", "--output-prefix=PREFIX"],
     "gpt3jax.data.merge": ["--input=FILE", "--output-prefix=PREFIX"],
     "gpt3jax.data.inspect": [],
-    "gpt3jax.summary": ["RUN"],
+    "gpt3jax.summary": [],
     "gpt3jax.checkpoint": [],
     "gpt3jax.convert": [],
 }

@@ -54,8 +54,8 @@ def _lines(
         f"{written.mean_probability:.1%} a token on average (geometric mean of "
         f"{len(written.logprobs)} tokens; all together e^{sum(written.logprobs):.1f}):"
     )
-    prompt, *rest = (written.prompt + written.text).split("\n")
-    yield from (f"  > {prompt}", *(f"  | {line}" for line in rest))
+    yield f"  > {written.prompt}"
+    yield from (f"  | {line}" for line in written.text.removeprefix("\n").split("\n"))
     yield "Next:"
     for item in to_do:
         yield from _wrapped(f"- {item.what}:", indent="  ")

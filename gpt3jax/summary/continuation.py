@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from gpt3jax.summary import recorded_run
 
 SAMPLING = sampling_options.Options(max_new_tokens=32, temperature=0.7)
 _PROMPT_TOKENS = range(4, 17)
+_WORD = re.compile(r"[^\W\d_]{3,}")
 ROWS = 16  # of the corpus, to look for a prompt in
 
 
@@ -83,11 +85,11 @@ def write(
 
 
 def choose_prompt(rows: np.ndarray, tokenizer: tokenization.Tokenizer) -> list[int]:
-    """Return the tokens of the first whole line that is short and has a word; else of no line."""
+    """Return the tokens of the first whole line that is short and has words; else of no line."""
     for row in rows[:ROWS]:
         for line in tokenizer.decode(row.tolist()).split("\n")[1:-1]:
             tokens = tokenizer.encode(line)
-            if len(tokens) in _PROMPT_TOKENS and any(map(str.isalpha, line)):
+            if len(tokens) in _PROMPT_TOKENS and len(_WORD.findall(line)) > 1:
                 return tokens
     beginning: Sequence[int] = rows[0, : _PROMPT_TOKENS[-1]].tolist()
     return list(beginning)

@@ -98,8 +98,8 @@ def _unused(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _in_transformers(folder: str, prompt: str) -> str:
-    """Return a line of Python that lets transformers continue the prompt's first word."""
-    word = re.search(r"\w+", prompt)
+    """Return a line of Python that lets transformers continue a word of the prompt."""
+    word = re.search(r"[^\W\d_]+", prompt)
     names = map(json.dumps, ("text-generation", folder, word[0] if word else "The"))
     return (
         "from transformers import pipeline; "
