@@ -18,6 +18,9 @@ FIGURES = $(VENV)/.gpt3jax-figures
 
 quickstart: $(TEST)  ## train a small GPT on the CPU, in minutes (ARGS="--train.n-steps=50")
 	$(BIN)/python -m gpt3jax.main --config=configs/quickstart.py $(ARGS)
+ifeq ($(findstring .dir,$(ARGS)),)  # else the run is not in this folder, or in none
+	$(BIN)/python -m gpt3jax.summary runs/quickstart
+endif
 
 test: $(TEST)  ## tests that take seconds (WORKERS=2, ARGS="-k name")
 	$(BIN)/python -m pytest -m "not slow and not slower and not gpu" -n $(WORKERS) $(ARGS)

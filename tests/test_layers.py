@@ -10,9 +10,9 @@ import pytest
 
 # From the top. A name is a folder of the package, or a file in its root.
 ROOMS = (
-    "main", "train", "report", "evaluate", "sample", "convert", "preflight", "run", "plan",
-    "checkpoint", "step", "gradient", "watch", "data", "model", "optimizer", "record", "page",
-    "sharding", "distributed", "hardware", "config", "errors",
+    "main", "train", "report", "summary", "evaluate", "sample", "convert", "preflight", "run",
+    "plan", "checkpoint", "step", "gradient", "watch", "data", "model", "optimizer", "record",
+    "page", "sharding", "distributed", "hardware", "config", "errors",
 )  # fmt: skip
 
 
@@ -66,8 +66,9 @@ WITHOUT_JAX = (
     "errors", "config.recipe", "config.validation", "config.command_line", "config.batch_schedule",
     "hardware.flops", "hardware.xla_flags", "distributed.launchers", "record.recording",
     "record.console", "watch.phases", "checkpoint.metadata", "plan.options", "preflight.options",
-    "evaluate.options", "sample.options", "convert.hf_gpt2", "convert.megatron_core",
-    "page.charts", "report.html_page",
+    "evaluate.options", "sample.options", "summary.options", "summary.recorded_run",
+    "summary.next_commands", "convert.hf_gpt2", "convert.megatron_core", "page.charts",
+    "report.html_page",
 )  # fmt: skip
 
 

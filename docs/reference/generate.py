@@ -31,6 +31,7 @@ DOCS = pathlib.Path(__file__).parents[1]
 COMMANDS = (
     "checkpoint", "convert", "data.inspect", "data.merge", "data.prepare", "evaluate",
     "hardware.xla_flags", "main", "plan", "preflight", "report", "sample",
+    "summary",
 )  # fmt: skip
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _OPTION = ("option", "meaning", "values", "default")

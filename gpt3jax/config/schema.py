@@ -318,7 +318,8 @@ class Log:
     dir: user_paths.Path = ""
     """Folder for metrics.jsonl, TensorBoard files and the config of the run (empty: none)."""
     interval: Annotated[int, ranges.positive("a large number logs little")] = 100
-    """Steps between console lines and logged metrics."""
+    """Steps between console lines and logged metrics. With log.dir a terminal shows a live view in
+    place of the lines on steps."""
     profile_steps: tuple[ranges.Count, ranges.Count] = (0, 0)
     """First and last step to profile for TensorBoard or xprof (0 0: none)."""
     wandb_project: str = ""

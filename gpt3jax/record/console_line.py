@@ -18,7 +18,6 @@ def step_line(entry: Mapping[str, float], end_step: int, end_samples: int, seq_l
     the gradient norm where the step was skipped.
     """
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
-    steps_left = (end_samples - entry["consumed_samples"]) / entry["batch_size"]
     loss, skipped_samples = entry["interval_loss"], entry["skipped_samples"]
     fields = [
         f" [{now}] iteration {entry['step']:8d}/{end_step:8d}",
@@ -36,18 +35,28 @@ def step_line(entry: Mapping[str, float], end_step: int, end_samples: int, seq_l
         f"tokens/s: {entry['tokens_per_second']:.1f}",
         f"MFU: {entry['mfu'] * 100:.1f}%" if "mfu" in entry else "",
         f"tokens: {short_count(entry['consumed_tokens'])}/{short_count(end_samples * seq_len)}",
-        f"ETA: {duration(steps_left * entry['step_time'])}",
+        f"ETA: {duration(seconds_left(entry, end_samples))}",
     ]
     return " | ".join(field for field in fields if field) + " |"
 
 
-def evaluation_lines(
+def seconds_left(entry: Mapping[str, float], end_samples: int) -> float:
+    """Return how long the rest of the run takes, from a step's entry in metrics.jsonl."""
+    steps_left = (end_samples - entry["consumed_samples"]) / entry["batch_size"]
+    return steps_left * entry["step_time"]
+
+
+def evaluation_line(
     step: int, split: Literal["validation", "test"], loss: float, perplexity: float
 ) -> str:
-    """Return Megatron's line on an evaluation, between two rules."""
+    """Return Megatron's line on an evaluation."""
     where = " on test set" if split == "test" else ""
     line = f" validation loss at iteration {step}{where} | lm loss value: {loss:.6E} | "
-    line += f"lm loss PPL: {perplexity:.6E} |"
+    return line + f"lm loss PPL: {perplexity:.6E} |"
+
+
+def between_rules(line: str) -> str:
+    """Return a line between two rules, as Megatron prints evaluations."""
     rule = "-" * len(line)
     return "\n".join((rule, line, rule))
 

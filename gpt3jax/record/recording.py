@@ -1,4 +1,4 @@
-"""Records the course of a run: console, progress bar, `metrics.jsonl`, TensorBoard, W&B.
+"""Records the course of a run: console, live view, `metrics.jsonl`, TensorBoard, W&B.
 
 Only process 0 has an active `Recorder`. It takes Python numbers and never asks a device for one: it
 imports no JAX.
@@ -14,7 +14,7 @@ from typing import Literal
 from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.hardware import flops
-from gpt3jax.record import console_line, log_folder, progress_bar, tensorboard, wandb_run
+from gpt3jax.record import console_line, live_view, log_folder, tensorboard, wandb_run
 
 _VALUES = ("loss", "grad_norm", "loss_scale", "interval_loss", "step_time")
 _COUNTS = (
@@ -62,6 +62,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         """
         self._cfg, self._span, self._active = cfg, span, active
         self._n_devices, self._peak_flops = n_devices, peak_flops
+        self.view = live_view.LiveView(span.start_step, span.end_step)
         self.folder: log_folder.LogFolder | None = None
         """The files in log.dir; None without one."""
         if active and cfg.log.dir:
@@ -72,7 +73,6 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         if self.folder is not None and cfg.log.wandb_project:
             self._wandb = wandb_run.WandbRun(cfg, self.folder.n_entries(), self.say)
         self._status = errors.DONE
-        self.bar = progress_bar.ProgressBar(span.start_step, span.end_step) if active else None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
@@ -87,22 +87,21 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
 
     def close(self) -> None:
         """Write out and close everything; a second call does nothing."""
-        if self.bar is not None:
-            self.bar.close()
+        self.view.close()
         if self._wandb is not None:
             self._wandb.close(self._status)
         if self.folder is not None:
             self.folder.close()
 
     def say(self, text: str) -> None:
-        """Print a line at once, above the progress bar if there is one."""
+        """Print a line at once, above the live view if there is one."""
         if self._active:
-            progress_bar.write_line(text)
+            self.view.write_line(text)
 
-    def advance(self, step: int, loss: float | None = None) -> None:
-        """Move the progress bar to a step; without a loss it keeps the last one."""
-        if self.bar is not None:
-            self.bar.advance(step, loss)
+    def advance(self, step: int, loss: float) -> None:
+        """Move the live view to a step."""
+        if self._active:
+            self.view.advance(step, loss)
 
     def log_step(
         self,
@@ -135,10 +134,11 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             **{name: int(metrics[name]) for name in _COUNTS},
             **self._rates(batch_size, float(metrics["step_time"])),
         }
-        if self.bar is not None:
-            self.bar.show_rate(f"{console_line.short_count(entry['tokens_per_second'])} tokens/s")
         end_step, end_samples = self._span.end_step, self._span.end_samples
-        self.say(console_line.step_line(entry, end_step, end_samples, seq_len))
+        seconds = console_line.seconds_left(entry, end_samples)
+        self.view.show_rates(entry["learning_rate"], entry["tokens_per_second"], seconds)
+        if self.folder is None or not self.view.is_shown:  # the view shows what the folder keeps
+            self.say(console_line.step_line(entry, end_step, end_samples, seq_len))
         self._keep(entry, *self._scalars(entry, memory or {}))
 
     def _keep(
@@ -187,7 +187,8 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         if not self._active:
             return
         perplexity = math.exp(min(loss, 20.0))  # bounded as in Megatron; NaN stays NaN
-        self.say(console_line.evaluation_lines(step, split, loss, perplexity))
+        line = console_line.evaluation_line(step, split, loss, perplexity)
+        self.say(line if self.view.is_shown else console_line.between_rules(line))
         place = {"step": step, "time": time.time(), "consumed_samples": consumed_samples}
         values = {f"{split}_loss": float(loss), f"{split}_ppl": perplexity}
         names = tensorboard.EVALUATION_TAGS.items()

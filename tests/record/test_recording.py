@@ -358,31 +358,43 @@ def test_lines_are_out_at_once(monkeypatch):
         assert stdout.shown == "the mesh is (2, 1)\n"
 
 
-def test_no_progress_bar_without_a_terminal(capsys):
-    with record() as recorder:
-        recorder.advance(1, 4.5)
-        log(recorder, 1)
-        recorder.advance(2, 4.4)
-    assert capsys.readouterr().err == ""
+def on_a_terminal(log_dir, monkeypatch):
+    """Return what a terminal gets of a step, a line and an evaluation."""
 
-
-def test_progress_bar_on_a_terminal(monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "120")
-    with record(start_step=10) as recorder:
-        log(recorder, 12)
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with record(log_dir, start_step=10) as recorder:
         recorder.advance(15, 4.5)
+        log(recorder, 15)
         recorder.say("saved")
-        recorder.bar.refresh()
-    shown = terminal.getvalue()
-    assert "step 10/30" in shown  # resumed, it starts where the run does
-    assert re.search(r" 50%\|.*step 15/30, ETA \S+, loss 4\.5000, 1\.02K tokens/s", shown)
-    assert "step" not in capsys.readouterr().out.splitlines()[-1]
+        recorder.log_eval(15, 120, "validation", 4.5)
+    return terminal.getvalue()
+
+
+def test_the_view_on_a_terminal_takes_the_place_of_lines_that_the_folder_keeps(
+    tmp_path, monkeypatch
+):
+    shown = on_a_terminal(tmp_path, monkeypatch)
+    fields = (
+        "step 15/30  50%",
+        "loss 4.5000",
+        "learning rate 1.00e-03",
+        "1.02K tokens/s",
+        "ETA 0m",
+    )
+    assert all(field in shown for field in fields)
+    assert "saved\n" in shown and " iteration " not in shown.replace("at iteration", "")
+    assert "validation loss at iteration 15 |" in shown and "---" not in shown
+    assert [entry["step"] for entry in entries(tmp_path)] == [15, 15]
+
+
+def test_a_terminal_gets_all_lines_where_no_folder_keeps_them(monkeypatch):
+    shown = on_a_terminal("", monkeypatch)
+    assert any(MEGATRON_LINE.match(line) for line in re.split(r"[\r\n]|\x1b\[\d?[A-Z]", shown))
 
 
 def test_inactive_recorder_does_nothing(tmp_path, capsys):

@@ -14,6 +14,7 @@ from gpt3jax.run import stopping
 
 import corpus
 
+SHOW_CURSOR, HIDE_CURSOR = b"\x1b[?25h", b"\x1b[?25l"
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP", "SIGINT")
 
 
@@ -83,19 +84,21 @@ def test_a_run_ends_as_it_should_where_nobody_reads_why():
 
 LOOP = """
 import os, sys, time
-import jax, tqdm
-from gpt3jax.record import console
+import jax
+from gpt3jax.record import console, live_view
 from gpt3jax.run import stopping
 jax.config.update("jax_platforms", "cpu")
 console.outlive()
 with stopping.Stop() as stop:
-    bar = tqdm.tqdm(total=1000)
-    while not stop.requested(1):
-        tqdm.tqdm.write("a step", file=sys.stdout)
-        bar.update(1)
+    view = live_view.LiveView(0, 1000)
+    for step in range(1, 1000):
+        view.write_line("a line")
+        view.advance(step, 4.5)
+        if stop.requested(1):
+            break
         time.sleep(0.01)
-    tqdm.tqdm.write("saved", file=sys.stdout)
-    bar.close()
+    view.write_line("saved")
+    view.close()
 sys.stdout.flush()
 os._exit(75)
 """
@@ -104,18 +107,35 @@ os._exit(75)
 TAKE_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 
 
-def test_a_lost_terminal_stops_and_saves():
-    """As when an ssh session breaks: the kernel sends SIGHUP, and every print fails from then."""
+def start_on_a_terminal():
+    """Start LOOP; return it, our end of its terminal, and what it showed of its first steps."""
     ours, theirs = pty.openpty()
-
     process = subprocess.Popen(
         [sys.executable, "-c", TAKE_TERMINAL + LOOP],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY)},
+        env=os.environ | {"PYTHONPATH": str(corpus.REPOSITORY), "TERM": "xterm"},
     )  # fmt: skip
     os.close(theirs)
     told = b""
-    while told.count(b"a step") < 3:
+    while told.count(b"loss 4.5000") < 3:
         told += os.read(ours, 1 << 16)
+    return process, ours, told
+
+
+def test_a_lost_terminal_stops_and_saves():
+    """As when an ssh session breaks: the kernel sends SIGHUP, and every print fails from then."""
+    process, ours, _ = start_on_a_terminal()
     os.close(ours)
     assert process.wait(timeout=60) == errors.REQUEUE
+
+
+def test_ctrl_c_leaves_the_terminal_in_order():
+    process, ours, told = start_on_a_terminal()
+    os.write(ours, b"\x03")
+    while b"saved" not in told or not told.endswith(SHOW_CURSOR):
+        told += os.read(ours, 1 << 16)
+    assert process.wait(timeout=60) == errors.REQUEUE
+    os.close(ours)
+    last_line, end = told.split(b"\r\n")[-2:]
+    assert b"loss 4.5000" in last_line and end == SHOW_CURSOR
+    assert told.count(HIDE_CURSOR) == 1 and told.split(HIDE_CURSOR)[1].startswith(SHOW_CURSOR)
