@@ -55,7 +55,8 @@ def compare(run: recorded_run.RecordedRun) -> Learned:
     measured = _last_validation(run, opened) or _last_interval(run, opened)
     if measured is None:
         raise errors.UserError(
-            f"{run.log_dir}/metrics.jsonl has no loss yet: train until one is logged (log.interval)",
+            f"{run.log_dir}/metrics.jsonl has no loss yet: train until one is logged "
+            "(log.interval)",
             page="start.md#train",
         )
     learner = _learn(run.cfg, opened.train, measured.n_read)
