@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 from tensorboardX import event_file_writer
@@ -174,6 +175,8 @@ def test_jsonl_keeps_every_bit(tmp_path):
         recorder.log_eval(5, 40, "validation", 0.7)
         recorder.log_eval(5, 40, "test", 30.0)
     step, validation, test = entries(tmp_path)
+    now = time.time()
+    assert all(now - 60 < entry.pop("time") <= now for entry in (step, validation, test))
     per_device = 8 * 32 / 0.25 / 2
     flops_per_second = per_device * flops.flops_per_token(make_config().model)
     assert step == VALUES | {

@@ -199,13 +199,13 @@ def test_the_end_is_the_exit_status(tmp_path, stand_in, status):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (errors.UserError, errors.REFUSED),
-        (errors.TransientError, errors.RETRY),
-        (ZeroDivisionError, errors.RETRY),
+        (errors.UserError("it is full", page="plan.md"), errors.REFUSED),
+        (errors.TransientError("it is full", page="plan.md"), errors.RETRY),
+        (ZeroDivisionError(), errors.RETRY),
     ],
 )
 def test_an_error_ends_the_run_there_as_failed(tmp_path, stand_in, error, status):
-    with contextlib.suppress(error), record(tmp_path):
+    with contextlib.suppress(type(error)), record(tmp_path):
         raise error
     assert stand_in.ends == [status] and not stand_in.preempting
 

@@ -71,7 +71,7 @@ def test_what_is_plotted_of_the_time_has_a_meaning(now):
     for phase in names:
         with clock.during(phase):
             now.sleep(1.0)
-    assert goodput.Account("", clock, 0).scalars().keys() == goodput.TAGS.keys()
+    assert goodput.Account("", clock, 0, {}).scalars().keys() == goodput.TAGS.keys()
 
 
 def start_of(first, last, seconds, began=0.0, end=""):
