@@ -37,8 +37,8 @@ COMMANDS = {
     "gpt3jax.data.inspect": [],
     "gpt3jax.checkpoint": [],
     "gpt3jax.convert": [],
-    "gpt3jax.report": ["RUN", "--html=FILE"],
-    "gpt3jax.summary": ["RUN"],
+    "gpt3jax.report": [],
+    "gpt3jax.summary": [],
 }
 PARTS_OF_COMMANDS = {"gpt3jax.plan.compiler"}  # processes that another command starts
 SUBCOMMANDS = {
