@@ -89,7 +89,7 @@ def test_one_loss_has_every_mesh_and_each_follows_one_device(load):
     assert set(data["meshes"]) == {figure.name_of(sizes) for sizes in figure.every_mesh()}
     assert len(data["meshes"]) == 35
     for losses in data["meshes"].values():
-        assert losses == pytest.approx(data["one_device"], rel=1e-3)
+        assert losses == pytest.approx(data["one_device"], rel=1e-5)
 
 
 def test_our_losses_are_those_that_megatron_printed(load):
