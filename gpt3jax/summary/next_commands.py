@@ -86,7 +86,10 @@ def _use_elsewhere(run: recorded_run.RecordedRun, prompt: str) -> Next:
     convert = _command("gpt3jax.convert", "to-hf", *checkpoint, "--output", output)
     return Next(
         "export it, and open it in transformers (pip install torch transformers)",
-        [convert, shlex.join([_python(), "-c", _in_transformers(output, prompt)])],
+        [
+            convert,
+            shlex.join([_python(), "-c", _in_transformers(output, prompt, run.cfg.model.seq_len)]),
+        ],
     )
 
 
@@ -97,14 +100,15 @@ def _unused(folder: pathlib.Path) -> pathlib.Path:
     return next(f for f in folders if not f.is_dir() or not any(f.iterdir()))
 
 
-def _in_transformers(folder: str, prompt: str) -> str:
-    """Return a line of Python that lets transformers continue a word of the prompt."""
+def _in_transformers(folder: str, prompt: str, seq_len: int) -> str:
+    """Return a line of Python that lets transformers continue a word of the prompt.
+
+    Without a limit it generates more tokens than a small model has positions, and fails.
+    """
     word = re.search(r"[^\W\d_]+", prompt)
     names = map(json.dumps, ("text-generation", folder, word[0] if word else "The"))
-    return (
-        "from transformers import pipeline; "
-        'print(pipeline({}, {})({})[0]["generated_text"])'.format(*names)
-    )
+    call = "pipeline({}, {})({}, max_new_tokens={})".format(*names, min(32, seq_len // 2))
+    return f'from transformers import pipeline; print({call}[0]["generated_text"])'
 
 
 def _command(module: str, *args: str) -> str:

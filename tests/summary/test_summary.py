@@ -99,7 +99,8 @@ def test_the_exported_model_opens_in_transformers_as_printed(run_folder, tmp_pat
     run = dataclasses.replace(run, folder=tmp_path)
     export, use = next_commands.all_of(run, "class File1:")[2].commands
     assert call(monkeypatch, convert, *shlex.split(export)[3:]) == errors.DONE
-    done = subprocess.run([sys.executable, *shlex.split(use)[1:]], capture_output=True, text=True)
+    _, option, code = shlex.split(use)
+    done = subprocess.run([sys.executable, option, code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("class"), done.stderr
 
 
@@ -271,7 +272,7 @@ def test_names_of_folders_are_quoted(tmp_path):
     assert options_of(report) == [str(folder), "--html", str(folder / "report.html")]
     code = shlex.split(export.commands[1])[2]
     compile(code, "code", "exec")
-    assert f'("text-generation", "{folder / "hf"}")("x")' in code
+    assert f'("text-generation", "{folder / "hf"}")("x", max_new_tokens=16)' in code
 
 
 def test_a_banded_model_is_not_exported(tmp_path):
