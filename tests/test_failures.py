@@ -320,14 +320,6 @@ def small_disk(folder, options):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-# A failed save leaves threads of Orbax behind, and coroutines that nobody awaits any more.
-ORBAX_LEFTOVERS = pytest.mark.filterwarnings(
-    "ignore:.*(Event loop is closed|was never awaited):pytest.PytestUnraisableExceptionWarning",
-    "ignore:coroutine .* was never awaited:RuntimeWarning",
-)
-
-
-@ORBAX_LEFTOVERS
 @pytest.mark.parametrize("room_again", [False, True])
 def test_a_full_disk_is_told_at_once_and_costs_no_older_checkpoint(
     tmp_path, monkeypatch, capfd, room_again

@@ -169,7 +169,6 @@ def test_one_checkpoint_is_no_folder_of_them(monkeypatch, capsys, folder):
 
 @pytest.mark.slower
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("how", ["cut", "flip", "missing", "empty"])
 def test_each_file_damaged_is_noticed_or_does_not_matter(folder, tmp_path, how):
     """Every file that a checkpoint has; verify says what a restore would."""
