@@ -39,6 +39,8 @@ WRONG = {
     "data.prepare": ("--input=x --output-prefix=y --workers=0", "--workers=0"),
     "data.merge": ("--input=x --output-prefix=x", "--output-prefix"),
     "data.inspect": ("--config=recipe.py", "nowhere.idx"),
+    "report.__main__": ("nowhere", "nowhere"),
+    "summary.__main__": ("nowhere", "nowhere"),
 }
 
 RECIPE = """
