@@ -57,7 +57,7 @@ class Model:
     """Added to the variance in LayerNorm."""
     remat: Remat = "full"
     """Which activations the backward pass recomputes, from none to those of whole layers (full):
-    see `remat.POLICIES`. With pipeline stages, none means dots."""
+    see `remat.SAVED`. With pipeline stages, none means dots."""
     n_loss_chunks: Annotated[int, ranges.Range(1, 2**24, "1 cuts nothing")] = 1
     """Chunks of the sequence in the loss. More need less memory: one chunk's logits at a time."""
     attention: Attention = Attention()

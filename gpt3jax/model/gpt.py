@@ -8,6 +8,7 @@ docs/from_megatron.md lists the deliberate differences.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from gpt3jax.config import schema
-from gpt3jax.model import attention, dropout, embedding_lookup, remat
+from gpt3jax.model import attention, dropout, embedding_lookup, prefetch, remat
 from gpt3jax.sharding import rules
 
 
@@ -29,6 +30,7 @@ class Compute:
     dtype: str = "float32"
     attention: str = "xla"
     sequence_parallel: bool = False
+    prefetch: bool = False  # gather each layer's weights during the layer before (model.prefetch)
 
     @property
     def residual_axes(self) -> tuple[str | None, str | None, None]:
@@ -64,6 +66,50 @@ def vector(value: float, shape: tuple[int, ...], axes: Axes) -> nnx.Param[Array]
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decays=False)
 
 
+def product(equation: str, x_BT: Array, weight: nnx.Param[Array]) -> Array:
+    """Return the product of an activation `[B, T, ...]` and a matrix, in the activation's format.
+
+    A matrix may have dimensions `[F, C]` in front for the devices that have a part of B and T each
+    (see `model.prefetch`): then it meets their part.
+    """
+    w = weight[...].astype(x_BT.dtype)
+    x, matrix, out = re.split(",|->", equation)
+    if w.ndim == len(matrix):
+        return _einsum(equation, x_BT, w)
+    if w.ndim == len(matrix) + 1:
+        x_FBT = x_BT.reshape(len(w), -1, *x_BT.shape[1:])
+        out_FBT = _einsum(f"x{x},x{matrix}->x{out}", x_FBT, w)
+        return out_FBT.reshape(-1, *out_FBT.shape[2:])
+    x, out = (term.replace("bt", "xbyt") for term in (x, out))
+    x_FBCT = x_BT.reshape(w.shape[0], -1, w.shape[1], x_BT.shape[1] // w.shape[1], *x_BT.shape[2:])
+    out_FBCT = _einsum(f"{x},xy{matrix}->{out}", x_FBCT, w)
+    return out_FBCT.reshape(*x_BT.shape[:2], *out_FBCT.shape[4:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(equation: str, x: Array, w: Array) -> Array:
+    """Return an einsum; the gradient of `w` is made in its own order of dimensions.
+
+    JAX's would be made in another one and be copied, because that of QKV is cut along the first.
+    """
+    return jnp.einsum(equation, x, w)
+
+
+def _einsum_forward(equation: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _einsum(equation, x, w), (x, w)
+
+
+def _einsum_backward(
+    equation: str, operands: tuple[Array, Array], d_out: Array
+) -> tuple[Array, Array]:
+    (x, w), (left, right, out) = operands, re.split(",|->", equation)
+    d_x = jnp.einsum(f"{out},{right}->{left}", d_out, w)
+    return d_x, jnp.einsum(f"{left},{out}->{right}", x, d_out)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
 class LayerNorm(nnx.Module):
     """LayerNorm with fp32 statistics."""
 
@@ -96,16 +142,16 @@ class Attention(nnx.Module):
         self.dropout_rate = model.attention_dropout
         self.gather_again = model.remat in ("dots", "mlp")
 
-    def __call__(self, x_BTD: Array, window: int | None, args: ForwardArgs) -> Array:
+    def qkv(self, x_BTD: Array, args: ForwardArgs) -> Array:
+        """Return queries, keys and values, `[B, T, 3, H, K]`."""
+        qkv_BT3HK = product("btd,dchk->btchk", x_BTD, self.w_qkv_D3HK)
+        qkv_BT3HK += self.b_qkv_3HK[...].astype(args.compute.dtype)
+        return rules.constrain(qkv_BT3HK, "batch", "seq", None, "heads", "head_dim")
+
+    def attend(self, qkv_BT3HK: Array, window: int | None, args: ForwardArgs) -> Array:
         """Return the branch's output without its bias, which is added in the residual's layout."""
-        compute = args.compute
-        w_qkv_D3HK = self.w_qkv_D3HK[...].astype(compute.dtype)
-        qkv_BT3HK = jnp.einsum("btd,dchk->btchk", x_BTD, w_qkv_D3HK)
-        qkv_BT3HK += self.b_qkv_3HK[...].astype(compute.dtype)
-        qkv_BT3HK = rules.constrain(qkv_BT3HK, "batch", "seq", None, "heads", "head_dim")
-        qkv_BT3HK = checkpoint_name(qkv_BT3HK, "qkv")
         options = attention.Options(
-            implementation=compute.attention,
+            implementation=args.compute.attention,
             window=window,
             dropout_rate=self.dropout_rate,
             gather_again=self.gather_again,
@@ -117,7 +163,7 @@ class Attention(nnx.Module):
             noise=args.noise,
         )
         out_BTHK = rules.constrain(out_BTHK, "batch", "seq", "heads", "head_dim")
-        return jnp.einsum("bthk,hkd->btd", out_BTHK, self.w_out_HKD[...].astype(compute.dtype))
+        return product("bthk,hkd->btd", out_BTHK, self.w_out_HKD)
 
 
 class Mlp(nnx.Module):
@@ -132,14 +178,19 @@ class Mlp(nnx.Module):
         self.b_down_D = vector(0.0, (d,), (None,))
         self.approximate = model.gelu == "tanh"
 
-    def __call__(self, x_BTD: Array, compute: Compute) -> Array:
-        """Return the branch's output without its last bias (see `Attention`)."""
-        hidden_BTF = jnp.einsum("btd,df->btf", x_BTD, self.w_in_DF[...].astype(compute.dtype))
-        hidden_BTF += self.b_in_F[...].astype(compute.dtype)
-        hidden_BTF = rules.constrain(hidden_BTF, "batch", "seq", "mlp")
-        hidden_BTF = checkpoint_name(hidden_BTF, "hidden")
-        hidden_BTF = remat.elementwise(jax.nn.gelu)(hidden_BTF, self.approximate)
-        return jnp.einsum("btf,fd->btd", hidden_BTF, self.w_down_FD[...].astype(compute.dtype))
+    def hidden(self, x_BTD: Array, args: ForwardArgs) -> Array:
+        """Return the hidden layer before GELU, `[B, T, F]`."""
+        hidden_BTF = product("btd,df->btf", x_BTD, self.w_in_DF)
+        hidden_BTF += self.b_in_F[...].astype(args.compute.dtype)
+        return rules.constrain(hidden_BTF, "batch", "seq", "mlp")
+
+    def activate(self, hidden_BTF: Array) -> Array:
+        """Return the hidden layer after GELU."""
+        return remat.elementwise(jax.nn.gelu)(hidden_BTF, self.approximate)
+
+    def down(self, activated_BTF: Array) -> Array:
+        """Return the branch's output without its last bias (see `Attention.attend`)."""
+        return product("btf,fd->btd", activated_BTF, self.w_down_FD)
 
 
 class Block(nnx.Module):
@@ -155,24 +206,24 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Array, window: int | None, args: ForwardArgs) -> Array:
         """Return the residual stream after the layer."""
-        parts = [args.fold(part) for part in range(3)]
-        normed_BTD = self._norm(self.norm_1, x_BTD, args.compute)
-        out_BTD = self.attention(normed_BTD, window, parts[0])
-        x_BTD = self._add(x_BTD, out_BTD, self.attention.b_out_D, parts[1])
-        x_BTD = checkpoint_name(x_BTD, "residual")
-        out_BTD = self.mlp(self._norm(self.norm_2, x_BTD, args.compute), args.compute)
-        return self._add(x_BTD, out_BTD, self.mlp.b_down_D, parts[2])
+        values = {"x": x_BTD}
+        for part in block_parts(window):
+            value = part.function(self, *(values[name] for name in part.inputs), args)
+            values[part.output] = checkpoint_name(value, part.output)
+        return values["out"]
 
-    def _norm(self, norm: LayerNorm, x_BTD: Array, compute: Compute) -> Array:
+    def norm_branch(self, norm: LayerNorm, x_BTD: Array, args: ForwardArgs) -> Array:
+        """Return a branch's input, whole along the sequence."""
         # Both constraints are needed: with the second alone the fp32 value is gathered over the
         # tensor axis; with none the partitioner gathers weights instead.
-        normed_BTD = remat.elementwise(norm)(x_BTD, compute.dtype)
-        normed_BTD = rules.constrain(normed_BTD, *compute.residual_axes)
+        normed_BTD = remat.elementwise(norm)(x_BTD, args.compute.dtype)
+        normed_BTD = rules.constrain(normed_BTD, *args.compute.residual_axes)
         return rules.constrain(normed_BTD, "batch", "seq", None)
 
-    def _add(
+    def add(
         self, x_BTD: Array, out_BTD: Array, bias_D: nnx.Param[Array], args: ForwardArgs
     ) -> Array:
+        """Add a branch's output to the residual stream, with its bias and dropout."""
         # Both constraints are needed here too: with the second alone, and `context` in use, the
         # partitioner gathers the whole sequence before the product.
         out_BTD = rules.constrain(out_BTD, "batch", "seq", None)
@@ -180,6 +231,62 @@ class Block(nnx.Module):
         out_BTD += bias_D[...].astype(args.compute.dtype)
         x_BTD += dropout.apply(out_BTD, self.dropout_rate, args.noise)
         return rules.constrain(x_BTD, *args.compute.residual_axes)
+
+
+def block_parts(window: int | None) -> tuple[prefetch.Part, ...]:
+    """Return a layer as its parts, in order: what each makes, of which values, by which weights."""
+    part = prefetch.Part
+    return (
+        part("normed_1", ("x",), ("norm_1/scale_D", "norm_1/bias_D"),
+             lambda block, x, args: block.norm_branch(block.norm_1, x, args)),
+        part("qkv", ("normed_1",), ("attention/w_qkv_D3HK", "attention/b_qkv_3HK"),
+             lambda block, normed, args: block.attention.qkv(normed, args)),
+        part("projected", ("qkv",), ("attention/w_out_HKD",),
+             lambda block, qkv, args: block.attention.attend(qkv, window, args.fold(0))),
+        part("middle", ("x", "projected"), ("attention/b_out_D",),
+             lambda block, x, out, args: block.add(x, out, block.attention.b_out_D, args.fold(1)),
+             is_affine=True),
+        part("normed_2", ("middle",), ("norm_2/scale_D", "norm_2/bias_D"),
+             lambda block, x, args: block.norm_branch(block.norm_2, x, args)),
+        part("hidden", ("normed_2",), ("mlp/w_in_DF", "mlp/b_in_F"),
+             lambda block, normed, args: block.mlp.hidden(normed, args)),
+        part("activated", ("hidden",), (),
+             lambda block, hidden, _: block.mlp.activate(hidden)),
+        part("down", ("activated",), ("mlp/w_down_FD",),
+             lambda block, activated, _: block.mlp.down(activated)),
+        part("out", ("middle", "down"), ("mlp/b_down_D",),
+             lambda block, x, out, args: block.add(x, out, block.mlp.b_down_D, args.fold(2)),
+             is_affine=True),
+    )  # fmt: skip
+
+
+# Which transfers go on beside which products. A product whose result is added up over `tensor` has
+# no window that ends with it: the barrier would keep the sum from being scattered. None ends with
+# what enters GELU on the way forward: cuBLAS then runs GELU at the end of the product. Windows that
+# could be open together follow each other, or XLA would make one transfer of two.
+_FORWARD = (
+    prefetch.Window(("normed_1",), ("middle",), gather=("qkv", "projected")),
+    prefetch.Window(("normed_2",), ("activated",), gather=("hidden",)),
+    prefetch.Window(("activated",), ("out",), gather=("down",)),
+)
+_BACKWARD = (
+    prefetch.Window(("normed_2",), ("hidden",), gather=("down",)),
+    prefetch.Window(
+        ("hidden", "d down"), ("d hidden",), gather=("hidden",), add_late=("qkv", "projected")
+    ),
+    prefetch.Window(("d hidden",), ("d middle",), gather=("qkv", "projected")),
+    prefetch.Window(("d projected", "dw down"), ("d qkv",), add=("down",)),
+    prefetch.Window(("d qkv", "dw hidden"), ("d x",), add=("hidden",)),
+)
+# The same where the hidden layer is saved, so that its product does not run again.
+_BACKWARD_WITH_HIDDEN = (
+    prefetch.Window(("d down",), ("d hidden",), gather=("down", "hidden")),
+    prefetch.Window(("d hidden",), ("d middle",), gather=("qkv", "projected")),
+    prefetch.Window(
+        ("d projected", "dw down"), ("d qkv",), add=("down",), add_late=("qkv", "projected")
+    ),
+    prefetch.Window(("d qkv", "dw hidden"), ("d x",), add=("hidden",)),
+)
 
 
 # Gradient sums, in the shapes of stacked blocks, that a pipeline stage hands from layer to layer.
@@ -268,6 +375,9 @@ class GPT(nnx.Module):
         layers are consecutive, and the first of them begins a period of `layer_windows`.
         """
         windows = layer_windows(self.model)
+        if args.compute.prefetch:
+            assert isinstance(stack, Block)
+            return self._run_prefetched(stack, numbers_L, x_BTD, args), sums
         # Layers repeat in periods of `len(windows)`; a last, shorter period may be left over.
         n_layers = numbers_L.size
         n_whole = n_layers // len(windows) * len(windows)
@@ -277,6 +387,29 @@ class GPT(nnx.Module):
                 part = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], (stack, numbers_L))
                 carry = self._scan(carry, part, windows[: stop - first], args, block_at)
         return carry
+
+    def _run_prefetched(
+        self, stack: Block, numbers_L: Array, x_BTD: Array, args: ForwardArgs
+    ) -> Array:
+        saved = remat.SAVED[self.model.remat]
+        weights = prefetch.Weights(stack, args.compute.dtype)
+
+        def args_of(arrays: prefetch.Tree, layer: Array) -> ForwardArgs:
+            numbers_L, noise, segments_BT = arrays
+            shared = dataclasses.replace(args, noise=noise, segments_BT=segments_BT)
+            return shared.fold(numbers_L[layer])
+
+        layers = prefetch.Layers(
+            parts=tuple(map(block_parts, layer_windows(self.model))),
+            saved=saved,
+            kept=("projected",) if "qkv" in saved else (),
+            forward=_FORWARD,
+            backward=_BACKWARD_WITH_HIDDEN if "hidden" in saved else _BACKWARD,
+            weights=weights,
+            args=args_of,
+        )
+        arrays = numbers_L, args.noise, args.segments_BT
+        return prefetch.run(layers, weights.arrays(stack), x_BTD, arrays)
 
     def _scan(
         self,
@@ -312,7 +445,7 @@ class GPT(nnx.Module):
             assert isinstance(block, Block)
             return block(x_BTD, window, dataclasses.replace(args, noise=noise)), sums
 
-        policy = remat.POLICIES[remat.in_effect(self.model.remat, block_at is not None)]
+        policy = remat.policy(remat.in_effect(self.model.remat, block_at is not None))
         if policy is None:
             return layer
         return jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=3)

@@ -15,30 +15,41 @@ from gpt3jax.model import cudnn_attention
 Policy: TypeAlias = Callable[..., bool]
 
 
-def _saving(*names: str) -> Policy:
-    """Return the policy that saves the values with these names, and attention's results."""
+# What each policy saves besides a layer's input, by the names of `gpt.block_parts`. Where QKV is
+# saved, so are attention's results with their softmax sums, and no kernel of it runs again.
+#   none       all but attention's scores and the insides of norms and GELU: Megatron's "selective"
+#   dots       what norms, dropout and GELU are computed again from, so that no product is
+#   mlp        the same without the MLP's hidden layer
+#   residual   the residual stream after attention
+#   full       nothing
+SAVED: dict[str, tuple[str, ...]] = {
+    "none": ("normed_1", "qkv", "middle", "normed_2", "hidden", "activated"),
+    "dots": ("qkv", "middle", "hidden"),
+    "mlp": ("qkv", "middle"),
+    "residual": ("middle",),
+    "full": (),
+}
 
-    def policy(primitive: Primitive, *_: object, **params: object) -> bool:
+
+def policy(name: str) -> Policy | None:
+    """Return the policy of jax.checkpoint that saves these values; None saves all."""
+    if name == "none":
+        return None
+    if "qkv" in SAVED[name]:
+        return _saving_attention(*SAVED[name])
+    return jax.checkpoint_policies.save_only_these_names(*SAVED[name])
+
+
+def _saving_attention(*names: str) -> Policy:
+    def saves(primitive: Primitive, *_: object, **params: object) -> bool:
         named = primitive.name == "name" and params["name"] in (*names, cudnn_attention.SAVED)
         return named or "dot_product_attention_fwd" in primitive.name  # its softmax sums too
 
-    return policy
+    return saves
 
 
-# What each policy saves:
-#   none       all but attention's scores and the insides of norms and GELU: Megatron's "selective"
-#   dots       the layer's input, QKV, attention's results, the residual stream after it and the
-#              MLP's hidden layer: so norms, dropout and GELU are computed again, but no product
-#   mlp        the same without the MLP's hidden layer
-#   residual   the layer's input, and the residual stream after attention
-#   full       the layer's input only
-POLICIES: dict[str, Policy | None] = {
-    "none": None,
-    "dots": _saving("qkv", "residual", "hidden"),
-    "mlp": _saving("qkv", "residual"),
-    "residual": jax.checkpoint_policies.save_only_these_names("residual"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+# Run a function again in the backward pass, but for attention's results.
+keeping_attention = functools.partial(jax.checkpoint, policy=_saving_attention(), prevent_cse=False)
 
 
 def in_effect(name: str, has_stages: bool) -> str:

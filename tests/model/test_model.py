@@ -103,7 +103,7 @@ def trunk(params, x_BTD):
     "name",
     [
         pytest.param(name, marks=() if name in ("full", "dots") else pytest.mark.slow)
-        for name in list(remat.POLICIES)[1:]
+        for name in list(remat.SAVED)[1:]
     ],
 )
 def test_remat_changes_no_gradient(name):
@@ -119,7 +119,7 @@ def test_remat_changes_no_gradient(name):
 @pytest.mark.slower
 def test_remat_policies_save_less_and_less():
     cfg = dataclasses.replace(TINY, dropout=0.1, attention_dropout=0.1, n_layers=8, seq_len=128)
-    saved = [remat_case(dataclasses.replace(cfg, remat=r))[2] for r in remat.POLICIES]
+    saved = [remat_case(dataclasses.replace(cfg, remat=r))[2] for r in remat.SAVED]
     assert saved == sorted(saved, reverse=True) and len(set(saved)) == len(saved), saved
 
 
