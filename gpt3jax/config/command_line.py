@@ -1,6 +1,10 @@
 """What all commands share: parsing of options, one-line error messages, exit statuses."""
 
 import contextlib
+import os
+import pathlib
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -80,6 +84,19 @@ def pointing_on(page: str) -> Iterator[None]:
         if stop.code:
             sys.stderr.write(f"(see docs/{page})\n")
         raise
+
+
+def shell_line(module: str, *args: str) -> str:
+    """Return a command of the package as the user's shell takes it, to be copied."""
+    return shlex.join([python(), "-m", module, *args])
+
+
+def python() -> str:
+    """Return what starts this Python in the user's shell, where no environment may be active."""
+    on_path, here = shutil.which("python"), pathlib.Path(sys.executable)
+    if on_path and pathlib.Path(on_path).parent == here.parent:
+        return "python"
+    return os.path.relpath(here) if here.is_relative_to(pathlib.Path.cwd()) else str(here)
 
 
 def _checked(options: Options) -> Options:

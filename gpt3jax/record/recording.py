@@ -210,7 +210,3 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             self._wandb.alert(f"step {step}: {entry['fault']} (policy {entry['policy']})")
         log_dir = self._cfg.log.dir
         return str(log_folder.fault_path(log_dir, step)) if log_dir else ""
-
-    def recorded(self, step: int, name: str) -> bool:
-        """Return whether metrics.jsonl has a value of this name at a step; True without log.dir."""
-        return self.folder is None or self.folder.has(step, name)
