@@ -408,7 +408,7 @@ def on_a_terminal(log_dir, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     monkeypatch.setenv("TERM", "xterm")
     with record(log_dir, start_step=10) as recorder:
-        recorder.advance(15, 4.5)
+        recorder.advance(15, 4.5, 1e-3)
         log(recorder, 15)
         recorder.say("saved")
         recorder.log_eval(15, 120, "validation", 4.5)
@@ -441,7 +441,7 @@ def test_inactive_recorder_does_nothing(tmp_path, capsys):
     with record(tmp_path / "log", active=False) as recorder:
         log(recorder, 1)
         recorder.log_eval(1, 8, "test", 1.0)
-        recorder.advance(1, 1.0)
+        recorder.advance(1, 1.0, 1e-3)
         recorder.say("hello")
     assert capsys.readouterr() == ("", "") and not (tmp_path / "log").exists()
 
