@@ -91,6 +91,31 @@ def test_a_summary_has_its_three_parts_and_commands_that_work(run_folder, monkey
     assert next_commands.all_of(recorded_run.read("run"), "x")[2].commands[0].endswith("run/hf-2")
 
 
+class Letters:
+    """A tokenizer with a token for each character."""
+
+    def encode(self, text):
+        """Return the characters' codes."""
+        return list(map(ord, text))
+
+    def decode(self, tokens):
+        """Return the characters of codes."""
+        return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("cut line\nname = code\nfor all who read\nif all who run:\nand more", "for all who read"),
+        ("cut line\nname = code\n\nx = 1\nand more", "name = code"),
+        ("cut line\nx = 1\n\ny\nand more", "cut line\nx = 1\n\n"),  # no line has two words
+    ],
+)
+def test_the_prompt_is_the_short_line_with_the_most_words(text, prompt):
+    bpe = Letters()
+    assert bpe.decode(continuation.choose_prompt(np.array([bpe.encode(text)]), bpe)) == prompt
+
+
 @pytest.mark.slow
 def test_the_exported_model_opens_in_transformers_as_printed(run_folder, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
