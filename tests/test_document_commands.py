@@ -244,7 +244,7 @@ def test_arguments_over_two_lines_are_one_command():
     """Make would run the second line as a command of its own, and train without it."""
     args = "--train.n-steps 20 --checkpoint.dir ''\n--log.dir ''"
     told = subprocess.run(
-        ["make", "--dry-run", "quickstart", f"ARGS={args}"],
+        ["make", "--no-print-directory", "--dry-run", "quickstart", f"ARGS={args}"],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert told.splitlines()[-1].endswith(f"configs/quickstart.py {args.replace(chr(10), ' ')}")

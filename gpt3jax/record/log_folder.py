@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.record import json_files, tensorboard
+from gpt3jax.record import json_files, metrics, tensorboard
 
-METRICS = "metrics.jsonl"
 _CONFIG = "config.json"
 
 
@@ -30,7 +29,7 @@ class LogFolder:
         """Write config.json and open the other files; set aside entries that will come again."""
         self._log_dir = cfg.log.dir
         folder, fields = pathlib.Path(cfg.log.dir), schema.flatten(cfg)
-        self._metrics_path = folder / METRICS
+        self._metrics_path = folder / metrics.FILE
         with json_files.user_errors(self._log_dir), contextlib.ExitStack() as stack:
             folder.mkdir(parents=True, exist_ok=True)
             self.set_aside = json_files.set_aside(self._metrics_path, start_step)
@@ -96,7 +95,7 @@ def problem(cfg: schema.Config, start_step: int) -> errors.UserError | None:
     except (OSError, ValueError, AttributeError):  # no run was here, or nothing says which
         return None
     is_other = bool(theirs) and not (ours and (start_step or _same_path(ours, theirs)))
-    if not (cfg.log.dir and is_other and json_files.has_later(folder / METRICS, start_step)):
+    if not (cfg.log.dir and is_other and json_files.has_later(folder / metrics.FILE, start_step)):
         return None
     return errors.UserError(
         f"log.dir={folder} has the log of another run, whose checkpoints are in {theirs}, and "
@@ -112,7 +111,7 @@ def _same_path(one: str, other: str) -> bool:
 
 def has(log_dir: str, step: int, name: str) -> bool:
     """Return whether metrics.jsonl has a value of this name at a step."""
-    entries = json_files.entries(pathlib.Path(log_dir) / METRICS)
+    entries = json_files.entries(pathlib.Path(log_dir) / metrics.FILE)
     return any(entry.get("step") == step and name in entry for entry in entries)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from gpt3jax import errors
 from gpt3jax.checkpoint import listing, metadata
 from gpt3jax.config import recipe, schema
-from gpt3jax.record import json_files, log_folder
+from gpt3jax.record import json_files, metrics
 
 _PAGE = "start.md#train"
 Entry: TypeAlias = Mapping[str, Any]  # a line of metrics.jsonl
@@ -45,7 +45,7 @@ def read(folder: str) -> RecordedRun:
         folder=pathlib.Path(folder),
         log_dir=log_dir,
         cfg=cfg,
-        entries=list(json_files.entries(log_dir / log_folder.METRICS)),
+        entries=list(json_files.entries(log_dir / metrics.FILE)),
         newest=_newest(folder, cfg.checkpoint.dir),
     )
 
