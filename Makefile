@@ -4,6 +4,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
+# In one line: a second one would be a command of its own.
+override ARGS := $(strip $(ARGS))
 VENV = $(or $(VIRTUAL_ENV),.venv)
 BIN = $(VENV)/bin
 TEST = $(VENV)/.gpt3jax-test
@@ -56,7 +58,7 @@ docs: $(DOCS)  ## the documentation, a site in site/: its reference from the cod
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 clean:  ## remove caches and build output; runs/, .venv and .venvs stay
 	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site gpt3jax.egg-info

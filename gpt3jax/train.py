@@ -8,7 +8,6 @@ evaluated at step n is the state after exactly n steps.
 
 import contextlib
 import math
-import shlex
 import sys
 from collections.abc import Iterator
 from typing import Literal
@@ -16,12 +15,12 @@ from typing import Literal
 import jax
 
 from gpt3jax import errors, step
-from gpt3jax.config import schema
+from gpt3jax.config import command_line, schema
 from gpt3jax.data import loader
 from gpt3jax.distributed import messages
 from gpt3jax.hardware import flops
 from gpt3jax.preflight import across_processes
-from gpt3jax.record import recording, wandb_run
+from gpt3jax.record import log_folder, recording, wandb_run
 from gpt3jax.run import folder_lock, profiling, saving, start_report, startup, step_log, stopping
 from gpt3jax.watch import phases, watchers
 
@@ -42,6 +41,10 @@ def train(cfg: schema.Config) -> bool:
         clock = overseer.clock
         started = startup.start_or_resume(cfg, clock, held.lost)
         run, start = started.run, started.position
+        if has_ended(run, start):
+            _say_so(started)
+            return True
+        check_log_folder(cfg, start.step)
         overseer.begin(start.step, startup.describe_mesh(run.mesh))
         warnings = across_processes.before_step(preflight, run, start.samples)
         with _open_recorder(run, start) as recorder, stopping.Stop(held.known_lost) as stop:
@@ -139,16 +142,12 @@ def finish(
     Raises:
         TransientError: the last checkpoint could not be written.
     """
-    complete = position.samples >= run.end.samples
     if position != start:
         saving.save_last(run, state, position, recorder)
-    if not complete:
-        command = shlex.join(["python", "-m", "gpt3jax.main", *sys.argv[1:]])
+    if position.samples < run.end.samples:
+        command = command_line.shell_line("gpt3jax.main", *sys.argv[1:])
         saved = f"saved in {run.store.folder}" if run.store else "not saved (no checkpoint.dir)"
         recorder.say(f"stopped at step {position.step}, {saved}; resume with: {command}")
-        return
-    if position == start and messages.of_first_process(_is_evaluated(run, position, recorder)):
-        recorder.say(f"nothing left to do: the run ended at step {position.step}")
         return
     with clock.during(phases.EVALUATE):
         evaluate(run, state, position, "validation", recorder)
@@ -174,13 +173,34 @@ def evaluate(
     recorder.log_eval(position.step, position.samples, split, loss_sum / n_tokens)
 
 
-def _is_evaluated(
-    run: startup.Run, position: step_log.Position, recorder: recording.Recorder
-) -> bool:
-    """Return whether the evaluation that ends a run is recorded already, or none is due."""
+def has_ended(run: startup.Run, start: step_log.Position) -> bool:
+    """Return whether nothing is left to do: no step, and no evaluation that ends the run."""
+    if start.samples < run.end.samples:
+        return False
     splits = {"test_loss": run.splits.test, "validation_loss": run.splits.validation}
     wanted = [name for name, source in splits.items() if source is not None]
-    return not wanted or recorder.recorded(position.step, wanted[0])
+    log_dir = run.cfg.log.dir
+    is_recorded = not (wanted and log_dir) or log_folder.has(log_dir, start.step, wanted[0])
+    return messages.of_first_process(is_recorded)
+
+
+def _say_so(started: startup.Started) -> None:
+    """Say that nothing is left to do; log.dir stays as it is."""
+    run, last = started.run, f"nothing left to do: the run ended at step {started.position.step}"
+    if run.store is not None:
+        run.store.close()
+    if jax.process_index() == 0:
+        sys.stdout.write("\n".join((*start_report.lines(run), *started.lines, last, "")))
+
+
+def check_log_folder(cfg: schema.Config, start_step: int) -> None:
+    """Check that log.dir has no log of another run that this one would displace.
+
+    Raises:
+        UserError: it has.
+    """
+    problem = log_folder.problem(cfg, start_step) if jax.process_index() == 0 else None
+    messages.raise_of_first("log.dir", problem, cfg.distributed.start_timeout)
 
 
 def _open_recorder(run: startup.Run, start: step_log.Position) -> recording.Recorder:

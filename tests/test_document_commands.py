@@ -10,6 +10,7 @@ import io
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 
@@ -237,6 +238,27 @@ def test_make_has_the_targets_that_documents_name(parse):
                 refused = parse("gpt3jax.main", [RECIPE, *shlex.split(args["ARGS"])])
                 faults += [f"{place}: `{line}`: {refused}"] if refused else []
     assert not faults, documents.told(faults)
+
+
+def test_arguments_over_two_lines_are_one_command():
+    """Make would run the second line as a command of its own, and train without it."""
+    args = "--train.n-steps 20 --checkpoint.dir ''\n--log.dir ''"
+    told = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "quickstart", f"ARGS={args}"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert told.splitlines()[-1].endswith(f"configs/quickstart.py {args.replace(chr(10), ' ')}")
+
+
+def test_a_command_in_a_sentence_is_on_one_line():
+    """Copied from the file, its second line would be a command of its own."""
+    broken = [
+        f"{place}: `{match[1]}`"
+        for document in documents.markdown()
+        for place, match in document.found(r"`((?:make|pip|python|git|hf)\s[^`]+)`")
+        if "\n" in match[1]
+    ]
+    assert not broken, documents.told(broken)
 
 
 def test_extras_and_tests_that_commands_name_exist():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -80,9 +81,10 @@ def test_after_a_signal_a_run_goes_on_as_if_uninterrupted(
     (last,) = steps_saved(folder)
     assert last == int(found[1]) and 7 <= last < 40 and found[2] == f"{folder}/checkpoints"
     assert [r["step"] for r in corpus.records(folder)] == list(range(1, last + 1))
-    *words, options = found[3].split(maxsplit=3)
-    assert words == ["python", "-m", "gpt3jax.main"]
-    options = [o for o in shlex.split(options) if "cpu-devices" not in o]  # this process has them
+    python, *words = shlex.split(found[3])
+    assert pathlib.Path(shutil.which(python, path=None)).samefile(sys.executable)
+    assert words[:2] == ["-m", "gpt3jax.main"]
+    options = [o for o in words[2:] if "cpu-devices" not in o]  # this process has them
     assert options[0] == "--config=recipe.py"
     assert corpus.call_main(monkeypatch, folder, *options[1:]) == 0
     assert f"resumed from {folder}/checkpoints at step {last}" in capfd.readouterr().out

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt3jax import optimizer, step, train
+from gpt3jax import errors, optimizer, step, train
 from gpt3jax.checkpoint import storage
 from gpt3jax.config import batch_schedule, schema
 from gpt3jax.data import loader, splits
@@ -260,6 +260,29 @@ def test_what_has_no_effect_before_the_end_of_the_run_is_warned_of():
     for words in ("log.profile_steps=21 30", "the batch of 16 from sample 160", "spike_window=19"):
         assert any(words in line for line in lines)
     assert start_report.beyond_the_end(cfg, schedule, step_log.Position(21, 161)) == []
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("n_steps", [4, 3])
+def test_a_start_with_nothing_left_to_do_leaves_the_log_as_it_is(
+    corpus, tmp_path, uninterrupted, capsys, n_steps
+):
+    before = contents(tmp_path / "whole")
+    cfg = make_config(corpus, tmp_path / "whole", MESH_B, train={"n_steps": n_steps})
+    assert train.train(cfg)
+    assert capsys.readouterr().out.endswith("nothing left to do: the run ended at step 4\n")
+    assert contents(tmp_path / "whole") == before
+
+
+def test_a_run_without_checkpoints_displaces_no_other_runs_log(corpus, tmp_path, uninterrupted):
+    before = contents(tmp_path / "whole")
+    nowhere = dataclasses.replace(uninterrupted.checkpoint, dir="")
+    with pytest.raises(errors.UserError, match=r"log\.dir=.*/whole/logs has the log of another"):
+        train.train(dataclasses.replace(uninterrupted, checkpoint=nowhere))
+    assert contents(tmp_path / "whole") == before
 
 
 def test_files_are_where_the_docs_say(uninterrupted):

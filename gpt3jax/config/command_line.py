@@ -1,6 +1,12 @@
 """What all commands share: parsing of options, one-line error messages, exit statuses."""
 
 import contextlib
+import os
+import pathlib
+import select
+import shlex
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -11,6 +17,7 @@ from gpt3jax import errors
 from gpt3jax.config import user_paths, validation
 
 Options = TypeVar("Options")
+_NO_READER = 128 + signal.SIGPIPE  # as a shell has it for programs that this signal ends
 
 
 class Outcome(contextlib.AbstractContextManager["Outcome"]):
@@ -36,10 +43,33 @@ class Outcome(contextlib.AbstractContextManager["Outcome"]):
 
 
 def run(action: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status; print an error that the user can fix."""
-    with Outcome() as outcome:
-        outcome.status = action() or errors.DONE
+    """Run a command and return its exit status; print an error that the user can fix.
+
+    The command ends without a word where the reader of its output is gone, as in `... | head`.
+    """
+    outcome = Outcome()
+    try:
+        with outcome:
+            try:
+                outcome.status = action() or errors.DONE
+            except SystemExit:  # after --help
+                sys.stdout.flush()
+                raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if _has_reader():
+            raise
+        # Python writes out the rest at its end: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return outcome.status or _NO_READER
     return outcome.status
+
+
+def _has_reader() -> bool:
+    """Return whether somebody can still read what this process prints."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors and ends are reported in any case
+    return not poll.poll(0)
 
 
 def parse(kind: Any, module: str, description: str | None) -> Any:
@@ -80,6 +110,19 @@ def pointing_on(page: str) -> Iterator[None]:
         if stop.code:
             sys.stderr.write(f"(see docs/{page})\n")
         raise
+
+
+def shell_line(module: str, *args: str) -> str:
+    """Return a command of the package as the user's shell takes it, to be copied."""
+    return shlex.join([python(), "-m", module, *args])
+
+
+def python() -> str:
+    """Return what starts this Python in the user's shell, where no environment may be active."""
+    on_path, here = shutil.which("python"), pathlib.Path(sys.executable)
+    if on_path and pathlib.Path(on_path).parent == here.parent:
+        return "python"
+    return os.path.relpath(here) if here.is_relative_to(pathlib.Path.cwd()) else str(here)
 
 
 def _checked(options: Options) -> Options:

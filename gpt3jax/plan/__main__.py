@@ -7,7 +7,6 @@ override the recipe, as in gpt3jax.main.
 
 import os
 import pathlib
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -31,7 +30,7 @@ def _plan(args: Sequence[str]) -> int:
     recipe.parse(options.recipe_args(request, overrides), "gpt3jax.plan")
     from gpt3jax.plan import planning  # after parsing: importing JAX takes seconds
 
-    shell_line = shlex.join(["python", "-m", "gpt3jax.plan", *args])
+    shell_line = command_line.shell_line("gpt3jax.plan", *args)
     plan = planning.plan(request, overrides, shell_line)
     if request.verify and (plan.problems or not plan.peak.fits):
         sys.stderr.write("gpt3jax: --verify: this run would fail, for the reason above\n")

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from gpt3jax.config import user_paths
 
@@ -33,16 +34,29 @@ def set_aside(path: pathlib.Path, step: int) -> str:
     A run that was killed after its last checkpoint wrote them, or another run in this folder.
     Returns a line that says so, "" if there were none.
     """
-    entries = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    later = [entry.rstrip(b"\n") + b"\n" for entry in entries if _step_of(entry) > step]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    later = [line.rstrip(b"\n") + b"\n" for line in lines if _step_of(line) > step]
     if not later:
         return ""
     with open(beside(path), "ab") as file:  # first: cut short, entries are there twice, not nowhere
         file.writelines(later)
-    replace_file(path, b"".join(entry for entry in entries if _step_of(entry) <= step).decode())
+    replace_file(path, b"".join(line for line in lines if _step_of(line) <= step).decode())
     return (
         f"{path}: moved {len(later)} entries past step {step} or unfinished to {beside(path).name}"
     )
+
+
+def has_later(path: pathlib.Path, step: int) -> bool:
+    """Return whether a file has whole entries past a step, which `set_aside` would move."""
+    return any(step < float(entry.get("step", 0)) for entry in entries(path))
+
+
+def entries(path: pathlib.Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the whole entries of a file; a run may be writing it, or was killed then."""
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            if isinstance(entry := json.loads(line), dict):
+                yield entry
 
 
 def beside(path: pathlib.Path) -> pathlib.Path:

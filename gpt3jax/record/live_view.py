@@ -89,8 +89,8 @@ class LiveView:
     def __init__(self, start_step: int, end_step: int) -> None:
         """Draw nothing before the first step, whose compilation may print lines of its own."""
         self._step, self._end_step = start_step, end_step
-        self._curve, self._loss = Curve(), math.nan
-        self._rates: list[str] = []
+        self._curve, self._loss, self._learning_rate = Curve(), math.nan, math.nan
+        self._speed: list[str] = []
         self._end_time = math.inf
         self._widths: list[int] = []
         self._drawn = -math.inf
@@ -104,15 +104,14 @@ class LiveView:
             redirect_stderr=sys.stderr.isatty(),
         )
 
-    def show_rates(self, learning_rate: float, tokens_per_second: float, seconds: float) -> None:
-        """Show these rates, and the time that the rest of the run takes, from the next step on."""
-        speed = console_line.short_count(tokens_per_second)
-        self._rates = [f"learning rate {learning_rate:.2e}", f"{speed} tokens/s"]
+    def show_speed(self, tokens_per_second: float, seconds: float) -> None:
+        """Show the speed, and the time that the rest of the run takes, from the next step on."""
+        self._speed = [f"{console_line.short_count(tokens_per_second)} tokens/s"]
         self._end_time = time.monotonic() + seconds
 
-    def advance(self, step: int, loss: float) -> None:
+    def advance(self, step: int, loss: float, learning_rate: float) -> None:
         """Move to a step."""
-        self._step, self._loss = step, loss
+        self._step, self._loss, self._learning_rate = step, loss, learning_rate
         self._curve.add(loss)
         if not self.is_shown:
             return
@@ -162,7 +161,8 @@ class LiveView:
         """Return the lines of the view, none of them wider than `width`."""
         share = self._step / self._end_step if self._end_step else 1.0
         progress = f"step {self._step:,}/{self._end_step:,} {100 * share:3.0f}%"
-        fields = [f"loss {self._loss:.4f}", *self._rates]
+        rate = f"learning rate {self._learning_rate:.2e}"
+        fields = [f"loss {self._loss:.4f}", rate, *self._speed]
         left = self._end_time - time.monotonic()
         if math.isfinite(left) and self._step < self._end_step:
             fields.append(f"ETA {console_line.duration(left)}")

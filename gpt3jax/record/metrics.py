@@ -1,5 +1,6 @@
 """What each value means that a run records, with its unit. docs/reference/metrics.md shows it."""
 
+FILE = "metrics.jsonl"
 STEP = {
     "step": "Number of steps that the run has taken.",
     "time": "When the entry was written (seconds since 1970, UTC).",

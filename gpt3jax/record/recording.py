@@ -98,10 +98,10 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         if self._active:
             self.view.write_line(text)
 
-    def advance(self, step: int, loss: float) -> None:
+    def advance(self, step: int, loss: float, learning_rate: float) -> None:
         """Move the live view to a step."""
         if self._active:
-            self.view.advance(step, loss)
+            self.view.advance(step, loss, learning_rate)
 
     def log_step(
         self,
@@ -136,7 +136,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         }
         end_step, end_samples = self._span.end_step, self._span.end_samples
         seconds = console_line.seconds_left(entry, end_samples)
-        self.view.show_rates(entry["learning_rate"], entry["tokens_per_second"], seconds)
+        self.view.show_speed(entry["tokens_per_second"], seconds)
         if self.folder is None or not self.view.is_shown:  # the view shows what the folder keeps
             self.say(console_line.step_line(entry, end_step, end_samples, seq_len))
         self._keep(entry, *self._scalars(entry, memory or {}))
@@ -210,7 +210,3 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             self._wandb.alert(f"step {step}: {entry['fault']} (policy {entry['policy']})")
         log_dir = self._cfg.log.dir
         return str(log_folder.fault_path(log_dir, step)) if log_dir else ""
-
-    def recorded(self, step: int, name: str) -> bool:
-        """Return whether metrics.jsonl has a value of this name at a step; True without log.dir."""
-        return self.folder is None or self.folder.has(step, name)

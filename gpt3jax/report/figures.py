@@ -105,7 +105,7 @@ def _time(run: run_folder.Run) -> list[Figure]:
     if total > 0:
         remark = f"steps that count, of {console_line.duration(total)}"
         shown.append(("goodput", f"{totals['steps'] / total:.1%}", remark))
-    gaps = f"{console_line.duration(between)} between them" if len(run.starts) > 1 else ""
+    gaps = f"{console_line.duration(between)} between them" if between >= 1 else ""
     return [*shown, ("starts", f"{len(run.starts):,}", gaps)]
 
 

@@ -31,7 +31,7 @@ def goodput_bar(run: run_folder.Run) -> Html:
     parts = [bars.Part(kind, seconds, _color(kind)) for kind, seconds in ordered]
     n = len(run.starts)
     note = f"{console_line.duration(total)} in {n:,} start{'s' if n > 1 else ''}"
-    note += f", and {console_line.duration(between)} between them" if n > 1 else ""
+    note += f", and {console_line.duration(between)} between them" if between >= 1 else ""
 
     def shown(seconds: float) -> str:
         return f"{seconds / total:.1%}, {console_line.duration(seconds)}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gpt3jax.config import schema
+from gpt3jax.config import command_line, schema
 from gpt3jax.data import skipped_samples
 
 
@@ -153,12 +153,13 @@ class Faults:
         numbers = stream.numbers(np.arange(n_kept - size, n_kept))
         cuts = np.flatnonzero(np.diff(numbers) > 1) + 1
         parts = [(int(part[0]), int(part[-1]) + 1) for part in np.split(numbers, cuts)]
-        show = f"python -m gpt3jax.data.inspect --config {self._cfg.log.dir}/config.json --samples "
+        config = f"{self._cfg.log.dir}/config.json"
+        show = command_line.shell_line("gpt3jax.data.inspect", "--config", config, "--samples")
         names = ("loss", "grad_norm", "loss_scale", "skipped")
         return {
             "step": step_number,
             "samples": [f"{first}:{stop}" for first, stop in parts],
-            "inspect": [f"{show}{first}:{stop}" for first, stop in parts],
+            "inspect": [f"{show} {first}:{stop}" for first, stop in parts],
             **{name: values[name] for name in names},
             "grad_norms": dict(zip(self._names, map(float, norms), strict=True)),
         }

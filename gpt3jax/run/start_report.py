@@ -3,7 +3,7 @@
 import jax
 
 from gpt3jax import optimizer
-from gpt3jax.config import batch_schedule, schema, unused_fields
+from gpt3jax.config import batch_schedule, command_line, schema, unused_fields
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops
@@ -75,7 +75,8 @@ def memory_warnings(needed: float, limit: int | None) -> list[str]:
         return []
     return [
         f"WARNING: a step needs about {needed / 2**30:.1f} GiB a device (closed forms), which has "
-        f"{limit / 2**30:.1f}: it may run out of memory; python -m gpt3jax.plan says what to change"
+        f"{limit / 2**30:.1f}: it may run out of memory; {command_line.shell_line('gpt3jax.plan')} "
+        "says what to change"
     ]
 
 

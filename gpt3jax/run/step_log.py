@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +97,8 @@ class StepLog:
         values = {name: value.item() for name, value in read.items()}
         is_spike = self._check(position, size, values, norms)
         self._interval.append(values | {"spike": is_spike})
-        self._recorder.advance(position.step, values["loss"])
+        values["learning_rate"] = self._learning_rate(values)
+        self._recorder.advance(position.step, values["loss"], values["learning_rate"])
         interval = self._cfg.log.interval
         if position.step % interval == 0 or position.step in self._always_logged:
             self._log(position, size, values)
@@ -120,12 +122,14 @@ class StepLog:
         self._recorder.say(f"WARNING: {fault.warning}{see}")
         return fault.kind == "spike"
 
+    def _learning_rate(self, values: Mapping[str, float]) -> float:
+        """Return the rate of a step that was read, without asking a device."""
+        samples = values["schedule_samples"]
+        return float(optimizer.learning_rate(self._cfg.optimizer, self._n_samples, samples))
+
     def _log(self, position: Position, size: int, values: dict[str, float]) -> None:
         now = phases.step_seconds(self._clock.seconds())
         good = [v["loss"] for v in self._interval if not v["skipped"]]
-        lr = optimizer.learning_rate(
-            self._cfg.optimizer, self._n_samples, values["schedule_samples"]
-        )
         successful = values["schedule_samples"] + size * (1 - values["skipped"])
         summary = {
             "interval_loss": math.fsum(good) / len(good) if good else math.nan,
@@ -139,7 +143,7 @@ class StepLog:
             position.step,
             position.samples,
             size,
-            float(lr),
+            values["learning_rate"],
             values | summary,
             jax.local_devices()[0].memory_stats(),
         )

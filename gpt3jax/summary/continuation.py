@@ -1,9 +1,10 @@
 """A text that the model writes after a line of the corpus, and how probable it finds it."""
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from gpt3jax.summary import recorded_run
 
 SAMPLING = sampling_options.Options(max_new_tokens=32, temperature=0.7)
 _PROMPT_TOKENS = range(4, 17)
-_WORD = re.compile(r"[^\W\d_]{3,}")
+_WORD = re.compile(r"[^\W\d_]{3,}")  # in what stands between blanks
+_CANDIDATES = 16  # lines, of which one is the prompt
 ROWS = 16  # of the corpus, to look for a prompt in
 
 
@@ -86,11 +88,24 @@ def write(
 
 
 def choose_prompt(rows: np.ndarray, tokenizer: tokenization.Tokenizer) -> list[int]:
-    """Return the tokens of the first whole line that is short and has words; else of no line."""
+    """Return the tokens of a whole line: of the first short ones, that with the most words.
+
+    If no line has two words, it is the beginning of the first row.
+    """
+    first = list(itertools.islice(_short_lines(rows, tokenizer), _CANDIDATES))
+    if first:
+        return max(first, key=lambda candidate: candidate[0])[1]
+    beginning: Sequence[int] = rows[0, : _PROMPT_TOKENS[-1]].tolist()
+    return list(beginning)
+
+
+def _short_lines(
+    rows: np.ndarray, tokenizer: tokenization.Tokenizer
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number of words, and the tokens, of short lines of two words or more."""
     for row in rows[:ROWS]:
         for line in tokenizer.decode(row.tolist()).split("\n")[1:-1]:
             tokens = tokenizer.encode(line)
-            if len(tokens) in _PROMPT_TOKENS and len(_WORD.findall(line)) > 1:
-                return tokens
-    beginning: Sequence[int] = rows[0, : _PROMPT_TOKENS[-1]].tolist()
-    return list(beginning)
+            n_words = sum(_WORD.search(word) is not None for word in line.split())
+            if len(tokens) in _PROMPT_TOKENS and n_words > 1:
+                yield n_words, tokens

@@ -51,7 +51,11 @@ def compare(run: recorded_run.RecordedRun) -> Learned:
         UserError: the run has no loss yet, or its corpus cannot be read.
     """
     schedule = batch_schedule.from_config(run.cfg.batch, run.cfg.model.seq_len)
-    opened = splits.open_splits(run.cfg, *skipped_samples.run_length(run.cfg, schedule))
+    n_steps, n_samples = skipped_samples.run_length(run.cfg, schedule)
+    # The limit in config.json may be lower than what the run has done: it can be changed.
+    n_steps = max(n_steps, run.newest.step)
+    n_samples = max(n_samples, run.newest.consumed_samples)
+    opened = splits.open_splits(run.cfg, n_steps, n_samples)
     measured = _last_validation(run, opened) or _last_interval(run, opened)
     if measured is None:
         raise errors.UserError(

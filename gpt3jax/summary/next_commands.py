@@ -3,20 +3,15 @@
 import collections
 import itertools
 import json
-import os
 import pathlib
 import re
 import shlex
-import shutil
-import sys
 from typing import NamedTuple
 
 from gpt3jax import errors
-from gpt3jax.config import batch_schedule, schema
+from gpt3jax.config import batch_schedule, command_line, schema
 from gpt3jax.convert import hf_gpt2
 from gpt3jax.summary import recorded_run
-
-_LIMITS = ("n_steps", "n_samples", "n_tokens")
 
 
 class Next(NamedTuple):
@@ -31,7 +26,9 @@ def all_of(run: recorded_run.RecordedRun, prompt: str) -> list[Next]:
     report = ["--html", str(run.folder / "report.html")]
     return [
         train_on(run),
-        Next("look at the run", [_command("gpt3jax.report", str(run.folder), *report)]),
+        Next(
+            "look at the run", [command_line.shell_line("gpt3jax.report", str(run.folder), *report)]
+        ),
         _use_elsewhere(run, prompt),
     ]
 
@@ -44,15 +41,17 @@ def train_on(run: recorded_run.RecordedRun) -> Next:
     cfg = run.cfg
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     _, end = schedule.end(cfg.train, cfg.model.seq_len)
-    limits = {name: getattr(cfg.train, name) for name in _LIMITS if getattr(cfg.train, name)}
     options: list[str] = []
     where = "to its end"
+    done = {"n_steps": run.newest.step, "n_samples": run.newest.consumed_samples}
+    done["n_tokens"] = run.newest.consumed_samples * cfg.model.seq_len
     if run.newest.consumed_samples >= end:
-        limits = {name: limit + -(-limit // 4) for name, limit in limits.items()}  # a quarter more
+        # A quarter more than is done: the last start may have had a lower limit, and nothing to do.
+        limits = {name: n + -(-n // 4) for name, n in done.items() if getattr(cfg.train, name)}
         options = [w for n, x in limits.items() for w in (f"--train.{n.replace('_', '-')}", str(x))]
         where = f"to {' or '.join(f'{x:,} {n[2:]}' for n, x in limits.items())}"
     mesh = _other_mesh(cfg, run.newest.mesh)
-    command = _command(
+    command = command_line.shell_line(
         "gpt3jax.main", "--config", str(run.log_dir / "config.json"), *options, *mesh
     )
     return Next(
@@ -79,16 +78,17 @@ def _use_elsewhere(run: recorded_run.RecordedRun, prompt: str) -> Next:
     try:
         hf_gpt2.check(run.cfg.model)
     except errors.UserError:
-        command = _command("gpt3jax.sample", *checkpoint, "--prompt", prompt)
+        command = command_line.shell_line("gpt3jax.sample", *checkpoint, "--prompt", prompt)
         why = "its banded attention has no place in GPT-2's format, so it cannot be exported"
         return Next(f"let it write more ({why})", [command])
     output = str(_unused(run.folder / "hf"))
-    convert = _command("gpt3jax.convert", "to-hf", *checkpoint, "--output", output)
+    code = _in_transformers(output, prompt, run.cfg.model.seq_len)
+    convert = command_line.shell_line("gpt3jax.convert", "to-hf", *checkpoint, "--output", output)
     return Next(
         "export it, and open it in transformers (pip install torch transformers)",
         [
             convert,
-            shlex.join([_python(), "-c", _in_transformers(output, prompt, run.cfg.model.seq_len)]),
+            shlex.join([command_line.python(), "-c", code]),
         ],
     )
 
@@ -109,15 +109,3 @@ def _in_transformers(folder: str, prompt: str, seq_len: int) -> str:
     names = map(json.dumps, ("text-generation", folder, word[0] if word else "The"))
     call = "pipeline({}, {})({}, max_new_tokens={})".format(*names, min(32, seq_len // 2))
     return f'from transformers import pipeline; print({call}[0]["generated_text"])'
-
-
-def _command(module: str, *args: str) -> str:
-    return shlex.join([_python(), "-m", module, *args])
-
-
-def _python() -> str:
-    """Return what starts this Python in the user's shell, where no environment may be active."""
-    on_path, here = shutil.which("python"), pathlib.Path(sys.executable)
-    if on_path and pathlib.Path(on_path).parent == here.parent:
-        return "python"
-    return os.path.relpath(here) if here.is_relative_to(pathlib.Path.cwd()) else str(here)

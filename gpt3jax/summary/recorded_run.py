@@ -1,16 +1,15 @@
 """A run as its log.dir and its checkpoints tell it. Imports no JAX."""
 
-import contextlib
 import dataclasses
-import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from gpt3jax import errors
 from gpt3jax.checkpoint import listing, metadata
 from gpt3jax.config import recipe, schema
+from gpt3jax.record import json_files, metrics
 
 _PAGE = "start.md#train"
 Entry: TypeAlias = Mapping[str, Any]  # a line of metrics.jsonl
@@ -46,7 +45,7 @@ def read(folder: str) -> RecordedRun:
         folder=pathlib.Path(folder),
         log_dir=log_dir,
         cfg=cfg,
-        entries=list(_entries(log_dir / "metrics.jsonl")),
+        entries=list(json_files.entries(log_dir / metrics.FILE)),
         newest=_newest(folder, cfg.checkpoint.dir),
     )
 
@@ -60,13 +59,6 @@ def _log_dir(folder: pathlib.Path) -> pathlib.Path:
         "folder that has it as logs",
         page=_PAGE,
     )
-
-
-def _entries(path: pathlib.Path) -> Iterator[Entry]:
-    """Yield the whole lines of a file of metrics; a run may be writing it, or was killed then."""
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
 
 
 def _newest(folder: str, checkpoint_dir: str) -> metadata.Meta:

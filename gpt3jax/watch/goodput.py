@@ -149,7 +149,7 @@ class Account:
         n = len(self._starts)
         line = f"time: {console_line.duration(total)} in {n} start{'s' if n > 1 else ''}: "
         line += ", ".join(parts)
-        return line + (f"; {console_line.duration(between)} between starts" if n > 1 else "")
+        return line + (f"; {console_line.duration(between)} between starts" if between >= 1 else "")
 
     def _totals(self) -> tuple[dict[str, float], float, float]:
         """Return the seconds of all starts by what they went into, their sum, and between them."""

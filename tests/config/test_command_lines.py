@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -97,6 +98,26 @@ def test_help_a_typo_and_a_wrong_value_need_no_jax(module, tmp_path):
     assert statuses == [0, 2, 2]
     assert not HEAVY & set(imported)
     assert not list(tmp_path.glob("[!r_]*")), "nothing is written"
+
+
+@pytest.mark.parametrize("module", ["main", "plan", "convert"])
+def test_help_ends_quietly_where_nobody_reads_it(module):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", f"gpt3jax.{module}", "--help"],
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == (0 if module == "main" else 141)
+
+
+def test_another_broken_pipe_is_an_error():
+    def talk_to_a_dead_process():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        command_line.run(talk_to_a_dead_process)
 
 
 def kinds(module, monkeypatch):

@@ -1,7 +1,10 @@
 """Elements, tables and bars: what is text is escaped, what is a number aligns."""
 
+import itertools
+import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from gpt3jax.page import bars, document, elements, tables
@@ -16,6 +19,23 @@ def test_texts_are_escaped_and_elements_are_not():
     )
     assert elements.join([inner, "<"], ">") == f"{inner}>&lt;"
     assert isinstance(elements.join(["<"]), elements.Html)
+
+
+def lightness_and_hue(color):
+    """Return a colour (#rrggbb) as CIE's L*, a*, b*."""
+    parts = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8728]]
+    x, y, z = np.cbrt(np.array(to_xyz) @ linear)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_the_colours_of_the_palette_can_be_told_apart(theme):
+    style = (pathlib.Path(bars.__file__).parent / "style.css").read_text()
+    palette = re.findall(r"--c\d: (#\w{6})", style)[10 * theme :][:10]
+    pairs = itertools.combinations(map(lightness_and_hue, palette), 2)
+    assert min(np.linalg.norm(one - other) for one, other in pairs) > 20
 
 
 def test_columns_of_numbers_align_right():

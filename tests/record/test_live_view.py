@@ -90,16 +90,16 @@ def open_terminal(monkeypatch, width=80):
 
 def advance(view, *steps):
     for step in steps:
-        view.advance(step, 4 + 4 * math.exp(-step / 50))
+        view.advance(step, 4 + 4 * math.exp(-step / 50), 1e-3 * step / 400)
 
 
 @pytest.mark.parametrize("width", [80, 40, 12])
 def test_no_line_is_wider_than_the_terminal_and_none_is_left_behind(monkeypatch, width):
     terminal = open_terminal(monkeypatch, width)
     view = live_view.LiveView(0, 1000)
-    view.show_rates(1.5e-3, 6_900.0, 1e5)
+    view.show_speed(6_900.0, 1e5)
     advance(view, *range(1, 401))
-    fields = "step 400/1,000  40%  loss 4.0013  learning rate 1.50e-03  6.90K tokens/s  ETA 1d03h"
+    fields = "step 400/1,000  40%  loss 4.0013  learning rate 1.00e-03  6.90K tokens/s  ETA 1d03h"
     assert not any(terminal.is_continued) and terminal.rows[-1] == ""
     if width == 12:
         assert [row[:8] for row in terminal.rows[3:5]] == ["step 400", "loss 4.0"]
@@ -119,7 +119,8 @@ def test_a_resized_terminal_has_the_view_once_below_what_was_printed(monkeypatch
     advance(view, 301)
     assert terminal.rows[0] == "before" and not any(terminal.is_continued)
     assert sum("step" in row for row in terminal.rows) == 1
-    assert all(terminal.rows[:5]) and not any(terminal.rows[5:])
+    n_rows = 6 if width == 40 else 5  # of the line before, the curve and the fields
+    assert all(terminal.rows[:n_rows]) and not any(terminal.rows[n_rows:])
     terminal.resize(80)
     view.write_line("after")
     view.close()

@@ -51,21 +51,22 @@ VALUES |= {"step_time": 0.25}
 MACHINE = {"n_devices": 2, "peak_flops": None}
 
 
-def make_config(log_dir=""):
+def make_config(log_dir="", checkpoint_dir=""):
     return schema.Config(
         model=schema.Model(n_layers=4, d_model=32, n_heads=4, seq_len=32, vocab_size=66),
         optimizer=schema.Optimizer(peak_lr=6e-3),
         batch=schema.Batch(global_batch_size=8),
         train=schema.Train(n_steps=30),
+        checkpoint=schema.Checkpoint(dir=checkpoint_dir),
         log=schema.Log(dir=str(log_dir)),
     )
 
 
-def record(log_dir="", start_step=0, **fields):
+def record(log_dir="", start_step=0, checkpoint_dir="", **fields):
     span = recording.Span(
         start_step=start_step, start_samples=8 * start_step, end_step=30, end_samples=240
     )
-    return recording.Recorder(make_config(log_dir), span, **MACHINE | fields)
+    return recording.Recorder(make_config(log_dir, checkpoint_dir), span, **MACHINE | fields)
 
 
 def log(recorder, *steps, **values):
@@ -280,6 +281,42 @@ def test_resume_leaves_each_step_once(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("ours", "start_step", "is_refused"),
+    [
+        ("", 0, True),
+        ("elsewhere", 0, True),
+        ("", 2, True),
+        ("", 4, False),  # nothing would be set aside
+        ("elsewhere", 2, False),  # it has resumed from a folder that was moved
+        ("a/../checkpoints", 0, False),
+    ],
+)
+def test_a_run_displaces_no_log_of_a_run_that_can_go_on(
+    tmp_path, monkeypatch, ours, start_step, is_refused
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    with record("logs", checkpoint_dir="checkpoints") as recorder:
+        log(recorder, 1, 2, 3, 4)
+    problem = log_folder.problem(make_config("logs", ours), start_step)
+    assert bool(problem) == is_refused
+    if problem:
+        words = rf"log\.dir=logs .* in checkpoints, .*checkpoint\.dir='{ours}'.* another log\.dir"
+        assert re.match(words, problem.message)
+
+
+@pytest.mark.parametrize("config", [None, "{", "{}", '{"checkpoint.dir": ""}'])
+def test_a_run_without_checkpoints_may_be_repeated(tmp_path, config):
+    with record(tmp_path) as recorder:
+        log(recorder, 1, 2)
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    else:
+        (tmp_path / "config.json").unlink()
+    assert log_folder.problem(make_config(tmp_path), 0) is None
+
+
+@pytest.mark.parametrize(
     "tail", [b'{"step": 1, "cut sh', b'{"step": 1}', b"\0\0\n", b"{}\n", b"7\n"]
 )
 def test_resume_repairs_the_end_that_a_crash_left(tmp_path, tail):
@@ -371,7 +408,7 @@ def on_a_terminal(log_dir, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     monkeypatch.setenv("TERM", "xterm")
     with record(log_dir, start_step=10) as recorder:
-        recorder.advance(15, 4.5)
+        recorder.advance(15, 4.5, 1e-3)
         log(recorder, 15)
         recorder.say("saved")
         recorder.log_eval(15, 120, "validation", 4.5)
@@ -404,7 +441,7 @@ def test_inactive_recorder_does_nothing(tmp_path, capsys):
     with record(tmp_path / "log", active=False) as recorder:
         log(recorder, 1)
         recorder.log_eval(1, 8, "test", 1.0)
-        recorder.advance(1, 1.0)
+        recorder.advance(1, 1.0, 1e-3)
         recorder.say("hello")
     assert capsys.readouterr() == ("", "") and not (tmp_path / "log").exists()
 

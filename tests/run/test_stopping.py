@@ -93,7 +93,7 @@ with stopping.Stop() as stop:
     view = live_view.LiveView(0, 1000)
     for step in range(1, 1000):
         view.write_line("a line")
-        view.advance(step, 4.5)
+        view.advance(step, 4.5, 1e-3)
         if stop.requested(1):
             break
         time.sleep(0.01)

@@ -91,6 +91,31 @@ def test_a_summary_has_its_three_parts_and_commands_that_work(run_folder, monkey
     assert next_commands.all_of(recorded_run.read("run"), "x")[2].commands[0].endswith("run/hf-2")
 
 
+class Letters:
+    """A tokenizer with a token for each character."""
+
+    def encode(self, text):
+        """Return the characters' codes."""
+        return list(map(ord, text))
+
+    def decode(self, tokens):
+        """Return the characters of codes."""
+        return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("cut line\nname = code\nfor all who read\nif all who run:\nand more", "for all who read"),
+        ("cut line\nname = code\n\nx = 1\nand more", "name = code"),
+        ("cut line\nx = 1\n\ny\nand more", "cut line\nx = 1\n\n"),  # no line has two words
+    ],
+)
+def test_the_prompt_is_the_short_line_with_the_most_words(text, prompt):
+    bpe = Letters()
+    assert bpe.decode(continuation.choose_prompt(np.array([bpe.encode(text)]), bpe)) == prompt
+
+
 @pytest.mark.slow
 def test_the_exported_model_opens_in_transformers_as_printed(run_folder, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
@@ -179,6 +204,17 @@ def test_the_last_interval_is_measured_where_nothing_is_held_out(tmp_path):
     assert 6.0 < told.unigram_loss < np.log(tiny.VOCAB) < told.bigram_loss < 7.0
 
 
+@pytest.mark.parametrize("train", [{"n_steps": 5, "eval_interval": 5}, {"eval_interval": 0}])
+def test_a_run_longer_than_its_config_says_is_measured(tmp_path, train):
+    """Its last start may have had a lower limit, or have measured nothing."""
+    entries = [{"step": 20, "consumed_samples": 320, "interval_loss": 4.0, "validation_loss": 5.0}]
+    prefix = tiny.write_corpus(tmp_path / "corpus", 3, 400)
+    data = {"paths": (prefix,), "split": "80,20,0"}
+    write_run(tmp_path / "run", entries=entries, data=data, train={"eval_batches": 1, **train})
+    told = learned.compare(recorded_run.read(str(tmp_path / "run")))
+    assert told.measured.step == 20 and told.measured.is_held_out == bool(train["eval_interval"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -257,10 +293,12 @@ def test_a_run_before_its_end_is_trained_to_it(tmp_path):
     ("limit", "option", "words"),
     [
         ({"n_steps": 0, "n_tokens": 10_240}, ["--train.n-tokens", "12800"], "to 12,800 tokens"),
-        ({"n_steps": 1}, ["--train.n-steps", "2"], "to 2 steps"),
+        ({"n_steps": 0, "n_samples": 320}, ["--train.n-samples", "400"], "to 400 samples"),
+        ({"n_steps": 1}, ["--train.n-steps", "25"], "to 25 steps"),
+        ({"n_steps": 19}, ["--train.n-steps", "25"], "to 25 steps"),
     ],
 )
-def test_the_limit_that_the_run_has_is_raised(tmp_path, limit, option, words):
+def test_the_limit_that_the_run_has_is_raised_beyond_what_is_done(tmp_path, limit, option, words):
     item = train_on(tmp_path / "run", train=limit)
     assert options_of(item)[2:4] == option and words in item.what
 

@@ -1,5 +1,6 @@
 """The clock of a run, the account of its time, who is slow or behind, and the watchdog."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -118,7 +119,16 @@ def test_the_account_goes_on_over_starts_and_survives_damage(tmp_path, now):
         assert (first["end"], second["end"], second["step"]) == ("stopped", "complete", 3)
         assert second["seconds"]["host"] == pytest.approx(30 + i)
         assert account.scalars()["goodput"] == pytest.approx(1)
-        assert re.match(r"time: 0m3\ds in 2 starts: steps 100.0%; ", account.summary())
+        assert re.match(r"time: 0m3\ds in 2 starts: steps 100.0%", account.summary())
+
+
+@pytest.mark.parametrize(("pause", "end"), [(0, "100.0%"), (90, "100.0%; 1m30s between starts")])
+def test_time_between_starts_is_told_where_there_is_some(tmp_path, now, pause, end):
+    first = start_of(0, 10, {phases.DEVICE: 30.0}, began=time.time() - 30 - pause, end="stopped")
+    file = tmp_path / "goodput.json"
+    file.write_text(json.dumps({"starts": [dataclasses.asdict(first)]}))
+    account = goodput.Account(str(tmp_path), phases.Phases(), 10, {})
+    assert account.summary() == f"time: 0m30s in 2 starts: steps {end}"
 
 
 def ends(seconds, own, step):
