@@ -3,9 +3,9 @@
 Where `fsdp` cuts the weights, each layer's are gathered before use, and the gradients are added up
 over the devices and cut again after it. Left alone, XLA starts these transfers late, and one behind
 another, so the arithmetic waits. Here a layer is a list of parts (`Part`), and `run` goes through
-them forward and backward itself. At fixed places (`Window`s) it starts to gather weights of the next
-layer, or to scatter gradients, and at others it asks for the result; an `optimization_barrier` holds
-each place. The values are those of a plain scan, to the bit.
+them forward and backward itself. At fixed places (`Window`s) it starts to gather weights of the
+next layer, or to add up gradients, and at others it asks for the result; an `optimization_barrier`
+holds each place.
 
 Matrices that are whole, and their gradients before they are added up, have two dimensions in front
 for the devices that have a part of the activations each: those of `fsdp` and of `context` (shape
@@ -49,7 +49,7 @@ Period: TypeAlias = tuple[tuple[Part, ...], ...]
 class Window(NamedTuple):
     """From when all of `start` are known until all of `end` are, these transfers are under way.
 
-    `d NAME` is the gradient of a value, `dw NAME` are those of the weights of the part that makes it.
+    `d NAME` is the gradient of a value; `dw NAME` are those of the weights of its part.
     """
 
     start: tuple[str, ...]
@@ -333,13 +333,10 @@ class _Backward(_Pass):
     def _pullback(self, part: Part, weights: Arrays, args: Tree) -> Callable[[Array], Tree]:
         if part.output in self._pullbacks:
             return self._pullbacks[part.output]
-        # An affine part may do without its inputs: any values of their shape serve.
-        any_value = (
-            {}
-            if not part.is_affine
-            else dict.fromkeys(part.inputs, self.values[f"d {part.output}"])
-        )
-        inputs = [(any_value | self.values)[name] for name in part.inputs]
+        values = self.values
+        if part.is_affine:  # it may do without its inputs: any values of their shape serve
+            values = dict.fromkeys(part.inputs, self.values[f"d {part.output}"]) | values
+        inputs = [values[name] for name in part.inputs]
         run = _run_of(self._layers, part, weights, inputs, args)
         if part.output in self._saved.kept:
             return run.pullback_from(self._saved.kept[part.output])
@@ -434,7 +431,7 @@ def _backward(layers: Layers, residuals: _Residuals, dx: Array) -> tuple[Arrays,
     end = weights.n_layers - 1
     last_weights = weights.gathered(weights.shards(stack, end))
     carry: _BackwardCarry = dx, last_weights, weights.zeros(stack, layers.late)
-    all_grads = []
+    all_grads = list[Arrays]()
     for (first, stop, period), stretch in zip(
         reversed(layers.periods()), reversed(stretches), strict=True
     ):
@@ -444,7 +441,7 @@ def _backward(layers: Layers, residuals: _Residuals, dx: Array) -> tuple[Arrays,
             period: Period = period,
         ) -> tuple[_BackwardCarry, Arrays]:  # fmt: skip
             number, saved = of_period
-            grads = []
+            grads = list[Arrays]()
             for i in reversed(range(len(period))):
                 carry, of_layer = layer(carry, number + i, saved[i], period[i])
                 grads.insert(0, of_layer)
