@@ -346,7 +346,7 @@ class _Backward(_Pass):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(layers: Layers, stack: Arrays, x: Array, arrays: Tree) -> Array:
-    """Return the first input `x` after all layers of a stack; the arrays go to the function `args`."""
+    """Return `x` after all layers of a stack; the arrays go to the function `args`."""
     return _run_forward(layers, stack, x, arrays, saves=False)[0]
 
 
