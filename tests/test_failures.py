@@ -185,7 +185,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "at step 30, 240 samples" in told.out
     assert (folder / "checkpoints" / "damaged-40").is_dir()
     assert steps_saved(folder) == [20, 30, 40][: n_steps // 10 - 1]
-    assert corpus.records(folder) == corpus.records(finished)[:n_steps]
+    # A start with nothing to do leaves the log as it is; the other one wrote the same again.
+    assert corpus.records(folder) == corpus.records(finished)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
