@@ -4,7 +4,7 @@ Start with `main.py` (the entry), `train.py` (the loop), `step.py` (one update),
 `gradient/` and `model/`. Each folder, a room, is a layer, and imports go only down this list:
 
     main.py, train.py                      a run: the entry, the loop
-    report/                                command: how runs went, as a page
+    report/ summary/                       commands: how runs went, what one learned
     evaluate/ sample/ convert/ preflight/  commands
     run/                                   what a run does besides its steps
     plan/                                  what a config takes on GPUs that are not there
@@ -14,7 +14,7 @@ Start with `main.py` (the entry), `train.py` (the loop), `step.py` (one update),
     watch/                                 one clock for each process, and what reads it
     data/                                  the batch, samples, corpora, tokenizers
     model/ optimizer.py                    the network; the update
-    record/                                console, metrics.jsonl, TensorBoard
+    record/                                console, metrics.jsonl, TensorBoard, W&B
     page/                                  the look of HTML pages
     sharding/                              the mesh, rules and layouts
     distributed/ hardware/                 processes; GPUs

@@ -378,14 +378,10 @@ class GPT(nnx.Module):
         if args.compute.prefetch:
             assert isinstance(stack, Block)
             return self._run_prefetched(stack, numbers_L, x_BTD, args), sums
-        # Layers repeat in periods of `len(windows)`; a last, shorter period may be left over.
-        n_layers = numbers_L.size
-        n_whole = n_layers // len(windows) * len(windows)
         carry = x_BTD, sums
-        for first, stop in ((0, n_whole), (n_whole, n_layers)):
-            if first < stop:
-                part = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], (stack, numbers_L))
-                carry = self._scan(carry, part, windows[: stop - first], args, block_at)
+        for first, stop, repeated in prefetch.stretches(numbers_L.size, windows):
+            part = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], (stack, numbers_L))
+            carry = self._scan(carry, part, repeated, args, block_at)
         return carry
 
     def _run_prefetched(

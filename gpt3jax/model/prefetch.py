@@ -16,7 +16,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from gpt3jax.model import remat
 from gpt3jax.sharding import layouts, rules
 
 Tree: TypeAlias = Any
+_InPeriod = TypeVar("_InPeriod")  # what each layer of a period has
 Arrays: TypeAlias = dict[str, Array]
 """Weights of a layer, or their gradients, by name."""
 
@@ -176,12 +177,17 @@ class Layers:
         """The weights whose gradients are added up during the next layer's work."""
         return self.cut_weights(o for w in self.backward for o in w.add_late)
 
-    def periods(self) -> list[tuple[int, int, Period]]:
-        """Return stretches of layers (first, stop) and the parts of those that repeat in each."""
-        n, period = self.weights.n_layers, len(self.parts)
-        n_whole = n // period * period
-        stretches = [(0, n_whole, self.parts), (n_whole, n, self.parts[: n - n_whole])]
-        return [stretch for stretch in stretches if stretch[0] < stretch[1]]
+
+def stretches(
+    n_layers: int, period: tuple[_InPeriod, ...]
+) -> list[tuple[int, int, tuple[_InPeriod, ...]]]:
+    """Return stretches of layers, (first, stop), with what repeats in each.
+
+    Layers repeat in periods; a last, shorter period may be left over.
+    """
+    n_whole = n_layers // len(period) * len(period)
+    both = [(0, n_whole, period), (n_whole, n_layers, period[: n_layers - n_whole])]
+    return [stretch for stretch in both if stretch[0] < stretch[1]]
 
 
 class Saved(NamedTuple):
@@ -245,10 +251,6 @@ class _Pass:
         values, arrays = jax.lax.optimization_barrier((values, arrays))
         self.values |= values
         return arrays
-
-    def left_over(self) -> list[Arrays]:
-        """Return gradients that are not yet added up."""
-        return [value for name, value in self.values.items() if name.startswith("dw ")]
 
     def finish(self) -> None:
         """Check that no transfer is left over."""
@@ -330,6 +332,11 @@ class _Backward(_Pass):
             if not self._waits[name]:
                 self.set(total, self.values[total])
 
+    def left_over(self) -> Arrays:
+        """Return the gradients that are to be added up during the next layer's work."""
+        grads = (value for name, value in self.values.items() if name.startswith("dw "))
+        return {name: grad for of_part in grads for name, grad in of_part.items()}
+
     def _pullback(self, part: Part, weights: Arrays, args: Tree) -> Callable[[Array], Tree]:
         if part.output in self._pullbacks:
             return self._pullbacks[part.output]
@@ -350,19 +357,19 @@ def run(layers: Layers, stack: Arrays, x: Array, arrays: Tree) -> Array:
     return _run_forward(layers, stack, x, arrays, saves=False)[0]
 
 
-_Stretches: TypeAlias = list[tuple[Saved, ...]]  # of each layer of a period, stacked
-_Residuals: TypeAlias = tuple[Arrays, _Stretches, Tree]
+_AllSaved = list[tuple[Saved, ...]]  # of each stretch and layer of its period, stacked
+_Residuals: TypeAlias = tuple[Arrays, _AllSaved, Tree]
 
 
 def _forward(layers: Layers, stack: Arrays, x: Array, arrays: Tree) -> tuple[Array, _Residuals]:
-    x, stretches = _run_forward(layers, stack, x, arrays, saves=True)
-    return x, (stack, stretches, arrays)
+    x, saved = _run_forward(layers, stack, x, arrays, saves=True)
+    return x, (stack, saved, arrays)
 
 
 def _run_forward(
     layers: Layers, stack: Arrays, x: Array, arrays: Tree, *, saves: bool
-) -> tuple[Array, _Stretches]:
-    weights, stretches = layers.weights, list[tuple[Saved, ...]]()
+) -> tuple[Array, _AllSaved]:
+    weights, all_saved = layers.weights, _AllSaved()
 
     def layer(
         carry: tuple[Array, Arrays], number: Array, parts: Sequence[Part]
@@ -385,7 +392,7 @@ def _run_forward(
         return (this.values[parts[-1].output], this.gathered), Saved(saved, kept)
 
     carry = x, weights.gathered(weights.shards(stack, 0))
-    for first, stop, period in layers.periods():
+    for first, stop, period in stretches(weights.n_layers, layers.parts):
 
         def step(
             carry: tuple[Array, Arrays], number: Array, period: Period = period
@@ -396,16 +403,16 @@ def _run_forward(
                 saved.append(of_layer)
             return carry, tuple(saved)
 
-        carry, stretch = jax.lax.scan(step, carry, jnp.arange(first, stop, len(period)))
-        stretches.append(stretch)
-    return carry[0], stretches
+        carry, saved = jax.lax.scan(step, carry, jnp.arange(first, stop, len(period)))
+        all_saved.append(saved)
+    return carry[0], all_saved
 
 
 _BackwardCarry: TypeAlias = tuple[Array, Arrays, Arrays]  # dx, weights, late gradients
 
 
 def _backward(layers: Layers, residuals: _Residuals, dx: Array) -> tuple[Arrays, Array, None]:
-    stack, stretches, arrays = residuals
+    stack, all_saved, arrays = residuals
     weights = layers.weights
 
     def layer(
@@ -424,16 +431,16 @@ def _backward(layers: Layers, residuals: _Residuals, dx: Array) -> tuple[Arrays,
         for part in reversed(parts[:-1]):
             this.pull(part, whole, args)
         this.finish()
-        late = {name: grad for grads in this.left_over() for name, grad in grads.items()}
         grads = this.vector_grads | this.added | this.late_added
-        return (this.values["d x"], this.gathered, late), grads
+        return (this.values["d x"], this.gathered, this.left_over()), grads
 
     end = weights.n_layers - 1
     last_weights = weights.gathered(weights.shards(stack, end))
     carry: _BackwardCarry = dx, last_weights, weights.zeros(stack, layers.late)
     all_grads = list[Arrays]()
-    for (first, stop, period), stretch in zip(
-        reversed(layers.periods()), reversed(stretches), strict=True
+    all_stretches = stretches(weights.n_layers, layers.parts)
+    for (first, stop, period), of_stretch in zip(
+        reversed(all_stretches), reversed(all_saved), strict=True
     ):
 
         def step(
@@ -448,7 +455,7 @@ def _backward(layers: Layers, residuals: _Residuals, dx: Array) -> tuple[Arrays,
             return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *grads)
 
         numbers = jnp.arange(first, stop, len(period))
-        carry, grads = jax.lax.scan(step, carry, (numbers, stretch), reverse=True)
+        carry, grads = jax.lax.scan(step, carry, (numbers, of_stretch), reverse=True)
         all_grads.insert(0, jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), grads))
     d_stack = jax.tree.map(lambda *parts: jnp.concatenate(parts), *all_grads)
     # Late gradients are one layer too early; those of the first layer are still to be added up.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from gpt3jax import errors
 from gpt3jax.checkpoint import listing
 from gpt3jax.config import schema, user_paths
+from gpt3jax.record import json_files, metrics
 from gpt3jax.report import metric_tables
 from gpt3jax.watch import goodput
 
@@ -84,7 +85,7 @@ def find(name: str) -> pathlib.Path:
         UserError: there is neither.
     """
     folders = (pathlib.Path(name), pathlib.Path(name, "logs"))
-    files = ("metrics.jsonl", "goodput.json")
+    files = (metrics.FILE, "goodput.json")
     try:
         for folder in folders:
             if any((folder / file).is_file() for file in files):
@@ -104,22 +105,23 @@ def find(name: str) -> pathlib.Path:
 
 def _read(name: str, folder: pathlib.Path) -> Run:
     notes: list[str] = []
-    metrics = metric_tables.read(folder / "metrics.jsonl")
-    dropped = _or_note(notes, lambda: metric_tables.read(folder / "metrics.dropped.jsonl"))
-    if metrics.n_unreadable and not metrics.n_entries:
+    path = folder / metrics.FILE
+    tables = metric_tables.read(path)
+    dropped = _or_note(notes, lambda: metric_tables.read(json_files.beside(path)))
+    if tables.n_unreadable and not tables.n_entries:
         raise errors.UserError(
-            f"{folder / 'metrics.jsonl'} has no entry in its {metrics.n_unreadable} lines: each is "
+            f"{path} has no entry in its {tables.n_unreadable} lines: each is "
             'a JSON object with "step" in it. Give the log.dir of a gpt3jax run',
             page=_PAGE,
         )
-    if metrics.n_unreadable:
-        notes.append(f"{metrics.n_unreadable} lines of metrics.jsonl are not whole entries")
+    if tables.n_unreadable:
+        notes.append(f"{tables.n_unreadable} lines of metrics.jsonl are not whole entries")
     fields = _or_note(notes, lambda: _config_fields(folder / "config.json")) or {}
     history = fields.pop("history", [])
     return Run(
         name=name,
         log_dir=folder,
-        metrics=metrics,
+        metrics=tables,
         dropped=dropped or metric_tables.read(folder / "none"),
         starts=_or_note(notes, lambda: _starts(folder / "goodput.json")) or [],
         fields=fields,

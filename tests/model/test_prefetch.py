@@ -59,16 +59,12 @@ CASES = {
     "fsdp, bands and a short last period": (FSDP, {"attention": BANDED}, {}, True),
     "16-bit": (FSDP, {"remat": "mlp"}, {"dtype": "bfloat16"}, False),
 }
+QUICK = ("fsdp x tensor, mlp", "fsdp, bands and a short last period", "16-bit")
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=() if name in list(CASES)[2:3] + list(CASES)[5:] else pytest.mark.slow
-        )
-        for name in CASES
-    ],
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES],
 )
 def test_it_equals_the_plain_scan_to_the_bit(name):
     sizes, changes, compute, with_segments = CASES[name]
