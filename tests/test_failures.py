@@ -491,9 +491,13 @@ def test_log_files_hold_json_alone_after_a_kill_in_mid_line(tmp_path, monkeypatc
     assert corpus.records(folder) == corpus.records(finished)
 
 
-def test_kills_at_random_moments_change_nothing(repository):
+@pytest.mark.parametrize(
+    ("n", "kills"),
+    [("1", "2"), ("2", "1"), pytest.param("2", "4", marks=pytest.mark.slower)],
+)
+def test_kills_at_random_moments_change_nothing(repository, n, kills):
     """A few of what benchmarks/faults.py does 200 times."""
-    command = [sys.executable, "benchmarks/faults.py", "--kills", "2", "--processes", "1", "2"]
+    command = [sys.executable, "benchmarks/faults.py", "--kills", kills, "--processes", n]
     told = subprocess.run(
         command, cwd=repository, capture_output=True, text=True, timeout=900,
         env=os.environ | {"PYTHONPATH": str(repository)},

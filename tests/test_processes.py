@@ -114,13 +114,14 @@ def test_processes_together_have_the_losses_of_one(tmp_path, alone, n, mesh):
     assert len(list((folder / "logs").glob("events.*"))) == 1
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone):
-    """4 processes, then 1, then 4 on another mesh."""
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slower)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, n):
+    """Several processes, then 1, then several on another mesh."""
     folder = corpus.write_run(tmp_path)
-    run(folder, 4, "--train.n-steps=4")
+    run(folder, n, "--train.n-steps=4")
     assert "at step 4, 32 samples" in run(folder, 1, "--train.n-steps=8")
     mesh = ("--mesh.data=2", "--mesh.fsdp=2")
-    assert "at step 8, 64 samples" in run(folder, 4, "--train.n-steps=12", *mesh)
+    assert "at step 8, 64 samples" in run(folder, n, "--train.n-steps=12", *mesh)
     ends = ("validation_loss", "test_loss")  # each part had an end of its own
     steps = [r for r in corpus.records(folder) if not any(name in r for name in ends)]
     assert_same(steps, [r for r in corpus.records(alone) if "loss" in r])
@@ -136,7 +137,7 @@ def test_a_finished_run_is_known_by_all(tmp_path, alone):
     "number",
     [
         signal.SIGTERM,
-        signal.SIGUSR1,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slower),
         pytest.param(signal.SIGHUP, marks=pytest.mark.slower),
         pytest.param(signal.SIGINT, marks=pytest.mark.slower),
     ],
@@ -181,7 +182,9 @@ def test_all_are_refused_where_another_run_holds_the_folder(tmp_path, preflight)
     assert all(f"is held by process {os.getpid()} on" in text for text in err), err
 
 
-@pytest.mark.parametrize("what", ["step", "folder", "log folder"])
+@pytest.mark.parametrize(
+    "what", ["step", "log folder", pytest.param("folder", marks=pytest.mark.slower)]
+)
 def test_all_stop_where_another_run_comes_into_the_folder(tmp_path, what):
     folder = corpus.write_run(tmp_path)
     options = ["--train.n-steps=2000", "--train.checksum-interval=0"]
@@ -246,17 +249,19 @@ loader.train_batches = slow
 
 def test_a_slow_process_is_named(tmp_path):
     folder = corpus.write_run(tmp_path)
-    patch = DATA_TAKES.format(seconds=0.3)
+    patch = DATA_TAKES.format(seconds=0.5)
     options = ("--train.n-steps=40", "--watchdog.min-seconds=4", "--train.eval-interval=0")
     statuses, out, err = finish(start(folder, 2, *options, patch=patch))
     assert statuses == [0, 0], err
-    (warning,) = re.findall(r"WARNING: process (\d) \(\S+\) spends (\S+) s a step outside", out[0])
-    assert warning[0] == "1" and float(warning[1]) > 0.2, warning
+    # On a busy machine the other may hold it up too, for a while.
+    slow = dict(re.findall(r"WARNING: process (\d) \(\S+\) spends (\S+) s a step outside", out[0]))
+    assert float(slow["1"]) > 0.4, out[0]
 
 
 def test_a_hang_is_told_by_all_and_the_process_at_fault_named(tmp_path):
     folder = corpus.write_run(tmp_path)
     options = ("--train.n-steps=2000", "--watchdog.min-seconds=6")
+    options += ("--distributed.heartbeat-timeout=60",)
     processes = start(folder, 2, *options, patch=DATA_TAKES.format(seconds=1000))
     wait_for_steps(folder, processes)
     begin = time.monotonic()

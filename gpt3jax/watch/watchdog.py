@@ -69,6 +69,6 @@ class Watchdog:
         for line in self._peers.behind():
             sys.stderr.write(f"gpt3jax: hang: {line}\n")
         sys.stderr.flush()
-        # The first process goes last: its end ends the others, which should print their lines too.
-        self._closed.wait(0 if self._process else 2 * self._every)
+        # The end of one ends the others, above all that of the first; all should print their lines.
+        self._closed.wait((2 if self._process else 3) * self._every)
         os._exit(errors.RETRY)

@@ -103,3 +103,24 @@ def test_the_error_of_the_first_process_is_raised_in_all_with_its_page(monkeypat
             messages.raise_of_first("folders", own, 1.0)
         raised.append(str(error.value))
     assert raised == [str(error_of_first)] * 2
+
+
+class _Overslept:
+    """A service that answers only after the time that a caller gave it."""
+
+    def blocking_key_value_get(self, key, milliseconds):
+        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
+
+    def key_value_try_get(self, key):
+        if key != "gpt3jax/told/1":
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: {key}")
+        return "here"
+
+
+def test_a_text_that_is_there_is_received_however_short_the_time(monkeypatch):
+    """Else a process that answered is named beside the silent one that used up the time."""
+    monkeypatch.setattr(messages, "_client", _Overslept)
+    monkeypatch.setattr(messages, "process", lambda: (0, 3))
+    assert messages.receive("told/1", 0) == "here"
+    assert messages.receive("told/2", 0) is None
+    assert messages.gather("told", "mine", 0) == ["mine", "here", None]
