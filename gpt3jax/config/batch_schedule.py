@@ -229,13 +229,11 @@ def _merge_equal(stages: Iterable[tuple[int, int]]) -> Stages:
     return tuple((first, size) for size, first in merged.items())
 
 
-def check(
-    schedule: BatchSchedule, microbatch_size: int, data_parallel_size: int, n_stages: int = 1
-) -> None:
+def check(schedule: BatchSchedule, microbatch_size: int, data_parallel_size: int) -> None:
     """Check that each stage's batch divides into microbatches over the data-parallel ranks.
 
-    The number of microbatches must be a multiple of `n_stages`, the pipeline's. Megatron fails when
-    it enters a stage that does not divide; here it is an error before the run starts.
+    Megatron fails when it enters a stage that does not divide; here it is an error before the run
+    starts.
 
     Raises:
         UserError: it names the stage of the schedule.
@@ -250,12 +248,5 @@ def check(
                 f"{stage} is not divisible by batch.microbatch_size={microbatch_size} x "
                 f"{data_parallel_size} data-parallel ranks (mesh.data x mesh.fsdp) = {rows}: "
                 f"make it a multiple of {rows}, or use smaller microbatches or fewer ranks",
-                page="parallelism.md#which-sizes-are-possible",
-            )
-        if size // rows % n_stages:
-            raise errors.UserError(
-                f"{stage} makes {size // rows} microbatches of {rows} sequences "
-                f"(batch.microbatch_size x mesh.data x mesh.fsdp), not a multiple of mesh.stage="
-                f"{n_stages}: make it a multiple of {rows * n_stages}, or change the mesh",
                 page="parallelism.md#which-sizes-are-possible",
             )

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.data import global_batch
 from gpt3jax.model import dropout, gpt, loss
@@ -34,7 +33,8 @@ class Schedule:
 
     Stage p does its u-th unit of work at tick p + u. Units go through microbatches in groups of P,
     each group through all virtual stages before the next one starts: what the last stage hands on
-    then reaches stage 0 exactly when it is due there, and waits nowhere.
+    then reaches stage 0 exactly when it is due there, and waits nowhere. Where microbatches do not
+    fill the last group, its empty places are idle units.
     """
 
     n_stages: int
@@ -42,20 +42,36 @@ class Schedule:
     n_microbatches: int
 
     @property
+    def n_groups(self) -> int:
+        """Groups of microbatches: G."""
+        return -(-self.n_microbatches // self.n_stages)
+
+    @property
+    def n_empty(self) -> int:
+        """Places of the last group that no microbatch fills."""
+        return self.n_groups * self.n_stages - self.n_microbatches
+
+    @property
     def n_ticks(self) -> int:
         """Ticks until the last stage has done its last unit."""
-        return self.n_microbatches * self.virtual_stages + self.n_stages - 1
+        return self._n_units + self.n_stages - 1
 
     @property
     def bubble(self) -> float:
         """Share of the ticks in which a stage has nothing to do."""
-        return (self.n_stages - 1) / self.n_ticks
+        return 1 - self.n_microbatches * self.virtual_stages / self.n_ticks
 
     def unit(self, tick: Array | int, stage: Array | int) -> tuple[Array, Array]:
-        """Return (microbatch, virtual stage) of a stage at a tick; idle ones repeat an end."""
-        u = jnp.clip(tick - stage, 0, self.n_microbatches * self.virtual_stages - 1)
+        """Return (microbatch, virtual stage) of a stage at a tick; idle ones repeat another."""
+        u = jnp.clip(tick - stage, 0, self._n_units - 1)
         group, within = jnp.divmod(u, self.n_stages * self.virtual_stages)
-        return group * self.n_stages + within % self.n_stages, within // self.n_stages
+        microbatch = group * self.n_stages + within % self.n_stages
+        return jnp.minimum(microbatch, self.n_microbatches - 1), within // self.n_stages
+
+    @property
+    def _n_units(self) -> int:
+        """Units of a stage until its last one, idle ones among them."""
+        return self.n_groups * self.n_stages * self.virtual_stages - self.n_empty
 
 
 def describe(cfg: schema.Config, mesh: jax.sharding.Mesh) -> list[str]:
@@ -89,9 +105,6 @@ def loss_and_grad_sums(
 
     It runs inside a `shard_map` that is manual over `stage`: `params.blocks` are the stage's own,
     the other parameters and the batch `[M, B, ...]` are whole. Gradients are in fp32.
-
-    Raises:
-        UserError: the stages do not divide the microbatches.
     """
 
     def weighted(params: gpt.GPT, grad_sums: gpt.Block) -> tuple[Array, Array]:
@@ -108,11 +121,7 @@ def loss_and_grad_sums(
 def loss_sum(
     params: gpt.GPT, batch: global_batch.Batch, compute: gpt.Compute, virtual_stages: int
 ) -> Array:
-    """Return this stage's share of the summed token losses, without dropout.
-
-    Raises:
-        UserError: the stages do not divide the microbatches.
-    """
+    """Return this stage's share of the summed token losses, without dropout."""
     return _share_of_loss(params, batch, None, compute, virtual_stages, None)[1]
 
 
@@ -128,14 +137,12 @@ def _share_of_loss(
 
     Without `noise_key` there is no dropout. `grad_sums` are fp32 zeros like `params.blocks`.
     """
-    n_stages = jax.sharding.get_abstract_mesh().shape["stage"]
-    check_microbatches(batch["samples"].shape[0], n_stages)
     schedule = Schedule(
-        n_stages=n_stages,
+        n_stages=jax.sharding.get_abstract_mesh().shape["stage"],
         virtual_stages=virtual_stages,
         n_microbatches=batch["samples"].shape[0],
     )
-    own = jax.tree.map(lambda x: _own(x, n_stages), batch)
+    own = jax.tree.map(lambda x: _own(x, schedule), batch)
     x_GBTD = _embedded(params, own, noise_key, compute)
     stage_pass = _stage_pass(params, batch, noise_key, compute, schedule)
     x_GBTD = run(schedule, x_GBTD, stage_pass, grad_sums)
@@ -164,25 +171,12 @@ def _embedded(
     return jax.lax.scan(embed, None, batch)[1]
 
 
-def check_microbatches(n_microbatches: int, n_stages: int) -> None:
-    """Check that microbatches come in whole groups, one for each stage.
-
-    Raises:
-        UserError: they do not.
-    """
-    if n_microbatches % n_stages:
-        raise errors.UserError(
-            f"{n_microbatches} microbatches a step are not a multiple of mesh.stage={n_stages}: "
-            "change batch.global_batch_size, batch.microbatch_size, or the mesh",
-            page="parallelism.md#pipeline",
-        )
-
-
 def run(schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, grad_sums: GradSums) -> Array:
     """Send microbatches through all stages; return them where they came from, `[G, B, T, D]`.
 
-    G = M / P: stage p gives and gets microbatches p, P + p, 2 P + p, ... `stage_pass` gets
-    meaningless x while the stage is idle, and hands its gradient sums on from tick to tick.
+    Stage p gives and gets microbatches p, P + p, 2 P + p, ...; what comes back in an empty place is
+    meaningless, as is the x that `stage_pass` gets while the stage is idle. `stage_pass` hands its
+    gradient sums on from tick to tick.
 
     Besides the ring, a belt of one slot a stage runs the other way. In the P ticks in which stage 0
     takes up a group, the belt brings it that group's inputs, one a tick, and stage 0 lays the
@@ -213,7 +207,13 @@ def run(schedule: Schedule, x_GBTD: Array, stage_pass: StagePass, grad_sums: Gra
     belts_GBTD = jnp.concatenate([x_GBTD, zeros_BTD[None]])  # the last group has outputs only
     start = zeros_BTD, belts_GBTD, grad_sums
     (arriving_BTD, belts_GBTD, _), _ = jax.lax.scan(step, start, jnp.arange(schedule.n_ticks))
-    return turn_belt(schedule.n_ticks, arriving_BTD, belts_GBTD)[1][1:]
+    outputs_GBTD = turn_belt(schedule.n_ticks, arriving_BTD, belts_GBTD)[1][1:]
+    if not schedule.n_empty:
+        return outputs_GBTD
+    # The belt of the last group has as many places to go as the group has empty ones.
+    rest = [(i, (i - schedule.n_empty) % n_stages) for i in range(n_stages)]
+    last_BTD = jax.lax.ppermute(outputs_GBTD[-1], "stage", rest)
+    return outputs_GBTD.at[-1].set(last_BTD)
 
 
 def _stage_pass(
@@ -306,9 +306,13 @@ def _noise(key: Array | None, samples_B: Array) -> dropout.Noise | None:
     return None if key is None else dropout.Noise(key, samples_B)
 
 
-def _own(x: Array, n_stages: int) -> Array:
-    """[M, ...] -> [G, ...]: microbatches p, P + p, 2 P + p, ... of stage p."""
-    groups = x.reshape(-1, n_stages, *x.shape[1:])
+def _own(x: Array, schedule: Schedule) -> Array:
+    """[M, ...] -> [G, ...]: microbatches p, P + p, 2 P + p, ... of stage p, zeros in empty places.
+
+    The weights of a microbatch of zeros are zero, so it adds nothing to losses and gradients.
+    """
+    whole = jnp.pad(x, [(0, schedule.n_empty)] + [(0, 0)] * (x.ndim - 1))
+    groups = whole.reshape(-1, schedule.n_stages, *x.shape[1:])
     return jax.lax.dynamic_index_in_dim(groups, jax.lax.axis_index("stage"), 1, keepdims=False)
 
 

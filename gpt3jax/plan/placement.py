@@ -52,7 +52,7 @@ def lay_out(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     _check(cfg, sizes)
     rows = cfg.batch.microbatch_size * sizes["data"] * sizes["fsdp"]
     full = batch_schedule.BatchSchedule(((0, cfg.batch.global_batch_size),))
-    divisors = cfg.batch.microbatch_size, sizes["data"] * sizes["fsdp"], sizes["stage"]
+    divisors = cfg.batch.microbatch_size, sizes["data"] * sizes["fsdp"]
     batch_schedule.check(full, *divisors)
     problems = []
     try:

@@ -203,8 +203,8 @@ def schedule_of(cfg: schema.Config, mesh: jax.sharding.Mesh) -> batch_schedule.B
         UserError: a batch cannot be cut over the mesh.
     """
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    n_ranks, n_stages = rules.data_parallel_size(mesh), mesh.shape["stage"]
-    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, n_stages)
+    n_ranks = rules.data_parallel_size(mesh)
+    batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks)
     return schedule
 
 

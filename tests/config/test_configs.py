@@ -81,8 +81,7 @@ def test_every_batch_divides_over_the_devices_that_the_recipe_names(name):
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     for n_devices in meant_for(name, cfg):
         n_ranks = data_parallel_size(cfg.mesh, n_devices)
-        stages = cfg.mesh.stage
-        batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks, stages)
+        batch_schedule.check(schedule, cfg.batch.microbatch_size, n_ranks)
 
 
 @pytest.mark.parametrize("name", PAPER)
