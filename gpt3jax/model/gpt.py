@@ -265,7 +265,8 @@ def block_parts(window: int | None) -> tuple[prefetch.Part, ...]:
 # what enters GELU on the way forward: cuBLAS then runs GELU at the end of the product. Windows that
 # could be open together follow each other, or XLA would make one transfer of two.
 _FORWARD = (
-    prefetch.Window(("normed_1",), ("middle",), gather=("qkv", "projected")),
+    prefetch.Window(("normed_1",), ("qkv",), gather=("qkv",)),
+    prefetch.Window(("qkv",), ("middle",), gather=("projected",)),
     prefetch.Window(("normed_2",), ("activated",), gather=("hidden",)),
     prefetch.Window(("activated",), ("out",), gather=("down",)),
 )

@@ -5,6 +5,7 @@ keeps its answers. `python -m gpt3jax.plan.compiler` is the process, and reads a
 standard input. Needs the extra `plan`. Nothing is allocated: the step is compiled from shapes.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -14,6 +15,7 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +46,7 @@ _FIXED = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_TRACEBACK_FILTERING": "off",  # else errors end with advice on tracebacks
 }
+_KERNELS = "kernels"  # the file of the cache with compiled kernels, which programs share
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
 
 
@@ -270,8 +273,14 @@ def _run(wanted: _Step, environment: dict[str, str], file: pathlib.Path) -> None
     """Run the compiling process; its answer appears under the file's name only when complete."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         request: _Request = {**wanted, "out": f"{folder}/answer", "dump": f"{folder}/dump"}
-        dump = f"--xla_dump_to={_quoted(request['dump'])}"
-        flags = f"{environment['XLA_FLAGS']} {dump}"
+        kernels = pathlib.Path(folder, _KERNELS)
+        with contextlib.suppress(OSError):
+            shutil.copyfile(file.parent / _KERNELS, kernels)
+        flags = (
+            f"{environment['XLA_FLAGS']} --xla_dump_to={_quoted(request['dump'])}"
+            f" --xla_gpu_kernel_cache_file={_quoted(str(kernels))}"
+            " --xla_gpu_enable_llvm_module_compilation_parallelism=true"
+        )
         done = subprocess.run(
             [sys.executable, "-m", "gpt3jax.plan.compiler"],
             input=json.dumps(request), text=True, errors="replace", capture_output=True,
@@ -280,6 +289,9 @@ def _run(wanted: _Step, environment: dict[str, str], file: pathlib.Path) -> None
         if done.returncode:
             raise _failure(done.returncode, done.stderr)
         os.replace(request["out"], file)
+        # Each process has its own copy: XLA does not expect that several write to one.
+        if kernels.exists():
+            os.replace(kernels, file.parent / _KERNELS)
 
 
 def _quoted(text: str) -> str:
