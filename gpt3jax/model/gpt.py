@@ -19,7 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from gpt3jax.config import schema
-from gpt3jax.model import attention, dropout, embedding_lookup, prefetch, remat
+from gpt3jax.model import attention, dropout, embedding_lookup, gelu, prefetch, remat
 from gpt3jax.sharding import rules
 
 
@@ -110,6 +110,29 @@ def _einsum_backward(
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_bias(x_BT: Array, bias: Array, apart: bool) -> Array:
+    """Return `[B, T, ...]` plus a bias `[...]`; `apart`, its gradient is a kernel of its own.
+
+    In the kernel that makes the gradient of `x_BT` it would slow down all of it: its sums leave few
+    threads for the rest.
+    """
+    return x_BT + bias
+
+
+def _add_bias_forward(x_BT: Array, bias: Array, apart: bool) -> tuple[Array, None]:
+    return add_bias(x_BT, bias, apart), None
+
+
+def _add_bias_backward(apart: bool, _: None, d_out_BT: Array) -> tuple[Array, Array]:
+    d_out_BT = jax.lax.optimization_barrier(d_out_BT) if apart else d_out_BT
+    # Not jnp.sum, which would send 16-bit values as fp32.
+    return d_out_BT, jax.lax.reduce(d_out_BT, d_out_BT.dtype.type(0), jax.lax.add, (0, 1))
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
 class LayerNorm(nnx.Module):
     """LayerNorm with fp32 statistics."""
 
@@ -177,15 +200,20 @@ class Mlp(nnx.Module):
         self.w_down_FD = weight(k_down, (f, d), output_std(model), ("mlp", "embed"))
         self.b_down_D = vector(0.0, (d,), (None,))
         self.approximate = model.gelu == "tanh"
+        self.hidden_is_saved = "hidden" in remat.SAVED[model.remat]
 
     def hidden(self, x_BTD: Array, args: ForwardArgs) -> Array:
         """Return the hidden layer before GELU, `[B, T, F]`."""
         hidden_BTF = product("btd,df->btf", x_BTD, self.w_in_DF)
-        hidden_BTF += self.b_in_F[...].astype(args.compute.dtype)
+        bias_F = self.b_in_F[...].astype(args.compute.dtype)
+        # Between prefetched layers a window's barrier sets the gradient of the bias apart.
+        hidden_BTF = add_bias(hidden_BTF, bias_F, not args.compute.prefetch)
         return rules.constrain(hidden_BTF, "batch", "seq", "mlp")
 
     def activate(self, hidden_BTF: Array) -> Array:
         """Return the hidden layer after GELU."""
+        if self.approximate and self.hidden_is_saved:
+            return gelu.gelu(hidden_BTF)
         return remat.elementwise(jax.nn.gelu)(hidden_BTF, self.approximate)
 
     def down(self, activated_BTF: Array) -> Array:
