@@ -43,7 +43,8 @@ RUNS = [
     ("Megatron-LM, 1,024 A100, TP 8 x PP 16", 32.0, "a100", *LAYOUTS[3]),
     ("NeMo, 1,024 H100, TP 4 x PP 8 x VP 6", 8.45, "h100", "175b_tp8_pp16", 1024,
      ["--mesh.data=32", "--mesh.stage=8", "--mesh.tensor=4", "--mesh.virtual-stages=6",
-      "--mesh.shard-optimizer", "--batch.global-batch-size=2048"]),
+      "--mesh.shard-optimizer", "--batch.global-batch-size=2048",
+      "--batch.microbatch-size=4"]),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from gpt3jax import errors
 from gpt3jax.config import command_line, recipe
@@ -139,23 +139,35 @@ def check(flags: str) -> None:
     Raises:
         UserError: an option is unknown; the error names the nearest known ones.
     """
-    names = [name.encode() for name in re.findall(r"--(xla_\w+)", flags)]
+    for name in re.findall(r"--(xla_\w+)", flags):
+        if is_known(name):
+            continue
+        with _library() as code:
+            known = {match.decode() for match in re.findall(rb"xla_[a-z0-9_]+(?=\0)", code)}
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "remove it"
+        raise errors.UserError(
+            f"XLA_FLAGS: this XLA has no option {name}: {hint}", page="plan.md#xlas-settings"
+        )
+
+
+def is_known(name: str) -> bool:
+    """Return whether this XLA has an option, which depends on jaxlib's version."""
+    with _library() as code:
+        return not code or code.find(name.encode() + b"\0") >= 0
+
+
+@contextlib.contextmanager
+def _library() -> Iterator[mmap.mmap | bytes]:
+    """Open jaxlib's library, which has the names of all options; empty where it is not found."""
     spec = importlib.util.find_spec("jaxlib")
     folder = pathlib.Path(spec.origin).parent if spec and spec.origin else None
     library = folder / "libjax_common.so" if folder else None
-    if not names or library is None or not library.exists():
+    if library is None or not library.exists():
+        yield b""
         return
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-        for name in names:
-            if code.find(name + b"\0") >= 0:
-                continue
-            known = {match.decode() for match in re.findall(rb"xla_[a-z0-9_]+(?=\0)", code)}
-            near = difflib.get_close_matches(name.decode(), known, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "remove it"
-            raise errors.UserError(
-                f"XLA_FLAGS: this XLA has no option {name.decode()}: {hint}",
-                page="plan.md#xlas-settings",
-            )
+        yield code
 
 
 def _gpu_here() -> gpus.Gpu:

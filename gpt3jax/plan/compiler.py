@@ -5,7 +5,6 @@ keeps its answers. `python -m gpt3jax.plan.compiler` is the process, and reads a
 standard input. Needs the extra `plan`. Nothing is allocated: the step is compiled from shapes.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -15,7 +14,6 @@ import os
 import pathlib
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +44,6 @@ _FIXED = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_TRACEBACK_FILTERING": "off",  # else errors end with advice on tracebacks
 }
-_KERNELS = "kernels"  # the file of the cache with compiled kernels, which programs share
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
 
 
@@ -189,10 +186,16 @@ def _key(cfg: schema.Config, wanted: _Step, environment: dict[str, str]) -> str:
 
 def _read(file: pathlib.Path) -> _Answer | None:
     """Return the content of a file of the cache; None where it is missing or damaged."""
+    content = _unpacked(file)
+    return json.loads(content) if content else None
+
+
+def _unpacked(file: pathlib.Path) -> bytes:
+    """Return the content of a file of the cache; nothing where it is missing or damaged."""
     try:
-        return json.loads(gzip.decompress(file.read_bytes()))
-    except (OSError, EOFError, ValueError, zlib.error):
-        return None
+        return gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error):
+        return b""
 
 
 def _compiled(answer: _Answer, *, cached: bool) -> Compiled:
@@ -273,14 +276,19 @@ def _run(wanted: _Step, environment: dict[str, str], file: pathlib.Path) -> None
     """Run the compiling process; its answer appears under the file's name only when complete."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         request: _Request = {**wanted, "out": f"{folder}/answer", "dump": f"{folder}/dump"}
-        kernels = pathlib.Path(folder, _KERNELS)
-        with contextlib.suppress(OSError):
-            shutil.copyfile(file.parent / _KERNELS, kernels)
-        flags = (
-            f"{environment['XLA_FLAGS']} --xla_dump_to={_quoted(request['dump'])}"
-            f" --xla_gpu_kernel_cache_file={_quoted(str(kernels))}"
-            " --xla_gpu_enable_llvm_module_compilation_parallelism=true"
-        )
+        # Kernels that programs share. Each process has a copy: XLA expects no other writer.
+        capability = "".join(map(str, wanted["capability"]))
+        shared = file.parent / f"kernels_{versions()['jaxlib']}_sm{capability}.gz"
+        kernels = pathlib.Path(folder, "kernels")
+        if known := _unpacked(shared):  # XLA would fail on a file that is damaged
+            kernels.write_bytes(known)
+        options = {
+            "xla_dump_to": _quoted(request["dump"]),
+            "xla_gpu_kernel_cache_file": _quoted(str(kernels)),
+            "xla_gpu_enable_llvm_module_compilation_parallelism": "true",  # 0.10 needs it for that
+        }
+        own = [f"--{k}={v}" for k, v in options.items() if xla_flags.is_known(k)]
+        flags = " ".join([environment["XLA_FLAGS"], *own])
         done = subprocess.run(
             [sys.executable, "-m", "gpt3jax.plan.compiler"],
             input=json.dumps(request), text=True, errors="replace", capture_output=True,
@@ -289,9 +297,10 @@ def _run(wanted: _Step, environment: dict[str, str], file: pathlib.Path) -> None
         if done.returncode:
             raise _failure(done.returncode, done.stderr)
         os.replace(request["out"], file)
-        # Each process has its own copy: XLA does not expect that several write to one.
         if kernels.exists():
-            os.replace(kernels, file.parent / _KERNELS)
+            packed = pathlib.Path(folder, "packed")
+            packed.write_bytes(gzip.compress(kernels.read_bytes(), compresslevel=1))
+            os.replace(packed, shared)
 
 
 def _quoted(text: str) -> str:

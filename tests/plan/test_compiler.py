@@ -38,11 +38,12 @@ def compile_small(recipe_file, fake_step, monkeypatch):
     It returns the variables of each process.
     """
 
-    def call(*options, **network):
+    def call(*options, beside=lambda env: None, **network):
         environments = []
 
         def answer(_, *, input, env, **options):
             environments.append(env)
+            beside(env)
             content = {**vars(fake_step(7)), "hlo": fake_step(7).text}
             for name in ("text", "program", "cudnn", "cached"):
                 del content[name]
@@ -84,6 +85,27 @@ def test_a_step_is_compiled_again_where_the_program_is_another(
     for file in (tmp_path / "gpt3jax" / "plan").iterdir():
         file.write_bytes(file.read_bytes()[:-9])  # cut off
     assert compile_small()
+
+
+def test_compiled_kernels_are_handed_on_to_the_next_process(compile_small, tmp_path, monkeypatch):
+    """Each works on a copy of its own; what it leaves there is what the next one finds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = []
+
+    def add_a_kernel(env):
+        file = pathlib.Path(
+            re.findall(r"--xla_gpu_kernel_cache_file='([^']+)'", env["XLA_FLAGS"])[-1]
+        )
+        found.append(file.read_text() if file.exists() else "")
+        file.write_text(found[-1] + "kernel ")
+
+    for seed in range(3):
+        assert compile_small(f"--train.seed={seed}", beside=add_a_kernel)
+    assert found == ["", "kernel ", "kernel kernel "]
+    (file,) = (tmp_path / "gpt3jax" / "plan").glob("kernels*")
+    file.write_bytes(file.read_bytes()[:-9])  # cut off: XLA would fail on what is left
+    assert compile_small("--train.seed=3", beside=add_a_kernel)
+    assert found[-1] == ""
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
