@@ -12,7 +12,6 @@ import sys
 import pytest
 
 from gpt3jax import errors
-from gpt3jax.gradient import pipeline
 from gpt3jax.preflight import checks
 
 import corpus
@@ -141,12 +140,8 @@ def test_an_error_of_each_room_ends_with_its_page(room, tmp_path, monkeypatch, c
     assert documents.points_on(last)
 
 
-def test_what_only_several_devices_or_processes_meet_ends_with_its_page():
+def test_what_only_several_processes_meet_ends_with_its_page():
     failed = checks.Check(name="code", status="fail", result="two versions", lines=())
-    for refuse in (
-        lambda: checks.refuse([failed], 0),
-        lambda: pipeline.check_microbatches(3, 2),
-    ):
-        with pytest.raises(errors.UserError) as error:
-            refuse()
-        assert documents.points_on(str(error.value))
+    with pytest.raises(errors.UserError) as error:
+        checks.refuse([failed], 0)
+    assert documents.points_on(str(error.value))
