@@ -3,8 +3,8 @@
 Source: Brown et al. 2020, "Language Models are Few-Shot Learners" (arXiv:2005.14165), Table 2.1
 and appendix B; `gpt3jax/config/gpt3_table.py` has what all rows share.
 Meant for 8 H100 80GB, or any number that divides 128 (512 sequences in microbatches of 4).
-Memory: 1.32B x 16 bytes (fp32 weight, gradient, two moments) = 21 GB, and 32 bytes a token, width
-and layer of activations: 24 x 2048 x 4 x 2048 x 32 = 12.9 GB. Nothing needs sharding.
+Memory: 1.32B x 16 bytes (fp32 weight, gradient, two moments) = 21 GB, and 20 bytes a token, width
+and layer of activations: 24 x 2048 x 4 x 2048 x 20 = 8.1 GB. Nothing needs sharding.
 Should reach 63.6% on LAMBADA zero-shot, as the paper's did on its data (Table H.1).
 The table prints 24 heads of 128, but 24 x 128 = 3072 is not its d_model of 2048; 16 of them have
 the stated 1.3B parameters, 24 would have 1.5B, so there are 16.

@@ -3,8 +3,8 @@
 Source: Brown et al. 2020, "Language Models are Few-Shot Learners" (arXiv:2005.14165), Table 2.1
 and appendix B; `gpt3jax/config/gpt3_table.py` has what all rows share.
 Meant for 8 H100 80GB, or any number that divides 64 (256 sequences in microbatches of 4).
-Memory: 0.356B x 16 bytes (fp32 weight, gradient, two moments) = 5.7 GB, and 32 bytes a token,
-width and layer of activations: 24 x 1024 x 4 x 2048 x 32 = 6.4 GB. Nothing needs sharding.
+Memory: 0.356B x 16 bytes (fp32 weight, gradient, two moments) = 5.7 GB, and 20 bytes a token,
+width and layer of activations: 24 x 1024 x 4 x 2048 x 20 = 4.0 GB. Nothing needs sharding.
 Should reach 54.3% on LAMBADA zero-shot, as the paper's did on its data (Table H.1).
 To let the batch grow as in the paper, on 8 GPUs, over 4B tokens:
 `--batch.microbatch-size 2 --batch.ramp 16 48 1953125`.

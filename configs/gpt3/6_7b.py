@@ -4,7 +4,7 @@ Source: Brown et al. 2020, "Language Models are Few-Shot Learners" (arXiv:2005.1
 and appendix B; `gpt3jax/config/gpt3_table.py` has what all rows share.
 Meant for 32 H100 80GB, or any multiple of 8 that divides 512 (1024 sequences in microbatches of 2).
 Memory: 6.66B x 16 bytes (fp32 weight, gradient, two moments) = 107 GB, 13.3 GB a GPU over the 8
-of a node, and 32 bytes a token, width and layer of activations: 32 x 4096 x 2 x 2048 x 32 = 17.2
+of a node, and 20 bytes a token, width and layer of activations: 32 x 4096 x 2 x 2048 x 20 = 10.7
 GB.
 Should reach 70.3% on LAMBADA zero-shot, as the paper's did on its data (Table H.1).
 To let the batch grow as in the paper, on 32 GPUs, over 8B tokens:
