@@ -207,7 +207,8 @@ class Mlp(nnx.Module):
         hidden_BTF = product("btd,df->btf", x_BTD, self.w_in_DF)
         bias_F = self.b_in_F[...].astype(args.compute.dtype)
         # Between prefetched layers a window's barrier sets the gradient of the bias apart.
-        hidden_BTF = add_bias(hidden_BTF, bias_F, not args.compute.prefetch)
+        apart = not args.compute.prefetch
+        hidden_BTF = add_bias(hidden_BTF, bias_F, apart)
         return rules.constrain(hidden_BTF, "batch", "seq", "mlp")
 
     def activate(self, hidden_BTF: Array) -> Array:

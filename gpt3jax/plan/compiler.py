@@ -44,6 +44,7 @@ _FIXED = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_TRACEBACK_FILTERING": "off",  # else errors end with advice on tracebacks
 }
+_MOST_KERNELS = 100_000_000  # bytes of compiled kernels that are kept; a program has about 1 MB
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
 
 
@@ -280,7 +281,8 @@ def _run(wanted: _Step, environment: dict[str, str], file: pathlib.Path) -> None
         capability = "".join(map(str, wanted["capability"]))
         shared = file.parent / f"kernels_{versions()['jaxlib']}_sm{capability}.gz"
         kernels = pathlib.Path(folder, "kernels")
-        if known := _unpacked(shared):  # XLA would fail on a file that is damaged
+        known = _unpacked(shared)  # XLA would fail on a file that is damaged
+        if 0 < len(known) < _MOST_KERNELS:  # else it begins anew
             kernels.write_bytes(known)
         options = {
             "xla_dump_to": _quoted(request["dump"]),
