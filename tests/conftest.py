@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the numpy GPT is slower with more
 
@@ -17,6 +18,9 @@ import corpus
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
+# Tests look at what is in a recipe's folder: neither Python nor a child may write its caches there.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, in children too
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
