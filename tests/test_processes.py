@@ -255,7 +255,7 @@ def test_a_slow_process_is_named(tmp_path):
     assert statuses == [0, 0], err
     # On a busy machine the other may hold it up too, for a while.
     slow = dict(re.findall(r"WARNING: process (\d) \(\S+\) spends (\S+) s a step outside", out[0]))
-    assert float(slow["1"]) > 0.1, out[0]  # of a mean that begins before it is slow
+    assert float(slow["1"]) > 0.2, out[0]  # of a mean that begins before it is slow
 
 
 def test_a_hang_is_told_by_all_and_the_process_at_fault_named(tmp_path):

@@ -54,7 +54,8 @@ class Schedule:
     @property
     def n_ticks(self) -> int:
         """Ticks until the last stage has done its last unit."""
-        return self._n_units + self.n_stages - 1
+        n_units = self.n_groups * self.n_stages * self.virtual_stages - self.n_empty
+        return n_units + self.n_stages - 1
 
     @property
     def bubble(self) -> float:
@@ -63,15 +64,10 @@ class Schedule:
 
     def unit(self, tick: Array | int, stage: Array | int) -> tuple[Array, Array]:
         """Return (microbatch, virtual stage) of a stage at a tick; idle ones repeat another."""
-        u = jnp.clip(tick - stage, 0, self._n_units - 1)
+        u = jnp.clip(tick - stage, 0, self.n_ticks - self.n_stages)
         group, within = jnp.divmod(u, self.n_stages * self.virtual_stages)
         microbatch = group * self.n_stages + within % self.n_stages
         return jnp.minimum(microbatch, self.n_microbatches - 1), within // self.n_stages
-
-    @property
-    def _n_units(self) -> int:
-        """Units of a stage until its last one, idle ones among them."""
-        return self.n_groups * self.n_stages * self.virtual_stages - self.n_empty
 
 
 def describe(cfg: schema.Config, mesh: jax.sharding.Mesh) -> list[str]:

@@ -110,27 +110,17 @@ def _einsum_backward(
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def add_bias(x_BT: Array, bias: Array, apart: bool) -> Array:
-    """Return `[B, T, ...]` plus a bias `[...]`; `apart`, its gradient is a kernel of its own.
+@jax.custom_vjp
+def apart(x: Array) -> Array:
+    """Return x; the gradient that comes back for it is finished before anything is made of it.
 
-    In the kernel that makes the gradient of `x_BT` it would slow down all of it: its sums leave few
-    threads for the rest.
+    Else XLA sums the gradient of a bias in the kernel that makes this one, and slows all of it
+    down: the sums leave few threads for the rest.
     """
-    return x_BT + bias
+    return x
 
 
-def _add_bias_forward(x_BT: Array, bias: Array, apart: bool) -> tuple[Array, None]:
-    return add_bias(x_BT, bias, apart), None
-
-
-def _add_bias_backward(apart: bool, _: None, d_out_BT: Array) -> tuple[Array, Array]:
-    d_out_BT = jax.lax.optimization_barrier(d_out_BT) if apart else d_out_BT
-    # Not jnp.sum, which would send 16-bit values as fp32.
-    return d_out_BT, jax.lax.reduce(d_out_BT, d_out_BT.dtype.type(0), jax.lax.add, (0, 1))
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+apart.defvjp(lambda x: (x, None), lambda _, d_x: (jax.lax.optimization_barrier(d_x),))
 
 
 class LayerNorm(nnx.Module):
@@ -205,10 +195,9 @@ class Mlp(nnx.Module):
     def hidden(self, x_BTD: Array, args: ForwardArgs) -> Array:
         """Return the hidden layer before GELU, `[B, T, F]`."""
         hidden_BTF = product("btd,df->btf", x_BTD, self.w_in_DF)
-        bias_F = self.b_in_F[...].astype(args.compute.dtype)
-        # Between prefetched layers a window's barrier sets the gradient of the bias apart.
-        apart = not args.compute.prefetch
-        hidden_BTF = add_bias(hidden_BTF, bias_F, apart)
+        hidden_BTF += self.b_in_F[...].astype(args.compute.dtype)
+        if not args.compute.prefetch:  # there a window's barrier does the same
+            hidden_BTF = apart(hidden_BTF)
         return rules.constrain(hidden_BTF, "batch", "seq", "mlp")
 
     def activate(self, hidden_BTF: Array) -> Array:

@@ -44,6 +44,8 @@ _FIXED = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_TRACEBACK_FILTERING": "off",  # else errors end with advice on tracebacks
 }
+# Needed by jax 0.10 to keep kernels; 0.12 has no such option, and keeps them.
+_KEEPS_KERNELS = "xla_gpu_enable_llvm_module_compilation_parallelism"
 _MOST_KERNELS = 100_000_000  # bytes of compiled kernels that are kept; a program has about 1 MB
 _PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
 
@@ -284,13 +286,12 @@ def _run(wanted: _Step, environment: dict[str, str], file: pathlib.Path) -> None
         known = _unpacked(shared)  # XLA would fail on a file that is damaged
         if 0 < len(known) < _MOST_KERNELS:  # else it begins anew
             kernels.write_bytes(known)
-        options = {
-            "xla_dump_to": _quoted(request["dump"]),
-            "xla_gpu_kernel_cache_file": _quoted(str(kernels)),
-            "xla_gpu_enable_llvm_module_compilation_parallelism": "true",  # 0.10 needs it for that
-        }
-        own = [f"--{k}={v}" for k, v in options.items() if xla_flags.is_known(k)]
-        flags = " ".join([environment["XLA_FLAGS"], *own])
+        flags = (
+            f"{environment['XLA_FLAGS']} --xla_dump_to={_quoted(request['dump'])}"
+            f" --xla_gpu_kernel_cache_file={_quoted(str(kernels))}"
+        )
+        if xla_flags.is_known(_KEEPS_KERNELS):
+            flags += f" --{_KEEPS_KERNELS}=true"
         done = subprocess.run(
             [sys.executable, "-m", "gpt3jax.plan.compiler"],
             input=json.dumps(request), text=True, errors="replace", capture_output=True,

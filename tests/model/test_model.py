@@ -110,7 +110,7 @@ def test_remat_changes_no_gradient(name):
     cfg = dataclasses.replace(TINY, dropout=0.1, attention_dropout=0.1)
     loss, grads, _ = remat_case(dataclasses.replace(cfg, remat=name))
     none_loss, none_grads, _ = remat_case(dataclasses.replace(cfg, remat="none"))
-    np.testing.assert_allclose(loss, none_loss, rtol=1e-5)  # GELU has two forms
+    np.testing.assert_allclose(loss, none_loss, rtol=2e-6)  # GELU has two forms
     for name, grad in tiny.leaves(grads).items():
         scale = np.abs(tiny.leaves(none_grads)[name]).max()
         np.testing.assert_allclose(grad, tiny.leaves(none_grads)[name], atol=2e-6 * scale + 1e-9)
