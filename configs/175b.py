@@ -2,17 +2,15 @@
 
 Source: Megatron-LM's examples/gpt3, the script itself (train_gpt3_175b_distributed.sh, commit
 d98e8a64dd).
-Meant for 128 H100 80GB in nodes of 8. 174.6B x 16 bytes (fp32 weight, gradient, two moments) are
-2794 GB, 21.8 GB a GPU; full recomputation keeps 96 x 12288 x 2048 x 2 / 8 = 0.6 GB of
-activations, in place of 9.7 GB or more.
+Meant for 1024 H100 80GB in nodes of 8, or any other number from 64 on: the layout is found, for each
+size of the growing batch. 174.6B x 16 bytes (fp32 weight, gradient, two moments) are 2794 GB of
+state, 2.7 GB a GPU.
 Should reach: Megatron gives no loss; the paper's had 76.2% on LAMBADA zero-shot (Brown et al.
 2020, Table H.1). 300B tokens are 3.2e23 FLOPs: 72 days at 400 TFLOP/s a GPU.
 It is float16 because the example says --fp16: on A100 or H100 add
 `--precision.compute-dtype bfloat16`.
 Differs from it, besides what docs/from_megatron.md lists for every recipe, in:
-- tensor 8 x fsdp 16 in place of TP 8 x PP 16, on as many GPUs. More than 16 data-parallel ranks
-  would not divide the schedule's first batch of 16; with another `batch.schedule` more GPUs are
-  replicas (data).
+- the layout, which changes no loss: the example's TP 8 x PP 16 is `configs/175b_tp8_pp16.py`.
 - attention_dropout 0: the example's 0.1 would rule out the fused attention kernel.
 - 300B tokens, with decay over 260B, as in the paper: the example's 500,000 iterations are 1.33T.
 """
@@ -26,6 +24,5 @@ def get_config() -> config.Config:
     return megatron_example.recipe(
         model=megatron_example.gpt3_175b(),
         decay_samples=126_953_125,  # x 2048 = 260B tokens
-        mesh=config.Mesh(data=-1, fsdp=16, tensor=8),
         train=config.Train(n_tokens=300_000_000_000),
     )

@@ -2,7 +2,7 @@
 
 Source: Megatron-LM's examples/gpt3 (train_gpt3_175b_distributed.sh, commit d98e8a64dd), as
 `configs/175b.py`, in the layout of
-`python -m gpt3jax.plan --config=configs/175b.py --gpus=1024 --search`.
+`python -m gpt3jax.plan --config=configs/175b.py --gpus=1024`, fixed.
 Meant for 1024 H100 80GB in nodes of 8 with 400 Gb/s a GPU; other numbers of GPUs have other
 layouts: search again.
 Should reach: docs/plan.md has the estimate of its speed; the losses are those of `configs/175b.py`

@@ -9,6 +9,8 @@ Should reach: what `configs/175b.py` reaches; the losses are the same.
 Differs from `configs/175b.py` only in the mesh.
 """
 
+import dataclasses
+
 from gpt3jax import config
 from gpt3jax.config import megatron_example
 
@@ -16,8 +18,11 @@ from gpt3jax.config import megatron_example
 def get_config() -> config.Config:
     """Return the recipe."""
     return megatron_example.recipe(
-        model=megatron_example.gpt3_175b(),
+        model=megatron_example.gpt3_175b(remat="full"),
         decay_samples=126_953_125,  # x 2048 = 260B tokens
-        mesh=config.Mesh(data=-1, stage=16, tensor=8),
+        mesh=config.Mesh(
+            data=-1, stage=16, virtual_stages=1, fsdp=1, tensor=8, shard_optimizer=False
+        ),
+        batch=dataclasses.replace(megatron_example.GROWING_BATCH, microbatch_size=1),
         train=config.Train(n_tokens=300_000_000_000),
     )

@@ -2,8 +2,8 @@
 
 Source: Megatron-LM's examples/gpt3, README's "345M" with the script's values
 (train_gpt3_175b_distributed.sh, commit d98e8a64dd).
-Meant for 1, 2, 4, 8 or 16 GPUs: their number must divide the schedule's first batch of 16. 64.1M
-x 16 bytes (fp32 weight, gradient, two moments) are 1.0 GB of state, so any GPU will do.
+Meant for 8 GPUs, or any other number: the layout is found. 64.1M x 16 bytes (fp32 weight, gradient,
+two moments) are 1.0 GB of state, so any GPU will do.
 Should reach: Megatron gives no loss. 500,000 steps are 531M sequences, 544B tokens; the learning
 rate is then still 1.1e-5, for its decay is counted in full batches.
 It is float16 because the example says --fp16: on A100 or H100 add
@@ -25,9 +25,7 @@ def get_config() -> config.Config:
             n_heads=8,  # x 64
             seq_len=1024,
             attention_dropout=0.1,
-            remat="none",  # 34 bytes x 12 x 1024 x 512 = 0.2 GB a sequence
         ),
         decay_samples=430_000 * 1536,  # the example's iterations, at its full batch
-        mesh=config.Mesh(data=-1),
         train=config.Train(n_steps=500_000),
     )

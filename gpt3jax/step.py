@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt3jax import errors, optimizer
-from gpt3jax.config import schema, validation
+from gpt3jax.config import layout, schema, validation
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import batch_gradient
 from gpt3jax.hardware import xla_flags
@@ -74,6 +74,8 @@ class Program:
 
 def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Program:
     """Return the program of a config on a mesh; nothing is compiled or allocated yet.
+
+    The sizes of `cfg.mesh` are not used; its other fields, as all of the layout, have values.
 
     Raises:
         UserError: the model does not fit the mesh.

@@ -2,12 +2,11 @@
 
 Source: Brown et al. 2020, "Language Models are Few-Shot Learners" (arXiv:2005.14165), Table 2.1
 and appendix B; `gpt3jax/config/gpt3_table.py` has what all rows share.
-Meant for 8 H100 80GB, or any number that divides 64 (256 sequences in microbatches of 4).
+Meant for 8 H100 80GB, or any other number: the layout is found.
 Memory: 0.76B x 16 bytes (fp32 weight, gradient, two moments) = 12.2 GB, and 20 bytes a token,
 width and layer of activations: 24 x 1536 x 4 x 2048 x 20 = 6.0 GB. Nothing needs sharding.
 Should reach 60.4% on LAMBADA zero-shot, as the paper's did on its data (Table H.1).
-To let the batch grow as in the paper, on 8 GPUs, over 4B tokens:
-`--batch.microbatch-size 2 --batch.ramp 16 48 1953125`.
+To let the batch grow as in the paper, over 4B tokens: `--batch.ramp 16 48 1953125`.
 """
 
 from gpt3jax import config
@@ -20,6 +19,5 @@ def get_config() -> config.Config:
         model=gpt3_table.model(n_layers=24, d_model=1536, n_heads=16),  # heads of 96
         peak_lr=2.5e-4,
         min_lr=2.5e-5,  # 10%
-        batch=config.Batch(global_batch_size=256, microbatch_size=4),  # 256 x 2048 = 0.5M tokens
-        mesh=config.Mesh(data=-1),
+        batch=config.Batch(global_batch_size=256),  # 256 x 2048 = 0.5M tokens
     )

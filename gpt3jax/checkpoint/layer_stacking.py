@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from gpt3jax.checkpoint import array_names
-from gpt3jax.config import schema
 from gpt3jax.sharding import layouts
 
 
 def as_written(abstract_state: array_names.PyTree, config: dict[str, Any]) -> array_names.PyTree:
     """Return the layout with layers stacked as in a run of this (flat) config."""
-    virtual_stages: int = config.get("mesh.virtual_stages", schema.Mesh().virtual_stages)
+    virtual_stages: int = config.get("mesh.virtual_stages", 1)
 
     def restack(n_stacked: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return _restacked_shape(leaf, n_stacked, virtual_stages) if n_stacked else leaf

@@ -4,6 +4,7 @@ A recipe imports these names from here; the package itself imports the modules o
 """
 
 from gpt3jax.config.schema import (
+    AUTO,
     Attention,
     Batch,
     Checkpoint,
@@ -21,6 +22,7 @@ from gpt3jax.config.schema import (
 )
 
 __all__ = [
+    "AUTO",
     "Attention",
     "Batch",
     "Checkpoint",

@@ -1,8 +1,7 @@
 """What the recipes of GPT-3's Table 2.1 (`configs/gpt3/`) share: Brown et al. 2020, appendix B.
 
 The paper states no dropout, so there is none, and no width of the banded layers: 256 is ours. Its
-batch grows from 32k tokens; here it is constant, because 16 sequences do not divide over a wide
-mesh, and each batch size costs a compilation.
+batch grows from 32k tokens; here it is constant, and each recipe says how to let it grow.
 """
 
 from gpt3jax.config import schema
@@ -14,7 +13,6 @@ def recipe(
     peak_lr: float,
     min_lr: float,
     batch: schema.Batch,
-    mesh: schema.Mesh,
 ) -> schema.Config:
     """Return the config of a row of the table; `min_lr` is 10% of `peak_lr`."""
     return schema.Config(
@@ -33,7 +31,6 @@ def recipe(
         ),
         precision=schema.Precision(compute_dtype="bfloat16"),
         batch=batch,
-        mesh=mesh,
         train=schema.Train(n_tokens=300_000_000_000),
     )
 
@@ -43,7 +40,6 @@ def model(
     n_layers: int,
     d_model: int,
     n_heads: int,
-    remat: schema.Remat = "dots",  # by the plan faster and smaller than none
     init_std: float = 0.02,
 ) -> schema.Model:
     """Return the model of a row: dense and locally banded layers alternate."""
@@ -55,6 +51,5 @@ def model(
         dropout=0.0,
         attention_dropout=0.0,
         init_std=init_std,
-        remat=remat,
         attention=schema.Attention(pattern="alternating", band=256),
     )

@@ -7,10 +7,10 @@ the schedule.
 
 from gpt3jax.config import schema
 
+FOUND = schema.Mesh()  # for the devices that are there
 FLOAT16 = schema.Precision(compute_dtype="float16")  # --fp16
 GROWING_BATCH = schema.Batch(
     global_batch_size=1536,
-    microbatch_size=1,
     schedule="0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536",
 )
 
@@ -19,8 +19,8 @@ def recipe(
     *,
     model: schema.Model,
     decay_samples: int,
-    mesh: schema.Mesh,
     train: schema.Train,
+    mesh: schema.Mesh = FOUND,
     precision: schema.Precision = FLOAT16,
     batch: schema.Batch = GROWING_BATCH,
 ) -> schema.Config:
@@ -55,7 +55,7 @@ def model(
     n_heads: int,
     seq_len: int,
     attention_dropout: float,
-    remat: schema.Remat,
+    remat: schema.Remat = schema.AUTO,
 ) -> schema.Model:
     """Return the model of an example."""
     return schema.Model(
@@ -70,7 +70,7 @@ def model(
     )
 
 
-def gpt3_175b(remat: schema.Remat = "full") -> schema.Model:
+def gpt3_175b(remat: schema.Remat = schema.AUTO) -> schema.Model:
     """Return the model of the script itself, without attention dropout.
 
     The script's 0.1 would rule out the fused attention kernel.

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
@@ -78,6 +78,15 @@ READS_COUNTS: tyro.constructors.PrimitiveConstructorSpec[int] = (
     )
 )
 
+# A field of the layout: a number or a switch, or `auto` until the layout is chosen. Whatever
+# calculates with it gets a config that was laid out, so for the type checker `auto` is not there.
+if typing.TYPE_CHECKING:
+    IntOrAuto: TypeAlias = int
+    BoolOrAuto: TypeAlias = bool
+else:
+    IntOrAuto = int | Literal["auto"]
+    BoolOrAuto = bool | Literal["auto"]
+
 Count = Annotated[int, Range(0, INT32)]
 Positive = Annotated[int, Range(1, INT32)]
 Samples = Annotated[int, Range(0, INT32), READS_COUNTS]
@@ -85,14 +94,14 @@ Tokens = Annotated[int, Range(0, 10**15), READS_COUNTS]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # of NumPy's RandomState
 Probability = Annotated[float, Range(0, 1, excluded=1)]
 Axis = Annotated[
-    int, Range(-1, 2**20, "give at least 1, or -1 for the rest of the devices", excluded=0)
+    IntOrAuto, Range(-1, 2**20, "give at least 1, or -1 for the rest of the devices", excluded=0)
 ]
 
 
 def numbers(tree: object, prefix: str = "") -> Iterator[tuple[str, object, Range]]:
     """Yield (name, value, range) of each number in a tree of dataclasses and their tuples.
 
-    The name is that of the option, `group.field`. Fields that are None are left out.
+    The name is that of the option, `group.field`. Fields that are None or auto are left out.
     """
     for name, hint in typing.get_type_hints(type(tree), include_extras=True).items():
         value = getattr(tree, name)
@@ -102,7 +111,7 @@ def numbers(tree: object, prefix: str = "") -> Iterator[tuple[str, object, Range
             continue
         bounds = range_of(hint)
         for number in value if isinstance(value, tuple) else (value,):
-            if bounds is not None and number is not None:
+            if bounds is not None and number not in (None, "auto"):
                 yield prefix + name, number, bounds
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from gpt3jax.config import ranges, user_paths
 
 _WATCHED = ranges.Range(1, 10**6, "watchdog.step_multiple=0 turns the watchdog off")  # seconds
-Remat: TypeAlias = Literal["none", "dots", "mlp", "residual", "full"]
+AUTO: Any = "auto"  # a field of the layout that the run chooses itself
+Remat: TypeAlias = Literal["auto", "none", "dots", "mlp", "residual", "full"]
 Tree = TypeVar("Tree")
 Flat: TypeAlias = dict[str, Any]  # a field's dotted name: bool, int, float, str, or a tuple of them
 
@@ -55,11 +56,12 @@ class Model:
     """Standard deviation of initial weights. Output projections: init_std / sqrt(2 n_layers)."""
     norm_eps: Annotated[float, ranges.Range(0, 1)] = 1e-5
     """Added to the variance in LayerNorm."""
-    remat: Remat = "full"
+    remat: Remat = AUTO
     """Which activations the backward pass recomputes, from none to those of whole layers (full):
-    see `remat.SAVED`. With pipeline stages, none means dots."""
-    n_loss_chunks: Annotated[int, ranges.Range(1, 2**24, "1 cuts nothing")] = 1
-    """Chunks of the sequence in the loss. More need less memory: one chunk's logits at a time."""
+    see `remat.SAVED`. With pipeline stages, none means dots. auto: chosen with the layout."""
+    n_loss_chunks: Annotated[ranges.IntOrAuto, ranges.Range(1, 2**24, "1 cuts nothing")] = AUTO
+    """Chunks of the sequence in the loss. More need less memory: one chunk's logits at a time.
+    auto: chosen with the layout."""
     attention: Attention = Attention()
 
     @property
@@ -155,8 +157,8 @@ class Batch:
 
     global_batch_size: Annotated[int, ranges.Range(1, 10**6)]
     """Sequences per step over all devices. It is also the upper bound of batch.schedule."""
-    microbatch_size: Annotated[int, ranges.Range(1, 10**6)] = 1
-    """Sequences that a data-parallel rank processes at a time."""
+    microbatch_size: Annotated[ranges.IntOrAuto, ranges.Range(1, 10**6)] = AUTO
+    """Sequences that a data-parallel rank processes at a time. auto: chosen with the layout."""
     schedule: str = ""
     """Batch size by tokens consumed, as "0:16 2.4B:320 12B:1536" (K, M, B, T: 10^3 ... 10^12)."""
     ramp: tuple[ranges.Samples, ...] = ()
@@ -211,23 +213,28 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices along each axis of parallelism. One axis may be -1: the rest of the devices."""
+    """Devices along each axis of parallelism; auto: chosen for each batch size, by speed.
 
-    data: ranges.Axis = -1
+    One axis may be -1: the rest of the devices. On CPUs auto is data parallelism.
+    """
+
+    copies: ranges.Axis = AUTO
+    """Copies of all else that compute the same: the use of devices that a small batch leaves over."""
+    data: ranges.Axis = AUTO
     """Data parallelism: replicas of the model, each with its share of the batch."""
-    stage: ranges.Axis = 1
+    stage: ranges.Axis = AUTO
     """Pipeline parallelism: stages, each with a part of the layers."""
-    virtual_stages: Annotated[int, ranges.Range(1, 2**16, "1 cuts nothing")] = 1
+    virtual_stages: Annotated[ranges.IntOrAuto, ranges.Range(1, 2**16, "1 cuts nothing")] = AUTO
     """Parts of the layers in each pipeline stage. More of them shorten the pipeline's bubble."""
-    fsdp: ranges.Axis = 1
+    fsdp: ranges.Axis = AUTO
     """Fully sharded data parallelism: shards of parameters, optimizer state and batch."""
-    context: ranges.Axis = 1
+    context: ranges.Axis = AUTO
     """Context parallelism: shards of the sequence, for long sequences."""
-    tensor: ranges.Axis = 1
+    tensor: ranges.Axis = AUTO
     """Tensor parallelism: shards of heads, MLP and vocabulary. Keep it inside one NVLink domain."""
-    shard_optimizer: bool = False
+    shard_optimizer: ranges.BoolOrAuto = AUTO
     """Shard optimizer state and fp32 parameters over the data axis too (ZeRO-1)."""
-    sequence_parallel: bool = True
+    sequence_parallel: ranges.BoolOrAuto = AUTO
     """Shard LayerNorm, dropout and the residual stream along the sequence, over the tensor axis."""
     cpu_devices: Annotated[int, ranges.Range(0, 4096)] = 0
     """Run on this many emulated CPU devices in place of the machine's own devices (0: off)."""
@@ -368,6 +375,9 @@ class Config:
     batch: Batch
     data: Data = Data()
     mesh: Mesh = Mesh()
+    layouts: user_paths.Path = ""
+    """File of layouts that gpt3jax.plan --search wrote, in place of looking for them (empty: look
+    for those of fields that are auto)."""
     train: Train = Train()
     faults: Faults = Faults()
     checkpoint: Checkpoint = Checkpoint()

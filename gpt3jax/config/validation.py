@@ -8,7 +8,7 @@ import math
 import re
 
 from gpt3jax import errors
-from gpt3jax.config import batch_schedule, ranges, schema
+from gpt3jax.config import batch_schedule, layout, ranges, schema
 
 
 def validate(cfg: schema.Config) -> None:
@@ -53,7 +53,7 @@ def check_model(model: schema.Model, data: schema.Data) -> None:
             f"use one of {ranges.divisors(model.d_model)}",
             page="reference/options.md#model",
         )
-    if model.seq_len % model.n_loss_chunks:
+    if model.n_loss_chunks != schema.AUTO and model.seq_len % model.n_loss_chunks:
         raise errors.UserError(
             f"model.n_loss_chunks={model.n_loss_chunks} does not divide "
             f"model.seq_len={model.seq_len}: use one of {ranges.divisors(model.seq_len)}",
@@ -157,7 +157,7 @@ def _check_precision(
 
 
 def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
-    sizes = {axis: getattr(mesh, axis) for axis in ("data", "stage", "fsdp", "context", "tensor")}
+    sizes = {axis: getattr(mesh, axis) for axis in layout.AXES}
     if list(sizes.values()).count(-1) > 1:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
         raise errors.UserError(
@@ -165,17 +165,18 @@ def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
             "size",
             page="parallelism.md#which-sizes-are-possible",
         )
-    if mesh.stage > 0:
+    # What is -1 or auto is known only with the devices: `step.build` checks again.
+    known = {axis: n if n not in (-1, schema.AUTO) else 1 for axis, n in sizes.items()}
+    if mesh.stage == known["stage"] and mesh.virtual_stages != schema.AUTO:
         check_pipeline(model, mesh.stage, mesh.virtual_stages)
     for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
-        if mesh.tensor > 0 and size % mesh.tensor:
+        if size % known["tensor"]:
             raise errors.UserError(
                 f"mesh.tensor={mesh.tensor} does not divide model.{field}={size}: "
                 f"use one of {ranges.divisors(size)}",
                 page="parallelism.md#which-sizes-are-possible",
             )
-    # The size of an axis of -1 is known only with the devices: `step.build` checks again.
-    check_sequence(model, mesh, max(mesh.context, 1), max(mesh.tensor, 1))
+    check_sequence(model, mesh, known["context"], known["tensor"])
 
 
 def check_sequence(model: schema.Model, mesh: schema.Mesh, context: int, tensor: int) -> None:
@@ -184,7 +185,7 @@ def check_sequence(model: schema.Model, mesh: schema.Mesh, context: int, tensor:
     Raises:
         UserError: model.seq_len or model.n_loss_chunks does not fit.
     """
-    shards = context * (tensor if mesh.sequence_parallel else 1)
+    shards = context * (tensor if mesh.sequence_parallel is True else 1)
     multiple = math.lcm(shards, 2 * context if context > 1 else 1)
     if model.seq_len % multiple:
         raise errors.UserError(
@@ -193,6 +194,8 @@ def check_sequence(model: schema.Model, mesh: schema.Mesh, context: int, tensor:
             f"{mesh.sequence_parallel}): use {-(-model.seq_len // multiple) * multiple}",
             page="parallelism.md#which-sizes-are-possible",
         )
+    if model.n_loss_chunks == schema.AUTO:
+        return
     if model.seq_len % (model.n_loss_chunks * context):
         raise errors.UserError(
             f"model.n_loss_chunks={model.n_loss_chunks} does not divide the "
@@ -237,6 +240,12 @@ def _check_run(cfg: schema.Config) -> None:
             page="reference/options.md#batch",
         )
     batch_schedule.from_config(batch, cfg.model.seq_len)
+    if train.loss_mean == "microbatches" and batch.microbatch_size == schema.AUTO:
+        raise errors.UserError(
+            "train.loss_mean=microbatches makes batch.microbatch_size a part of the loss, so auto "
+            "cannot choose it: give it, for instance --batch.microbatch-size 1",
+            page="reference/options.md#batch",
+        )
     first, last = cfg.log.profile_steps
     if (first, last) != (0, 0) and not (0 < first <= last and cfg.log.dir):
         raise errors.UserError(

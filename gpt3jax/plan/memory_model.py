@@ -186,11 +186,15 @@ def budget(cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu) -> tuple
 
     The budget is the memory that JAX's allocator gets (`xla_flags.MEMORY_FRACTION`).
     """
-    pool = xla_flags.MEMORY_FRACTION * gpu.memory_bytes
-    return pool, headroom(cfg, layout, pool)
+    return pool(gpu), headroom(cfg, layout, pool(gpu))
 
 
-def headroom(cfg: schema.Config, layout: placement.Layout, pool: float) -> float:
+def pool(gpu: gpus.Gpu) -> float:
+    """Return the bytes of a GPU that JAX's allocator gets."""
+    return xla_flags.MEMORY_FRACTION * gpu.memory_bytes
+
+
+def headroom(cfg: schema.Config, layout: placement.Layout, pool_bytes: float) -> float:
     """Return the bytes of a pool that neither the compiler nor `memory` counts.
 
     They are cuDNN's workspace, batch x heads x positions x d_head x 4 bytes, and 3% of the pool for
@@ -201,4 +205,4 @@ def headroom(cfg: schema.Config, layout: placement.Layout, pool: float) -> float
         shards = layout.sizes["tensor"] * layout.sizes["context"]
         tokens = cfg.batch.microbatch_size * cfg.model.seq_len
         workspace = 4.0 * tokens * cfg.model.d_model / shards
-    return 0.03 * pool + workspace
+    return 0.03 * pool_bytes + workspace

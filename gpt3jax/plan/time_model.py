@@ -113,10 +113,10 @@ class StepTime:
 
 
 def work(cfg: schema.Config, layout: placement.Layout) -> Work:
-    """Return the arithmetic of a GPU in a step, which all axes divide evenly."""
+    """Return the arithmetic of a GPU in a step, which all axes but copies divide evenly."""
     model = cfg.model
     products_again, attention_again = recompute_share(cfg)
-    tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus
+    tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus * layout.sizes["copies"]
     head_alone = dataclasses.replace(cfg.model, n_layers=0)
     head = flops.flops_per_token(head_alone)
     products = 6.0 * model.n_layers * 12 * model.d_model**2
@@ -180,7 +180,7 @@ def assumptions(layout: placement.Layout, *, compiled: bool) -> dict[str, Range]
     if layout.attention == "cudnn":
         names.insert(1, "cudnn")
     if not compiled:
-        names += [axis for axis, size in layout.sizes.items() if size > 1]
+        names += [axis for axis, size in layout.sizes.items() if size > 1 and axis in ASSUMED]
     return {name: ASSUMED[name] for name in names}
 
 
@@ -276,7 +276,7 @@ def _exposed(
     A share of each axis's communication is exposed, and so is the time that exceeds the arithmetic.
     """
     busy = {axis: sum(row.seconds for row in traffic if row.axis == axis) for axis in layout.sizes}
-    shares = {axis: ASSUMED[axis].at(case) for axis in layout.sizes}
+    shares = {axis: ASSUMED[axis].at(case) for axis in busy if axis in ASSUMED}
     shares["fsdp"] = min(1.0, shares["fsdp"] * (2 * busy["fsdp"] / arithmetic) ** 2)
     exposed = [dataclasses.replace(row, exposed=shares[row.axis] * row.seconds) for row in traffic]
     hidden = sum(row.seconds - row.exposed for row in exposed)
