@@ -32,3 +32,11 @@ def status_of(kind: type[BaseException]) -> int:
     """Return the exit status of a process that an error of this kind ends."""
     is_final = issubclass(kind, UserError) and not issubclass(kind, TransientError)
     return REFUSED if is_final else RETRY
+
+
+class TooManyProcesses(Exception):
+    """The layouts of a run use the devices of its first processes alone."""
+
+    def __init__(self, n_processes: int) -> None:
+        super().__init__(n_processes)
+        self.n_processes = n_processes

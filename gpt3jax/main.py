@@ -25,6 +25,8 @@ def main() -> int:
                 outcome.status = step_replay.replay(cfg)
             else:
                 outcome.status = errors.DONE if train.train(cfg) else errors.REQUEUE
+    except errors.TooManyProcesses as error:
+        return joining.with_fewer(error.n_processes)
     except Exception:
         traceback.print_exc()
         return errors.RETRY

@@ -49,10 +49,15 @@ class OnMesh(Generic[Result]):
         with jax.set_mesh(self.mesh):
             return self.jitted(*args)
 
-    def compile(self, *args: Any) -> None:
-        """Compile the function for arguments like these; JAX keeps it for the call."""
+    def compile(self, *args: Any) -> int:
+        """Compile the function for arguments like these; JAX keeps it for the call.
+
+        Return the bytes of a device that it needs at its peak, its arguments included.
+        """
         with jax.set_mesh(self.mesh):
-            self.jitted.lower(*args).compile()
+            memory = self.jitted.lower(*args).compile().memory_analysis()
+        peak: int = memory.peak_memory_in_bytes
+        return peak
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,7 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
             "train.n_steps, train.n_samples or train.n_tokens",
             page="reference/options.md#train",
         )
+    assert not layout.automatic(cfg), "a layout is chosen before its step is built"
     validation.check_pipeline(cfg.model, mesh.shape["stage"], cfg.mesh.virtual_stages)
     validation.check_sequence(cfg.model, cfg.mesh, mesh.shape["context"], mesh.shape["tensor"])
     compute = choose_compute(cfg, mesh)

@@ -21,7 +21,17 @@ from gpt3jax.distributed import messages
 from gpt3jax.hardware import flops
 from gpt3jax.preflight import across_processes
 from gpt3jax.record import log_folder, recording, wandb_run
-from gpt3jax.run import folder_lock, profiling, saving, start_report, startup, step_log, stopping
+from gpt3jax.run import (
+    folder_lock,
+    layout_change,
+    layout_choice,
+    profiling,
+    saving,
+    start_report,
+    startup,
+    step_log,
+    stopping,
+)
 from gpt3jax.watch import phases, watchers
 
 
@@ -39,7 +49,8 @@ def train(cfg: schema.Config) -> bool:
     preflight = across_processes.before_devices(cfg)
     with folder_lock.Hold(cfg) as held, watchers.Oversight(cfg) as overseer:
         clock = overseer.clock
-        started = startup.start_or_resume(cfg, clock, held.lost)
+        compare = across_processes.comparison(preflight)
+        started = startup.start_or_resume(cfg, clock, held.lost, compare)
         run, start = started.run, started.position
         if has_ended(run, start):
             _say_so(started)
@@ -52,7 +63,7 @@ def train(cfg: schema.Config) -> bool:
                 recorder.say(line)
             with _closing_store(run, clock):
                 with clock.during(phases.HOST):
-                    state, position = loop(run, started.state, start, recorder, stop, overseer)
+                    run, state, position = loop(run, started.state, start, recorder, stop, overseer)
                 messages.refuse_together(
                     held.known_lost(), page="operations.md#one-run-in-a-folder"
                 )
@@ -73,12 +84,9 @@ def loop(
     recorder: recording.Recorder,
     stop: stopping.Stop,
     overseer: watchers.Oversight,
-) -> tuple[step.TrainState, step_log.Position]:
-    """Take steps until the end of the run or a signal; return the last state and position."""
-    cfg, clock, position, program = run.cfg, overseer.clock, start, run.program
-    batches = loader.train_batches(
-        run.splits, cfg, run.schedule, run.mesh, start.samples, run.end.samples
-    )
+) -> tuple[startup.Run, step.TrainState, step_log.Position]:
+    """Take steps until the end of the run or a signal; return the last layout, state, position."""
+    cfg, clock, position, stretch_end = run.cfg, overseer.clock, start, start.samples
     log = step_log.StepLog(cfg, recorder, clock, start.step + 1, run.end, run.n_samples, run.faults)
     profile = profiling.Profile(cfg.log)
     while position.samples < run.end.samples:
@@ -87,14 +95,21 @@ def loop(
         saving.report(run.store, recorder)
         if stop.requested(position.step):
             break
+        if position.samples == stretch_end:
+            log.settle()
+            size, stretch_end = run.stretch(position.samples)
+            run, state = layout_change.change(run, state, size, recorder.say, clock)
+            batches = loader.train_batches(
+                run.splits, run.cfg, run.schedule, run.mesh, position.samples, stretch_end
+            )
         with clock.during(phases.DATA):
             batch, size, samples = next(batches)
         step_number = position.step + 1
         profile.before(step_number)
         args = (state, batch, *run.faults.step_args(step_number))
-        log.compile_first(size, program.train, *args)
+        log.compile_first(size, run.program.train, *args)
         with clock.during(phases.DEVICE):  # the call waits if the device is behind
-            state, step_metrics = program.train(*args)
+            state, step_metrics = run.program.train(*args)
         position = step_log.Position(step_number, samples)
         profile.after(step_number, step_metrics)
         log.push(position, size, step_metrics)
@@ -103,7 +118,7 @@ def loop(
     log.settle()
     run.replicas.finish()
     profile.close()
-    return state, position
+    return run, state, position
 
 
 def _evaluate_and_save_if_due(
@@ -204,7 +219,7 @@ def check_log_folder(cfg: schema.Config, start_step: int) -> None:
 
 
 def _open_recorder(run: startup.Run, start: step_log.Position) -> recording.Recorder:
-    cfg = run.cfg
+    cfg = run.choice.given
     peak_flops: float | None = cfg.log.peak_tflops * 1e12
     if not peak_flops:
         kind = jax.devices()[0].device_kind
@@ -217,9 +232,10 @@ def _open_recorder(run: startup.Run, start: step_log.Position) -> recording.Reco
             end_step=run.end.step,
             end_samples=run.end.samples,
         ),
-        n_devices=jax.device_count(),
+        n_devices=run.mesh.size,
         peak_flops=peak_flops,
         history=run.history,
+        layouts=layout_choice.as_json(run.choice),
         active=jax.process_index() == 0,
     )
 

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from gpt3jax import step
-from gpt3jax.config import schema
+from gpt3jax.config import layout, schema
 
 import tiny
 
@@ -75,7 +75,7 @@ def check(cfg, n_microbatches, steps, *, rtol=1e-5, rtol_later=None, weights=Tru
     """
     mesh = tiny.make_mesh(**dataclasses.asdict(cfg.mesh))
     run = train(cfg, mesh, n_microbatches, steps)
-    one = alone(dataclasses.replace(cfg, mesh=schema.Mesh()), steps)
+    one = alone(layout.plain(dataclasses.replace(cfg, mesh=schema.Mesh())), steps)
     for name, array in run.initial.items():
         np.testing.assert_array_equal(array, like(one.initial, name, array), err_msg=name)
     for name in NORMS:

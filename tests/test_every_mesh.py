@@ -14,15 +14,13 @@ import tiny
 
 N_STEPS = 5
 BATCH = rules.RULES["batch"]  # the axes that cut it
-
+AXES = meshes.AXES[1:]  # those that cut something: not copies
 
 ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if math.prod(sizes) == 8]
 
 
 def named(sizes):
-    return "-".join(
-        f"{axis}{size}" for axis, size in zip(meshes.AXES, sizes, strict=True) if size > 1
-    )
+    return "-".join(f"{axis}{size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
 
 
 def speed_of(sizes):
@@ -35,7 +33,7 @@ def params_of(all_meshes):
 
 
 def config_of(sizes, groups):
-    axes = dict(zip(meshes.AXES, sizes, strict=True)) if sizes else {}
+    axes = dict(zip(AXES, sizes, strict=True)) if sizes else {}
     model = {"n_layers": 8, "d_model": 32, "n_heads": 8, **groups.get("model", {})}
     mesh = axes | groups.get("mesh", {})
     batch = {"microbatch_size": 1} | groups.get("batch", {})
@@ -59,7 +57,7 @@ VARIANTS = {
 def check(sizes, variant, rtol=1e-5, **mesh):
     groups, documents = VARIANTS[variant]
     cfg = config_of(sizes, {**groups, "mesh": mesh})
-    rows = math.prod(size for axis, size in zip(meshes.AXES, sizes, strict=True) if axis in BATCH)
+    rows = math.prod(size for axis, size in zip(AXES, sizes, strict=True) if axis in BATCH)
     steps = one_device.Steps(N_STEPS, masked=documents, documents=documents)
     n_microbatches = cfg.batch.global_batch_size // rows
     one_device.check(cfg, n_microbatches, steps, rtol=rtol, weights=rtol <= 1e-5)
@@ -112,6 +110,14 @@ def test_a_sharded_optimizer_changes_nothing_in_16_bits():
         np.testing.assert_allclose(sharded.metrics[name], whole.metrics[name], rtol=1e-6)
     for name, array in sharded.weights.items():
         np.testing.assert_allclose(array, whole.weights[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"stage": 2}, {"data": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_copies_of_a_mesh_change_nothing(axes):
+    cfg = config_of((), {"mesh": {"copies": -1, "data": 1, **axes}})
+    n_microbatches = cfg.batch.global_batch_size // (axes.get("data", 1) * axes.get("fsdp", 1))
+    one_device.check(cfg, n_microbatches, one_device.Steps(N_STEPS))
 
 
 @pytest.mark.parametrize("sizes", params_of(ALL))

@@ -145,13 +145,13 @@ def test_private_modules_of_jax_are_those_that_the_document_lists(repository):
     assert used == listed, message
 
 
-AXES = ("data", "stage", "fsdp", "context", "tensor")
+AXES = ("copies", "data", "stage", "fsdp", "context", "tensor")
 
 
 def test_mesh_axes_are_named_where_arrays_are_laid_out_alone(repository):
     """Elsewhere an axis is named to ask for its size: `shape["stage"]`."""
     allowed = {"gradient.pipeline": {"stage"}, "checkpoint.layer_stacking": {"stage"}}
-    allowed |= {"config.validation": set(AXES)}  # the fields of config.mesh
+    allowed |= {"config.layout": set(AXES)}  # the fields of config.mesh
     for module, path in modules(repository):
         if room(module) in ("sharding", "plan", "evaluate", "sample"):
             continue  # the last three reckon with axes; "data" is an option, and a key of JSON

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt3jax import step
-from gpt3jax.config import schema
+from gpt3jax.config import batch_schedule, layout, schema
 from gpt3jax.data import global_batch, indexed
 from gpt3jax.gradient import accumulation
 from gpt3jax.model import gpt
+from gpt3jax.run import layout_choice, startup, step_log
 from gpt3jax.sharding import meshes
+from gpt3jax.watch import phases
 
 VOCAB = 500
 
@@ -21,13 +23,16 @@ VOCAB = 500
 def make_config(**groups):
     """Return a tiny valid config; `groups` replace fields, as `model={"remat": "none"}`."""
     base = schema.Config(
-        model=schema.Model(n_layers=4, d_model=64, n_heads=8, seq_len=32, vocab_size=VOCAB),
+        model=schema.Model(
+            n_layers=4, d_model=64, n_heads=8, seq_len=32, vocab_size=VOCAB, remat="full"
+        ),
         optimizer=schema.Optimizer(peak_lr=1e-3, warmup_samples=64),
         precision=schema.Precision(compute_dtype="float32"),
-        batch=schema.Batch(global_batch_size=16),
+        batch=schema.Batch(global_batch_size=16, microbatch_size=1),
         data=schema.Data(paths=("corpus",), eod_id=0),
         train=schema.Train(n_steps=20),
     )
+    base = layout.plain(base)
     parts = {name: dataclasses.replace(getattr(base, name), **g) for name, g in groups.items()}
     return dataclasses.replace(base, **parts)
 
@@ -44,7 +49,9 @@ def write_corpus(prefix, seed, n, vocab=VOCAB, dtype=np.uint16):
 def one_device_mesh():
     """Return a mesh of the first device alone: what every other mesh is compared with."""
     axis_types = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
-    return jax.make_mesh((1,) * 5, meshes.AXES, axis_types=axis_types, devices=jax.devices()[:1])
+    return jax.make_mesh(
+        (1,) * len(meshes.AXES), meshes.AXES, axis_types=axis_types, devices=jax.devices()[:1]
+    )
 
 
 def make_mesh(**axes):
@@ -84,6 +91,18 @@ def add_documents(batch):
     }
     put = functools.partial(jax.device_put, device=batch["tokens"].sharding)
     return batch | {k: put(v.astype(np.int32)) for k, v in arrays.items()}
+
+
+def prepared(cfg, store=None, start=(0, 0)):
+    """Return the run of a config that goes on from (step, samples), as a start prepares it."""
+    begin = startup.Beginning(
+        choice=layout_choice.decide(cfg, dict),
+        schedule=batch_schedule.from_config(cfg.batch, cfg.model.seq_len),
+        store=store,
+        clock=phases.Phases(),
+        say=lambda line: None,
+    )
+    return startup.prepare(begin, step_log.Position(*start))
 
 
 def run(cfg, mesh, n_microbatches, n_steps, masked=False):

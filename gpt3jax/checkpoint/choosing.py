@@ -1,7 +1,9 @@
 """Which checkpoint a run starts from, and whether the run may go on from it."""
 
+import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from gpt3jax import errors
 from gpt3jax.checkpoint import metadata, sample_order, storage
@@ -33,6 +35,22 @@ def choose_source(store: storage.Checkpoints | None, load: str) -> storage.Check
             page="checkpoints.md#starting-from-another-run",
         )
     return source
+
+
+def kept_layouts(checkpoint: schema.Checkpoint) -> dict[str, Any]:
+    """Return the layouts that the newest readable checkpoint of a run has; empty if there are none.
+
+    It reads files alone, in one process.
+    """
+    for folder in filter(None, (checkpoint.dir, checkpoint.load)):
+        files = pathlib.Path(folder).glob("*/meta/metadata")
+        steps = [file for file in files if file.parts[-3].isdecimal()]
+        for file in sorted(steps, key=lambda file: -int(file.parts[-3])):
+            try:
+                return metadata.checked_meta(json.loads(file.read_text())).layouts
+            except (OSError, ValueError, KeyError, TypeError):  # the restore says so
+                continue
+    return {}
 
 
 def check_same_model(cfg: schema.Config, meta: metadata.Meta) -> None:

@@ -44,10 +44,19 @@ class Meta:
     """The state of `numerical_faults.Faults`, which a resumed run continues."""
     history: Sequence[dict[str, Any]] = ()
     """What earlier starts of the run changed, as in config.json (`resume.history_entry`)."""
+    layout: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The layout that the state was written in (`config.layout`); earlier versions: in `config`."""
+    layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The layouts of all batch sizes (`plan.ranking`), which a resumed run keeps."""
     mesh: str = ""
     """The mesh of the run that wrote it, in words."""
     jax_version: str = ""
     version: str = importlib.metadata.version("gpt3jax")
+
+    @property
+    def config_as_laid_out(self) -> dict[str, Any]:
+        """The config with the layout's fields in the place of `auto`."""
+        return self.config | self.layout
 
 
 def checked_meta(stored: dict[str, Any]) -> Meta:

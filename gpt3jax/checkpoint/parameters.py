@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt3jax import errors, step
 from gpt3jax.checkpoint import array_blocks, array_names, metadata, storage
-from gpt3jax.config import schema
+from gpt3jax.config import layout, schema
 from gpt3jax.data import tokenizer, tokenizer_files, tokenizer_sources
 from gpt3jax.distributed import joining
 from gpt3jax.model import gpt
@@ -113,18 +113,20 @@ def abstract_state(cfg: schema.Config) -> step.TrainState:
 
 
 def _without_training(cfg: schema.Config, compute_dtype: ComputeDtype) -> schema.Config:
-    return dataclasses.replace(
+    without = dataclasses.replace(
         cfg,
         model=dataclasses.replace(
             cfg.model,
             dropout=0.0,
             attention_dropout=0.0,
             remat="none",
+            n_loss_chunks=1,
             attention=dataclasses.replace(cfg.model.attention, implementation="auto"),
         ),
         mesh=schema.Mesh(sequence_parallel=False),
         precision=dataclasses.replace(cfg.precision, compute_dtype=compute_dtype),
     )
+    return layout.plain(without)
 
 
 def open_for_use(
@@ -206,7 +208,7 @@ def write(
     Raises:
         UserError: the disk is full, or what `rows` raises.
     """
-    program = step.build(cfg, meshes.make_mesh(schema.Mesh()), run_samples=1)
+    program = step.build(layout.plain(cfg), meshes.make_mesh(schema.Mesh()), run_samples=1)
 
     def in_blocks(
         path: jax.tree_util.KeyPath[object], leaf: jax.ShapeDtypeStruct

@@ -16,8 +16,8 @@ from gpt3jax.data import skipped_samples
 # The folders of a run and the way it is started change nothing that it computes.
 _WITHOUT_INFLUENCE = (
     "checkpoint.dir", "checkpoint.load", "checkpoint.only_params",
-    "checkpoint.allow_new_data_order", "data.index_cache", "distributed.", "log.dir",
-    "mesh.cpu_devices", "train.replay_step",
+    "checkpoint.allow_new_data_order", "data.index_cache", "distributed.", "layouts",
+    "log.dir", "mesh.cpu_devices", "train.replay_step",
 )  # fmt: skip
 _WIDTH = 60  # of a value in the table; config.json has the whole value
 
@@ -59,20 +59,22 @@ def changes(
 def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, object]:
     """Return the config of a run that goes on from here, and what it means for the next step."""
     cfg = schema.unflatten(schema.Config, meta.config)
-    fields = schema.flatten(cfg).items()
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     start = (meta.step, meta.consumed_samples)
     _, n_samples = skipped_samples.run_length(cfg, schedule, *start)
     end = skipped_samples.from_config(cfg.data).end(schedule, *start, n_samples)
     schedules = (cfg.optimizer, n_samples, int(state.schedule_samples))
+    size = schedule.size(meta.consumed_samples)
+    fields = schema.flatten(cfg) | _layout_of(meta, size)
+    compared = {n: value for n, value in fields.items() if not n.startswith(_WITHOUT_INFLUENCE)}
     next_step = {
-        "batch size": schedule.size(meta.consumed_samples),
+        "batch size": size,
         "learning rate": float(optimizer.learning_rate(*schedules)),
         "weight decay": float(optimizer.weight_decay(*schedules)),
         "loss scale": float(state.loss_scale.scale),
     }
     return {
-        **{name: value for name, value in fields if not name.startswith(_WITHOUT_INFLUENCE)},
+        **compared,
         **sample_order.in_words(meta.data_order),
         **({"mesh": meta.mesh} if meta.mesh else {}),
         **({"jax": meta.jax_version} if meta.jax_version else {}),
@@ -80,6 +82,13 @@ def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, object]:
         "end of the run": "step {}, {} samples".format(*end),
         **{f"{name} of step {meta.step + 1}": value for name, value in next_step.items()},
     }
+
+
+def _layout_of(meta: metadata.Meta, batch_size: int) -> dict[str, object]:
+    """Return the fields of the layout in which a run goes on, as far as its checkpoint says."""
+    rows = meta.layouts.get("by_size", {}).get(str(batch_size), ())
+    fields: dict[str, object] = rows[0]["fields"] if rows else meta.layout
+    return fields
 
 
 def table(changed: dict[str, Change]) -> list[str]:

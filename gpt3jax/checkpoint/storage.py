@@ -289,7 +289,7 @@ class Checkpoints:
         """
         meta, path = self.read_meta(step), self.path(step)
         layout = partial_reading.only(
-            layer_stacking.as_written(abstract_state, meta.config), wanted
+            layer_stacking.as_written(abstract_state, meta.config_as_laid_out), wanted
         )
         with orbax_errors.named(path):
             expected = self.read_digests(step, meta, abstract_state)
@@ -318,7 +318,7 @@ class Checkpoints:
         meta, path = self.read_meta(step), self.path(step)
         with orbax_errors.named(path):
             expected = self.read_digests(step, meta, abstract_state)[name]
-        n_stacked = layer_stacking.stacked_by_name(abstract_state, meta.config)[name]
+        n_stacked = layer_stacking.stacked_by_name(abstract_state, meta.config_as_laid_out)[name]
         yield from partial_reading.read_blocks(path, name, n_stacked, expected)
 
     def set_aside(self, steps: list[int]) -> None:

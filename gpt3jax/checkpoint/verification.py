@@ -28,7 +28,7 @@ def verify(
             raise ValueError(f"it does not have {', '.join(missing)}")
         # Orbax needs files of its own as well: it reads the smallest array.
         partial_reading.read_some(path, _smallest_alone(abstract_state, meta), meta)
-    n_stacked = layer_stacking.stacked_by_name(abstract_state, meta.config)
+    n_stacked = layer_stacking.stacked_by_name(abstract_state, meta.config_as_laid_out)
     changed = []
     for name in names:
         try:
@@ -43,7 +43,7 @@ def verify(
 
 def _smallest_alone(abstract_state: array_names.PyTree, meta: metadata.Meta) -> array_names.PyTree:
     """Return the layout as written with only the smallest array in it."""
-    layout = layer_stacking.as_written(abstract_state, meta.config)
+    layout = layer_stacking.as_written(abstract_state, meta.config_as_laid_out)
     names = array_names.saved_names(abstract_state, meta)
     sizes = {name: leaf.size for name, leaf in array_names.named_leaves(layout) if name in names}
     smallest = min(sizes, key=lambda name: sizes[name])

@@ -232,6 +232,18 @@ def _merge_equal(stages: Iterable[tuple[int, int]]) -> Stages:
 def check(schedule: BatchSchedule, microbatch_size: int, data_parallel_size: int) -> None:
     """Check that each stage's batch divides into microbatches over the data-parallel ranks.
 
+    Raises:
+        UserError: it names the stage of the schedule.
+    """
+    for _, size in schedule.stages:
+        check_size(schedule, size, microbatch_size, data_parallel_size)
+
+
+def check_size(
+    schedule: BatchSchedule, batch_size: int, microbatch_size: int, data_parallel_size: int
+) -> None:
+    """Check that a stage's batch divides into microbatches over the data-parallel ranks.
+
     Megatron fails when it enters a stage that does not divide; here it is an error before the run
     starts.
 
@@ -239,14 +251,15 @@ def check(schedule: BatchSchedule, microbatch_size: int, data_parallel_size: int
         UserError: it names the stage of the schedule.
     """
     rows = microbatch_size * data_parallel_size
-    for first, size in schedule.stages:
-        stage = f"the batch of {size} from sample {first} on (batch.schedule or batch.ramp)"
-        if len(schedule.stages) == 1:
-            stage = f"batch.global_batch_size={size}"
-        if size % rows:
-            raise errors.UserError(
-                f"{stage} is not divisible by batch.microbatch_size={microbatch_size} x "
-                f"{data_parallel_size} data-parallel ranks (mesh.data x mesh.fsdp) = {rows}: "
-                f"make it a multiple of {rows}, or use smaller microbatches or fewer ranks",
-                page="parallelism.md#which-sizes-are-possible",
-            )
+    if batch_size % rows == 0:
+        return
+    first = next(first for first, size in schedule.stages if size == batch_size)
+    stage = f"the batch of {batch_size} from sample {first} on (batch.schedule or batch.ramp)"
+    if len(schedule.stages) == 1:
+        stage = f"batch.global_batch_size={batch_size}"
+    raise errors.UserError(
+        f"{stage} is not divisible by batch.microbatch_size={microbatch_size} x "
+        f"{data_parallel_size} data-parallel ranks (mesh.data x mesh.fsdp) = {rows}: "
+        f"make it a multiple of {rows}, or use smaller microbatches or fewer ranks",
+        page="parallelism.md#which-sizes-are-possible",
+    )

@@ -85,8 +85,14 @@ def n_devices(layout: Layout) -> int:
     return math.prod(layout[name] for name in _MESH)
 
 
+def n_ranks(layout: Layout) -> int:
+    """Return into how many parts a layout cuts a batch."""
+    ranks: int = layout["mesh.data"] * layout["mesh.fsdp"]
+    return ranks
+
+
 def in_words(layout: Layout) -> str:
-    """Return a layout in a few words, as "fsdp 512 x tensor 2, 3 sequences at a time, remat mlp"."""
+    """Return a layout in a few words, as "fsdp 512 x tensor 2, microbatch 3, remat mlp"."""
     axes = " x ".join(f"{a} {layout[f'mesh.{a}']}" for a in AXES if layout[f"mesh.{a}"] > 1)
     extras = [
         f", {layout['mesh.virtual_stages']} virtual stages" * (layout["mesh.virtual_stages"] > 1),

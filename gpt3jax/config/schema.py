@@ -219,7 +219,7 @@ class Mesh:
     """
 
     copies: ranges.Axis = AUTO
-    """Copies of all else that compute the same: the use of devices that a small batch leaves over."""
+    """Copies of all else that compute the same: what devices do that a small batch leaves over."""
     data: ranges.Axis = AUTO
     """Data parallelism: replicas of the model, each with its share of the batch."""
     stage: ranges.Axis = AUTO

@@ -167,8 +167,9 @@ def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
         )
     # What is -1 or auto is known only with the devices: `step.build` checks again.
     known = {axis: n if n not in (-1, schema.AUTO) else 1 for axis, n in sizes.items()}
-    if mesh.stage == known["stage"] and mesh.virtual_stages != schema.AUTO:
-        check_pipeline(model, mesh.stage, mesh.virtual_stages)
+    if mesh.stage == known["stage"]:
+        virtual_stages = 1 if mesh.virtual_stages == schema.AUTO else mesh.virtual_stages
+        check_pipeline(model, mesh.stage, virtual_stages)
     for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
         if size % known["tensor"]:
             raise errors.UserError(
@@ -185,7 +186,7 @@ def check_sequence(model: schema.Model, mesh: schema.Mesh, context: int, tensor:
     Raises:
         UserError: model.seq_len or model.n_loss_chunks does not fit.
     """
-    shards = context * (tensor if mesh.sequence_parallel is True else 1)
+    shards = context * (tensor if mesh.sequence_parallel else 1)
     multiple = math.lcm(shards, 2 * context if context > 1 else 1)
     if model.seq_len % multiple:
         raise errors.UserError(

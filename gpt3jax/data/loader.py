@@ -7,6 +7,7 @@ and holds no state that a checkpoint would need.
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import grain
@@ -66,7 +67,8 @@ def _batches(
     stretches: tuple[batch_schedule.Stretch, ...],
     stream: skipped_samples.Stream = skipped_samples.WHOLE,
 ) -> Iterator[global_batch.Batch]:
-    n_rows = global_batch.rows_per_microbatch(cfg, mesh)
+    # An evaluation's batch may divide into smaller microbatches than that of a step.
+    n_rows = math.gcd(global_batch.rows_per_microbatch(cfg, mesh), *(s.size for s in stretches))
     rows = global_batch.local_rows(mesh, n_rows)
     batches = Batches(source, cfg, stretches, n_rows, rows, stream)
     threads = cfg.data.read_threads if cfg.data.prefetch else 0

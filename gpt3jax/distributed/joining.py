@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import jax
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.distributed import launchers
+from gpt3jax.distributed import launchers, messages
 from gpt3jax.hardware import devices
 
 
@@ -37,6 +38,31 @@ def start(distributed: schema.Distributed, mesh: schema.Mesh) -> None:
             f"{error}",
             page="operations.md#by-symptom",
         ) from error
+
+
+def check_all_work(n_devices: int) -> None:
+    """Check that each process has one of the first `n_devices` devices; all must call it.
+
+    Raises:
+        TooManyProcesses: one has none.
+    """
+    needed = 1 + max(device.process_index for device in jax.devices()[:n_devices])
+    if needed < jax.process_count():
+        messages.leave()
+        raise errors.TooManyProcesses(needed)
+
+
+def with_fewer(n_processes: int) -> int:
+    """Start this command again as one of fewer processes; in one that is left over return 0.
+
+    JAX cannot leave a process out of a job that it has joined.
+    """
+    if jax.process_index() >= n_processes:
+        sys.stdout.write("this process has nothing to do: its devices idle\n")
+        return errors.DONE
+    os.environ[launchers.FEWER] = str(n_processes)
+    sys.stdout.flush()
+    os.execv(sys.executable, sys.orig_argv)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,8 @@ LAUNCHERS = (
 )  # fmt: skip
 # Sizes that are set before the processes are started, and the command that starts them.
 _AHEAD = {"SLURM_NTASKS": "srun", "WORLD_SIZE": "torchrun"}
+# Set by a run that goes on with fewer processes than were started (`joining.with_fewer`).
+FEWER = "GPT3JAX_N_PROCESSES"
 _PORT = 6000  # if the environment has a host but no port; Megatron's default
 
 
@@ -146,6 +148,8 @@ def _n_processes(
 ) -> int:
     """Return the number of processes, this one included."""
     n, size = distributed.n_processes, place.size if place else 1
+    if FEWER in environ:
+        return _number(environ, FEWER, 1)
     if n and place and place.launcher.size and size != n:
         raise errors.UserError(
             f"distributed.n_processes={n}, but {place.source}: make them equal", page=_PAGE

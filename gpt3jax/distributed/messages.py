@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -122,6 +122,33 @@ def raise_of_first(name: str, error: errors.UserError | None, timeout: float) ->
     if error is not None:
         leave()
         raise error
+
+
+def text_of_first(name: str, make: Callable[[], str], timeout: float) -> str:
+    """Return in all processes the text that `make` returns in process 0; use each name once.
+
+    Raises:
+        UserError, TransientError: what `make` raised, or process 0 was silent for so many seconds.
+    """
+    text, problem = "", None
+    if process()[0] == 0:
+        try:
+            text = make()
+        except errors.UserError as error:
+            problem = error
+    raise_of_first(f"{name}/problem", problem, timeout)
+    if process()[1] == 1:
+        return text
+    if process()[0] == 0:
+        publish(name, text)
+        return text
+    received = receive(name, timeout)
+    if received is None:
+        raise errors.TransientError(
+            f"process 0 sent no {name} within {timeout:.0f} s: look at its output",
+            page="operations.md#by-symptom",
+        )
+    return received
 
 
 def post(name: str, text: str) -> None:

@@ -219,6 +219,18 @@ def find(name: str) -> Gpu:
     return GPUS[name]
 
 
+def like(name: str, capability: str) -> Gpu:
+    """Return the GPU of this name; of others the one whose compute capability is nearest below.
+
+    Args:
+        name: as CUDA calls it.
+        capability: as in "9.0".
+    """
+    major = int(capability.partition(".")[0])
+    similar = "b200" if major >= 10 else "h100" if major == 9 else "a100"
+    return next((gpu for gpu in GPUS.values() if gpu.name == name), GPUS[similar])
+
+
 def target_text(gpu: Gpu) -> str:
     """Return the GPU as XLA's `stream_executor.GpuTargetConfigProto`, in protobuf's text form."""
     capability = ".".join(map(str, gpu.capability)) + ("a" if gpu.accelerated else "")

@@ -188,7 +188,7 @@ def read(file: str, cfg: schema.Config, n_devices: int) -> Ranking:
             page=_PAGE,
         ) from error
     ranking = from_json(content, f"layouts={file}")
-    if ranking.n_devices != n_devices:
+    if n_devices not in (ranking.n_devices, ranking.n_used):
         raise errors.UserError(
             f"layouts={file} is for {ranking.n_devices} devices, and here are {n_devices}: plan "
             f"again with --gpus={n_devices}, or leave the option out",

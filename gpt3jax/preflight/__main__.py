@@ -29,9 +29,13 @@ def _check(args: Sequence[str]) -> int:
     given, rest = command_line.parse_beside_config(options.Options, "preflight", __doc__, args)
     cfg = recipe.parse([f"--config={given.config}", *rest], "gpt3jax.preflight")
     xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-    from gpt3jax.preflight import procedure  # after parsing: importing JAX takes seconds
+    from gpt3jax.distributed import joining  # after parsing: importing JAX takes seconds
+    from gpt3jax.preflight import procedure
 
-    return procedure.check(cfg, given)
+    try:
+        return procedure.check(cfg, given)
+    except errors.TooManyProcesses as error:
+        return joining.with_fewer(error.n_processes)
 
 
 if __name__ == "__main__":

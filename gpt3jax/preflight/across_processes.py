@@ -11,14 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import jax
-
 from gpt3jax import errors, step
-from gpt3jax.config import schema, validation
-from gpt3jax.data import skipped_samples
+from gpt3jax.config import batch_schedule, layout, schema
 from gpt3jax.distributed import messages
 from gpt3jax.preflight import checks, process_facts
-from gpt3jax.run import start_report, startup
+from gpt3jax.run import layout_choice, start_report, startup, step_log
 
 # What a process reports in a round, from JSON; None: it was silent.
 Answer: TypeAlias = Any
@@ -32,6 +29,7 @@ class Session:
         self.cfg = cfg
         self.me, self.n = messages.process()
         self.checks: list[checks.Check] = []
+        self._compared: list[str] = []
         # Name a stopped process before JAX's service ends all processes because of it.
         heartbeat = cfg.distributed.heartbeat_timeout
         self._timeout = min(cfg.distributed.start_timeout, 0.8 * heartbeat)
@@ -102,27 +100,36 @@ class Session:
 
         return self.round("devices", process_facts.devices(), judge)
 
-    def on_program(self, built: step.Program, batch_size: int) -> list[checks.Check]:
-        """Compare the training step that each process is about to compile.
+    def on_program(
+        self, built: step.Program, cfg: schema.Config, batch_size: int
+    ) -> list[checks.Check]:
+        """Compare the training step that each process is about to compile, unless it was compared.
+
+        `cfg` has the layout of `built`.
 
         Raises:
             UserError, TransientError: as `round`.
         """
-        fingerprint = process_facts.program(built, self.cfg, batch_size)
+        described = f"{batch_size} {layout.of(cfg)}"
+        if described in self._compared:
+            return []
+        self._compared.append(described)
+        fingerprint = process_facts.program(built, cfg, batch_size)
 
         def judge(answers: list[Answer]) -> Sequence[checks.Check]:
             return [checks.same("program", self.hosts, answers, "fail", fingerprint)]
 
-        return self.round("program", {"training step": fingerprint}, judge)
+        name = f"program/{len(self._compared)}"
+        return self.round(name, {"training step": fingerprint}, judge)
 
-    def on_memory(self, built: step.Program) -> list[checks.Check]:
-        """Compare the free memory of each device with what a step needs.
+    def on_memory(self, built: step.Program, cfg: schema.Config) -> list[checks.Check]:
+        """Compare the free memory of each device with what a step of this layout needs.
 
         Raises:
             UserError, TransientError: as `round`.
         """
-        limit = start_report.device_memory()
-        needed = start_report.step_bytes(self.cfg, built.mesh, built.compute.attention, limit)
+        limit = layout_choice.memory_limit()
+        needed = start_report.step_bytes(cfg, built.mesh, built.compute.attention, limit)
 
         def judge(answers: list[Answer]) -> Sequence[checks.Check]:
             return [checks.memory(self.hosts, answers, self.used, needed)]
@@ -230,18 +237,33 @@ def before_step(session: Session | None, run: startup.Run, consumed_samples: int
     if session is None:
         return []
     if consumed_samples < run.end.samples:
-        session.on_program(run.program, run.schedule.size(consumed_samples))
+        session.on_program(run.program, run.cfg, run.stretch(consumed_samples)[0])
     warnings = [check for check in session.checks if check.status == "warn"]
     return [f"WARNING: {check.name}: {line.text}" for check in warnings for line in check.lines]
 
 
-def abstract_program(cfg: schema.Config, mesh: jax.sharding.Mesh) -> tuple[step.Program, int]:
-    """Return the program of a new run, and its first batch size.
+def comparison(session: Session | None) -> Callable[[step.Program, schema.Config, int], None]:
+    """Return a function that compares a program with those of other processes before it compiles.
+
+    It gets the program, the config with its layout, and the batch size.
+    """
+
+    def compare(built: step.Program, cfg: schema.Config, batch_size: int) -> None:
+        if session is not None:
+            session.on_program(built, cfg, batch_size)
+
+    return compare
+
+
+def first_step(session: Session) -> tuple[layout_choice.LaidOut, int]:
+    """Return the step of a new run, and its batch size; all processes have the same.
 
     Raises:
         UserError: the config does not fit the devices, or its schedules do not fit the run.
     """
-    schedule = startup.schedule_of(cfg, mesh)
-    _, samples = skipped_samples.run_length(cfg, schedule)
-    validation.check_schedule(cfg.optimizer, samples)
-    return step.build(cfg, mesh, samples), schedule.size(0)
+    cfg = session.cfg
+    choice = layout_choice.decide(cfg, dict, comparison(session))
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    _, samples = startup.run_length(cfg, schedule, step_log.Position(0, 0))
+    size = schedule.size(0)
+    return layout_choice.built_first(choice, size, samples), size

@@ -13,7 +13,6 @@ from gpt3jax import errors
 from gpt3jax.config import schema, user_paths
 from gpt3jax.distributed import joining, messages
 from gpt3jax.preflight import across_processes, checks, options, report, speed
-from gpt3jax.sharding import meshes
 
 _LIMIT = 60.0  # seconds for a measurement, compiling included
 
@@ -41,17 +40,16 @@ def _check(session: across_processes.Session, *, quick: bool) -> None:
     """
     session.on_hosts(with_gpus=True)
     session.on_devices()
-    mesh = meshes.make_mesh(session.cfg.mesh)
-    program, batch_size = across_processes.abstract_program(session.cfg, mesh)
-    session.on_program(program, batch_size)
-    session.on_memory(program)
+    laid, batch_size = across_processes.first_step(session)
+    session.on_program(laid.program, laid.cfg, batch_size)
+    session.on_memory(laid.program, laid.cfg)
     if quick:
         return
     sizes = speed.sizes_for(jax.devices()[0].platform)
     _matmuls(session, sizes)
-    for axis, n in mesh.shape.items():
+    for axis, n in laid.mesh.shape.items():
         for kind in ("all-reduce", "all-gather") if n > 1 else ():
-            _collective(session, mesh, axis, kind, sizes)
+            _collective(session, laid.mesh, axis, kind, sizes)
 
 
 def _matmuls(session: across_processes.Session, sizes: speed.Sizes) -> None:

@@ -25,6 +25,7 @@ class LogFolder:
         start_step: int,
         start_samples: int,
         history: Sequence[Mapping[str, object]],
+        layouts: Mapping[str, object],
     ) -> None:
         """Write config.json and open the other files; set aside entries that will come again."""
         self._log_dir = cfg.log.dir
@@ -35,6 +36,7 @@ class LogFolder:
             self.set_aside = json_files.set_aside(self._metrics_path, start_step)
             """A line on entries that were set aside, "" if none were."""
             content = fields | ({"history": history} if history else {})
+            content |= {"layout of each batch size": layouts} if layouts else {}
             json_files.replace_file(folder / _CONFIG, json.dumps(content, indent=2) + "\n")
             self._metrics = stack.enter_context(open(self._metrics_path, "a"))
             # A purge drops all points from a step on. Points over samples are a TensorBoard run of

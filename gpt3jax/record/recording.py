@@ -52,6 +52,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         n_devices: int,
         peak_flops: float | None,
         history: Sequence[Mapping[str, object]] = (),
+        layouts: Mapping[str, object] | None = None,
         active: bool = True,
     ) -> None:
         """Open the run's records and write its config.
@@ -66,7 +67,9 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         self.folder: log_folder.LogFolder | None = None
         """The files in log.dir; None without one."""
         if active and cfg.log.dir:
-            self.folder = log_folder.LogFolder(cfg, span.start_step, span.start_samples, history)
+            self.folder = log_folder.LogFolder(
+                cfg, span.start_step, span.start_samples, history, layouts or {}
+            )
             if self.folder.set_aside:
                 self.say(self.folder.set_aside)
         self._wandb: wandb_run.WandbRun | None = None

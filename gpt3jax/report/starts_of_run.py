@@ -12,8 +12,8 @@ Html = elements.Html
 tag = elements.tag
 # What the time of a start goes into, about in the order of a start; and the colour of each.
 _KINDS = {
-    phases.START: 0, phases.RESTORE: 5, phases.COMPILE: 1, "steps": 2, phases.DATA: 8,
-    phases.EVALUATE: 6, phases.SAVE: 3, "lost steps": 4,
+    phases.START: 0, phases.RESTORE: 5, phases.COMPILE: 1, phases.MOVE: 7, "steps": 2,
+    phases.DATA: 8, phases.EVALUATE: 6, phases.SAVE: 3, "lost steps": 4,
 }  # fmt: skip
 _HEAD = (
     "start", "began (UTC)", "took", "pause before", "steps", "lost", "mesh", "devices", "jax",

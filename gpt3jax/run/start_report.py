@@ -9,13 +9,13 @@ from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops
 from gpt3jax.model import remat
 from gpt3jax.plan import memory_model, placement
-from gpt3jax.run import startup, step_log
+from gpt3jax.run import layout_choice, startup, step_log
 
 
 def lines(run: startup.Run) -> list[str]:
     """Return the lines that open a run's log."""
     cfg, attention = run.cfg, run.program.compute.attention
-    limit = device_memory()
+    limit = layout_choice.memory_limit()
     return [
         *_facts(run),
         *warmup_warnings(cfg.optimizer, run.n_samples),
@@ -23,7 +23,8 @@ def lines(run: startup.Run) -> list[str]:
         *run.replicas.describe(),
         *memory_warnings(step_bytes(cfg, run.mesh, attention, limit), limit),
         *(["WARNING: checkpoint.dir is empty: nothing will be saved"] if run.store is None else []),
-        *unused_fields.without_effect(cfg),
+        *unused_fields.without_effect(run.choice.given),
+        *layout_choice.table(run.choice),
         *beyond_the_end(cfg, run.schedule, run.end),
     ]
 
@@ -79,12 +80,6 @@ def memory_warnings(needed: float, limit: int | None) -> list[str]:
         f"{limit / 2**30:.1f}: it may run out of memory; {command_line.shell_line('gpt3jax.plan')} "
         "says what to change"
     ]
-
-
-def device_memory() -> int | None:
-    """Return the bytes that a device of this process offers; None where that is not known."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit")
 
 
 def step_bytes(

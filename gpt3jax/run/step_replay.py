@@ -15,7 +15,7 @@ from gpt3jax import errors
 from gpt3jax.checkpoint import array_digests
 from gpt3jax.config import schema
 from gpt3jax.data import loader
-from gpt3jax.run import numerical_faults, startup
+from gpt3jax.run import layout_change, numerical_faults, startup
 from gpt3jax.sharding import layouts
 from gpt3jax.watch import phases
 
@@ -95,12 +95,16 @@ def _take_steps(
     run: startup.Run, started: startup.Started, history: numerical_faults.Faults
 ) -> Pass:
     """Take the steps up to the one to replay; `history` has the losses that limits come from."""
-    cfg, state, position, steps = run.cfg, started.state, started.position, []
-    batches = loader.train_batches(
-        run.splits, cfg, run.schedule, run.mesh, position.samples, run.end.samples
-    )
-    for number in range(position.step + 1, cfg.train.replay_step + 1):
-        batch, _, _ = next(batches)
+    state, position, steps = started.state, started.position.samples, []
+    stretch_end = position
+    for number in range(started.position.step + 1, run.cfg.train.replay_step + 1):
+        if position == stretch_end:
+            size, stretch_end = run.stretch(position)
+            run, state = layout_change.change(run, state, size, _say, phases.Phases())
+            batches = loader.train_batches(
+                run.splits, run.cfg, run.schedule, run.mesh, position, stretch_end
+            )
+        batch, _, position = next(batches)
         batch_digests = np.asarray(array_digests.digests(batch))
         state, metrics = run.program.train(state, batch, *history.step_args(number))
         read = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}

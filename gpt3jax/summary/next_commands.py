@@ -68,7 +68,7 @@ def _other_mesh(cfg: schema.Config, words: str) -> list[str]:
     sizes: dict[str, int] = collections.defaultdict(lambda: 1)
     sizes |= {axis: int(size) for axis, size in re.findall(r"(\w+) (\d+)", words)}
     n_shards = sizes["data"] * sizes["fsdp"]
-    if sizes["data"] == 1 or cfg.mesh.shard_optimizer or cfg.model.d_model % n_shards:
+    if sizes["data"] == 1 or cfg.mesh.shard_optimizer is True or cfg.model.d_model % n_shards:
         return []
     return ["--mesh.data", "1", "--mesh.fsdp", str(n_shards)]
 

@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-START, RESTORE, COMPILE, EVALUATE, SAVE = "start", "restore", "compile", "evaluate", "save"
+START, RESTORE, COMPILE, MOVE = "start", "restore", "compile", "move"
+EVALUATE, SAVE = "evaluate", "save"
 DATA, HOST, DEVICE = "wait for data", "host", "wait for devices"
 STEPS = (DATA, HOST, DEVICE)
 """The phases that a step is made of."""
@@ -22,6 +23,7 @@ MEANINGS = {
     START: "Starting: imports, joining the other processes, checks, opening the corpus.",
     RESTORE: "Reading the checkpoint that the run goes on from.",
     COMPILE: "Compiling the step, and waiting for processes that still compile.",
+    MOVE: "Moving the state to the layout of another batch size.",
     DATA: "Steps: waiting for the next batch.",
     HOST: "Steps: Python's own work, dispatch included.",
     DEVICE: "Steps: waiting for the devices.",

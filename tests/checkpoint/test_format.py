@@ -19,8 +19,6 @@ from gpt3jax.checkpoint import (
 )
 from gpt3jax.config import schema
 from gpt3jax.data import splits
-from gpt3jax.run import startup, step_log
-from gpt3jax.sharding import meshes
 
 import corpus
 import tiny
@@ -40,9 +38,7 @@ def folder(tmp_path, monkeypatch):
 def prepared(folder):
     """Return config and run, as at the checkpoint's step."""
     cfg = corpus.config_of(folder)
-    mesh = meshes.make_mesh(cfg.mesh)
-    start = step_log.Position(STEP, STEP * cfg.batch.global_batch_size)
-    return cfg, startup.prepare(cfg, mesh, startup.schedule_of(cfg, mesh), None, start)
+    return cfg, tiny.prepared(cfg, start=(STEP, STEP * cfg.batch.global_batch_size))
 
 
 def stored_meta(path):

@@ -14,7 +14,6 @@ from gpt3jax.checkpoint import metadata, resume, storage
 from gpt3jax.config import recipe, schema
 from gpt3jax.record import recording
 from gpt3jax.run import startup, step_log
-from gpt3jax.sharding import meshes
 from gpt3jax.watch import phases
 
 import tiny
@@ -33,8 +32,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resuming")
     tiny.write_corpus(folder / "corpus", 7, 1000)
     cfg, store = make_config(folder), storage.Checkpoints(str(folder / "checkpoints"))
-    mesh = meshes.make_mesh(cfg.mesh)
-    run = startup.prepare(cfg, mesh, startup.schedule_of(cfg, mesh), store, step_log.Position(0, 0))
+    run = tiny.prepared(cfg, store)
     zeros = jax.tree.map(
         lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
         run.program.abstract_state,

@@ -8,9 +8,8 @@ import pytest
 
 from gpt3jax import errors
 from gpt3jax.checkpoint import storage
-from gpt3jax.config import batch_schedule, schema
+from gpt3jax.config import schema
 from gpt3jax.run import start_report, startup, step_log
-from gpt3jax.sharding import meshes
 from gpt3jax.watch import phases
 
 import tiny
@@ -22,9 +21,7 @@ def prepare(wsd_decay_samples=100, start=(0, 0), **groups):
         mesh={"data": 8}, data={"paths": (), "mock": True},
         optimizer={"decay": "wsd", "wsd_decay_samples": wsd_decay_samples}, **groups,
     )  # fmt: skip
-    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    mesh = meshes.make_mesh(cfg.mesh)
-    return startup.prepare(cfg, mesh, schedule, None, step_log.Position(*start))
+    return tiny.prepared(cfg, start=start)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +72,8 @@ def start(cfg):
 def save(folder, *step_numbers):
     """Save a run's first state as those of these steps, and return its arrays."""
     cfg = make_config(dir=str(folder))
-    mesh = meshes.make_mesh(cfg.mesh)
-    zero, store = step_log.Position(0, 0), storage.Checkpoints(str(folder))
-    run = startup.prepare(cfg, mesh, startup.schedule_of(cfg, mesh), store, zero)
+    store = storage.Checkpoints(str(folder))
+    run = tiny.prepared(cfg, store)
     state = run.program.init()
     for n in step_numbers:
         position = step_log.Position(n, 16 * n)
