@@ -27,11 +27,9 @@ import time
 import jax
 import numpy as np
 
-from gpt3jax.checkpoint import storage
-from gpt3jax.config import batch_schedule, recipe
+from gpt3jax.checkpoint import parameters, storage
+from gpt3jax.config import recipe
 from gpt3jax.data import loader
-from gpt3jax.run import startup
-from gpt3jax.sharding import meshes
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 N_DEVICES = 4
@@ -247,11 +245,8 @@ def samples(folder, process):
 def state_of(folder, n):
     """Return the arrays of a run's last checkpoint; restoring checks their digests."""
     cfg = recipe.parse([f"--config={folder}/recipe.py"])
-    mesh = meshes.make_mesh(cfg.mesh)
-    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
-    run = startup.prepare(cfg, mesh, schedule, None, (0, 0))
     store = storage.Checkpoints(str(folder / "checkpoints"), read_only=True)
-    state = store.restore(store.steps()[0], run.program.abstract_state)
+    state = store.restore(store.steps()[0], parameters.abstract_state(cfg))
     store.close()
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 

@@ -105,7 +105,7 @@ def watched(run, state, start):
             stopping.Stop(lambda: "") as stop,
             overseer.clock.during(phases.HOST),
         ):  # fmt: skip
-            state, position = train.loop(run, state, start, recorder, stop, overseer)
+            _, state, position = train.loop(run, state, start, recorder, stop, overseer)
         return state, phases.step_seconds(overseer.clock.seconds()) / position.step
 
 

@@ -23,11 +23,10 @@ import time
 
 import numpy as np
 
-from gpt3jax import step
 from gpt3jax.config import recipe
 from gpt3jax.data import global_batch
 from gpt3jax.distributed import joining
-from gpt3jax.sharding import meshes
+from gpt3jax.run import layout_choice
 
 N_STEPS = 4
 PEERS = ("gpt3jax", "hf")
@@ -137,8 +136,9 @@ def measure_ours(args):
 
     cfg = recipe.parse(args)
     joining.start(cfg.distributed, cfg.mesh)
-    mesh = meshes.make_mesh(cfg.mesh)
-    program = step.build(cfg, mesh, 10**9)
+    choice = layout_choice.decide(cfg, dict)
+    laid = layout_choice.built_first(choice, cfg.batch.global_batch_size, 10**9)
+    cfg, mesh, program = laid.cfg, laid.mesh, laid.program
     size, t = cfg.batch.global_batch_size, cfg.model.seq_len
     n_rows = global_batch.rows_per_microbatch(cfg, mesh)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (size, t + 1), np.int32)

@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 
 from gpt3jax.checkpoint import storage
-from gpt3jax.config import layout, schema
-from gpt3jax.plan import ranking
 
 import corpus
-import tiny
+import growing_batch
 
 pytestmark = pytest.mark.slow  # each layout compiles
 
@@ -37,21 +35,6 @@ LAYOUTS = {
 }
 
 
-def write_layouts(folder, layouts):
-    """Write a file of layouts; fields that are not named have the value that changes nothing."""
-    plain = layout.plain_fields(schema.Config(
-        model=schema.Model(n_layers=1, d_model=1, n_heads=1, seq_len=1),
-        optimizer=schema.Optimizer(peak_lr=0.0),
-        batch=schema.Batch(global_batch_size=1),
-    )) | {"mesh.data": 1}  # fmt: skip
-    rows = {size: [ranking.Ranked(fields=plain | fields)] for size, fields in layouts.items()}
-    content = ranking.as_json(
-        ranking.Ranking(origin="a test", n_devices=8, device="cpu", given={}, by_size=rows)
-    )
-    (folder / "layouts.json").write_text(json.dumps(content))
-    return "--layouts=layouts.json"
-
-
 def run(monkeypatch, folder, *args):
     """Train in this process and return the losses of all steps."""
     assert corpus.call_main(monkeypatch, folder, "--mesh.data=auto", *GROWING, *args) == 0
@@ -62,7 +45,7 @@ def run(monkeypatch, folder, *args):
 def undisturbed(tmp_path_factory):
     """Return the folder of a run that nothing disturbed."""
     folder = corpus.write_run(tmp_path_factory.mktemp("undisturbed"))
-    options = write_layouts(folder, LAYOUTS)
+    options = growing_batch.write_layouts(folder, LAYOUTS)
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(monkeypatch, folder, options, "--checkpoint.save-interval=2")
     return folder
@@ -80,7 +63,7 @@ def arrays(folder):
 def test_losses_are_those_of_one_device(undisturbed, tmp_path, monkeypatch):
     corpus.write_run(tmp_path)
     losses = run(
-        monkeypatch, tmp_path, write_layouts(tmp_path, dict.fromkeys(LAYOUTS, {})),
+        monkeypatch, tmp_path, growing_batch.write_layouts(tmp_path, dict.fromkeys(LAYOUTS, {})),
         "--checkpoint.dir=",
     )  # fmt: skip
     ours = [r["loss"] for r in corpus.records(undisturbed) if "loss" in r]
@@ -145,6 +128,6 @@ SEEDS = [pytest.param(n, marks=pytest.mark.slower if n > 1 else ()) for n in ran
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_kill_around_a_change_loses_nothing(tmp_path, undisturbed, seed):
     folder = corpus.write_run(tmp_path)
-    write_layouts(folder, LAYOUTS)
+    growing_batch.write_layouts(folder, LAYOUTS)
     kill_and_go_on(folder, random.Random(seed))
     assert_same_end(folder, undisturbed)

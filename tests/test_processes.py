@@ -14,6 +14,7 @@ from gpt3jax import errors
 from gpt3jax.run import folder_lock
 
 import corpus
+import growing_batch
 
 pytestmark = pytest.mark.slow
 MIXED = ("--mesh.fsdp=2", "--mesh.tensor=2")
@@ -125,6 +126,34 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, n):
     ends = ("validation_loss", "test_loss")  # each part had an end of its own
     steps = [r for r in corpus.records(folder) if not any(name in r for name in ends)]
     assert_same(steps, [r for r in corpus.records(alone) if "loss" in r])
+
+
+GROWING = ("--batch.schedule=0:4 256:8", "--train.n-samples=80", "--mesh.data=auto")
+
+
+def test_processes_change_the_layout_together(tmp_path):
+    """The state moves between processes: from stages to shards, when the batch grows."""
+    found = []
+    unlike = {4: {"mesh.stage": 2, "mesh.data": 2}, 8: {"mesh.fsdp": 2, "mesh.tensor": 2}}
+    for n, layouts in ((1, {4: {}, 8: {}}), (2, unlike)):
+        folder = corpus.write_run(tmp_path / str(n))
+        options = growing_batch.write_layouts(folder, layouts, n_devices=4)
+        told = run(folder, n, *GROWING, options)
+        found.append(corpus.records(folder))
+    assert "batches of 8 run in another layout: fsdp 2 x tensor 2" in told
+    assert_same(found[1], found[0])
+
+
+def test_a_process_whose_devices_idle_leaves_and_the_others_train(tmp_path, alone):
+    """The layout uses 2 of the 4 devices, those of the first 2 of 4 processes."""
+    folder = corpus.write_run(tmp_path)
+    layouts = growing_batch.write_layouts(folder, {8: {"mesh.fsdp": 2}}, n_devices=4)
+    options = ("--train.n-steps=12", layouts, "--mesh.data=auto")
+    statuses, out, err = finish(start(folder, 4, *options))
+    assert statuses == [0] * 4, err
+    assert all("nothing to do: its devices idle" in text for text in out[2:])
+    assert "2 process(es), 2 device(s)" in out[0] and "the run is complete" in out[0]
+    assert_same(corpus.records(folder), corpus.records(alone))
 
 
 def test_a_finished_run_is_known_by_all(tmp_path, alone):
