@@ -8,6 +8,7 @@ import json
 import random
 import signal
 
+import growing_batch
 import jax
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ import pytest
 from gpt3jax.checkpoint import storage
 
 import corpus
-import growing_batch
 
 pytestmark = pytest.mark.slow  # each layout compiles
 
@@ -63,7 +63,7 @@ def arrays(folder):
 def test_losses_are_those_of_one_device(undisturbed, tmp_path, monkeypatch):
     corpus.write_run(tmp_path)
     losses = run(
-        monkeypatch, tmp_path, growing_batch.write_layouts(tmp_path, dict.fromkeys(LAYOUTS, {})),
+        monkeypatch, tmp_path, growing_batch.write_layouts(tmp_path, {size: {} for size in LAYOUTS}),
         "--checkpoint.dir=",
     )  # fmt: skip
     ours = [r["loss"] for r in corpus.records(undisturbed) if "loss" in r]

@@ -8,13 +8,13 @@ import socket
 import subprocess
 import time
 
+import growing_batch
 import pytest
 
 from gpt3jax import errors
 from gpt3jax.run import folder_lock
 
 import corpus
-import growing_batch
 
 pytestmark = pytest.mark.slow
 MIXED = ("--mesh.fsdp=2", "--mesh.tensor=2")

@@ -168,8 +168,16 @@ def from_json(content: Mapping[str, Any], source: str) -> Ranking:
             "gpt3jax.plan --search --write-layouts FILE",
             page=_PAGE,
         ) from error
-    for row in (row for rows in ranking.by_size.values() for row in rows):
-        layout.check(row.fields, source)
+    all_fields = [row.fields for rows in ranking.by_size.values() for row in rows]
+    for fields in all_fields:
+        layout.check(fields, source)
+    counts = sorted({layout.n_devices(fields) for fields in all_fields})
+    if len(counts) != 1:
+        raise errors.UserError(
+            f"{source}: its layouts use {' and '.join(map(str, counts))} devices, and all must use "
+            "as many: mesh.copies takes what is left over",
+            page=_PAGE,
+        )
     return ranking
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable
 
 import jax
@@ -109,26 +110,31 @@ def start_or_resume(
     kept = functools.partial(choosing.kept_layouts, cfg.checkpoint)
     choice = layout_choice.decide(cfg, kept, before_compiling)
     text_corpus.ensure_corpus(cfg.data, cfg.model)
-    lines: list[str] = []
     begin = Beginning(
         choice=choice,
         schedule=batch_schedule.from_config(cfg.batch, cfg.model.seq_len),
         store=_open_store(cfg, lost),
         clock=clock,
-        say=lines.append,
+        say=_say,
     )
     source = choosing.choose_source(begin.store, cfg.checkpoint.load)
     if source is None:
         start = step_log.Position(0, 0)
         run = prepare(begin, start)
         seed = f"starting from random weights (train.seed={cfg.train.seed})"
-        return Started(run=run, state=run.program.init(), position=start, lines=[*lines, seed])
+        return Started(run=run, state=run.program.init(), position=start, lines=[seed])
     with clock.during(phases.RESTORE):
         restored, warnings = _restore_newest(source, begin)
-    lines += warnings
     if restored.only_params:
-        return _adopt(restored, source, lines)
-    return _go_on(restored, source, lines)
+        return _adopt(restored, source, warnings)
+    return _go_on(restored, source, warnings)
+
+
+def _say(line: str) -> None:
+    """Print a line at once in process 0: the recorder opens after the first step is compiled."""
+    if jax.process_index() == 0:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
 
 
 def _restore_newest(source: storage.Checkpoints, begin: Beginning) -> tuple[_Restored, list[str]]:

@@ -24,7 +24,7 @@ H100 = types.SimpleNamespace(
 def config(**groups):
     """Return a tiny config whose mesh is to be found."""
     cfg = tiny.make_config(data={"paths": (), "mock": True}, **groups)
-    mesh = {name: schema.AUTO for name in layout.FIELDS}
+    mesh = dict.fromkeys(layout.FIELDS, schema.AUTO)
     return layout.with_layout(cfg, mesh | {"model.remat": "full"})
 
 
