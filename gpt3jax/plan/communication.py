@@ -51,17 +51,52 @@ def collective(
     )
 
 
+def layer_weights(cfg: schema.Config, layout: placement.Layout) -> float:
+    """Return the bytes of a layer's matrices in the compute format, whole over `fsdp`."""
+    return 12 * cfg.model.d_model**2 / layout.sizes["tensor"] * memory_model.width(cfg)
+
+
+def products_again(name: str) -> float:
+    """Return the share of a layer's products that run again with a policy of `model.remat`.
+
+    A layer has 12 D^2 weights: QKV 3, the projection 1, each matrix of the MLP 4. Nothing in the
+    backward pass needs the MLP's second product.
+    """
+    sizes = {"qkv": 3, "middle": 1, "hidden": 4}
+    return sum(size for value, size in sizes.items() if value not in remat.SAVED[name]) / 12
+
+
 def _of_fsdp(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
-    n_layers = _layer_passes(cfg, layout)
-    weights = 12 * cfg.model.d_model**2 / layout.sizes["tensor"] * memory_model.width(cfg)
+    """Return the gathers of weights and the sums of gradients, of layers and of the table.
+
+    A layer's four matrices are gathered one by one, forward and backward, with stages once more for
+    a product that runs again. Their gradients are added up in 3 transfers (with stages 4), those of
+    norms and biases in 2 small ones. Lookup and head gather the table, and each adds up a gradient.
+    """
+    n_layers, weights = layer_passes(cfg, layout), layer_weights(cfg, layout)
+    has_stages = layout.sizes["stage"] > 1
+    n_gathers = 8 + 4 * products_again(cfg.model.remat) * has_stages
+    n_sums = 4 if has_stages else 3
     return [
-        Needed("all-gather", "fsdp", 2 * n_layers, weights),
-        Needed("reduce-scatter", "fsdp", n_layers, weights),
+        Needed("all-gather", "fsdp", round(n_gathers * n_layers), weights / 4),
+        Needed("reduce-scatter", "fsdp", n_sums * n_layers, weights / n_sums),
+        Needed("all-reduce", "fsdp", 2 * n_layers, 26.0 * cfg.model.d_model),
+        *of_table(cfg, layout),
+    ]
+
+
+def of_table(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
+    """Return the transfers of the vocabulary's table over `fsdp`, in fp32."""
+    n_microbatches = memory_model.end_microbatches(cfg, layout)
+    table = 4.0 * cfg.model.padded_vocab_size * cfg.model.d_model / layout.sizes["tensor"]
+    return [
+        Needed("all-gather", "fsdp", 2 * n_microbatches, table),
+        Needed("reduce-scatter", "fsdp", 2 * n_microbatches, table),
     ]
 
 
 def _of_context(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
-    n_layers, again = _layer_passes(cfg, layout), _runs_forward_again(cfg, layout)
+    n_layers, again = layer_passes(cfg, layout), _runs_forward_again(cfg, layout)
     keys_and_values = 2 * _whole_activations(cfg, layout) * layout.sizes["context"]
     keys_and_values /= layout.sizes["tensor"]
     return [
@@ -71,15 +106,17 @@ def _of_context(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
 
 
 def _of_stage(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
-    n_ticks, part = (
-        placement.schedule(cfg, layout).n_ticks,
-        memory_model.activation_bytes(cfg, layout),
-    )
-    return [Needed("collective-permute", "stage", 4 * n_ticks, part)]
+    """Return the hand-overs of each tick, and the sum of the gradients of table and positions."""
+    n_ticks = placement.schedule(cfg, layout).n_ticks
+    part = memory_model.activation_bytes(cfg, layout)
+    return [
+        Needed("collective-permute", "stage", 4 * n_ticks, part),
+        Needed("all-reduce", "stage", 1, 4.0 * memory_model.end_parameters(cfg, layout.sizes)),
+    ]
 
 
 def _of_tensor(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
-    n_layers, again = _layer_passes(cfg, layout), _runs_forward_again(cfg, layout)
+    n_layers, again = layer_passes(cfg, layout), _runs_forward_again(cfg, layout)
     whole, n_sums = _whole_activations(cfg, layout), 4 + (cfg.model.remat == "full")
     if not cfg.mesh.sequence_parallel:
         return [Needed("all-reduce", "tensor", n_sums * n_layers, whole)]
@@ -90,16 +127,22 @@ def _of_tensor(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
 
 
 def _of_data(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
+    """Return the sum of gradients in fp32; with a sharded optimizer its halves.
+
+    Then matrices of layers are gathered in the compute format, and the table in fp32.
+    """
     held = memory_model.parameters(cfg, layout.sizes, over_data=False)
     if not cfg.mesh.shard_optimizer:
         return [Needed("all-reduce", "data", 1, 4.0 * held)]
+    ends = memory_model.end_parameters(cfg, layout.sizes)
+    used = memory_model.width(cfg) * (held - ends) + 4.0 * ends
     return [
         Needed("reduce-scatter", "data", 1, 4.0 * held),
-        Needed("all-gather", "data", 1, float(memory_model.width(cfg) * held)),
+        Needed("all-gather", "data", 1, used),
     ]
 
 
-def _layer_passes(cfg: schema.Config, layout: placement.Layout) -> int:
+def layer_passes(cfg: schema.Config, layout: placement.Layout) -> int:
     """Return how often a GPU runs a layer in a step; idle ticks communicate too."""
     n_passes = -(-placement.schedule(cfg, layout).n_ticks // cfg.mesh.virtual_stages)
     return cfg.model.n_layers // layout.sizes["stage"] * n_passes

@@ -5,6 +5,7 @@ coefficients are fitted to steps compiled for H100s (docs/plan.md says how far t
 Touches no device.
 """
 
+import functools
 import math
 
 from gpt3jax.config import schema
@@ -17,7 +18,7 @@ from gpt3jax.sharding import rules
 # d_model, by `model.remat`: the layer's input, and the values that the policy names. "none" saves
 # the inputs of norms (2), of products (QKV, projection, both of the MLP: 1, 1, 1, 4) and of GELU
 # (4), and queries, keys and values (3).
-_SAVED = {"full": 1, "residual": 2, "mlp": 6, "dots": 10, "none": 16}
+SAVED = {"full": 1, "residual": 2, "mlp": 6, "dots": 10, "none": 16}
 
 
 Dims = list[tuple[int, str | None]]
@@ -30,15 +31,49 @@ def parameters(cfg: schema.Config, sizes: dict[str, int], *, over_data: bool) ->
     The sizes of its axes cut each tensor. The data axis cuts the largest dimension that no other
     axis cuts and that it divides (`sharding.layouts.data_dim`).
     """
-    layers = cfg.model.n_layers // cfg.mesh.virtual_stages
-    stack: Dims = [(cfg.mesh.virtual_stages, None)] if cfg.mesh.virtual_stages > 1 else []
+    counts = _counts(_shape(cfg.model), cfg.mesh.virtual_stages, tuple(sizes.items()))
+    return counts[over_data]
+
+
+def end_parameters(cfg: schema.Config, sizes: dict[str, int]) -> int:
+    """Return how many parameters outside the layers a GPU holds, not cut over data."""
+    return _counts(_shape(cfg.model), cfg.mesh.virtual_stages, tuple(sizes.items()))[2]
+
+
+def end_microbatches(cfg: schema.Config, layout: placement.Layout) -> int:
+    """Return for how many microbatches a GPU runs embedding and head: a stage runs its share."""
+    return -(-layout.n_microbatches // layout.sizes["stage"])
+
+
+@functools.cache
+def _shape(model: schema.Model) -> schema.Model:
+    """Return a model with what decides its parameters' shapes alone: the key of `_counts`."""
+    return schema.Model(
+        n_layers=model.n_layers,
+        d_model=model.d_model,
+        n_heads=model.n_heads,
+        seq_len=model.seq_len,
+        vocab_size=model.padded_vocab_size,
+        vocab_multiple=1,
+    )
+
+
+@functools.cache  # a search asks for each mesh some hundred times
+def _counts(
+    model: schema.Model, virtual_stages: int, axes: tuple[tuple[str, int], ...]
+) -> tuple[int, int, int]:
+    """Return a GPU's parameters: not cut over data, cut over it, outside layers not cut."""
+    sizes = dict(axes)
+    layers = model.n_layers // virtual_stages
+    stack: Dims = [(virtual_stages, None)] if virtual_stages > 1 else []
     stack.append((layers, "layers"))
-    total = 0
-    for tensor in _tensors(cfg.model):
-        total += _local_size([*stack, *tensor], sizes, over_data=over_data)
-    for tensor in _ends(cfg.model):
-        total += _local_size(tensor, sizes, over_data=over_data)
-    return total
+    ends = _ends(model)
+    tensors = [*([*stack, *tensor] for tensor in _tensors(model)), *ends]
+    return (
+        sum(_local_size(dims, sizes, over_data=False) for dims in tensors),
+        sum(_local_size(dims, sizes, over_data=True) for dims in tensors),
+        sum(_local_size(dims, sizes, over_data=False) for dims in ends),
+    )
 
 
 def _tensors(model: schema.Model) -> list[Dims]:
@@ -78,28 +113,32 @@ def activation_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
 def memory(cfg: schema.Config, layout: placement.Layout) -> dict[str, float]:
     """Return a GPU's bytes at the peak of a step, by purpose; their sum is the peak.
 
+    The peak is in the head, with its logits, or in the backward pass of layers.
     - parameters, optimizer (fp32, two moments) and batch are exact.
-    - gradients: fp32 sums, and gradients that wait to be added to them.
+    - gradients: fp32 sums, and in the backward pass the microbatch's own.
     - activations: values saved for the backward pass.
     - logits: those of one chunk.
-    - temporaries: the working memory of a layer or of the head, whichever is larger.
+    - temporaries: the working memory of a layer or of the head, and weights that are cast once.
     """
     sizes, zero = layout.sizes, cfg.mesh.shard_optimizer
     n_state = parameters(cfg, sizes, over_data=zero)
     n_whole = parameters(cfg, sizes, over_data=False)
-    logits = _logits_bytes(cfg, layout)
-    working = max(_layer_bytes(cfg, layout), _head_bytes(cfg, layout) + logits)
-    cast = 0.0
-    if zero or sizes["stage"] > 1:  # weights are cast once a step
-        cast = n_whole * width(cfg)
+    own = 0.0 if sizes["stage"] > 1 else 4.0 * n_whole  # stages add to the sums layer by layer
+    logits, head, layer = (
+        _logits_bytes(cfg, layout),
+        _head_bytes(cfg, layout),
+        _layer_bytes(cfg, layout),
+    )
+    in_head = logits + head > own + layer
+    cast = n_whole * width(cfg) if zero or sizes["stage"] > 1 else 0.0
     return {
         "parameters": 4.0 * n_state,
         "optimizer": 8.0 * n_state,
         "batch": _batch_bytes(cfg, layout),
-        "gradients": 4.0 * n_whole * _gradient_copies(cfg, sizes),
+        "gradients": 4.0 * n_whole * _gradient_sums(cfg, layout) + (0.0 if in_head else own),
         "activations": _saved_bytes(cfg, layout),
-        "logits": logits,
-        "temporaries": cast + working - logits,
+        "logits": logits if in_head else 0.0,
+        "temporaries": cast + (head if in_head else layer),
     }
 
 
@@ -115,14 +154,17 @@ def _batch_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
     return 4.0 * rows * (arrays * cfg.model.seq_len + 1)
 
 
-def _gradient_copies(cfg: schema.Config, sizes: dict[str, int]) -> float:
-    """Return how many copies of its gradients a GPU holds (fitted).
+def _gradient_sums(cfg: schema.Config, layout: placement.Layout) -> float:
+    """Return how many sums of gradients a GPU holds, in parameters that it holds (fitted).
 
-    They are the running sum, the microbatch's own, and over replicas the sum's result too.
+    They are the running sum, unless the only microbatch's gradient is all, and over replicas that
+    keep the whole optimizer the sum's result too.
     """
-    if sizes["stage"] > 1:  # a microbatch's own gradients are added layer by layer
+    if layout.sizes["stage"] > 1:
         return 1.0
-    return 2.0 if cfg.mesh.shard_optimizer or sizes["data"] == 1 else 3.25
+    if layout.sizes["data"] == 1:
+        return 1.0 if layout.n_microbatches > 1 else 0.0
+    return 1.0 if cfg.mesh.shard_optimizer else 2.25
 
 
 def scores(cfg: schema.Config, layout: placement.Layout) -> float:
@@ -130,55 +172,75 @@ def scores(cfg: schema.Config, layout: placement.Layout) -> float:
     if layout.attention != "xla":
         return 0.0
     model = cfg.model
-    windows = [None] if model.attention.pattern == "dense" else [model.attention.band, None]
-    per_head = sum(attention.n_scores(model.seq_len, window) for window in windows) / len(windows)
     heads = cfg.batch.microbatch_size * model.n_heads
+    per_head = _scores_of_head(model.seq_len, model.attention)
     return heads * per_head / (layout.sizes["tensor"] * layout.sizes["context"])
+
+
+@functools.cache
+def _scores_of_head(seq_len: int, pattern: schema.Attention) -> float:
+    """Return the mean over layers."""
+    windows = [None] if pattern.pattern == "dense" else [pattern.band, None]
+    return sum(attention.n_scores(seq_len, window) for window in windows) / len(windows)
 
 
 def _saved_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes that layers save; with stages, in every tick (docs/parallelism.md)."""
-    model, stages, rounds = cfg.model, layout.sizes["stage"], cfg.mesh.virtual_stages
-    a, m = activation_bytes(cfg, layout), layout.n_microbatches
-    per_layer = a * _SAVED[remat.in_effect(model.remat, stages > 1)]
+    model, stages = cfg.model, layout.sizes["stage"]
+    a = activation_bytes(cfg, layout)
+    per_layer = a * SAVED[remat.in_effect(model.remat, stages > 1)]
     if stages > 1:
-        layers = (m * rounds + stages - 1) * model.n_layers / (stages * rounds)
-        return layers * per_layer + 4 * m / stages * a
+        n_layers = model.n_layers // (stages * cfg.mesh.virtual_stages)
+        in_ticks = placement.schedule(cfg, layout).n_ticks * n_layers * per_layer
+        return in_ticks + 4 * end_microbatches(cfg, layout) * a
     if model.remat == "none" and model.dropout:
         per_layer += 2 * a / width(cfg)  # masks of a byte
     return model.n_layers * per_layer
 
 
 def _layer_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
-    """Return the bytes that a layer works on (fitted).
+    """Return the bytes that a layer works on in the backward pass (fitted).
 
-    They are two layers' gathered weights, a gradient before it is scattered, and values: about 10
-    that are whole along the sequence, and 6.5 of a GPU's part of it. XLA's attention works on all
-    blocks of queries at once, 31 bytes a score.
+    They are 2.8 times its gathered weights: two layers', and a gradient before it is scattered
+    (with stages 1.8 times what is gathered); about 10 values that are whole along the sequence, and
+    6.5 of a GPU's part of it. Layers of a period are worked on together. The table and its gradient
+    wait where more microbatches follow. XLA's attention works on all blocks of queries at once, 19
+    bytes a score.
     """
-    model, tensor = cfg.model, layout.sizes["tensor"]
-    weights = 12 * model.d_model**2 / tensor * width(cfg)
+    model, sizes = cfg.model, layout.sizes
+    weights = 12 * model.d_model**2 / sizes["tensor"] * width(cfg)
     a = activation_bytes(cfg, layout)
-    gathered = tensor if cfg.mesh.sequence_parallel else 1
-    if layout.sizes["context"] > 1:  # keys, values and their gradients
-        gathered *= 1 + layout.sizes["context"]
-    return 2.8 * weights + (6.5 + 10 * gathered) * a + 31.0 * scores(cfg, layout)
+    gathered = sizes["tensor"] if cfg.mesh.sequence_parallel else 1
+    if sizes["context"] > 1:  # keys, values and their gradients
+        gathered *= 1 + sizes["context"]
+    of_scores = 19.0 * scores(cfg, layout)
+    if sizes["stage"] > 1:
+        return 1.8 * weights * (1 - 1 / sizes["fsdp"]) + 10 * gathered * a + of_scores
+    period = 1 if model.attention.pattern == "dense" else 2
+    layers = period * (2.8 * weights + (6.5 + 10 * gathered) * a) + of_scores
+    return layers + (6.0 * _table(cfg, layout) if layout.n_microbatches > 1 else 0.0)
 
 
 def _logits_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return one chunk of logits in fp32, and its gradient in the compute format."""
     model = cfg.model
     tokens = cfg.batch.microbatch_size * model.seq_len / layout.sizes["context"]
-    if layout.sizes["stage"] > 1:  # a stage joins its microbatches
-        tokens *= layout.n_microbatches / layout.sizes["stage"]
     tokens /= model.n_loss_chunks
     return tokens * model.padded_vocab_size / layout.sizes["tensor"] * (4 + width(cfg))
 
 
 def _head_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
-    """Return the vocabulary's table: fp32 for the lookup, a copy for the head, its gradient."""
-    table = cfg.model.padded_vocab_size * cfg.model.d_model / layout.sizes["tensor"]
-    return table * (4 + width(cfg) + 4)
+    """Return the bytes of the vocabulary's table in the head.
+
+    It is a copy in the compute format and the gradient so far, and for further microbatches the one
+    in fp32 of the lookup.
+    """
+    copies = 4 + width(cfg) + 4 if layout.n_microbatches > 1 else 4
+    return _table(cfg, layout) * copies
+
+
+def _table(cfg: schema.Config, layout: placement.Layout) -> float:
+    return cfg.model.padded_vocab_size * cfg.model.d_model / layout.sizes["tensor"]
 
 
 def budget(cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu) -> tuple[float, float]:

@@ -11,7 +11,15 @@ from typing import Literal
 
 from gpt3jax.config import schema
 from gpt3jax.hardware import flops, gpus
-from gpt3jax.plan import communication, hlo, memory_model, placement, timeline
+from gpt3jax.plan import (
+    communication,
+    exposure,
+    hlo,
+    memory_model,
+    moved_bytes,
+    placement,
+    timeline,
+)
 
 Case = Literal["low", "expected", "high"]
 """Which of an assumption's values to use: for a low, the expected or a high step time."""
@@ -44,15 +52,10 @@ ASSUMED = {
     ),
     "memory": Range(0.90, 0.80, 0.65, "share of the memory's bandwidth, elementwise: assumed"),
     "network": Range(1.10, 1.00, 0.75, "of the rates below, what collectives reach: assumed"),
-    # Exposed shares of communication; a compiled step's schedule has its own.
-    "data": Range(0.5, 1.0, 1.0, "exposed share of sums over data: as compiled 175B steps"),
-    "stage": Range(0.1, 0.6, 1.0, "exposed share of hand-overs of stages: as compiled 175B steps"),
-    "fsdp": Range(
-        0.05, 0.2, 0.5, "exposed share of weights' traffic where that takes half as long as "
-        "arithmetic; it grows with the square: as compiled 175B steps",
+    "exposed": Range(
+        0.7, 1.0, 1.5, "multiple of the communication that closed forms count as not hidden: "
+        "fitted to compiled steps",
     ),
-    "context": Range(0.2, 0.5, 1.0, "exposed share of keys' and values' gathering: assumed"),
-    "tensor": Range(0.3, 0.6, 1.0, "exposed share of activations' traffic: as compiled 175B steps"),
 }  # fmt: skip
 
 
@@ -82,9 +85,9 @@ class Work:
     """Forward and backward, without recomputation: the FLOPs that MFU counts."""
     recomputed_flops: float
     attention_flops: float
-    """The part of both that attention's scores and values need."""
-    moved_bytes: float
-    """Bytes that elementwise work reads from memory and writes to it."""
+    """The part of the model's FLOPs that attention's scores and values need."""
+    head_flops: float
+    """The part that the head needs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,61 +120,25 @@ def work(cfg: schema.Config, layout: placement.Layout) -> Work:
     model = cfg.model
     products_again, attention_again = recompute_share(cfg)
     tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus * layout.sizes["copies"]
-    head_alone = dataclasses.replace(cfg.model, n_layers=0)
-    head = flops.flops_per_token(head_alone)
+    head = 6.0 * model.d_model * model.padded_vocab_size
     products = 6.0 * model.n_layers * 12 * model.d_model**2
-    attention = flops.flops_per_token(model) - head - products
+    total = flops.flops_per_token(model)
+    attention = total - head - products
     return Work(
-        model_flops=tokens * flops.flops_per_token(model),
+        model_flops=tokens * total,
         recomputed_flops=tokens * (products_again * products + attention_again * attention),
-        attention_flops=tokens * (1 + attention_again) * attention,
-        moved_bytes=_moved_bytes(cfg, layout, tokens),
+        attention_flops=tokens * attention,
+        head_flops=tokens * head,
     )
 
 
 def recompute_share(cfg: schema.Config) -> tuple[float, float]:
     """Return the shares (products, attention) of 6ND that the backward pass computes again.
 
-    A layer has 12 D^2 weights: QKV 3, the projection 1, each matrix of the MLP 4. The forward pass
-    is a third of the FLOPs. Nothing in the backward pass needs the MLP's second product.
+    The forward pass is a third of the FLOPs.
     """
-    name = cfg.model.remat
-    again = {"full": 8, "residual": 7, "mlp": 4}.get(name, 0)
-    return again / 12 / 3, 1 / 3 if name in ("full", "residual") else 0.0
-
-
-def _moved_bytes(cfg: schema.Config, layout: placement.Layout, tokens: float) -> float:
-    """Return the bytes that elementwise work reads and writes, fitted to compiled steps.
-
-    - Layers: values of the compute format for each token and unit of d_model, 232 where most of the
-      layer is recomputed, 265 where more is saved (175B, 13B, 857M). Microbatches of several rows
-      that are gathered along the sequence over `tensor` are transposed: 24 values of the whole
-      sequence, forward and backward together.
-    - XLA's attention: 84 bytes a score, 111 with dropout, a third more where the forward pass runs
-      again (857M).
-    - Logits: 24 bytes an entry. Optimizer: 40 bytes a parameter.
-    - Sums of gradients, and casts of weights: 16 bytes a parameter and microbatch; with stages 6 a
-      step, and 18 a tick (2 + 2 to copy a weight, forward and backward, 10 to add its gradient).
-    """
-    model, sizes = cfg.model, layout.sizes
-    values = 232 if cfg.model.remat in ("full", "residual", "mlp") else 265
-    width = memory_model.width(cfg)
-    layers = tokens * model.n_layers * values * width * model.d_model
-    if sizes["tensor"] > 1 and cfg.mesh.sequence_parallel and cfg.batch.microbatch_size > 1:
-        layers += tokens * model.n_layers * 24 * sizes["tensor"] * width * model.d_model
-    score_bytes = (111 if model.attention_dropout else 84) * (1 + recompute_share(cfg)[1])
-    scores = memory_model.scores(cfg, layout) * layout.n_microbatches
-    layers += score_bytes * scores * model.n_layers / sizes["stage"]
-    head = tokens * model.padded_vocab_size * 24
-    held = memory_model.parameters(cfg, sizes, over_data=False)
-    sums = 16.0 * layout.n_microbatches * held
-    if sizes["stage"] > 1:
-        ends = dataclasses.replace(cfg, model=dataclasses.replace(model, n_layers=0))
-        in_layers = held - memory_model.parameters(ends, sizes, over_data=False)
-        n_ticks = placement.schedule(cfg, layout).n_ticks
-        sums = 6 * held + 18 * n_ticks * in_layers / cfg.mesh.virtual_stages
-    optimizer = 40 * memory_model.parameters(cfg, sizes, over_data=cfg.mesh.shard_optimizer)
-    return layers + head + sums + optimizer
+    again = communication.products_again(cfg.model.remat) / 3
+    return again, 1 / 3 if cfg.model.remat in ("full", "residual") else 0.0
 
 
 def assumptions(layout: placement.Layout, *, compiled: bool) -> dict[str, Range]:
@@ -179,8 +146,8 @@ def assumptions(layout: placement.Layout, *, compiled: bool) -> dict[str, Range]
     names = ["matmul", "memory", "network"]
     if layout.attention == "cudnn":
         names.insert(1, "cudnn")
-    if not compiled:
-        names += [axis for axis, size in layout.sizes.items() if size > 1 and axis in ASSUMED]
+    if not compiled and layout.n_gpus > 1:
+        names.append("exposed")
     return {name: ASSUMED[name] for name in names}
 
 
@@ -221,9 +188,9 @@ def _by_closed_forms(
     """
     done, bubble = work(cfg, layout), placement.schedule(cfg, layout).bubble
     kernels = _kernel_seconds(cfg, layout, gpu, case)
-    arithmetic = kernels["matmul"] + kernels["attention"] + kernels["elementwise"]
-    alone = [_traffic(needed, layout, network) for needed in communication.collectives(cfg, layout)]
-    traffic = _exposed(alone, layout, arithmetic, case)
+    arithmetic = sum(kernels.values())
+    traffic = _traffic(cfg, layout, gpu, network, case)
+    traffic = _with_rest(traffic, arithmetic)
     exposed = sum(row.exposed for row in traffic)
     parts = StepParts(
         seconds=arithmetic + exposed,
@@ -239,54 +206,92 @@ def _kernel_seconds(
     cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu, case: Case
 ) -> dict[str, float]:
     """Return the seconds of matmul, attention and elementwise, with idle ticks."""
-    done, peak = work(cfg, layout), peak_flops(cfg, gpu)
-    stretch = 1 / (1 - placement.schedule(cfg, layout).bubble)
-    products = done.model_flops + done.recomputed_flops - done.attention_flops
-    kind = "cudnn" if layout.attention == "cudnn" else "matmul"
+    done, schedule = work(cfg, layout), placement.schedule(cfg, layout)
+    in_layers = done.model_flops + done.recomputed_flops - done.head_flops
+    attention_again = recompute_share(cfg)[1]
+    in_layers -= (1 + attention_again) * done.attention_flops
+    # A stage whose share of the microbatches is less than one works on a whole one.
+    head = done.head_flops * schedule.n_groups * schedule.n_stages / schedule.n_microbatches
     memory_rate = gpu.memory_bandwidth * ASSUMED["memory"].at(case)
+    products = peak_flops(cfg, gpu) * ASSUMED["matmul"].at(case)
     return {
-        "matmul": stretch * products / (peak * ASSUMED["matmul"].at(case)),
-        "attention": stretch * done.attention_flops / (peak * ASSUMED[kind].at(case)),
-        "elementwise": stretch * done.moved_bytes / memory_rate,
+        "matmul": (in_layers / (1 - schedule.bubble) + head) / products,
+        "attention": _attention_seconds(cfg, layout, gpu, case),
+        "elementwise": moved_bytes.in_step(cfg, layout) / memory_rate,
     }
 
 
-def _traffic(
-    needed: communication.Needed, layout: placement.Layout, network: gpus.Network
-) -> Traffic:
-    """Return the time of a collective alone, with nothing exposed."""
-    each = communication.collective(needed.kind, needed.axis, needed.n_bytes, layout, network)
-    seconds = network.seconds(each.crossing_bytes, each.group_size, each.in_node)
-    return Traffic(
-        kind=needed.kind,
-        axis=needed.axis,
-        count=needed.count,
-        bytes_per_step=needed.count * each.crossing_bytes,
-        network=network.bandwidth(each.group_size, each.in_node)[0],
-        seconds=needed.count * seconds,
-        exposed=0.0,
-    )
+def _attention_seconds(
+    cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu, case: Case
+) -> float:
+    """Return the seconds of attention's products, with idle ticks.
 
-
-def _exposed(
-    traffic: list[Traffic], layout: placement.Layout, arithmetic: float, case: Case
-) -> list[Traffic]:
-    """Return the collectives with their exposed seconds.
-
-    A share of each axis's communication is exposed, and so is the time that exceeds the arithmetic.
+    The model counts 2 products forward and 4 backward. There are 5, because scores are computed
+    again, and 2 more where the forward pass runs again. XLA's wait for memory: 25 bytes a score.
     """
-    busy = {axis: sum(row.seconds for row in traffic if row.axis == axis) for axis in layout.sizes}
-    shares = {axis: ASSUMED[axis].at(case) for axis in busy if axis in ASSUMED}
-    shares["fsdp"] = min(1.0, shares["fsdp"] * (2 * busy["fsdp"] / arithmetic) ** 2)
-    exposed = [dataclasses.replace(row, exposed=shares[row.axis] * row.seconds) for row in traffic]
-    hidden = sum(row.seconds - row.exposed for row in exposed)
+    again = recompute_share(cfg)[1] > 0
+    n_products = 9 if again else 7
+    if layout.attention != "cudnn":
+        n_passes = communication.layer_passes(cfg, layout)
+        moved = 25 * n_products / 7 * memory_model.scores(cfg, layout) * n_passes
+        return moved / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
+    n_flops = n_products / 6 * work(cfg, layout).attention_flops
+    stretch = 1 / (1 - placement.schedule(cfg, layout).bubble)
+    return stretch * n_flops / (peak_flops(cfg, gpu) * ASSUMED["cudnn"].at(case))
+
+
+def _traffic(
+    cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu, network: gpus.Network, case: Case
+) -> list[Traffic]:
+    """Return the collectives of a step, each with the time that it takes alone."""
+    needed = communication.collectives(cfg, layout)
+    layer = _layer_seconds(cfg, layout, gpu, case)
+    shares = exposure.shares(needed, cfg, layout, network, layer)
+    multiple = ASSUMED["exposed"].at(case)
+    traffic = []
+    for row in needed:
+        each = communication.collective(row.kind, row.axis, row.n_bytes, layout, network)
+        seconds = row.count * network.seconds(each.crossing_bytes, each.group_size, each.in_node)
+        traffic.append(
+            Traffic(
+                kind=row.kind,
+                axis=row.axis,
+                count=row.count,
+                bytes_per_step=row.count * each.crossing_bytes,
+                network=network.bandwidth(each.group_size, each.in_node)[0],
+                seconds=seconds,
+                exposed=min(1.0, multiple * shares[row.axis, row.kind]) * seconds,
+            )
+        )
+    return traffic
+
+
+def _with_rest(traffic: list[Traffic], arithmetic: float) -> list[Traffic]:
+    """Return collectives whose hidden seconds, where they exceed the arithmetic, are exposed."""
+    hidden = sum(row.seconds - row.exposed for row in traffic)
     if hidden <= arithmetic:
-        return exposed
-    share = 1 - arithmetic / hidden  # there is not enough arithmetic to hide the rest
+        return traffic
+    share = 1 - arithmetic / hidden
     return [
         dataclasses.replace(row, exposed=row.exposed + share * (row.seconds - row.exposed))
-        for row in exposed
+        for row in traffic
     ]
+
+
+def _layer_seconds(
+    cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu, case: Case
+) -> exposure.LayerSeconds:
+    """Return the arithmetic of a layer on a microbatch."""
+    model, sizes = cfg.model, layout.sizes
+    tokens = cfg.batch.microbatch_size * model.seq_len / sizes["context"]
+    forward = 2 * tokens * 12 * model.d_model**2 / sizes["tensor"]
+    memory_rate = gpu.memory_bandwidth * ASSUMED["memory"].at(case)
+    return exposure.LayerSeconds(
+        products=forward / (peak_flops(cfg, gpu) * ASSUMED["matmul"].at(case)),
+        attention=_attention_seconds(cfg, layout, gpu, case)
+        / communication.layer_passes(cfg, layout),
+        elementwise=moved_bytes.in_layer(cfg, layout) / memory_rate,
+    )
 
 
 def _by_schedule(

@@ -1,0 +1,141 @@
+"""Closed forms of the communication that no arithmetic hides.
+
+Without stages it follows from where a layer starts the transfers over `fsdp` and where it waits for
+them (`prefetch`'s windows). Other shares are fitted to steps compiled for H100s.
+"""
+
+import dataclasses
+
+from gpt3jax.config import schema
+from gpt3jax.hardware import gpus
+from gpt3jax.model import remat
+from gpt3jax.plan import communication, placement
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSeconds:
+    """Seconds of the arithmetic of one layer on one microbatch."""
+
+    products: float
+    """Of the forward pass."""
+    attention: float
+    """Forward and backward."""
+    elementwise: float
+    """Forward and backward."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Transfers over `fsdp`, one after the other, and the arithmetic beside them.
+
+    Matrices are counted in twelfths of a layer's: QKV 3, the projection 1, each of the MLP 4.
+    """
+
+    gathered: tuple[int, ...]
+    added: int
+    products: int
+    """Those of weights' gradients are not counted: XLA may run them elsewhere."""
+    attention: float = 0.0
+    """Share of attention, of whose 7 products the forward pass makes 2."""
+    n_small: int = 0
+    """Sums of the gradients of norms and biases."""
+
+
+# `gpt._FORWARD`, `_BACKWARD` and `_BACKWARD_WITH_HIDDEN`.
+_FORWARD = (
+    _Window((3,), 0, 3), _Window((1,), 0, 1, 2 / 7), _Window((4,), 0, 4), _Window((4,), 0, 4),
+)  # fmt: skip
+_BACKWARD = (
+    _Window((4,), 0, 4), _Window((4,), 4, 4), _Window((3, 1), 0, 4, n_small=2),
+    _Window((), 4, 1, 5 / 7), _Window((), 4, 3),
+)  # fmt: skip
+_BACKWARD_WITH_HIDDEN = (
+    _Window((4, 4), 0, 4), _Window((3, 1), 0, 4, n_small=2), _Window((), 8, 1, 5 / 7),
+    _Window((), 4, 3),
+)  # fmt: skip
+_ELEMENTWISE = 0.06  # share of a layer's elementwise work in a window (fitted)
+_TABLE = 0.3  # exposed share of the transfers of the vocabulary's table over `fsdp` (fitted)
+
+# Exposed shares in a pipeline's ticks (fitted): axis, kind, share, share where `fsdp` is in use.
+_IN_TICKS = {
+    ("stage", "collective-permute"): (0.37, 0.6),
+    ("tensor", "all-gather"): (0.1, 0.45),
+    ("tensor", "reduce-scatter"): (0.5, 0.67),
+    ("fsdp", "all-gather"): (0.0, 0.37),
+    ("fsdp", "reduce-scatter"): (0.0, 0.05),
+    ("fsdp", "all-reduce"): (0.0, 0.0),
+}
+
+
+def shares(
+    needed: list[communication.Needed],
+    cfg: schema.Config,
+    layout: placement.Layout,
+    network: gpus.Network,
+    layer: LayerSeconds,
+) -> dict[tuple[str, str], float]:
+    """Return the exposed share of each axis's collectives of a kind: (axis, kind) -> share."""
+    exposed = {(row.axis, row.kind): _share(row.axis, row.kind, cfg, layout) for row in needed}
+    if layout.sizes["stage"] == 1 and layout.sizes["fsdp"] > 1:
+        rows = [row for row in needed if row.axis == "fsdp"]
+        alone = sum(row.count * _seconds(row.kind, row.n_bytes, layout, network) for row in rows)
+        share = min(1.0, _fsdp_seconds(cfg, layout, network, layer) / alone)
+        exposed |= {(row.axis, row.kind): share for row in rows}
+    return exposed
+
+
+def _share(axis: str, kind: str, cfg: schema.Config, layout: placement.Layout) -> float:
+    """Return the exposed share of a collective, over `fsdp` with stages only.
+
+    Sums over `data` and those of the table over `stage` come after all arithmetic. Without stages
+    the activations' transfers over `tensor` are exposed on the way forward, and where a layer runs
+    again as a whole; on the way back the products of weights' gradients hide them.
+    """
+    if layout.sizes["stage"] > 1 and (axis, kind) in _IN_TICKS:
+        return _IN_TICKS[axis, kind][layout.sizes["fsdp"] > 1]
+    if axis == "tensor":
+        if cfg.model.remat == "full":
+            return 4 / 6 if kind == "all-gather" else 3 / 5
+        return 2 / 4 if kind != "all-gather" or cfg.model.remat == "none" else 2 / 6
+    return 0.5 if axis == "context" else 1.0
+
+
+def _fsdp_seconds(
+    cfg: schema.Config, layout: placement.Layout, network: gpus.Network, layer: LayerSeconds
+) -> float:
+    """Return the exposed seconds of a step's transfers over `fsdp`, without stages."""
+    hidden_is_saved = "hidden" in remat.SAVED[cfg.model.remat]
+    windows = (*_FORWARD, *(_BACKWARD_WITH_HIDDEN if hidden_is_saved else _BACKWARD))
+    of_layer = sum(_window_seconds(window, cfg, layout, network, layer) for window in windows)
+    of_table = sum(
+        row.count * _seconds(row.kind, row.n_bytes, layout, network)
+        for row in communication.of_table(cfg, layout)
+    )
+    return communication.layer_passes(cfg, layout) * of_layer + _TABLE * of_table
+
+
+def _window_seconds(
+    window: _Window,
+    cfg: schema.Config,
+    layout: placement.Layout,
+    network: gpus.Network,
+    layer: LayerSeconds,
+) -> float:
+    """Return the time that a window's transfers take longer than the arithmetic beside them."""
+    weights = communication.layer_weights(cfg, layout) / 12
+
+    transfers = sum(_seconds("all-gather", n * weights, layout, network) for n in window.gathered)
+    if window.added:
+        transfers += _seconds("reduce-scatter", window.added * weights, layout, network)
+    transfers += window.n_small * _seconds("all-reduce", 0.0, layout, network)
+    arithmetic = (
+        window.products / 12 * layer.products
+        + window.attention * layer.attention
+        + _ELEMENTWISE * layer.elementwise
+    )
+    return max(0.0, transfers - arithmetic)
+
+
+def _seconds(kind: str, n_bytes: float, layout: placement.Layout, network: gpus.Network) -> float:
+    each = communication.collective(kind, "fsdp", n_bytes, layout, network)
+    return network.seconds(each.crossing_bytes, each.group_size, each.in_node)
