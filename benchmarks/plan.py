@@ -5,8 +5,8 @@
     python benchmarks/plan.py runs
 
 It prints Markdown, and runs on a CPU. It needs the extra `plan`, except with `--no-compile`, which
-prints the closed forms' figures. All of `layouts` takes an hour; it keeps its rows in a file, and
-the next call continues from there.
+prints the closed forms' figures. All of `layouts` takes some hours; it keeps its rows in a file,
+and the next call continues from there.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from gpt3jax.plan import compiler, planning
 from gpt3jax.plan import options as plan_options
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-RECIPES = ("345m", "857m", "gpt3/13b", "175b")
+RECIPES = ("345m", "857m", "gpt3/1_3b", "gpt3/13b", "175b")
+N_COMPILED = 8  # layouts that a search compiles
 GPUS = (8, 64, 256, 1024)
 FSDP_TENSOR = ["--mesh.data=1", "--mesh.fsdp=128", "--mesh.tensor=8", "--batch.microbatch-size=12"]
 PIPELINE = ["--mesh.data=8", "--mesh.stage=16", "--mesh.tensor=8"]
@@ -57,14 +58,15 @@ def report(recipe, n_gpus, args, gpu="h100", **options):
 
 
 def layouts(options):
-    """Print the fastest layout that a search finds, for each recipe and number of GPUs.
+    """Print the layout that `auto` takes beside the best of a search, for each recipe and GPUs.
 
     Each compiled row is added to the file `--rows` as it comes. Rows that the file already has are
     printed from there: remove a row to plan it again.
     """
     file = options.rows if options.compile else None
     known = {tuple(cells(row)[:2]): row for row in lines_of(file)}
-    print("| recipe | GPUs | layout | GiB | step s | MFU |\n|---|---|---|---|---|---|")
+    print("| recipe | GPUs | auto takes | GiB | step s | MFU | best s | slower | closed forms |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for recipe in options.recipes:
         for n in options.gpus:
             row = known.get((recipe, f"{n:,}"))
@@ -85,28 +87,37 @@ def cells(row):
 
 
 def layout_row(recipe, n, compile_steps):
-    """Return a row: the faster of two compiled layouts that fit, or why there is none."""
+    """Return a row: the first layout by closed forms that fits and the fastest, or why none is."""
     start = f"| {recipe} | {n:,} |"
     try:
         plan = report(
-            recipe, n, ["--batch.schedule="], search=True, n_compiled=2, compile=compile_steps
-        )
+            recipe, n, ["--batch.schedule="], search=True, n_compiled=N_COMPILED,
+            compile=compile_steps,
+        )  # fmt: skip
     except errors.UserError as error:
         reason = str(error).partition(": use more GPUs")[0].replace("|", "/")
-        return f"{start} {reason} | | | |"
-    best = plan.search[0]
-    if not best.fits:
+        return f"{start} {reason} | | | | | | |"
+    fitting = [layout for layout in plan.search if layout.fits]
+    if not fitting:
         n_failed = sum(bool(layout.failed) for layout in plan.search)
         failed = f", {n_failed} did not compile" if n_failed else ""
-        return f"{start} none of the {len(plan.search)} tried fits once compiled{failed} | | | |"
-    options = " ".join(
-        arg.removeprefix("--").removeprefix("mesh.").removeprefix("batch.")
-        for arg in best.overrides
-        if not arg.endswith(("=1", "schedule=", "ramp")) and "no-" not in arg
-    )
+        reason = f"none of the {len(plan.search)} tried fits once compiled{failed}"
+        return f"{start} {reason} | | | | | | |"
+    best, taken = fitting[0], min(fitting, key=lambda layout: layout.step_seconds_closed_form)
+    of_closed_forms = taken.step_seconds_closed_form / taken.step_seconds - 1
     return (
-        f"{start} {options} | {best.peak_bytes_per_gpu / 2**30:.1f} | "
-        f"{best.step_seconds:.3g} | {best.mfu:.1%} |"
+        f"{start} {short(taken.overrides)} | {taken.peak_bytes_per_gpu / 2**30:.1f} | "
+        f"{taken.step_seconds:.3g} | {taken.mfu:.1%} | {best.step_seconds:.3g} | "
+        f"{taken.step_seconds / best.step_seconds - 1:.1%} | {of_closed_forms:+.1%} |"
+    )
+
+
+def short(overrides):
+    """Return options without prefixes, and without those that say nothing."""
+    return " ".join(
+        arg.removeprefix("--").removeprefix("mesh.").removeprefix("batch.")
+        for arg in overrides
+        if not arg.endswith(("=1", "schedule=", "ramp")) and "no-" not in arg
     )
 
 

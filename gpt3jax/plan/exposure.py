@@ -19,9 +19,9 @@ class LayerSeconds:
     products: float
     """Of the forward pass."""
     attention: float
-    """Forward and backward."""
+    """Forward and backward, XLA's with its elementwise work."""
     elementwise: float
-    """Forward and backward."""
+    """Forward and backward, the rest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,6 @@ class _Window:
     """Those of weights' gradients are not counted: XLA may run them elsewhere."""
     attention: float = 0.0
     """Share of attention, of whose 7 products the forward pass makes 2."""
-    n_small: int = 0
-    """Sums of the gradients of norms and biases."""
 
 
 # `gpt._FORWARD`, `_BACKWARD` and `_BACKWARD_WITH_HIDDEN`.
@@ -46,11 +44,11 @@ _FORWARD = (
     _Window((3,), 0, 3), _Window((1,), 0, 1, 2 / 7), _Window((4,), 0, 4), _Window((4,), 0, 4),
 )  # fmt: skip
 _BACKWARD = (
-    _Window((4,), 0, 4), _Window((4,), 4, 4), _Window((3, 1), 0, 4, n_small=2),
+    _Window((4,), 0, 4), _Window((4,), 4, 4), _Window((3, 1), 0, 4),
     _Window((), 4, 1, 5 / 7), _Window((), 4, 3),
 )  # fmt: skip
 _BACKWARD_WITH_HIDDEN = (
-    _Window((4, 4), 0, 4), _Window((3, 1), 0, 4, n_small=2), _Window((), 8, 1, 5 / 7),
+    _Window((4, 4), 0, 4), _Window((3, 1), 0, 4), _Window((), 8, 1, 5 / 7),
     _Window((), 4, 3),
 )  # fmt: skip
 _ELEMENTWISE = 0.06  # share of a layer's elementwise work in a window (fitted)
@@ -62,7 +60,7 @@ _IN_TICKS = {
     ("tensor", "all-gather"): (0.1, 0.45),
     ("tensor", "reduce-scatter"): (0.5, 0.67),
     ("fsdp", "all-gather"): (0.0, 0.37),
-    ("fsdp", "reduce-scatter"): (0.0, 0.05),
+    ("fsdp", "reduce-scatter"): (0.0, 0.2),
     ("fsdp", "all-reduce"): (0.0, 0.0),
 }
 
@@ -74,30 +72,43 @@ def shares(
     network: gpus.Network,
     layer: LayerSeconds,
 ) -> dict[tuple[str, str], float]:
-    """Return the exposed share of each axis's collectives of a kind: (axis, kind) -> share."""
-    exposed = {(row.axis, row.kind): _share(row.axis, row.kind, cfg, layout) for row in needed}
-    if layout.sizes["stage"] == 1 and layout.sizes["fsdp"] > 1:
-        rows = [row for row in needed if row.axis == "fsdp"]
-        alone = sum(row.count * _seconds(row.kind, row.n_bytes, layout, network) for row in rows)
+    """Return the exposed share of each axis's collectives of a kind: (axis, kind) -> share.
+
+    Sums over `data` and those of the table over `stage` come after all arithmetic.
+    """
+    exposed = {(row.axis, row.kind): 0.5 if row.axis == "context" else 1.0 for row in needed}
+    if layout.sizes["stage"] > 1:
+        uses_fsdp = layout.sizes["fsdp"] > 1
+        return exposed | {key: both[uses_fsdp] for key, both in _IN_TICKS.items() if key in exposed}
+    rows = [row for row in needed if row.axis == "fsdp"]
+    if rows:
+        alone = sum(row.count * _seconds(row, layout, network) for row in rows)
         share = min(1.0, _fsdp_seconds(cfg, layout, network, layer) / alone)
         exposed |= {(row.axis, row.kind): share for row in rows}
+    for row in needed:
+        if row.axis == "tensor":
+            seconds = _seconds(row, layout, network)
+            exposed[row.axis, row.kind] = _tensor_share(row.kind, cfg, layer, seconds)
     return exposed
 
 
-def _share(axis: str, kind: str, cfg: schema.Config, layout: placement.Layout) -> float:
-    """Return the exposed share of a collective, over `fsdp` with stages only.
+def _tensor_share(kind: str, cfg: schema.Config, layer: LayerSeconds, seconds: float) -> float:
+    """Return the exposed share of the activations' transfers over `tensor`, which take so long.
 
-    Sums over `data` and those of the table over `stage` come after all arithmetic. Without stages
-    the activations' transfers over `tensor` are exposed on the way forward, and where a layer runs
-    again as a whole; on the way back the products of weights' gradients hide them.
+    On the way forward, and where a layer runs again as a whole, nothing hides them; on the way back
+    the products of weights' gradients do.
     """
-    if layout.sizes["stage"] > 1 and (axis, kind) in _IN_TICKS:
-        return _IN_TICKS[axis, kind][layout.sizes["fsdp"] > 1]
-    if axis == "tensor":
-        if cfg.model.remat == "full":
-            return 4 / 6 if kind == "all-gather" else 3 / 5
-        return 2 / 4 if kind != "all-gather" or cfg.model.remat == "none" else 2 / 6
-    return 0.5 if axis == "context" else 1.0
+    twelfth = layer.products / 12
+    remat_name = cfg.model.remat
+    n_bare, beside = 2, [4, 3]  # products beside the sums: the MLP's, QKV
+    if kind == "all-gather":
+        beside = [4, 1]  # the MLP's, the projection
+        if remat_name in ("dots", "mlp", "residual"):
+            beside += [4, 4]  # gathered again
+    if remat_name == "full":
+        n_bare += 2 if kind == "all-gather" else 1
+    waits = n_bare * seconds + sum(max(0.0, seconds - n * twelfth) for n in beside)
+    return waits / (seconds * (n_bare + len(beside)))
 
 
 def _fsdp_seconds(
@@ -108,8 +119,7 @@ def _fsdp_seconds(
     windows = (*_FORWARD, *(_BACKWARD_WITH_HIDDEN if hidden_is_saved else _BACKWARD))
     of_layer = sum(_window_seconds(window, cfg, layout, network, layer) for window in windows)
     of_table = sum(
-        row.count * _seconds(row.kind, row.n_bytes, layout, network)
-        for row in communication.of_table(cfg, layout)
+        row.count * _seconds(row, layout, network) for row in communication.of_table(cfg, layout)
     )
     return communication.layer_passes(cfg, layout) * of_layer + _TABLE * of_table
 
@@ -124,18 +134,21 @@ def _window_seconds(
     """Return the time that a window's transfers take longer than the arithmetic beside them."""
     weights = communication.layer_weights(cfg, layout) / 12
 
-    transfers = sum(_seconds("all-gather", n * weights, layout, network) for n in window.gathered)
+    transfers = [
+        communication.Needed("all-gather", "fsdp", 1, n * weights) for n in window.gathered
+    ]
     if window.added:
-        transfers += _seconds("reduce-scatter", window.added * weights, layout, network)
-    transfers += window.n_small * _seconds("all-reduce", 0.0, layout, network)
+        n_bytes = window.added * weights
+        transfers.append(communication.Needed("reduce-scatter", "fsdp", 1, n_bytes))
     arithmetic = (
         window.products / 12 * layer.products
         + window.attention * layer.attention
         + _ELEMENTWISE * layer.elementwise
     )
-    return max(0.0, transfers - arithmetic)
+    return max(0.0, sum(_seconds(row, layout, network) for row in transfers) - arithmetic)
 
 
-def _seconds(kind: str, n_bytes: float, layout: placement.Layout, network: gpus.Network) -> float:
-    each = communication.collective(kind, "fsdp", n_bytes, layout, network)
+def _seconds(row: communication.Needed, layout: placement.Layout, network: gpus.Network) -> float:
+    """Return the seconds of one execution of a collective alone."""
+    each = communication.collective(row.kind, row.axis, row.n_bytes, layout, network)
     return network.seconds(each.crossing_bytes, each.group_size, each.in_node)

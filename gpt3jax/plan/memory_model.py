@@ -162,9 +162,9 @@ def _gradient_sums(cfg: schema.Config, layout: placement.Layout) -> float:
     """
     if layout.sizes["stage"] > 1:
         return 1.0
-    if layout.sizes["data"] == 1:
-        return 1.0 if layout.n_microbatches > 1 else 0.0
-    return 1.0 if cfg.mesh.shard_optimizer else 2.25
+    if layout.sizes["data"] > 1 and not cfg.mesh.shard_optimizer:
+        return 2.25
+    return 1.0 if layout.n_microbatches > 1 else 0.0
 
 
 def scores(cfg: schema.Config, layout: placement.Layout) -> float:

@@ -12,12 +12,13 @@ def in_step(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes that elementwise work moves on a GPU, idle ticks of a pipeline included."""
     n_passes = placement.schedule(cfg, layout).n_ticks / cfg.mesh.virtual_stages
     n_layers = cfg.model.n_layers / layout.sizes["stage"]
-    return n_passes * n_layers * in_layer(cfg, layout) + _outside_layers(cfg, layout)
+    layer = in_layer(cfg, layout) + of_scores(cfg, layout)
+    return n_passes * n_layers * layer + _outside_layers(cfg, layout)
 
 
 def in_layer(cfg: schema.Config, layout: placement.Layout) -> float:
-    """Return the bytes of a layer on one microbatch, forward and backward."""
-    return _values(cfg, layout) + _weights(cfg, layout) + _scores(cfg, layout)
+    """Return the bytes of a layer on one microbatch, without attention's scores."""
+    return _values(cfg, layout) + _weights(cfg, layout)
 
 
 def _values(cfg: schema.Config, layout: placement.Layout) -> float:
@@ -51,12 +52,14 @@ def _weights(cfg: schema.Config, layout: placement.Layout) -> float:
     return 1.1 * memory_model.width(cfg) * weights
 
 
-def _scores(cfg: schema.Config, layout: placement.Layout) -> float:
+def of_scores(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes of XLA's attention in a layer and microbatch, beside its products.
 
-    50 a score, 66 with dropout, a third more where the forward pass runs again.
+    50 a score, 66 with dropout, 12 more where no weights are gathered ahead: scores are then
+    written once more. A third more where the forward pass runs again.
     """
     each = 66 if cfg.model.attention_dropout else 50
+    each += 12 if layout.sizes["fsdp"] == 1 or layout.sizes["stage"] > 1 else 0
     again = 1 / 3 if cfg.model.remat in ("full", "residual") else 0
     return each * (1 + again) * memory_model.scores(cfg, layout)
 
@@ -65,12 +68,13 @@ def _outside_layers(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes of logits, of sums of gradients, and of the optimizer.
 
     24 a logit, 40 a parameter of the optimizer's. Gradients are added up for each microbatch, 16 a
-    parameter; with stages layers have done that, and 6 are left.
+    parameter; with stages layers have done that, and 6 are left. Where the optimizer is sharded,
+    gathered weights and gradients before they are scattered are copied: 11.
     """
     model, sizes = cfg.model, layout.sizes
     tokens = cfg.batch.microbatch_size * model.seq_len / sizes["context"]
     logits = tokens * model.padded_vocab_size / sizes["tensor"]
     held = memory_model.parameters(cfg, sizes, over_data=False)
     stored = memory_model.parameters(cfg, sizes, over_data=cfg.mesh.shard_optimizer)
-    sums = 6 if sizes["stage"] > 1 else 16 * layout.n_microbatches
+    sums = 6 if sizes["stage"] > 1 else 16 * layout.n_microbatches + 11 * cfg.mesh.shard_optimizer
     return 24 * logits * memory_model.end_microbatches(cfg, layout) + sums * held + 40 * stored

@@ -59,6 +59,9 @@ ASSUMED = {
 }  # fmt: skip
 
 
+SMALL_KERNELS = 40e-6  # seconds of a layer's kernels, forward and backward, with nothing to move
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
     """One kind of collective over one axis, summed over a step."""
@@ -217,7 +220,8 @@ def _kernel_seconds(
     return {
         "matmul": (in_layers / (1 - schedule.bubble) + head) / products,
         "attention": _attention_seconds(cfg, layout, gpu, case),
-        "elementwise": moved_bytes.in_step(cfg, layout) / memory_rate,
+        "elementwise": moved_bytes.in_step(cfg, layout) / memory_rate
+        + SMALL_KERNELS * communication.layer_passes(cfg, layout),
     }
 
 
@@ -286,10 +290,11 @@ def _layer_seconds(
     tokens = cfg.batch.microbatch_size * model.seq_len / sizes["context"]
     forward = 2 * tokens * 12 * model.d_model**2 / sizes["tensor"]
     memory_rate = gpu.memory_bandwidth * ASSUMED["memory"].at(case)
+    n_passes = communication.layer_passes(cfg, layout)
+    attention = _attention_seconds(cfg, layout, gpu, case) / n_passes
     return exposure.LayerSeconds(
         products=forward / (peak_flops(cfg, gpu) * ASSUMED["matmul"].at(case)),
-        attention=_attention_seconds(cfg, layout, gpu, case)
-        / communication.layer_passes(cfg, layout),
+        attention=attention + moved_bytes.of_scores(cfg, layout) / memory_rate,
         elementwise=moved_bytes.in_layer(cfg, layout) / memory_rate,
     )
 

@@ -1,10 +1,14 @@
 """Closed forms of memory and time against the real state and the data sheets."""
 
+import dataclasses
+import json
+import pathlib
+
 import jax
 import pytest
 
 from gpt3jax import step
-from gpt3jax.config import recipe
+from gpt3jax.config import recipe, schema
 from gpt3jax.data import global_batch
 from gpt3jax.hardware import flops, gpus
 from gpt3jax.plan import communication, hlo, memory_model, placement, time_model
@@ -120,3 +124,41 @@ def test_communication_that_arithmetic_cannot_hide_is_exposed():
     busy = sum(row.seconds for row in time.traffic)
     assert time.parts.seconds == pytest.approx(busy, rel=0.02)
     assert time.parts.exposed == pytest.approx(sum(row.exposed for row in time.traffic))
+
+
+def compiled_layouts():
+    """Yield layouts of all kinds and sizes, and what jax 0.10.2 compiles them to for H100s."""
+    file = pathlib.Path(__file__).parents[1] / "golden" / "plan" / "compiled_layouts.json"
+    for row in json.loads(file.read_text()):
+        mesh = " ".join(f"{name}={value}" for name, value in row["mesh"].items())
+        yield pytest.param(row, id=f"{row['recipe']} {row['gpus']} {mesh} {row['remat']}")
+
+
+@pytest.fixture
+def planned(repository):
+    """Return the config of a compiled layout."""
+
+    def config(row):
+        cfg = recipe.load(str(repository / "configs" / f"{row['recipe']}.py"))
+        return dataclasses.replace(
+            cfg,
+            mesh=schema.Mesh(**{"data": 1, **row["mesh"]}),
+            model=dataclasses.replace(cfg.model, remat=row["remat"]),
+            batch=schema.Batch(
+                global_batch_size=row["global_batch_size"], microbatch_size=row["microbatch_size"]
+            ),
+        )
+
+    return config
+
+
+@pytest.mark.parametrize("row", compiled_layouts())
+def test_closed_forms_are_near_compiled_steps(row, planned):
+    """They decide the layout of a run, and other layouts are often within 5%."""
+    cfg, h100 = planned(row), gpus.GPUS["h100"]
+    layout = layout_of(cfg, row["gpus"])
+    parts = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected").parts
+    assert parts.seconds == pytest.approx(row["seconds"], rel=0.04)
+    assert parts.exposed == pytest.approx(row["exposed"], abs=0.04 * row["seconds"])
+    peak = sum(memory_model.memory(cfg, layout).values())
+    assert peak == pytest.approx(row["peak_bytes"], rel=0.08)
