@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gpt3jax.checkpoint import array_names
 from gpt3jax.sharding import layouts
@@ -33,14 +32,6 @@ def stacked_dims(state: array_names.PyTree) -> array_names.PyTree:
 def stacked_by_name(abstract_state: array_names.PyTree, config: dict[str, Any]) -> dict[str, int]:
     """Return `stacked_dims` by the arrays' names, as a run of this (flat) config wrote them."""
     return dict(array_names.named_leaves(stacked_dims(as_written(abstract_state, config))))
-
-
-def restacked(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return an array in the shape and layout of `like`."""
-    if leaf.shape == like.shape:
-        return leaf
-    reshape = functools.partial(jnp.reshape, shape=like.shape)
-    return jax.jit(reshape, out_shardings=like.sharding)(leaf)
 
 
 def _map_with_stacked(

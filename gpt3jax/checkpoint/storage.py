@@ -33,6 +33,7 @@ from gpt3jax.checkpoint import (
 )
 from gpt3jax.config import user_paths
 from gpt3jax.distributed import messages
+from gpt3jax.sharding import moving
 
 State = TypeVar("State")
 
@@ -301,9 +302,7 @@ class Checkpoints:
         partial_reading.check_digests(path, state, expected)
 
         def restack(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:  # an array, or not read
-            return (
-                leaf if leaf is partial_reading.NOT_READ else layer_stacking.restacked(leaf, like)
-            )
+            return leaf if leaf is partial_reading.NOT_READ else moving.move_array(leaf, like)
 
         return jax.tree.map(restack, state, abstract_state)
 
