@@ -34,7 +34,7 @@ def run(name, *args):
 
 def test_each_benchmark_has_a_test_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert names == {"data", "faults", "overhead", "plan", "report", "sample", "train_step"}
+    assert names == {"data", "faults", "move", "overhead", "plan", "report", "sample", "train_step"}
 
 
 DATA = [
@@ -141,6 +141,24 @@ def test_plan_keeps_the_rows_that_it_compiled(capsys, tmp_path):
     row = (tmp_path / "rows.md").read_text()
     load("plan").main(args)
     assert capsys.readouterr().out.count(row) == 2
+
+
+def test_move_says_what_it_needs_to_compile(monkeypatch, capsys):
+    monkeypatch.setattr(compiler, "missing_extra", lambda: "install the extra")
+    with pytest.raises(SystemExit):
+        load("move").main([])
+    assert "install the extra" in capsys.readouterr().err
+
+
+@pytest.mark.slower
+def test_move_prints_a_row_for_each_direction():
+    if compiler.missing_extra():
+        pytest.skip(compiler.missing_extra())
+    layouts = ["data=2,stage=2,tensor=4,virtual-stages=3,shard-optimizer", "fsdp=16"]
+    rows = run("move", *layouts, "--recipe=gpt3/1_3b").splitlines()[2:]
+    first, second = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    assert (first[1], first[2]) == (second[2], second[1])
+    assert float(first[3]) > max(float(first[1]), float(first[2]))
 
 
 @pytest.mark.slower

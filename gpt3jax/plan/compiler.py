@@ -238,7 +238,7 @@ def _compile(request: _Request) -> _Answer:
     major, minor = request["capability"]
     cudnn_attention.assume_gpu((major, minor), gpus.CUDNN)
     cfg = recipe.parse(request["args"])
-    mesh = _target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
+    mesh = target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     _, run_samples = schedule.end(cfg.train, cfg.model.seq_len)
     program = step.build(cfg, mesh, run_samples)
@@ -264,7 +264,8 @@ def _compile(request: _Request) -> _Answer:
     }
 
 
-def _target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) -> jax.sharding.Mesh:
+def target_mesh(target: str, axis_sizes: dict[str, int], gpus_per_node: int) -> jax.sharding.Mesh:
+    """Return a mesh of GPUs that are not there; `target` is the text of `gpus.target_text`."""
     sizes = [axis_sizes[axis] for axis in meshes.AXES]
     n_gpus = int(np.prod(sizes))
     per_node = min(n_gpus, gpus_per_node)
