@@ -22,6 +22,7 @@ from gpt3jax.hardware import flops
 from gpt3jax.preflight import across_processes
 from gpt3jax.record import log_folder, recording, wandb_run
 from gpt3jax.run import (
+    compilation_cache,
     folder_lock,
     layout_change,
     layout_choice,
@@ -49,6 +50,7 @@ def train(cfg: schema.Config) -> bool:
     preflight = across_processes.before_devices(cfg)
     with folder_lock.Hold(cfg) as held, watchers.Oversight(cfg) as overseer:
         clock = overseer.clock
+        compilation_cache.keep_beside(cfg.checkpoint.dir)
         compare = across_processes.comparison(preflight)
         started = startup.start_or_resume(cfg, clock, held.lost, compare)
         run, start = started.run, started.position

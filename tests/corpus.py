@@ -76,12 +76,12 @@ def start_main(folder, *args, module="gpt3jax.main", patch="", **variables):
     It emulates as many devices as conftest.py does here, so that both compute the same bits.
     `patch` is code that it runs first.
     """
-    variables = {"XLA_FLAGS": XLA_FLAGS} | variables
-    variables |= {
+    variables = {
+        "XLA_FLAGS": XLA_FLAGS,
         "PYTHONPATH": str(REPOSITORY),
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
+    } | variables
     code = f"{patch}\nimport runpy; runpy.run_module('{module}', run_name='__main__')"
     command = [sys.executable, *(("-c", code) if patch else ("-m", module))]
     return subprocess.Popen(

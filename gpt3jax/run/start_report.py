@@ -9,7 +9,7 @@ from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops
 from gpt3jax.model import remat
 from gpt3jax.plan import memory_model, placement
-from gpt3jax.run import layout_choice, startup, step_log
+from gpt3jax.run import compilation_cache, layout_choice, startup, step_log
 
 
 def lines(run: startup.Run) -> list[str]:
@@ -18,6 +18,7 @@ def lines(run: startup.Run) -> list[str]:
     limit = layout_choice.memory_limit()
     return [
         *_facts(run),
+        *compilation_cache.describe(),
         *warmup_warnings(cfg.optimizer, run.n_samples),
         *pipeline.describe(cfg, run.mesh),
         *run.replicas.describe(),
