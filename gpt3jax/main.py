@@ -16,11 +16,12 @@ def main() -> int:
         with command_line.Outcome() as outcome:
             cfg = recipe.parse(sys.argv[1:])
             xla_flags.check(os.environ.get("XLA_FLAGS", ""))
-            from gpt3jax import train  # after parsing: importing JAX takes seconds
-            from gpt3jax.distributed import joining
-            from gpt3jax.run import step_replay
+            from gpt3jax.distributed import joining  # after parsing: importing JAX takes seconds
 
             joining.start(cfg.distributed, cfg.mesh)
+            from gpt3jax import train  # after joining: Orbax reads the environment when imported
+            from gpt3jax.run import step_replay
+
             if cfg.train.replay_step:
                 outcome.status = step_replay.replay(cfg)
             else:

@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -17,7 +18,7 @@ from gpt3jax import errors, optimizer
 from gpt3jax.config import layout, schema, validation
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import batch_gradient
-from gpt3jax.hardware import xla_flags
+from gpt3jax.hardware import devices, xla_flags
 from gpt3jax.model import attention, gpt
 from gpt3jax.sharding import layouts
 
@@ -43,6 +44,8 @@ class OnMesh(Generic[Result]):
 
     mesh: jax.sharding.Mesh
     jitted: Any  # what `jax.jit` returned
+    options: xla_flags.Options
+    """XLA's options, with which the function is compiled."""
 
     def __call__(self, *args: Any) -> Result:
         """Run the function on arrays."""
@@ -99,13 +102,19 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     abstract = jax.eval_shape(init)
     shardings = layouts.state_shardings(abstract, mesh, over_data=cfg.mesh.shard_optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
-    exact = xla_flags.for_equal_weights(mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    for_init = xla_flags.for_equal_weights(device.platform)
+    capability = devices.compute_capability(device)
+    for_step = xla_flags.compiler_options(capability, mesh.shape["stage"], os.environ)
     adopt = functools.partial(first_state, cfg)
     train = functools.partial(train_step, cfg, compute, run_samples)
     evaluate = functools.partial(batch_gradient.loss_sum_and_tokens, cfg, compute)
 
-    def jit(function: Callable[..., Result], out_shardings: Any, **options: Any) -> OnMesh[Result]:
-        return OnMesh(mesh, jax.jit(function, out_shardings=out_shardings, **options))
+    def jit(
+        function: Callable[..., Result], out: Any, options: xla_flags.Options, **rest: Any
+    ) -> OnMesh[Result]:
+        jitted = jax.jit(function, out_shardings=out, compiler_options=options, **rest)
+        return OnMesh(mesh, jitted, options)
 
     return Program(
         mesh=mesh,
@@ -113,10 +122,10 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
         abstract_state=jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         ),
-        init=jit(init, shardings, compiler_options=exact),
-        adopt=jit(adopt, shardings, donate_argnums=0),
-        train=jit(train, (shardings, replicated), donate_argnums=0),
-        eval=jit(evaluate, replicated),
+        init=jit(init, shardings, for_init),
+        adopt=jit(adopt, shardings, {}, donate_argnums=0),
+        train=jit(train, (shardings, replicated), for_step, donate_argnums=0),
+        eval=jit(evaluate, replicated, for_step),
     )
 
 

@@ -43,8 +43,7 @@ arguments=(
   ${processes[@]+"${processes[@]}"} # before 4.4, bash treats an empty array as unset
   "$@"
 )
-# These are the settings that gpt3jax.plan compiles with. Variables that are set take precedence.
-settings=$("${PYTHON:-python3}" -m gpt3jax.hardware.xla_flags "${arguments[@]}")
-eval "$settings"
+# GPUs are meant: a machine whose GPUs are not visible is refused, and does not train on its CPU.
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 # Use exec, because the run must receive the signals.
 exec "${PYTHON:-python3}" -m "gpt3jax.${COMMAND:-main}" "${arguments[@]}"

@@ -30,7 +30,6 @@ COMMANDS = {
     "gpt3jax.main": [RECIPE],
     "gpt3jax.plan": [RECIPE, "--gpus=8"],
     "gpt3jax.preflight": [RECIPE],
-    "gpt3jax.hardware.xla_flags": [RECIPE],
     "gpt3jax.sample": ["--checkpoint=CKPT"],
     "gpt3jax.evaluate": ["--checkpoint=CKPT"],
     "gpt3jax.data.prepare": ["--input=FILE", "--output-prefix=PREFIX"],

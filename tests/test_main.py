@@ -203,6 +203,20 @@ def test_no_process_of_several_trains_alone(monkeypatch, run, variables, options
     assert all(word in told for word in words), told
 
 
+WITHOUT_ORBAX = """
+import os, sys
+from gpt3jax.distributed import joining
+joining.start = lambda *_: os._exit(7 + any("orbax" in name for name in sys.modules))
+"""
+
+
+def test_orbax_is_imported_after_the_devices_are_chosen(tmp_path):
+    """It decides at once, by JAX_PLATFORMS, how it saves: without a launcher as with one."""
+    process = corpus.start_main(corpus.write_run(tmp_path), patch=WITHOUT_ORBAX)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 7, err
+
+
 def test_the_way_from_main_to_the_gradient_is_short(tmp_path, monkeypatch):
     """It is the stack of a real run at the function that is differentiated, on a mixed mesh."""
     package = str(corpus.REPOSITORY / "gpt3jax")

@@ -30,8 +30,7 @@ from gpt3jax.watch import goodput, phases, stragglers
 DOCS = pathlib.Path(__file__).parents[1]
 COMMANDS = (
     "checkpoint", "convert", "data.inspect", "data.merge", "data.prepare", "evaluate",
-    "hardware.xla_flags", "main", "plan", "preflight", "report", "sample",
-    "summary",
+    "main", "plan", "preflight", "report", "sample", "summary",
 )  # fmt: skip
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _OPTION = ("option", "meaning", "values", "default")

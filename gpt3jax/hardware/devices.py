@@ -8,10 +8,12 @@ import glob
 import importlib.util
 import os
 import pkgutil
+import re
 
 import jax
 
 from gpt3jax import errors
+from gpt3jax.hardware import xla_flags
 
 # Files of a machine or a container with an NVIDIA GPU; the last one is of Linux under Windows.
 GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
@@ -21,6 +23,7 @@ def choose(cpu_devices: int) -> None:
     """Set the devices that JAX uses; call this before anything touches a device.
 
     `cpu_devices` are emulated if there are any. Otherwise JAX_PLATFORMS decides, then the machine.
+    On GPUs the environment gets what JAX, XLA and Orbax must find there.
 
     Raises:
         UserError: JAX_PLATFORMS asks for GPUs and none is visible, or one is visible and JAX is
@@ -50,6 +53,14 @@ def choose(cpu_devices: int) -> None:
             "the CPU",
             page="launching.md#gpus-or-the-cpu",
         )
+    os.environ.update(xla_flags.variables(os.environ))
+    os.environ["JAX_PLATFORMS"] = platforms  # Orbax saves by it, not by JAX's config
+
+
+def compute_capability(device: jax.Device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU, present or described; None for others."""
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(numbers[1]), int(numbers[2])) if numbers else None
 
 
 def visible_gpu() -> str:

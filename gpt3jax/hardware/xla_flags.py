@@ -1,125 +1,155 @@
-"""`python -m gpt3jax.hardware.xla_flags --config=RECIPE.py ...`: print XLA's options for a run.
+"""XLA's options for training steps on GPUs, each with its reason; those of a plan, and of CPUs.
 
-It prints lines for a shell: the options must be in the environment before JAX starts. Here stand
-those for runs (`launch/`) and plans on GPUs, and one for CPUs, each with its reason. Imports no
-JAX.
+A step's options go with its program (`jax.jit`'s `compiler_options`), as they depend on the layout.
+Others must be in the environment before JAX starts. What the user gives there wins. Imports no JAX.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import mmap
 import pathlib
 import re
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias
 
 from gpt3jax import errors
-from gpt3jax.config import command_line, recipe
-from gpt3jax.hardware import gpus, nvidia_smi
+from gpt3jax.hardware import gpus
+
+Value: TypeAlias = bool | int | str
+Options: TypeAlias = dict[str, Value]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """An option of XLA, or a variable of the environment, and why it is set."""
+    """An option of XLA, and why it is set."""
 
     name: str
-    value: str
+    value: Value
     reason: str
+    variable: str = ""
+    """The variable of JAX that sets the same."""
 
 
 MEMORY_FRACTION = 0.92
+"""The allocator's share of a GPU (JAX: 0.75). The rest, 6.3 GiB of an H100, is for CUDA's context,
+NCCL's buffers and library handles."""
+# JAX's variables for it, the newer one first; it refuses both at once.
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
-def variables(n_stages: int) -> tuple[Setting, ...]:
-    """Return the environment of a training run."""
-    level = Setting(
-        "JAX_OPTIMIZATION_LEVEL",
-        "O1",
-        "pipelines the collectives of the loop over layers, for 2 to 3 GiB",
-    )
+def of_step(capability: tuple[int, int], n_stages: int) -> tuple[Setting, ...]:
+    """Return the settings of a step on GPUs of this compute capability, and so many stages."""
     return (
         Setting(
-            "JAX_PLATFORMS",
-            "cuda,cpu",
-            "refuses a machine whose GPUs are not visible: by itself JAX would use its CPU",
-        ),
-        Setting(
-            "XLA_PYTHON_CLIENT_MEM_FRACTION",
-            str(MEMORY_FRACTION),
-            "the allocator's share of the GPU (JAX: 0.75); the rest, 6.3 GiB of an H100, is "
-            "for CUDA's context, NCCL's buffers and library handles",
-        ),
-        Setting(
-            "JAX_COMPILER_ENABLE_REMAT_PASS",
-            "false",
+            "xla_disable_hlo_passes",
+            "rematerialization",
             "XLA counts saved activations twice, and so gathers weights again that it still has; "
             "model.remat decides what is recomputed, and the plan says whether it fits",
+            variable="JAX_COMPILER_ENABLE_REMAT_PASS",
         ),
-        # With stages it is slower: it computes parts of a layer once more.
-        *([level] if n_stages == 1 else []),
-    )
-
-
-def of_run(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
-    """Return the options of a training run on these GPUs and this network."""
-    options = (
-        f"nic_speed_gbps={network.nic_bandwidth / 1e9:g},nccl_op_launch_us=20,rtt_us=4,"
-        f"chunk_prep_us=1,gpus_per_node={network.gpus_per_node}"
-    )
-    name = "xla_gpu_enable_analytical_sol_latency_estimator"
-    no_estimator = Setting(name, "false", "XLA has tables for it from Hopper on")
-    estimator = (
-        Setting(name, "true", "estimates for the scheduler how long collectives and products take"),
-        Setting(
-            "xla_gpu_analytical_latency_estimator_options",
-            options,
-            "the network's rate: XLA assumes 25 GB/s, half of 400 Gb/s InfiniBand",
-        ),
-    )
-    overlap = Setting(
-        "xla_gpu_experimental_parallel_collective_overlap_limit",
-        "4",
-        "lets weights be gathered while another collective waits: with 1 they are gathered when "
-        "they are needed",
-    )
-    return (
         Setting(
             "xla_gpu_enable_latency_hiding_scheduler",
-            "true",
+            True,
             "starts collectives early and runs arithmetic meanwhile",
         ),
         Setting(
             "xla_gpu_memory_limit_slop_factor",
-            f"{100 * MEMORY_FRACTION / 0.8:.0f}",
+            round(100 * MEMORY_FRACTION / 0.8),
             "percent of 80% of the GPU: the scheduler may use what the allocator has. With XLA's "
             "own 95 it saves memory from 60 GiB of an H100 on, and exposes communication",
         ),
-        *(estimator if gpu.capability >= (9, 0) else (no_estimator,)),
-        *([overlap] if n_stages == 1 else []),
+        _estimator(capability),
+        *(_without_stages() if n_stages == 1 else ()),
     )
 
 
-def of_plan(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> tuple[Setting, ...]:
-    """Return the options of compiling that run's step without a GPU."""
+def _estimator(capability: tuple[int, int]) -> Setting:
+    name = "xla_gpu_enable_analytical_sol_latency_estimator"
+    if capability < (9, 0):
+        return Setting(name, False, "XLA has tables for it from Hopper on")
+    reason = "estimates for the scheduler how long collectives and products take"
+    return Setting(name, True, reason)
+
+
+def _without_stages() -> tuple[Setting, ...]:
     return (
-        *of_run(gpu, network, n_stages),
+        Setting(
+            "xla_gpu_experimental_parallel_collective_overlap_limit",
+            4,
+            "lets weights be gathered while another collective waits: with 1 they are gathered "
+            "when they are needed",
+        ),
+        Setting(
+            "optimization_level",
+            19,  # O1
+            "pipelines the collectives of the loop over layers, for 2 to 3 GiB; stages are slower "
+            "with it, as it computes parts of a layer once more",
+            variable="JAX_OPTIMIZATION_LEVEL",
+        ),
+    )
+
+
+def compiler_options(
+    capability: tuple[int, int] | None, n_stages: int, environment: Mapping[str, str]
+) -> Options:
+    """Return the options to compile a step with: none where there is no GPU (None).
+
+    Those that the user's environment gives, and those that this XLA does not have, are left out.
+    """
+    settings = of_step(capability, n_stages) if capability else ()
+    given = {*_names(environment.get("XLA_FLAGS", "")), *environment}
+    unknown = _unknown(tuple(s.name for s in settings if s.name.startswith("xla_")))
+    return {
+        setting.name: setting.value
+        for setting in settings
+        if not given & {setting.name, setting.variable} and setting.name not in unknown
+    }
+
+
+def of_process() -> tuple[Setting, ...]:
+    """Return what must be in XLA_FLAGS before JAX starts: a map, which no program can be given."""
+    network = gpus.network_of(gpus.GPUS["h100"])  # that of all GPUs that have the estimator
+    return (
+        Setting(
+            "xla_gpu_analytical_latency_estimator_options",
+            f"nic_speed_gbps={network.nic_bandwidth / 1e9:g},nccl_op_launch_us=20,rtt_us=4,"
+            f"chunk_prep_us=1,gpus_per_node={network.gpus_per_node}",
+            "the network's rate: XLA assumes 25 GB/s, half of 400 Gb/s InfiniBand",
+        ),
+    )
+
+
+def of_plan() -> tuple[Setting, ...]:
+    """Return what is in XLA_FLAGS where a run's step is compiled without a GPU."""
+    return (
+        *of_process(),
         Setting(
             "xla_gpu_enable_triton_gemm",
-            "false",
+            False,
             "without a GPU nothing is autotuned, and an untuned Triton tile would replace cuBLASLt",
         ),
         Setting(
             "xla_gpu_collect_cost_model_stats",
-            "true",
+            True,
             "writes XLA's estimate of each kernel's time into the program; changes nothing else",
         ),
     )
 
 
-def for_equal_weights(platform: str) -> dict[str, int]:
+def variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a run on GPUs adds to the environment before JAX starts."""
+    flags = environment.get("XLA_FLAGS", "")
+    new = text(tuple(setting for setting in of_process() if is_known(setting.name)))
+    added = {"XLA_FLAGS": f"{new} {flags}".strip()}  # XLA takes the last of each option
+    if not any(environment.get(name) for name in _FRACTIONS):
+        added[_FRACTIONS[0]] = str(MEMORY_FRACTION)
+    return added
+
+
+def for_equal_weights(platform: str) -> Options:
     """Return the compiler's options with which random weights do not depend on the mesh.
 
     On a CPU, LLVM's vector loops and the scalar loops that finish a row round `normal` differently
@@ -130,7 +160,7 @@ def for_equal_weights(platform: str) -> dict[str, int]:
 
 def text(settings: tuple[Setting, ...]) -> str:
     """Return options in the form of XLA_FLAGS."""
-    return " ".join(f"--{setting.name}={setting.value}" for setting in settings)
+    return " ".join(f"--{setting.name}={str(setting.value).lower()}" for setting in settings)
 
 
 def check(flags: str) -> None:
@@ -139,9 +169,7 @@ def check(flags: str) -> None:
     Raises:
         UserError: an option is unknown; the error names the nearest known ones.
     """
-    for name in re.findall(r"--(xla_\w+)", flags):
-        if is_known(name):
-            continue
+    for name in _unknown(_names(flags)):
         with _library() as code:
             known = {match.decode() for match in re.findall(rb"xla_[a-z0-9_]+(?=\0)", code)}
         near = difflib.get_close_matches(name, known, 3)
@@ -153,8 +181,18 @@ def check(flags: str) -> None:
 
 def is_known(name: str) -> bool:
     """Return whether this XLA has an option, which depends on jaxlib's version."""
+    return not _unknown((name,))
+
+
+def _names(flags: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"--(xla_\w+)", flags))
+
+
+@functools.cache
+def _unknown(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of some options that this XLA does not have."""
     with _library() as code:
-        return not code or code.find(name.encode() + b"\0") >= 0
+        return tuple(name for name in names if code and code.find(name.encode() + b"\0") < 0)
 
 
 @contextlib.contextmanager
@@ -168,40 +206,3 @@ def _library() -> Iterator[mmap.mmap | bytes]:
         return
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
         yield code
-
-
-def _gpu_here() -> gpus.Gpu:
-    """Return this machine's kind of GPU; an H100 where it is unknown or of another kind."""
-    names = str(nvidia_smi.query("name")).lower()
-    return next((gpu for name, gpu in gpus.GPUS.items() if name in names), gpus.GPUS["h100"])
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Print, for a shell, the settings of a run on this machine; variables already set win.
-
-    The shell runs what it reads, so nothing else goes to standard output: neither `--help` nor what
-    a recipe prints.
-    """
-
-    def print_settings() -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            cfg = recipe.parse(sys.argv[1:] if args is None else args)
-        if cfg.mesh.stage == -1:
-            raise errors.UserError(
-                "mesh.stage=-1: XLA's settings depend on the stages, whose number is not known "
-                "yet; give it",
-                page="plan.md#xlas-settings",
-            )
-        gpu, n_stages = _gpu_here(), cfg.mesh.stage
-        flags = text(of_run(gpu, gpus.network_of(gpu), n_stages))
-        lines = [f'export XLA_FLAGS={shlex.quote(flags)}" ${{XLA_FLAGS:-}}"']
-        for variable in variables(n_stages):
-            name, value = variable.name, variable.value
-            lines.append(f'export {name}="${{{name}:-{value}}}"')
-        sys.stdout.write("\n".join(lines) + "\n")
-
-    return command_line.run(print_settings)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -151,7 +151,7 @@ def compile_step(
         UserError: the model does not fit the mesh, XLA does not know an option of the user's, the
             compiler failed, or no folder can be written to.
     """
-    environment = _environment(gpu, network, axis_sizes["stage"])
+    environment = _environment()
     wanted: _Step = {
         "args": args,
         "axis_sizes": axis_sizes,
@@ -170,13 +170,14 @@ def compile_step(
     return _compiled(answer, cached=cached)
 
 
-def _environment(gpu: gpus.Gpu, network: gpus.Network, n_stages: int) -> dict[str, str]:
-    """Return the variables that the compiling process gets; a user's own go over a run's."""
-    flags = xla_flags.text(xla_flags.of_plan(gpu, network, n_stages))
-    flags = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # XLA takes the last of each
-    of_run = {setting.name: setting.value for setting in xla_flags.variables(n_stages)}
+def _environment() -> dict[str, str]:
+    """Return the variables that the compiling process gets, the user's own among them.
+
+    A run's own settings are not there: `step.build` gives them to the program.
+    """
+    flags = f"{xla_flags.text(xla_flags.of_plan())} {os.environ.get('XLA_FLAGS', '')}".strip()
     of_user = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
-    return {**of_run, **of_user, **_FIXED, "XLA_FLAGS": flags}
+    return {**of_user, **_FIXED, "XLA_FLAGS": flags}  # XLA takes the last of each option
 
 
 def _key(cfg: schema.Config, wanted: _Step, environment: dict[str, str]) -> str:

@@ -63,7 +63,7 @@ def _memory_table(plan: report.Report) -> table.Table:
         "headroom: cuDNN's workspace, fragmentation", f"{peak.headroom_bytes / report_rows.GIB:.2f}"
     )
     lines.add_row(
-        f"budget: XLA_PYTHON_CLIENT_MEM_FRACTION={xla_flags.MEMORY_FRACTION}",
+        f"budget: XLA_CLIENT_MEM_FRACTION={xla_flags.MEMORY_FRACTION}",
         f"{peak.budget_bytes / report_rows.GIB:.2f}",
     )
     lines.add_row("fits", "yes" if peak.fits else "NO")

@@ -213,13 +213,13 @@ def used_gpus() -> dict[str, int]:
 def program(built: step.Program, cfg: schema.Config, batch_size: int) -> str:
     """Return the length and digest of the training step's lowered program for this batch size.
 
-    Collectives hang where programs differ. JAX keeps the lowering, and the first step compiles it:
-    nothing is traced or lowered twice.
+    The digest covers XLA's options too. Collectives hang where programs differ. JAX keeps the
+    lowering, and the first step compiles it: nothing is traced or lowered twice.
     """
     with jax.set_mesh(built.mesh):
         args = step.abstract_args(built, cfg, batch_size)
         text = built.train.jitted.lower(*args).as_text()
-    return f"{len(text):,} characters, digest {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{len(text):,} characters, digest {_digest(f'{text}{built.train.options}'.encode())}"
 
 
 def _digest(data: bytes) -> str:

@@ -32,7 +32,6 @@ WRONG = {
     "main": ("--config=recipe.py --train.seed=5000000000", "train.seed=5000000000"),
     "plan.__main__": ("--config=recipe.py --gpus=8 --mesh.tensor=3", "mesh.tensor=3"),
     "preflight.__main__": ("--config=recipe.py --train.n-steps=0", "no length"),
-    "hardware.xla_flags": ("--config=recipe.py --model.dropout=nan", "model.dropout=nan"),
     "sample.__main__": ("--checkpoint=x --prompt=x --seed=-1", "--seed=-1"),
     "evaluate.__main__": ("--checkpoint=x --text=x --batch-size=0", "--batch-size=0"),
     "convert.__main__": ("from-megatron x --output=y --n-heads=-1", "--n-heads=-1"),

@@ -19,7 +19,8 @@ def choose(tmp_path, monkeypatch):
     """Return a function that chooses on a machine with or without a GPU, and returns the choice."""
     gpu = tmp_path / "nvidia0"
     monkeypatch.setattr(devices, "GPU_FILES", (str(tmp_path / "nvidia[0-9]*"),))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    environment = {k: v for k, v in os.environ.items() if k[:4] not in ("CUDA", "XLA_", "JAX_")}
+    monkeypatch.setattr(os, "environ", environment)
 
     def call(has_gpu, asked=None, cpu_devices=0, has_cuda=True):
         gpu.touch() if has_gpu else gpu.unlink(missing_ok=True)
@@ -63,11 +64,34 @@ def test_a_gpu_is_not_left_idle_for_want_of_cuda(choose):
     assert "gpt3jax[cuda13]" in str(error.value) and "JAX_PLATFORMS=cpu" in str(error.value)
 
 
+def test_a_run_on_gpus_puts_into_the_environment_what_a_user_has_not(choose):
+    choose(has_gpu=False)
+    choose(has_gpu=True, cpu_devices=2)
+    assert not any(name.startswith("XLA_") for name in os.environ)
+    os.environ["XLA_FLAGS"] = "--xla_mine=1"
+    choose(has_gpu=True)
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.92"
+    assert "nic_speed_gbps=45" in os.environ["XLA_FLAGS"]
+    assert os.environ["XLA_FLAGS"].endswith(" --xla_mine=1")
+    assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.5"
+    choose(has_gpu=True)
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("said", "capability"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), (None, None)]
+)
+def test_the_compute_capability_is_that_of_nvidias_gpus(said, capability):
+    device = types.SimpleNamespace(**({"compute_capability": said} if said else {}))
+    assert devices.compute_capability(device) == capability
+
+
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
-def test_hidden_gpus_are_not_wanted(choose, monkeypatch, hidden):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+def test_hidden_gpus_are_not_wanted(choose, hidden):
+    os.environ["CUDA_VISIBLE_DEVICES"] = hidden
     assert choose(has_gpu=True) == {"jax_platforms": "cpu"}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     assert choose(has_gpu=True) == {"jax_platforms": "cuda,cpu"}
 
 

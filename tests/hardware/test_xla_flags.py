@@ -1,62 +1,82 @@
-"""XLA's options: each has a reason, the user's own win, and a shell reads nothing else."""
+"""XLA's options: each has a reason and the type that XLA wants, and the user's own win."""
 
-import subprocess
+import contextlib
 
+import jax
 import pytest
 
 from gpt3jax import errors
 from gpt3jax.hardware import gpus, xla_flags
 
+HOPPER, AMPERE = (9, 0), (8, 0)
+MAP = "xla_gpu_analytical_latency_estimator_options"
 
-@pytest.mark.parametrize("n_stages", [1, 4])
-@pytest.mark.parametrize("name", ["h100", "a100"])
-def test_flags_of_a_plan_are_those_of_a_run_and_every_one_has_a_reason(name, n_stages):
-    gpu = gpus.GPUS[name]
-    network = gpus.network_of(gpu)
-    run = xla_flags.of_run(gpu, network, n_stages)
-    planned = xla_flags.of_plan(gpu, network, n_stages)
-    assert planned[: len(run)] == run
-    assert all(setting.reason for setting in (*planned, *xla_flags.variables(n_stages)))
+
+def test_what_depends_on_stages_goes_with_the_program():
+    plain, staged = (xla_flags.compiler_options(HOPPER, n_stages, {}) for n_stages in (1, 4))
+    assert plain.items() > staged.items()
+    alone = {"optimization_level", "xla_gpu_experimental_parallel_collective_overlap_limit"}
+    assert set(plain) - set(staged) == alone
+
+
+def test_only_gpus_with_tables_have_the_estimator_and_cpus_have_no_option():
+    name = "xla_gpu_enable_analytical_sol_latency_estimator"
+    assert xla_flags.compiler_options(HOPPER, 1, {})[name] is True
+    assert xla_flags.compiler_options(AMPERE, 1, {})[name] is False
+    assert xla_flags.compiler_options(None, 1, {}) == {}
+
+
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE])
+def test_every_option_has_a_reason_and_xla_takes_it(capability):
+    settings = (*xla_flags.of_step(capability, 1), *xla_flags.of_plan())
+    assert all(setting.reason for setting in settings)
+    options = xla_flags.compiler_options(capability, 1, {})
+    assert set(options) == {setting.name for setting in xla_flags.of_step(capability, 1)}
+    jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()  # XLA checks the types
+    xla_flags.check(xla_flags.text(xla_flags.of_plan()))
+
+
+def test_the_rate_of_the_network_is_that_of_every_gpu_with_the_estimator():
+    (setting,) = xla_flags.of_process()
+    assert setting.name == MAP
+    for gpu in gpus.GPUS.values():
+        rate = gpus.network_of(gpu).nic_bandwidth / 1e9
+        assert gpu.capability < HOPPER or f"nic_speed_gbps={rate:g}," in setting.value
+
+
+def test_a_users_own_options_are_not_overruled():
+    own = {
+        "XLA_FLAGS": "--xla_gpu_memory_limit_slop_factor=50 --xla_gpu_enable_triton_gemm=false",
+        "JAX_OPTIMIZATION_LEVEL": "O0",
+        "JAX_COMPILER_ENABLE_REMAT_PASS": "true",
+    }
+    ours, left = (xla_flags.compiler_options(HOPPER, 1, env) for env in ({}, own))
+    given = {"xla_gpu_memory_limit_slop_factor", "optimization_level", "xla_disable_hlo_passes"}
+    assert left == {name: value for name, value in ours.items() if name not in given}
+
+
+def test_an_option_that_this_xla_does_not_have_is_left_out(monkeypatch):
+    @contextlib.contextmanager
+    def another_xla():
+        yield b"xla_gpu_enable_latency_hiding_scheduler\0"
+
+    monkeypatch.setattr(xla_flags, "_library", another_xla)
+    xla_flags._unknown.cache_clear()
+    options = xla_flags.compiler_options(HOPPER, 1, {})
+    assert set(options) == {"xla_gpu_enable_latency_hiding_scheduler", "optimization_level"}
+    assert xla_flags.variables({})["XLA_FLAGS"] == ""
+    xla_flags._unknown.cache_clear()
+
+
+def test_variables_that_must_be_there_before_jax_starts_leave_a_users_own():
+    added = xla_flags.variables({})
+    assert added["XLA_CLIENT_MEM_FRACTION"] == "0.92" and f"--{MAP}=" in added["XLA_FLAGS"]
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        assert set(xla_flags.variables({name: "0.5"})) == {"XLA_FLAGS"}
+    mine = f"--{MAP}=nic_speed_gbps=90"
+    assert xla_flags.variables({"XLA_FLAGS": mine})["XLA_FLAGS"].endswith(f" {mine}")
 
 
 def test_an_unknown_option_of_xla_is_named_with_its_nearest():
-    h100 = gpus.GPUS["h100"]
-    xla_flags.check(xla_flags.text(xla_flags.of_plan(h100, gpus.network_of(h100), 1)))
     with pytest.raises(errors.UserError, match="did you mean xla_gpu_enable_triton_gemm"):
         xla_flags.check("--xla_gpu_enable_triton_gem=false")
-
-
-def test_a_shell_gets_the_settings_and_those_of_the_user_win(repository, capsys):
-    recipe_file = f"--config={repository / 'configs' / '175b.py'}"
-    assert xla_flags.main([recipe_file, "--data.mock"]) == 0
-    script = (
-        capsys.readouterr().out + 'echo "$XLA_FLAGS / $JAX_OPTIMIZATION_LEVEL / $JAX_PLATFORMS"'
-    )
-    environment = {"XLA_FLAGS": "--xla_mine=1", "JAX_OPTIMIZATION_LEVEL": "O0"}
-    done = subprocess.run(
-        ["bash", "-euc", script], env=environment, text=True, capture_output=True, check=True
-    )
-    assert (
-        done.stdout.endswith("--xla_mine=1 / O0 / cuda,cpu\n") and "latency_hiding" in done.stdout
-    )
-    assert xla_flags.main([recipe_file, "--data.mock", "--mesh.tensor=5"]) == 2
-    assert "mesh.tensor=5" in capsys.readouterr().err
-    assert xla_flags.main([recipe_file, "--data.mock", "--mesh.stage=-1", "--mesh.data=1"]) == 2
-    assert "mesh.stage=-1" in capsys.readouterr().err
-
-
-def test_a_shell_that_runs_what_it_reads_gets_settings_alone(
-    repository, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
-    talks = tmp_path / "talks.py"
-    path = repository / "configs" / "175b.py"
-    talks.write_text(f"print('rm -rf /')\n{path.read_text()}")
-    assert xla_flags.main([f"--config={talks}", "--data.mock"]) == 0
-    shown = capsys.readouterr()
-    assert all(line.startswith("export ") for line in shown.out.splitlines())
-    assert "nic_speed_gbps=45" in shown.out and "rm -rf /" in shown.err  # as for H100s
-    with pytest.raises(SystemExit):
-        xla_flags.main([f"--config={talks}", "--help"])
-    shown = capsys.readouterr()
-    assert not shown.out and "--mesh.tensor" in shown.err

@@ -10,6 +10,7 @@ import pytest
 
 from gpt3jax import errors, step
 from gpt3jax.config import schema
+from gpt3jax.hardware import devices
 from gpt3jax.model import loss
 from gpt3jax.preflight import across_processes, checks, process_facts, speed
 from gpt3jax.run import numerical_faults
@@ -149,6 +150,18 @@ def test_programs_of_other_constants_differ():
     prints = set()
     for beta in (0.9, 0.95):
         cfg = tiny.make_config(optimizer={"beta2": beta}, model={"n_layers": 1})
+        built, size = across_processes.abstract_program(cfg, mesh)
+        prints.add(process_facts.program(built, cfg, size))
+    assert len(prints) == 2
+
+
+def test_programs_of_other_options_of_xla_differ(monkeypatch):
+    """As where a user's own variables reached one process alone."""
+    cfg, mesh = tiny.make_config(model={"n_layers": 1}), tiny.make_mesh(data=2, fsdp=4)
+    monkeypatch.setattr(devices, "compute_capability", lambda device: (9, 0))
+    prints = set()
+    for level in ("", "O0"):
+        monkeypatch.setattr(os, "environ", {"JAX_OPTIMIZATION_LEVEL": level} if level else {})
         built, size = across_processes.abstract_program(cfg, mesh)
         prints.add(process_facts.program(built, cfg, size))
     assert len(prints) == 2
