@@ -62,10 +62,8 @@ def arrays(folder):
 
 def test_losses_are_those_of_one_device(undisturbed, tmp_path, monkeypatch):
     corpus.write_run(tmp_path)
-    losses = run(
-        monkeypatch, tmp_path, growing_batch.write_layouts(tmp_path, {size: {} for size in LAYOUTS}),
-        "--checkpoint.dir=",
-    )  # fmt: skip
+    one_device = growing_batch.write_layouts(tmp_path, {size: {} for size in LAYOUTS})
+    losses = run(monkeypatch, tmp_path, one_device, "--checkpoint.dir=")
     ours = [r["loss"] for r in corpus.records(undisturbed) if "loss" in r]
     np.testing.assert_allclose(ours, losses, rtol=1e-5)
     assert len(losses) == N_STEPS

@@ -10,7 +10,7 @@ import pytest
 
 from gpt3jax import errors, optimizer, step, train
 from gpt3jax.checkpoint import storage
-from gpt3jax.config import batch_schedule, schema
+from gpt3jax.config import batch_schedule, layout, schema
 from gpt3jax.data import loader, splits
 from gpt3jax.run import start_report, step_log, stopping
 from gpt3jax.sharding import meshes
@@ -51,7 +51,9 @@ def records(folder):
 
 def final_arrays(cfg, n_steps):
     """Return the arrays of a run's last checkpoint, restored on one device."""
-    program = step.build(dataclasses.replace(cfg, mesh=schema.Mesh()), tiny.make_mesh(), 64)
+    program = step.build(
+        layout.plain(dataclasses.replace(cfg, mesh=schema.Mesh())), tiny.make_mesh(), 64
+    )
     store = storage.Checkpoints(cfg.checkpoint.dir)
     return tiny.leaves(store.restore(n_steps, program.abstract_state))
 

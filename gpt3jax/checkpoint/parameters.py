@@ -208,7 +208,7 @@ def write(
     Raises:
         UserError: the disk is full, or what `rows` raises.
     """
-    program = step.build(layout.plain(cfg), meshes.make_mesh(schema.Mesh()), run_samples=1)
+    program = step.build(cfg, meshes.make_mesh(schema.Mesh()), run_samples=1)
 
     def in_blocks(
         path: jax.tree_util.KeyPath[object], leaf: jax.ShapeDtypeStruct
@@ -227,10 +227,11 @@ def write(
 
 def untrained(model: schema.Model, data: schema.Data) -> schema.Config:
     """Return the config of a checkpoint of parameters that no run of ours trained."""
-    return schema.Config(
+    cfg = schema.Config(
         model=model,
         optimizer=schema.Optimizer(peak_lr=0.0),
         batch=schema.Batch(global_batch_size=1),
         data=data,
         precision=schema.Precision(compute_dtype="float32"),
     )
+    return layout.plain(cfg)

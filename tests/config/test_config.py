@@ -498,7 +498,10 @@ WITHOUT_EFFECT = [
     ("--data.paths --data.mock --data.split=8,1,1", "data.split=8,1,1", "data.mock"),
     ("--data.prefetch=0 --data.read-threads=9", "data.read_threads=9", "data.prefetch=0"),
     ("--mesh.data=1 --mesh.shard-optimizer=True", "mesh.shard_optimizer=True", "mesh.data=1"),
-    ("--mesh.tensor=1 --mesh.sequence-parallel=False", "mesh.sequence_parallel=False", "mesh.tensor=1"),
+    (
+        "--mesh.tensor=1 --mesh.sequence-parallel=False",
+        "mesh.sequence_parallel=False", "mesh.tensor=1",
+    ),
     ("--train.eval-interval=0 --train.eval-batches=9", "eval_batches=9", "train.eval_interval=0"),
     ("--faults.max-skipped-steps=9", "faults.max_skipped_steps=9", "at skip"),
     ("--faults.spike-window=9", "faults.spike_window=9", "faults.spike=off"),

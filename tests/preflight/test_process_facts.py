@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+import types
 
 import jax
 import numpy as np
@@ -145,24 +146,33 @@ def test_the_program_is_that_of_the_first_step_which_is_not_traced_again(monkeyp
         process_facts.program(built, cfg, 8)
 
 
+def first_step(cfg):
+    """Return the program that a preflight compares, and its batch size."""
+    session = types.SimpleNamespace(cfg=cfg, on_program=lambda *args: [])
+    laid, size = across_processes.first_step(session)
+    return laid.program, size
+
+
+MESH = {"data": 2, "fsdp": 4}
+
+
 def test_programs_of_other_constants_differ():
-    mesh = tiny.make_mesh(data=2, fsdp=4)
     prints = set()
     for beta in (0.9, 0.95):
-        cfg = tiny.make_config(optimizer={"beta2": beta}, model={"n_layers": 1})
-        built, size = across_processes.abstract_program(cfg, mesh)
+        cfg = tiny.make_config(optimizer={"beta2": beta}, model={"n_layers": 1}, mesh=MESH)
+        built, size = first_step(cfg)
         prints.add(process_facts.program(built, cfg, size))
     assert len(prints) == 2
 
 
 def test_programs_of_other_options_of_xla_differ(monkeypatch):
     """As where a user's own variables reached one process alone."""
-    cfg, mesh = tiny.make_config(model={"n_layers": 1}), tiny.make_mesh(data=2, fsdp=4)
+    cfg = tiny.make_config(model={"n_layers": 1}, mesh=MESH)
     monkeypatch.setattr(devices, "compute_capability", lambda device: (9, 0))
     prints = set()
     for level in ("", "O0"):
         monkeypatch.setattr(os, "environ", {"JAX_OPTIMIZATION_LEVEL": level} if level else {})
-        built, size = across_processes.abstract_program(cfg, mesh)
+        built, size = first_step(cfg)
         prints.add(process_facts.program(built, cfg, size))
     assert len(prints) == 2
 
@@ -170,7 +180,7 @@ def test_programs_of_other_options_of_xla_differ(monkeypatch):
 def test_a_run_whose_schedule_does_not_fit_is_refused():
     cfg = tiny.make_config(optimizer={"decay": "wsd", "wsd_decay_samples": 300})
     with pytest.raises(errors.UserError, match="takes 364 samples, which exceeds the run's 320"):
-        across_processes.abstract_program(cfg, tiny.make_mesh(data=8))
+        first_step(cfg)
 
 
 SMALL = speed.Sizes(matrix=32, products=2, n_bytes=1 << 12, rounds=2)
