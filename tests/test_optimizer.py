@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpt3jax import errors, optimizer, step
-from gpt3jax.config import schema, validation
+from gpt3jax.config import layout, schema, validation
 from gpt3jax.model import gpt
 
 import numpy_gpt
@@ -159,7 +159,7 @@ def test_a_window_shorter_than_the_good_steps_so_far_ends_with_the_next():
 
 def curve_config(c):
     shape, samples = c["shape"], c["global_batch"]
-    return schema.Config(
+    cfg = schema.Config(
         model=schema.Model(
             n_layers=shape["layers"], d_model=shape["hidden"], n_heads=shape["heads"],
             seq_len=shape["seq"], vocab_size=c["true_vocab"], mask_padded_vocab=False,
@@ -176,6 +176,7 @@ def curve_config(c):
         train=schema.Train(n_steps=c["steps"]),
         data=schema.Data(paths=("curve",)),
     )  # fmt: skip
+    return layout.plain(cfg)
 
 
 def test_megatrons_training_curve_is_followed():

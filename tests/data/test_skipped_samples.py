@@ -9,8 +9,7 @@ import pytest
 from gpt3jax import errors, train
 from gpt3jax.config import batch_schedule, recipe, schema
 from gpt3jax.data import inspect, loader, skipped_samples
-from gpt3jax.run import startup, stopping
-from gpt3jax.sharding import meshes
+from gpt3jax.run import stopping
 
 import corpus
 import tiny
@@ -146,9 +145,7 @@ def test_the_order_and_the_schedules_are_those_of_the_whole_run(tmp_path):
     whole = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, skip_samples=()))
     parts = []
     for each in (cfg, whole):
-        schedule = batch_schedule.from_config(each.batch, each.model.seq_len)
-        mesh = meshes.make_mesh(each.mesh)
-        parts.append(startup.prepare(each, mesh, schedule, None, startup.step_log.Position(0, 0)))
+        parts.append(tiny.prepared(each))
     assert parts[0].splits.order == parts[1].splits.order
     assert parts[0].n_samples == parts[1].n_samples == 80
     assert (parts[0].end, parts[1].end) == ((6, 73), (10, 80))

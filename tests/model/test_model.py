@@ -18,7 +18,7 @@ import tiny
 
 TINY = schema.Model(
     n_layers=3, d_model=64, n_heads=4, seq_len=32, vocab_size=251, vocab_multiple=128,
-    dropout=0.0, attention_dropout=0.0,
+    dropout=0.0, attention_dropout=0.0, remat="full", n_loss_chunks=1,
 )  # fmt: skip
 VARIANTS = {
     "tanh": {},

@@ -16,7 +16,7 @@ import tiny
 
 MODEL = schema.Model(
     n_layers=5, d_model=64, n_heads=4, seq_len=32, vocab_size=128, dropout=0.1,
-    attention_dropout=0.1,
+    attention_dropout=0.1, remat="full", n_loss_chunks=1,
 )  # fmt: skip
 BANDED = schema.Attention(pattern="alternating", band=8)
 
