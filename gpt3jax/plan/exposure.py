@@ -37,6 +37,8 @@ class _Window:
     """Those of weights' gradients are not counted: XLA may run them elsewhere."""
     attention: float = 0.0
     """Share of attention, of whose 7 products the forward pass makes 2."""
+    has_small: bool = False
+    """Gradients of norms and biases are added up too, some of them over `tensor` as well."""
 
 
 # `gpt._FORWARD`, `_BACKWARD` and `_BACKWARD_WITH_HIDDEN`.
@@ -44,11 +46,11 @@ _FORWARD = (
     _Window((3,), 0, 3), _Window((1,), 0, 1, 2 / 7), _Window((4,), 0, 4), _Window((4,), 0, 4),
 )  # fmt: skip
 _BACKWARD = (
-    _Window((4,), 0, 4), _Window((4,), 4, 4), _Window((3, 1), 0, 4),
+    _Window((4,), 0, 4), _Window((4,), 4, 4), _Window((3, 1), 0, 4, has_small=True),
     _Window((), 4, 1, 5 / 7), _Window((), 4, 3),
 )  # fmt: skip
 _BACKWARD_WITH_HIDDEN = (
-    _Window((4, 4), 0, 4), _Window((3, 1), 0, 4), _Window((), 8, 1, 5 / 7),
+    _Window((4, 4), 0, 4), _Window((3, 1), 0, 4, has_small=True), _Window((), 8, 1, 5 / 7),
     _Window((), 4, 3),
 )  # fmt: skip
 _ELEMENTWISE = 0.06  # share of a layer's elementwise work in a window (fitted)
@@ -57,7 +59,7 @@ _TABLE = 0.3  # exposed share of the transfers of the vocabulary's table over `f
 # Exposed shares in a pipeline's ticks (fitted): axis, kind, share, share where `fsdp` is in use.
 _IN_TICKS = {
     ("stage", "collective-permute"): (0.37, 0.6),
-    ("tensor", "all-gather"): (0.1, 0.45),
+    ("tensor", "all-gather"): (0.2, 0.45),
     ("tensor", "reduce-scatter"): (0.5, 0.67),
     ("fsdp", "all-gather"): (0.0, 0.37),
     ("fsdp", "reduce-scatter"): (0.0, 0.2),
@@ -134,18 +136,18 @@ def _window_seconds(
     """Return the time that a window's transfers take longer than the arithmetic beside them."""
     weights = communication.layer_weights(cfg, layout) / 12
 
-    transfers = [
-        communication.Needed("all-gather", "fsdp", 1, n * weights) for n in window.gathered
-    ]
+    transfers = [("all-gather", n * weights) for n in window.gathered]
     if window.added:
-        n_bytes = window.added * weights
-        transfers.append(communication.Needed("reduce-scatter", "fsdp", 1, n_bytes))
+        transfers.append(("reduce-scatter", window.added * weights))
+    if window.has_small:
+        transfers += [("all-reduce", 0.0)] * (1 + (layout.sizes["tensor"] > 1))
+    needed = [communication.Needed(kind, "fsdp", 1, n_bytes) for kind, n_bytes in transfers]
     arithmetic = (
         window.products / 12 * layer.products
         + window.attention * layer.attention
         + _ELEMENTWISE * layer.elementwise
     )
-    return max(0.0, sum(_seconds(row, layout, network) for row in transfers) - arithmetic)
+    return max(0.0, sum(_seconds(row, layout, network) for row in needed) - arithmetic)
 
 
 def _seconds(row: communication.Needed, layout: placement.Layout, network: gpus.Network) -> float:

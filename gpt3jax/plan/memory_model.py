@@ -31,13 +31,12 @@ def parameters(cfg: schema.Config, sizes: dict[str, int], *, over_data: bool) ->
     The sizes of its axes cut each tensor. The data axis cuts the largest dimension that no other
     axis cuts and that it divides (`sharding.layouts.data_dim`).
     """
-    counts = _counts(_shape(cfg.model), cfg.mesh.virtual_stages, tuple(sizes.items()))
-    return counts[over_data]
+    return _counts(cfg, sizes)[over_data]
 
 
 def end_parameters(cfg: schema.Config, sizes: dict[str, int]) -> int:
     """Return how many parameters outside the layers a GPU holds, not cut over data."""
-    return _counts(_shape(cfg.model), cfg.mesh.virtual_stages, tuple(sizes.items()))[2]
+    return _counts(cfg, sizes)[2]
 
 
 def end_microbatches(cfg: schema.Config, layout: placement.Layout) -> int:
@@ -45,28 +44,30 @@ def end_microbatches(cfg: schema.Config, layout: placement.Layout) -> int:
     return -(-layout.n_microbatches // layout.sizes["stage"])
 
 
-@functools.cache
-def _shape(model: schema.Model) -> schema.Model:
-    """Return a model with what decides its parameters' shapes alone: the key of `_counts`."""
-    return schema.Model(
-        n_layers=model.n_layers,
-        d_model=model.d_model,
-        n_heads=model.n_heads,
-        seq_len=model.seq_len,
-        vocab_size=model.padded_vocab_size,
-        vocab_multiple=1,
-    )
+def _counts(cfg: schema.Config, sizes: dict[str, int]) -> tuple[int, int, int]:
+    model = cfg.model
+    shape = (
+        model.n_layers, model.d_model, model.n_heads, model.seq_len, model.padded_vocab_size,
+    )  # fmt: skip
+    return _count(shape, cfg.mesh.virtual_stages, tuple(sizes.items()))
 
 
 @functools.cache  # a search asks for each mesh some hundred times
-def _counts(
-    model: schema.Model, virtual_stages: int, axes: tuple[tuple[str, int], ...]
+def _count(
+    shape: tuple[int, int, int, int, int], virtual_stages: int, axes: tuple[tuple[str, int], ...]
 ) -> tuple[int, int, int]:
-    """Return a GPU's parameters: not cut over data, cut over it, outside layers not cut."""
+    """Return a GPU's parameters: not cut over data, cut over it, outside layers not cut.
+
+    `shape` are a model's layers, width, heads, positions and padded vocabulary.
+    """
+    n_layers, d_model, n_heads, seq_len, n_vocab = shape
+    model = schema.Model(
+        n_layers=n_layers, d_model=d_model, n_heads=n_heads, seq_len=seq_len, vocab_size=n_vocab,
+        vocab_multiple=1,
+    )  # fmt: skip
     sizes = dict(axes)
-    layers = model.n_layers // virtual_stages
     stack: Dims = [(virtual_stages, None)] if virtual_stages > 1 else []
-    stack.append((layers, "layers"))
+    stack.append((n_layers // virtual_stages, "layers"))
     ends = _ends(model)
     tensors = [*([*stack, *tensor] for tensor in _tensors(model)), *ends]
     return (
@@ -203,9 +204,8 @@ def _layer_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
 
     They are 2.8 times its gathered weights: two layers', and a gradient before it is scattered
     (with stages 1.8 times what is gathered); about 10 values that are whole along the sequence, and
-    6.5 of a GPU's part of it. Layers of a period are worked on together. The table and its gradient
-    wait where more microbatches follow. XLA's attention works on all blocks of queries at once, 19
-    bytes a score.
+    6.5 of a GPU's part of it. Layers of a period are worked on together. Parts of the table wait.
+    XLA's attention works on all blocks of queries at once, 19 bytes a score.
     """
     model, sizes = cfg.model, layout.sizes
     weights = 12 * model.d_model**2 / sizes["tensor"] * width(cfg)
@@ -218,7 +218,7 @@ def _layer_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
         return 1.8 * weights * (1 - 1 / sizes["fsdp"]) + 10 * gathered * a + of_scores
     period = 1 if model.attention.pattern == "dense" else 2
     layers = period * (2.8 * weights + (6.5 + 10 * gathered) * a) + of_scores
-    return layers + (6.0 * _table(cfg, layout) if layout.n_microbatches > 1 else 0.0)
+    return layers + (6.0 if layout.n_microbatches > 1 else 3.0) * _table(cfg, layout)
 
 
 def _logits_bytes(cfg: schema.Config, layout: placement.Layout) -> float:

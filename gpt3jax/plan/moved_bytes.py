@@ -24,15 +24,15 @@ def in_layer(cfg: schema.Config, layout: placement.Layout) -> float:
 def _values(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes of a layer's values, forward and backward, in one microbatch.
 
-    Values of the compute format for each token and unit of d_model: 112, 25 more where the MLP's
-    first product runs again, 36 with dropout, and 3 for each value that is saved (to fill the
+    Values of the compute format for each token and unit of d_model: 108, 25 more where the MLP's
+    first product runs again, 40 with dropout, and 3 for each value that is saved (to fill the
     stack, to write to it, to read from it). Microbatches of several rows that are gathered along
     the sequence over `tensor` are transposed: 19 values of the whole sequence.
     """
     model, tensor = cfg.model, layout.sizes["tensor"]
     policy = remat.in_effect(model.remat, layout.sizes["stage"] > 1)
     again = 25 if "hidden" not in remat.SAVED[policy] else 0
-    values = 112 + again + (36 if model.dropout else 0) + 3 * memory_model.SAVED[policy]
+    values = 108 + again + (40 if model.dropout else 0) + 3 * memory_model.SAVED[policy]
     transposed = tensor > 1 and cfg.mesh.sequence_parallel and cfg.batch.microbatch_size > 1
     whole = 19 if transposed else 0
     tokens = cfg.batch.microbatch_size * model.seq_len / layout.sizes["context"]

@@ -6,6 +6,8 @@ forms assume a share.
 """
 
 import dataclasses
+import functools
+import math
 import re
 from typing import Literal
 
@@ -122,7 +124,9 @@ def work(cfg: schema.Config, layout: placement.Layout) -> Work:
     """Return the arithmetic of a GPU in a step, which all axes but copies divide evenly."""
     model = cfg.model
     products_again, attention_again = recompute_share(cfg)
-    tokens = cfg.batch.global_batch_size * model.seq_len / layout.n_gpus * layout.sizes["copies"]
+    rows = layout.n_microbatches * cfg.batch.microbatch_size
+    ways = math.prod(layout.sizes[axis] for axis in ("stage", "context", "tensor"))
+    tokens = rows * model.seq_len / ways
     head = 6.0 * model.d_model * model.padded_vocab_size
     products = 6.0 * model.n_layers * 12 * model.d_model**2
     total = flops.flops_per_token(model)
@@ -344,7 +348,12 @@ def _rates(cfg: schema.Config, gpu: gpus.Gpu, network: gpus.Network, case: Case)
 
 def peak_flops(cfg: schema.Config, gpu: gpus.Gpu) -> float:
     """Return a GPU's peak FLOP/s in the config's compute format."""
-    name = re.sub(r"\bA100-", "A100 ", gpu.name)
-    peak = flops.peak_flops(name, cfg.precision.compute_dtype)
-    assert peak, f"flops knows no peak of {gpu.name}"
+    return _peak_flops(gpu.name, cfg.precision.compute_dtype)
+
+
+@functools.cache
+def _peak_flops(gpu_name: str, dtype: str) -> float:
+    name = re.sub(r"\bA100-", "A100 ", gpu_name)
+    peak = flops.peak_flops(name, dtype)
+    assert peak, f"flops knows no peak of {gpu_name}"
     return peak
