@@ -56,6 +56,15 @@ def layer_weights(cfg: schema.Config, layout: placement.Layout) -> float:
     return 12 * cfg.model.d_model**2 / layout.sizes["tensor"] * memory_model.width(cfg)
 
 
+def layer_gradients(cfg: schema.Config, layout: placement.Layout) -> float:
+    """Return the bytes of a layer's gradients that are added up over `fsdp`.
+
+    Over `context` too they are all-reduced, twice the bytes, over as many times the network cards.
+    """
+    context = layout.sizes["context"]
+    return layer_weights(cfg, layout) * (2 / context if context > 1 else 1)
+
+
 def products_again(name: str) -> float:
     """Return the share of a layer's products that run again with a policy of `model.remat`.
 
@@ -73,13 +82,14 @@ def _of_fsdp(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
     a product that runs again. Their gradients are added up in 3 transfers (with stages 4), those of
     norms and biases in 2 small ones. Lookup and head gather the table, and each adds up a gradient.
     """
-    n_layers, weights = layer_passes(cfg, layout), layer_weights(cfg, layout)
+    n_layers = layer_passes(cfg, layout)
+    weights, gradients = layer_weights(cfg, layout), layer_gradients(cfg, layout)
     has_stages = layout.sizes["stage"] > 1
     n_gathers = 8 + 4 * products_again(cfg.model.remat) * has_stages
     n_sums = 4 if has_stages else 3
     return [
         Needed("all-gather", "fsdp", round(n_gathers * n_layers), weights / 4),
-        Needed("reduce-scatter", "fsdp", n_sums * n_layers, weights / n_sums),
+        Needed("reduce-scatter", "fsdp", n_sums * n_layers, gradients / n_sums),
         Needed("all-reduce", "fsdp", 2 * n_layers, 26.0 * cfg.model.d_model),
         *of_table(cfg, layout),
     ]

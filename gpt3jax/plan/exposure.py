@@ -76,9 +76,10 @@ def shares(
 ) -> dict[tuple[str, str], float]:
     """Return the exposed share of each axis's collectives of a kind: (axis, kind) -> share.
 
-    Sums over `data` and those of the table over `stage` come after all arithmetic.
+    Sums over `data` and those of the table over `stage` come after all arithmetic. Attention waits
+    for keys and values over `context`.
     """
-    exposed = {(row.axis, row.kind): 0.5 if row.axis == "context" else 1.0 for row in needed}
+    exposed = {(row.axis, row.kind): 1.0 for row in needed}
     if layout.sizes["stage"] > 1:
         uses_fsdp = layout.sizes["fsdp"] > 1
         return exposed | {key: both[uses_fsdp] for key, both in _IN_TICKS.items() if key in exposed}
@@ -90,25 +91,29 @@ def shares(
     for row in needed:
         if row.axis == "tensor":
             seconds = _seconds(row, layout, network)
-            exposed[row.axis, row.kind] = _tensor_share(row.kind, cfg, layer, seconds)
+            exposed[row.axis, row.kind] = _tensor_share(row.kind, cfg, layout, layer, seconds)
     return exposed
 
 
-def _tensor_share(kind: str, cfg: schema.Config, layer: LayerSeconds, seconds: float) -> float:
+def _tensor_share(
+    kind: str, cfg: schema.Config, layout: placement.Layout, layer: LayerSeconds, seconds: float
+) -> float:
     """Return the exposed share of the activations' transfers over `tensor`, which take so long.
 
     On the way forward, and where a layer runs again as a whole, nothing hides them; on the way back
-    the products of weights' gradients do.
+    the products of weights' gradients do. Without windows for weights XLA hides half of the others.
     """
-    twelfth = layer.products / 12
-    remat_name = cfg.model.remat
     n_bare, beside = 2, [4, 3]  # products beside the sums: the MLP's, QKV
     if kind == "all-gather":
         beside = [4, 1]  # the MLP's, the projection
-        if remat_name in ("dots", "mlp", "residual"):
-            beside += [4, 4]  # gathered again
-    if remat_name == "full":
+        if cfg.model.remat in ("dots", "mlp", "residual"):  # gathered again, one before all work
+            n_bare, beside = 3, [4, 1, 4]
+    if cfg.model.remat == "full":
         n_bare += 2 if kind == "all-gather" else 1
+    if layout.sizes["fsdp"] == 1:
+        beside += [4] * (n_bare // 2)
+        n_bare -= n_bare // 2
+    twelfth = layer.products / 12
     waits = n_bare * seconds + sum(max(0.0, seconds - n * twelfth) for n in beside)
     return waits / (seconds * (n_bare + len(beside)))
 
@@ -138,7 +143,8 @@ def _window_seconds(
 
     transfers = [("all-gather", n * weights) for n in window.gathered]
     if window.added:
-        transfers.append(("reduce-scatter", window.added * weights))
+        gradients = communication.layer_gradients(cfg, layout) / 12
+        transfers.append(("reduce-scatter", window.added * gradients))
     if window.has_small:
         transfers += [("all-reduce", 0.0)] * (1 + (layout.sizes["tensor"] > 1))
     needed = [communication.Needed(kind, "fsdp", 1, n_bytes) for kind, n_bytes in transfers]

@@ -169,20 +169,24 @@ def _gradient_sums(cfg: schema.Config, layout: placement.Layout) -> float:
 
 
 def scores(cfg: schema.Config, layout: placement.Layout) -> float:
-    """Return how many scores XLA's attention computes: one layer, one microbatch, one GPU."""
-    if layout.attention != "xla":
+    """Return how many scores XLA's attention computes: the mean layer, one microbatch, one GPU.
+
+    It computes bands over a split sequence too, where other layers use cuDNN.
+    """
+    model, context = cfg.model, layout.sizes["context"]
+    is_dense = model.attention.pattern == "dense"
+    if layout.attention != "xla" and (is_dense or context == 1):
         return 0.0
-    model = cfg.model
+    per_head = _scores_of_head(model.seq_len, None if is_dense else model.attention.band)
+    if layout.attention != "xla":
+        per_head /= 2
+    elif not is_dense:
+        per_head = (per_head + _scores_of_head(model.seq_len, None)) / 2
     heads = cfg.batch.microbatch_size * model.n_heads
-    per_head = _scores_of_head(model.seq_len, model.attention)
-    return heads * per_head / (layout.sizes["tensor"] * layout.sizes["context"])
+    return heads * per_head / (layout.sizes["tensor"] * context)
 
 
-@functools.cache
-def _scores_of_head(seq_len: int, pattern: schema.Attention) -> float:
-    """Return the mean over layers."""
-    windows = [None] if pattern.pattern == "dense" else [pattern.band, None]
-    return sum(attention.n_scores(seq_len, window) for window in windows) / len(windows)
+_scores_of_head = functools.cache(attention.n_scores)
 
 
 def _saved_bytes(cfg: schema.Config, layout: placement.Layout) -> float:

@@ -239,13 +239,14 @@ def _attention_seconds(
     """
     again = recompute_share(cfg)[1] > 0
     n_products = 9 if again else 7
+    n_passes = communication.layer_passes(cfg, layout)
+    moved = 25 * n_products / 7 * memory_model.scores(cfg, layout) * n_passes
+    of_xla = moved / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
     if layout.attention != "cudnn":
-        n_passes = communication.layer_passes(cfg, layout)
-        moved = 25 * n_products / 7 * memory_model.scores(cfg, layout) * n_passes
-        return moved / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
+        return of_xla
     n_flops = n_products / 6 * work(cfg, layout).attention_flops
     stretch = 1 / (1 - placement.schedule(cfg, layout).bubble)
-    return stretch * n_flops / (peak_flops(cfg, gpu) * ASSUMED["cudnn"].at(case))
+    return of_xla + stretch * n_flops / (peak_flops(cfg, gpu) * ASSUMED["cudnn"].at(case))
 
 
 def _traffic(
