@@ -177,13 +177,10 @@ def scores(cfg: schema.Config, layout: placement.Layout) -> float:
     is_dense = model.attention.pattern == "dense"
     if layout.attention != "xla" and (is_dense or context == 1):
         return 0.0
-    per_head = _scores_of_head(model.seq_len, None if is_dense else model.attention.band)
-    if layout.attention != "xla":
-        per_head /= 2
-    elif not is_dense:
-        per_head = (per_head + _scores_of_head(model.seq_len, None)) / 2
+    dense = _scores_of_head(model.seq_len, None) if layout.attention == "xla" else 0
+    banded = dense if is_dense else _scores_of_head(model.seq_len, model.attention.band)
     heads = cfg.batch.microbatch_size * model.n_heads
-    return heads * per_head / (layout.sizes["tensor"] * context)
+    return heads * (dense + banded) / 2 / (layout.sizes["tensor"] * context)
 
 
 _scores_of_head = functools.cache(attention.n_scores)
