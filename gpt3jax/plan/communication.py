@@ -137,18 +137,21 @@ def _of_tensor(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
 
 
 def _of_data(cfg: schema.Config, layout: placement.Layout) -> list[Needed]:
-    """Return the sum of gradients in fp32; with a sharded optimizer its halves.
+    """Return the sums of gradients in fp32, over `data`.
 
-    Then matrices of layers are gathered in the compute format, and the table in fp32.
+    With a sharded optimizer they are halves of a sum, for those that `data` cuts; then matrices of
+    layers are gathered in the compute format, and the table in fp32.
     """
-    held = memory_model.parameters(cfg, layout.sizes, over_data=False)
-    if not cfg.mesh.shard_optimizer:
+    held, n_data = memory_model.parameters(cfg, layout.sizes, over_data=False), layout.sizes["data"]
+    if not cfg.mesh.shard_optimizer or n_data == 1:
         return [Needed("all-reduce", "data", 1, 4.0 * held)]
-    ends = memory_model.end_parameters(cfg, layout.sizes)
-    used = memory_model.width(cfg) * (held - ends) + 4.0 * ends
+    stored = memory_model.parameters(cfg, layout.sizes, over_data=True)
+    cut = (held - stored) / (1 - 1 / n_data)
+    ends = min(cut, memory_model.end_parameters(cfg, layout.sizes))
     return [
-        Needed("reduce-scatter", "data", 1, 4.0 * held),
-        Needed("all-gather", "data", 1, used),
+        Needed("all-reduce", "data", 1, 4.0 * (held - cut)),
+        Needed("reduce-scatter", "data", 1, 4.0 * cut),
+        Needed("all-gather", "data", 1, memory_model.width(cfg) * (cut - ends) + 4.0 * ends),
     ]
 
 

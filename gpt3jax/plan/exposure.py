@@ -62,9 +62,10 @@ _IN_TICKS = {
     ("tensor", "all-gather"): (0.2, 0.45),
     ("tensor", "reduce-scatter"): (0.5, 0.67),
     ("fsdp", "all-gather"): (0.0, 0.37),
-    ("fsdp", "reduce-scatter"): (0.0, 0.2),
+    ("fsdp", "reduce-scatter"): (0.0, 0.05),
     ("fsdp", "all-reduce"): (0.0, 0.0),
 }
+_JOINED = 30e6  # bytes of a layer's scattered gradients that XLA joins to one, which nothing hides
 
 
 def shares(
@@ -82,7 +83,10 @@ def shares(
     exposed = {(row.axis, row.kind): 1.0 for row in needed}
     if layout.sizes["stage"] > 1:
         uses_fsdp = layout.sizes["fsdp"] > 1
-        return exposed | {key: both[uses_fsdp] for key, both in _IN_TICKS.items() if key in exposed}
+        fitted = {key: both[uses_fsdp] for key, both in _IN_TICKS.items() if key in exposed}
+        if communication.layer_gradients(cfg, layout) / layout.sizes["fsdp"] < _JOINED:
+            fitted.pop(("fsdp", "reduce-scatter"), None)
+        return exposed | fitted
     rows = [row for row in needed if row.axis == "fsdp"]
     if rows:
         alone = sum(row.count * _seconds(row, layout, network) for row in rows)
