@@ -1,8 +1,8 @@
 """`python -m gpt3jax.plan --config=RECIPE.py --gpus=N [--gpu=h100] [--group.field VALUE ...]`.
 
-Say, without a GPU, what a config's step needs on a pod: memory, collectives, time and cost. Closed
-forms answer at once; with the extra `plan`, the true step is compiled as well. Further options
-override the recipe, as in gpt3jax.main.
+Say, without a GPU, what gpt3jax.main would do on a pod: the layout of each batch size, its memory,
+time and collectives, and the run's cost. Closed forms answer at once; with the extra `plan`, the
+true steps are compiled as well. Further options override the recipe, as in gpt3jax.main.
 """
 
 import os
@@ -24,7 +24,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _plan(args: Sequence[str]) -> int:
     request, overrides = command_line.parse_beside_config(options.Options, "plan", __doc__, args)
-    for path in filter(None, (request.json, request.html, request.dump_hlo)):
+    files = (request.json, request.html, request.write_layouts, request.dump_hlo)
+    for path in filter(None, files):
         _check_writable(path)
     gpus.find(request.gpu)
     recipe.parse(options.recipe_args(request, overrides), "gpt3jax.plan")
@@ -32,7 +33,7 @@ def _plan(args: Sequence[str]) -> int:
 
     shell_line = command_line.shell_line("gpt3jax.plan", *args)
     plan = planning.plan(request, overrides, shell_line)
-    if request.verify and (plan.problems or not plan.peak.fits):
+    if request.verify and not all(batch.fits for batch in plan.batches):
         sys.stderr.write("gpt3jax: --verify: this run would fail, for the reason above\n")
         return 1
     return errors.DONE

@@ -1,7 +1,7 @@
 """A plan's report as one HTML page that needs nothing else: bars of memory and time, tables."""
 
 from gpt3jax.page import bars, document, elements, tables
-from gpt3jax.plan import report, report_rows
+from gpt3jax.plan import report, report_rows, step_report
 
 Html = elements.Html
 tag = elements.tag
@@ -12,10 +12,15 @@ def render(plan: report.Report, command_line: str) -> str:
     """Return the page of a report, with the command line that gave it."""
     body = [
         document.header("Plan", tag("p", report_rows.head(plan)), tag("code", command_line)),
-        *(document.warning(problem) for problem in plan.problems),
+        *(document.warning(line) for line in (*plan.problems, *plan.notes)),
         tables.tiles(_figures(plan)),
-        document.section("Memory of a GPU", *_memory(plan.peak)),
-        document.section("Time of a step", *_time(plan)),
+        document.section(
+            f"Batch sizes (layouts: {plan.layouts_are})",
+            tables.table(report_rows.BATCHES, report_rows.batches(plan)),
+            document.note(report_rows.run(plan)),
+        ),
+        document.section("Memory of a GPU in a full batch", *_memory(plan.peak)),
+        document.section("Time of a step of a full batch", *_time(plan)),
         document.section(
             f"Collectives of a step ({plan.time.collectives_are})",
             tables.table(report_rows.COLLECTIVES, report_rows.collectives(plan)),
@@ -23,7 +28,7 @@ def render(plan: report.Report, command_line: str) -> str:
     ]
     if plan.search:
         ranked = tables.table(report_rows.SEARCHED, report_rows.searched(plan.search))
-        title = "Layouts of the search, fastest first; the first is this page's"
+        title = "Layouts of the search, best first"
         body.append(document.section(title, ranked))
     if plan.compiled:
         arrays = tables.table(report_rows.BUFFERS, report_rows.buffers(plan.compiled))
@@ -52,7 +57,7 @@ def _figures(plan: report.Report) -> list[tables.Tile]:
     return shown
 
 
-def _memory(peak: report.Peak) -> list[Html]:
+def _memory(peak: step_report.Peak) -> list[Html]:
     sizes = {name: n_bytes / GIB for name, n_bytes in peak.memory.items()}
     sizes["headroom"] = peak.headroom_bytes / GIB
     free = peak.budget_bytes / GIB - sum(sizes.values())

@@ -19,17 +19,19 @@ class Options:
     gpu: str = "h100"
     """Kind of GPU: h100, h200, a100 (80 GB) or b200."""
     search: bool = False
-    """Look for the fastest layout that fits: mesh, microbatch, remat, sharded optimizer."""
+    """Compile more layouts of each batch size, to find the fastest that fits."""
     n_compiled: Annotated[int, ranges.Range(0, 1000)] = 4
-    """How many layouts --search compiles; if none of them fits, up to 4 more."""
+    """How many layouts of a batch size --search compiles; if none of them fits, up to 4 more."""
     compile: bool = True
-    """Compile the step; --no-compile gives closed forms only."""
+    """Compile the steps; --no-compile gives closed forms only."""
     json: Path = ""
     """File for the report as JSON."""
     html: Path = ""
     """File for the report as a web page."""
+    write_layouts: Path = ""
+    """File for the layouts of each batch size, which gpt3jax.main takes as --layouts FILE."""
     dump_hlo: Path = ""
-    """File for the compiled program."""
+    """File for the compiled program of a full batch."""
     verify: bool = False
     """Exit with 1 if the run does not fit or would be refused."""
     price: Annotated[float, ranges.Range(0, 10**6)] = 0.0

@@ -46,7 +46,11 @@ def lay_out(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Layout:
         UserError: mesh, model, batch and number of GPUs do not fit together, or the batch's
             schedule cannot be read.
     """
-    check_nodes(n_gpus, gpus_per_node)
+    if n_gpus != in_whole_nodes(n_gpus, gpus_per_node):
+        raise errors.UserError(
+            f"a layout of {n_gpus} GPUs fills no whole nodes of {gpus_per_node}: use a multiple",
+            page="plan.md",
+        )
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
     sizes = _resolve(cfg.mesh, n_gpus)
     _check(cfg, sizes)
@@ -67,20 +71,9 @@ def lay_out(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     )
 
 
-def check_nodes(n_gpus: int, gpus_per_node: int) -> None:
-    """Check that this many GPUs fill whole nodes, or are a part of one node.
-
-    Raises:
-        UserError: they do not.
-    """
-    if n_gpus < 1:
-        raise errors.UserError(f"--gpus={n_gpus} must be at least 1", page="plan.md")
-    if n_gpus > gpus_per_node and n_gpus % gpus_per_node:
-        raise errors.UserError(
-            f"--gpus={n_gpus} is not a multiple of --gpus-per-node={gpus_per_node}: use whole "
-            "nodes",
-            page="plan.md",
-        )
+def in_whole_nodes(n_gpus: int, gpus_per_node: int) -> int:
+    """Return how many of the GPUs fill whole nodes, or are a part of one: the others idle."""
+    return n_gpus if n_gpus < gpus_per_node else n_gpus - n_gpus % gpus_per_node
 
 
 def schedule(cfg: schema.Config, layout: Layout) -> pipeline.Schedule:
@@ -99,7 +92,7 @@ def _resolve(mesh: schema.Mesh, n_gpus: int) -> dict[str, int]:
         fixed = math.prod(n for axis in meshes.AXES if (n := getattr(mesh, axis)) != -1)
         free = "" if n_gpus % fixed else f", for instance --mesh.data={n_gpus // fixed * mesh.data}"
         raise errors.UserError(
-            f"mesh: {axes} does not fit --gpus={n_gpus}: the axes' product must be {n_gpus}; "
+            f"mesh: {axes} does not fit {n_gpus} GPUs: the axes' product must be {n_gpus}; "
             f"change one{free if mesh.data > 0 else ''}"
             f"{'' if -1 in vars(mesh).values() else ', or give -1 to one'}",
             page="parallelism.md#which-sizes-are-possible",

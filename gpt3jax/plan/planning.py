@@ -1,27 +1,27 @@
-"""A plan from end to end: search, compile, report, write."""
+"""A plan from end to end: layouts, compiled steps, report, files."""
 
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 
 from rich import console
 
 from gpt3jax import errors
-from gpt3jax.config import batch_schedule, recipe, schema, user_paths, validation
+from gpt3jax.config import batch_schedule, layout, recipe, schema, user_paths, validation
 from gpt3jax.data import skipped_samples
 from gpt3jax.hardware import gpus
 from gpt3jax.plan import (
+    compiled_search,
     compiler,
     html_page,
     options,
-    placement,
+    ranking,
     report,
-    report_rows,
-    search,
+    step_choice,
+    step_report,
     terminal,
 )
-
-MORE_COMPILED = 4  # layouts that a search compiles beyond --n-compiled while none fits
 
 
 def plan(request: options.Options, overrides: list[str], command_line: str) -> report.Report:
@@ -32,32 +32,45 @@ def plan(request: options.Options, overrides: list[str], command_line: str) -> r
     Raises:
         UserError: the config, the number of GPUs or a file cannot be used.
     """
-    target = _target(request)
-    recipe_args = options.recipe_args(request, overrides)
     width = None if sys.stdout.isatty() else 120
     out = console.Console(width=width, markup=False, emoji=False)  # it prints users' text
     missing = compiler.missing_extra() if request.compile else "--no-compile was given"
     if request.dump_hlo and missing:
         raise errors.UserError(f"--dump-hlo needs the compiled step: {missing}", page="plan.md")
-    searched: list[report.SearchedLayout] = []
-    if request.search:
-        searched = _search(recipe_args, request, target, out, compiles=not missing)
-        recipe_args = [*recipe_args, *searched[0].overrides]
-    cfg = _parse(recipe_args)
-    layout = placement.lay_out(cfg, request.gpus, target.network.gpus_per_node)
-    compiled = None
-    if not missing:
-        _print_estimate(report.build(cfg, layout, target, None), out)
-        compiled = _compile(cfg, recipe_args, layout, target)
-    built = dataclasses.replace(report.build(cfg, layout, target, compiled), search=searched)
+    planner = _planner(request, overrides, out, compiles=not missing)
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        planner.say(line)
+
+    layouts, searched = _layouts(request, planner, note)
+    chosen, steps = step_choice.choose(planner, layouts)
+    built = report.build(planner.cfg, chosen, steps, planner.target, notes)
+    built = dataclasses.replace(built, search=searched)
     terminal.show(built, out)
     if missing and request.compile:
         out.print(f"Not compiled, all figures are by closed forms: {missing}", soft_wrap=True)
-    _write(request, built, compiled, command_line)
+    _write(request, built, chosen, command_line)
+    if request.dump_hlo:
+        user_paths.write(request.dump_hlo, _program(steps[planner.cfg.batch.global_batch_size]))
     return built
 
 
-def _target(request: options.Options) -> report.Target:
+def _planner(
+    request: options.Options, overrides: list[str], out: console.Console, *, compiles: bool
+) -> step_choice.Planner:
+    recipe_args = options.recipe_args(request, overrides)
+    return step_choice.Planner(
+        cfg=_parse(recipe_args),
+        recipe_args=recipe_args,
+        target=_target(request),
+        compiles=compiles,
+        say=lambda line: out.print(line, highlight=False, soft_wrap=True),
+    )
+
+
+def _target(request: options.Options) -> step_report.Target:
     gpu = gpus.find(request.gpu)
     network = gpus.network_of(
         gpu,
@@ -66,7 +79,7 @@ def _target(request: options.Options) -> report.Target:
         1e9 * request.nic_gbytes if request.nic_gbytes else None,
         1e-6 * request.latency_us,
     )
-    return report.Target(gpu=gpu, network=network, price=request.price)
+    return step_report.Target(gpu=gpu, network=network, price=request.price)
 
 
 def _parse(recipe_args: list[str]) -> schema.Config:
@@ -81,93 +94,41 @@ def _parse(recipe_args: list[str]) -> schema.Config:
     return cfg
 
 
-def _print_estimate(estimate: report.Report, out: console.Console) -> None:
-    """Print the figures of the closed forms, for the minutes until the step is compiled."""
-    out.print(
-        f"By closed forms: {estimate.peak.peak_bytes_per_gpu / report_rows.GIB:.1f} GiB a GPU, "
-        f"{estimate.time.step_seconds.expected:.3g} s a step. Compiling the step ..."
-    )
+def _layouts(
+    request: options.Options, planner: step_choice.Planner, note: Callable[[str], None]
+) -> tuple[ranking.Ranking, list[report.SearchedLayout]]:
+    """Return the layouts that a run would use, and the figures of a search.
 
-
-def _compile(
-    cfg: schema.Config, recipe_args: list[str], layout: placement.Layout, target: report.Target
-) -> compiler.Compiled:
-    return compiler.compile_step(cfg, recipe_args, layout.sizes, target.gpu, target.network)
+    Raises:
+        UserError: there are no layouts, or a search has nothing to look for.
+    """
+    cfg, target = planner.cfg, planner.target
+    if not request.search:
+        found = ranking.of_config(cfg, request.gpus, target.gpu, target.network, note)
+        return found, []
+    if cfg.layouts or not layout.automatic(cfg):
+        reason = f"layouts={cfg.layouts} has them" if cfg.layouts else "the recipe gives one"
+        raise errors.UserError(
+            f"--search finds no layouts where {reason}: leave it out, or let a field of the layout "
+            "be auto, as in --mesh.fsdp=auto",
+            page="plan.md#options",
+        )
+    return compiled_search.find(planner, request.gpus, request.n_compiled, note)
 
 
 def _write(
-    request: options.Options,
-    built: report.Report,
-    compiled: compiler.Compiled | None,
-    command_line: str,
+    request: options.Options, built: report.Report, chosen: ranking.Ranking, command_line: str
 ) -> None:
     if request.json:
         user_paths.write(request.json, json.dumps(report.as_json(built), indent=2) + "\n")
     if request.html:
         user_paths.write(request.html, html_page.render(built, command_line))
-    if request.dump_hlo and compiled:
-        user_paths.write(request.dump_hlo, compiled.text)
+    if request.write_layouts:
+        text = json.dumps(ranking.as_json(chosen), indent=2)
+        user_paths.write(request.write_layouts, text + "\n")
 
 
-def _search(
-    recipe_args: list[str],
-    request: options.Options,
-    target: report.Target,
-    out: console.Console,
-    *,
-    compiles: bool,
-) -> list[report.SearchedLayout]:
-    """Print and return the best layouts: those that fit first, then by time.
-
-    Raises:
-        UserError: none fits by closed forms, or none compiled.
-    """
-    candidates = search.candidates(_parse(recipe_args), request.gpus, target.gpu, target.network)
-    out.print(f"{len(candidates):,} layouts fit, by closed forms.")
-    queue = search.Queue(candidates, target.gpu)
-    layouts: list[report.SearchedLayout] = []
-    while candidate := queue.next():
-        n = len(layouts)
-        if n >= request.n_compiled and any(layout.fits for layout in layouts):
-            break
-        if n >= max(request.n_compiled, 1) + MORE_COMPILED:
-            break
-        if compiles:
-            options_text = " ".join(candidate.overrides)
-            out.print(f"Compiling layout {n + 1}: {options_text}", soft_wrap=True)
-        layouts.append(_searched(candidate, recipe_args, target, compiles=compiles))
-        if layouts[-1].peak_bytes_per_gpu and compiles:
-            queue.note(candidate, layouts[-1].peak_bytes_per_gpu)
-    layouts.sort(key=lambda row: (bool(row.failed), not row.fits, row.step_seconds or 0))
-    if all(layout.failed for layout in layouts):
-        raise errors.UserError(
-            f"none of {len(layouts)} layouts compiled: {layouts[0].failed}",
-            page="plan.md#where-the-figures-come-from",
-        )
-    terminal.show_search(layouts, out)
-    return layouts
-
-
-def _searched(
-    candidate: search.Candidate, recipe_args: list[str], target: report.Target, *, compiles: bool
-) -> report.SearchedLayout:
-    """Return the figures of a layout; a search goes on after one that does not compile."""
-    searched = report.SearchedLayout(
-        overrides=list(candidate.overrides),
-        drops_schedule=candidate.drops_schedule,
-        step_seconds_closed_form=candidate.seconds,
-    )
-    cfg, layout = candidate.cfg, candidate.layout
-    try:
-        args = [*recipe_args, *candidate.overrides]
-        compiled = _compile(cfg, args, layout, target) if compiles else None
-        built = report.build(cfg, layout, target, compiled)
-    except errors.UserError as error:
-        return dataclasses.replace(searched, failed=error.message)
-    return dataclasses.replace(
-        searched,
-        fits=built.peak.fits,
-        peak_bytes_per_gpu=built.peak.peak_bytes_per_gpu,
-        step_seconds=built.time.step_seconds.expected,
-        mfu=built.time.mfu,
-    )
+def _program(full: step_report.StepReport | str) -> str:
+    """Return the text of a compiled step."""
+    assert isinstance(full, step_report.StepReport) and full.compiled, "it was compiled"
+    return full.compiled.text

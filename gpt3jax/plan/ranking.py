@@ -9,11 +9,11 @@ from typing import Any
 from gpt3jax import errors
 from gpt3jax.config import layout, schema
 from gpt3jax.hardware import gpus
-from gpt3jax.plan import search
+from gpt3jax.plan import placement, search
 
 _KEPT = 6  # layouts of a batch size: the first, and what to take where those before do not fit
 _SMALLER = 0.93  # of the memory of the layout before: another one would hardly help
-_NEAR = 1.03  # a batch size keeps the layout of the one before where it is at most so much slower
+NEAR = 1.03  # a batch size keeps the layout of the one before where it is at most so much slower
 _PAGE = "parallelism.md#the-layout-is-found"
 
 
@@ -49,6 +49,36 @@ class Ranking:
     def n_used(self) -> int:
         """Devices that work; those after them idle."""
         return layout.n_devices(next(iter(self.by_size.values()))[0].fields)
+
+
+def of_config(
+    cfg: schema.Config,
+    n_gpus: int,
+    gpu: gpus.Gpu,
+    network: gpus.Network,
+    say: Callable[[str], None] = lambda line: None,
+) -> Ranking:
+    """Return the layouts of a run: those of its file, or found, or the one that is given.
+
+    `say` gets a line where GPUs idle.
+
+    Raises:
+        UserError: as `read` and `find`; or the mesh that is given does not fit the GPUs.
+    """
+    if cfg.layouts:
+        stored = read(cfg.layouts, cfg, n_gpus)
+        if stored.n_used < n_gpus:
+            say(f"{_idle(stored.n_used, n_gpus)}: layouts={cfg.layouts} has no use for them")
+        return stored
+    if layout.automatic(cfg):
+        return find(cfg, n_gpus, gpu, network, say)
+    n_used = placement.in_whole_nodes(n_gpus, network.gpus_per_node)
+    if n_used < n_gpus:
+        say(f"{_idle(n_used, n_gpus)}: they fill no node of {network.gpus_per_node}")
+    sizes = placement.lay_out(cfg, n_used, network.gpus_per_node).sizes
+    fields = layout.of(cfg) | {f"mesh.{axis}": size for axis, size in sizes.items()}
+    only = given(cfg, fields, "given", gpu.name)
+    return dataclasses.replace(only, n_devices=n_gpus)
 
 
 def find(
@@ -92,28 +122,38 @@ def all_candidates(
     if n_used < n_gpus:
         higher = search.next_usable(cfg, sizes, n_used, network.gpus_per_node)
         say(
-            f"WARNING: {n_gpus - n_used} of {n_gpus} devices idle, numbers {n_used} to "
-            f"{n_gpus - 1}: no mesh over all divides the batches and the model. Counts of which "
-            f"none idles: {n_used}{f' and {higher}' if higher else ''}"
+            f"{_idle(n_used, n_gpus)}: no mesh over all divides the batches and the model. Counts "
+            f"of which none idles: {n_used}{f' and {higher}' if higher else ''}"
         )
     return {size: search.candidates(cfg, size, n_used, gpu, network) for size in sizes}
+
+
+def _idle(n_used: int, n_devices: int) -> str:
+    return (
+        f"WARNING: {n_devices - n_used} of {n_devices} devices idle, numbers {n_used} to "
+        f"{n_devices - 1}"
+    )
 
 
 def _near_the_one_before(
     found: Mapping[int, Sequence[search.Candidate]],
 ) -> dict[int, list[Ranked]]:
-    """Return the layouts of each size: the best is that of the size before, if it is near.
-
-    A change of layout costs a move of the state, and one program more to trust.
-    """
     by_size: dict[int, list[Ranked]] = {}
     before: layout.Layout = {}
     for size, candidates in found.items():
-        near = (c for c in candidates if c.seconds <= _NEAR * candidates[0].seconds)
-        first = next((c for c in near if c.fields == before), candidates[0])
+        first = first_choice(candidates, before)
         by_size[size] = [as_ranked(c) for c in chain(first, candidates)]
         before = first.fields
     return by_size
+
+
+def first_choice(candidates: Sequence[search.Candidate], before: layout.Layout) -> search.Candidate:
+    """Return the fastest layout; or that of the batch size before, where it is near.
+
+    A change of layout costs a move of the state, and one program more to trust.
+    """
+    near = (c for c in candidates if c.seconds <= NEAR * candidates[0].seconds)
+    return next((c for c in near if c.fields == before), candidates[0])
 
 
 def chain(

@@ -1,11 +1,15 @@
 """A report's figures in words and table cells, for the terminal and for the page."""
 
-from gpt3jax.plan import report
+from gpt3jax.config import layout
+from gpt3jax.plan import report, whole_run
 
 GIB = 2**30
 SMALL = 0.001  # share of a step: shorter collectives are in the JSON file alone
 COLLECTIVES = ("kind", "axis", "network", "count", "GB out of a GPU", "s", "exposed s")
-SEARCHED = ("", "step s", "MFU", "GiB", "fits", "options")
+BATCHES = (
+    "batch", "steps", "tokens", "layout", "GiB", "fits", "step s", "MFU", "tokens/s", "hours",
+)  # fmt: skip
+SEARCHED = ("batch", "", "layout", "step s", "MFU", "GiB", "fits", "options")
 BUFFERS = ("GiB", "shape", "made by", "source")
 
 
@@ -19,8 +23,9 @@ def head(plan: report.Report) -> str:
         "sequence parallelism": step.sequence_parallel and mesh["tensor"] > 1,
     }
     extras = ", ".join(name for name, used in features.items() if used)
+    working = plan.gpus - plan.gpus_idle
     return (
-        f"{plan.work.parameters:,} parameters on {plan.gpus:,} x {plan.gpu.name}, mesh "
+        f"{plan.work.parameters:,} parameters on {working:,} x {plan.gpu.name}, mesh "
         f"{axes}{f' ({extras})' if extras else ''}. A step: "
         f"{step.global_batch_size:,} sequences of {step.seq_len:,} tokens, "
         f"{plan.n_microbatches} x {step.microbatch_size} a rank; {step.compute_dtype}, "
@@ -30,18 +35,56 @@ def head(plan: report.Report) -> str:
 
 def facts(plan: report.Report) -> list[tuple[str, str]]:
     """Return the figures that follow from a step's time, as (name, value)."""
-    run = plan.run
-    rows = [
+    return [
         ("MFU", f"{plan.time.mfu:.1%}"),
         ("recomputed FLOPs", f"{plan.work.recomputed_share:.1%} of the model's"),
         ("pipeline bubble", f"{plan.time.bubble:.1%}, in the parts above"),
         ("tokens/s a GPU", f"{plan.time.tokens_per_second_per_gpu:,.0f}"),
-        ("run", f"{run.run_tokens / 1e9:,.1f}B tokens, {run.run_steps:,} steps"),
-        ("", f"{run.run_days:,.1f} days, {run.gpu_hours:,.0f} GPU-hours"),
     ]
-    if run.cost is not None:
-        rows.append(("cost", f"{run.cost:,.0f}"))
-    return rows
+
+
+def batches(plan: report.Report) -> list[tuple[str, ...]]:
+    """Return the cells of the table of batch sizes, whose head is `BATCHES`."""
+    return [
+        (f"{row.batch_size:,}", f"{row.steps:,}", f"{figure(row.tokens / 1e9)}B", *_batch(row))
+        for row in plan.batches
+    ]
+
+
+def _batch(row: whole_run.Batch) -> tuple[str, ...]:
+    if (
+        row.layout is None or row.peak_bytes_per_gpu is None or row.step_seconds is None
+        or row.mfu is None or row.tokens_per_second_per_gpu is None or row.hours is None
+    ):  # fmt: skip
+        return "does not divide", "", "NO", "", "", "", ""
+    return (
+        layout.in_words(row.layout),
+        f"{row.peak_bytes_per_gpu / GIB:.1f}",
+        "yes" if row.fits else "NO",
+        f"{row.step_seconds:.3g}",
+        f"{row.mfu:.1%}",
+        f"{row.tokens_per_second_per_gpu:,.0f}",
+        figure(row.hours),
+    )
+
+
+def run(plan: report.Report) -> str:
+    """Return the length and cost of the whole run in a sentence or two."""
+    run, idle = plan.run, f" ({plan.gpus_idle} idle)" if plan.gpus_idle else ""
+    cost = f", cost {figure(run.cost)}" if run.cost is not None else ""
+    whole = (
+        f"The run: {figure(run.run_tokens / 1e9)}B tokens in {run.run_steps:,} steps, "
+        f"{figure(run.run_days)} days, {figure(run.gpu_hours)} GPU-hours on {plan.gpus:,} GPUs"
+        f"{idle}{cost}."
+    )
+    if not run.ramp_hours:
+        return whole
+    share = run.ramp_extra_hours / (24 * run.run_days)
+    return (
+        f"{whole} Batches below the full one take {figure(run.ramp_hours)} hours, "
+        f"{figure(run.ramp_extra_hours)} more than their tokens would in full ones: {share:.1%} of "
+        "the run."
+    )
 
 
 def collectives(plan: report.Report) -> list[tuple[str, ...]]:
@@ -70,18 +113,21 @@ def buffers(compiled: report.CompiledStep) -> list[tuple[str, ...]]:
 
 def searched(layouts: list[report.SearchedLayout]) -> list[tuple[str, ...]]:
     """Return the cells of a search's table, whose head is `SEARCHED`."""
-    return [(str(i + 1), *_searched(layout)) for i, layout in enumerate(layouts)]
+    return [
+        (f"{row.batch_size:,}", str(i + 1), layout.in_words(row.layout), *_searched(row))
+        for i, row in enumerate(layouts)
+    ]
 
 
-def _searched(layout: report.SearchedLayout) -> tuple[str, ...]:
-    if layout.peak_bytes_per_gpu is None or layout.mfu is None:
-        return "", "", "", "not compiled", layout.failed
+def _searched(row: report.SearchedLayout) -> tuple[str, ...]:
+    if row.peak_bytes_per_gpu is None or row.mfu is None:
+        return "", "", "", "not compiled", row.failed
     return (
-        f"{layout.step_seconds:.3g}",
-        f"{layout.mfu:.1%}",
-        f"{layout.peak_bytes_per_gpu / GIB:.1f}",
-        "yes" if layout.fits else "NO",
-        " ".join(layout.overrides),
+        f"{row.step_seconds:.3g}",
+        f"{row.mfu:.1%}",
+        f"{row.peak_bytes_per_gpu / GIB:.1f}",
+        "yes" if row.fits else "NO",
+        " ".join(row.overrides),
     )
 
 
@@ -106,12 +152,16 @@ def network(plan: report.Report) -> str:
 
 def advice(plan: report.Report) -> str:
     """Return advice where a plan is bad, else ""."""
-    waits = plan.time.exposed_communication_seconds / plan.time.step_seconds.expected
-    if not plan.peak.fits:
-        return "It does not fit: --search looks for the fastest layout that does."
-    if waits > 0.25:  # good layouts wait for less than 15%
+    if any(not row.fits and row.layout for row in plan.batches):
         return (
-            f"{waits:.0%} of the step waits for communication: --search looks for better layouts."
+            "It does not fit: give fewer fields of the layout, so that others are found, or use "
+            "more GPUs."
+        )
+    waits = plan.time.exposed_communication_seconds / plan.time.step_seconds.expected
+    if waits > 0.25 and not plan.search:  # good layouts wait for less than 15%
+        return (
+            f"{waits:.0%} of the step waits for communication: --search compiles more layouts; "
+            "fields of the layout that are given restrict it."
         )
     return ""
 

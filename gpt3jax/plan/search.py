@@ -22,6 +22,7 @@ PER_MESH = 2  # layouts of one mesh that are compiled: they differ little
 LONG_SEQUENCE = 8192  # tokens from which the sequence is cut too
 _SHORTEST_SHARD = 2048  # tokens of a sequence that a device gets at least, where it is cut
 _MOST_LOGITS = 4 << 30  # bytes of a chunk of logits
+Fields = layout.Layout  # Candidate has a field of the name `layout`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Candidate:
     seconds: float
 
     @property
-    def fields(self) -> layout.Layout:
+    def fields(self) -> Fields:
         """The fields that make the recipe this layout."""
         return layout.of(self.cfg)
 
@@ -48,7 +49,6 @@ def candidates(
     Raises:
         UserError: no layout fits, or none is possible; it says which counts of GPUs do better.
     """
-    placement.check_nodes(n_gpus, network.gpus_per_node)
     possible = list(_possible(cfg, batch_size, n_gpus, network.gpus_per_node))
     if not possible:
         raise errors.UserError(

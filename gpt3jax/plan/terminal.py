@@ -8,6 +8,8 @@ from gpt3jax.plan import report, report_rows
 
 def show(plan: report.Report, out: console.Console) -> None:
     """Print a report as tables, on a console that takes no markup."""
+    if plan.search:
+        _show_search(plan.search, out)
     out.print(report_rows.head(plan))
     out.print(_memory_table(plan))
     out.print(_collectives_table(plan))
@@ -20,30 +22,24 @@ def show(plan: report.Report, out: console.Console) -> None:
     for row in report_rows.assumptions(plan):
         out.print(f"  {': '.join(row)}", highlight=False, soft_wrap=True)
     out.print(f"  {report_rows.network(plan)}", highlight=False, soft_wrap=True)
-    if not plan.search and (advice := report_rows.advice(plan)):
+    out.print(_batches_table(plan))
+    out.print(report_rows.run(plan), highlight=False, soft_wrap=True)
+    if advice := report_rows.advice(plan):
         out.print(advice, soft_wrap=True)
     for problem in plan.problems:
         out.print(f"WARNING: gpt3jax.main would refuse this run: {problem}", soft_wrap=True)
 
 
-def show_search(layouts: list[report.SearchedLayout], out: console.Console) -> None:
-    """Print the layouts that a search compiled, fastest first, with the options of each."""
-    lines = _table("Layouts, fastest first (estimates)", *report_rows.SEARCHED[:-1])
+def _show_search(layouts: list[report.SearchedLayout], out: console.Console) -> None:
+    """Print the layouts of a search, with the options of each."""
+    title = "Layouts of each batch size, best first (times are estimates)"
+    lines = _table(title, *report_rows.SEARCHED[:-1])
     for *cells, _ in report_rows.searched(layouts):
         lines.add_row(*cells)
     out.print(lines)
-    for i, layout in enumerate(layouts):
-        failed = f" ({layout.failed})" if layout.failed else ""
-        text = f"{i + 1}: {' '.join(layout.overrides)}{failed}"
-        out.print(text, highlight=False, soft_wrap=True)
-    if any(layout.drops_schedule for layout in layouts):
-        out.print(
-            "Layouts with --batch.schedule= or --batch.ramp leave out the recipe's growing batch, "
-            "whose small batches do not divide over so many ranks.",
-            soft_wrap=True,
-        )
-    if not any(layout.fits for layout in layouts):
-        out.print("WARNING: none of these layouts fits.")
+    for i, row in enumerate(layouts):
+        failed = f" ({row.failed})" if row.failed else ""
+        out.print(f"{i + 1}: {' '.join(row.overrides)}{failed}", highlight=False, soft_wrap=True)
 
 
 def _memory_table(plan: report.Report) -> table.Table:
@@ -67,6 +63,14 @@ def _memory_table(plan: report.Report) -> table.Table:
         f"{peak.budget_bytes / report_rows.GIB:.2f}",
     )
     lines.add_row("fits", "yes" if peak.fits else "NO")
+    return lines
+
+
+def _batches_table(plan: report.Report) -> table.Table:
+    title = f"Batch sizes (layouts: {plan.layouts_are}; times are estimates; tokens/s a GPU)"
+    lines = _table(title, *report_rows.BATCHES)
+    for cells in report_rows.batches(plan):
+        lines.add_row(*cells)
     return lines
 
 
@@ -112,7 +116,7 @@ def _time_table(plan: report.Report) -> table.Table:
 
 def _table(title: str, *columns: str) -> table.Table:
     lines = table.Table(title=title, box=box.SIMPLE, title_justify="left")
-    words = {"", "kind", "axis", "network", "shape", "made by", "source"}
+    words = {"", "kind", "axis", "network", "shape", "made by", "source", "layout"}
     for i, column in enumerate(columns):
         text = column in words and (i == 0 or bool(column))
         lines.add_column(column, justify="left" if text else "right")
