@@ -4,23 +4,49 @@ import pytest
 
 from gpt3jax.plan import compiler, hlo
 
+RECIPE = """
+from gpt3jax.config import *
+
+def get_config():
+    return Config(
+        model=Model(n_layers=2, d_model=256, n_heads=4, seq_len=512, vocab_size=2000,
+                    attention_dropout=0.0{model}),
+        optimizer=Optimizer(peak_lr=1e-4),
+        batch=Batch(global_batch_size=16{batch}),
+        mesh=Mesh({mesh}),
+        train=Train(n_steps=10),
+    )
+"""
+GIVEN = {
+    "model": ", remat='full', n_loss_chunks=1",
+    "batch": ", microbatch_size=1",
+    "mesh": "copies=1, data=-1, stage=1, fsdp=2, context=1, tensor=2, virtual_stages=1, "
+    "shard_optimizer=False, sequence_parallel=True",
+}
+AUTO = {"model": "", "batch": "", "mesh": ""}
+GROWING = {**AUTO, "batch": ", schedule='0:4 16384:8 49152:16'"}
+
 
 @pytest.fixture
 def recipe_file(tmp_path):
-    """A GPT that compiles in seconds, and can use cuDNN's attention."""
-    file = tmp_path / "small.py"
-    file.write_text(
-        "from gpt3jax.config import *\n"
-        "def get_config():\n"
-        "    return Config(\n"
-        "        model=Model(n_layers=2, d_model=256, n_heads=4, seq_len=512, vocab_size=2000,\n"
-        "                    attention_dropout=0.0),\n"
-        "        optimizer=Optimizer(peak_lr=1e-4),\n"
-        "        batch=Batch(global_batch_size=16),\n"
-        "        mesh=Mesh(data=-1, fsdp=2, tensor=2),\n"
-        "        train=Train(n_steps=10),\n"
-        "    )\n"
-    )
+    """A GPT that compiles in seconds, and can use cuDNN's attention, in a layout that is given."""
+    return write(tmp_path / "small.py", GIVEN)
+
+
+@pytest.fixture
+def auto_file(tmp_path):
+    """The same GPT, whose layout is to be found."""
+    return write(tmp_path / "auto.py", AUTO)
+
+
+@pytest.fixture
+def growing_file(tmp_path):
+    """The same, with batches of 4, 8 and 16: 8, 8 and then 2 of 10 or more steps."""
+    return write(tmp_path / "growing.py", GROWING)
+
+
+def write(file, parts):
+    file.write_text(RECIPE.format(**parts))
     return str(file)
 
 

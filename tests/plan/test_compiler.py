@@ -14,7 +14,7 @@ from gpt3jax import errors
 from gpt3jax.config import recipe
 from gpt3jax.hardware import gpus
 from gpt3jax.plan import __main__ as plan
-from gpt3jax.plan import compiler, hlo, placement, planning, report, time_model, timeline
+from gpt3jax.plan import compiler, hlo, placement, planning, step_report, time_model, timeline
 from gpt3jax.plan import options as plan_options
 
 import documents
@@ -27,7 +27,7 @@ def compile_step(recipe_file, *options, gpus_per_node=8):
     args = [f"--config={recipe_file}", "--data.mock", *options]
     gpu = gpus.GPUS["a100"]
     network = gpus.network_of(gpu, gpus_per_node)
-    sizes = {"data": 2, "stage": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    sizes = {"copies": 1, "data": 2, "stage": 1, "fsdp": 2, "context": 1, "tensor": 2}
     return compiler.compile_step(recipe.parse(args), args, sizes, gpu, network)
 
 
@@ -226,10 +226,10 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     args = [f"--config={recipe_file}", "--data.mock"]
     cfg, h100 = recipe.parse(args), gpus.GPUS["h100"]
-    target = report.Target(gpu=h100, network=gpus.network_of(h100), price=0.0)
+    target = step_report.Target(gpu=h100, network=gpus.network_of(h100), price=0.0)
     layout = placement.lay_out(cfg, 8, 8)
     whole = compiler.compile_step(cfg, args, layout.sizes, h100, target.network)
-    report.build(cfg, layout, target, whole)
+    step_report.build(cfg, layout, target, whole)
     for written, message in {
         '"__cublas$': "has no cost that is known, but sol",
         '"__cudnn$fmha': "FLOPs a GPU were found",
@@ -253,7 +253,7 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
         with pytest.raises(
             errors.UserError, match=f"cannot read .*{re.escape(message)}.*--no-compile"
         ):
-            report.build(cfg, layout, target, doctored(whole, text))
+            step_report.build(cfg, layout, target, doctored(whole, text))
 
 
 def doctored(compiled, text):
