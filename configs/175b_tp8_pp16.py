@@ -2,9 +2,9 @@
 
 Source: Megatron-LM's examples/gpt3 (train_gpt3_175b_distributed.sh, commit d98e8a64dd), as
 `configs/175b.py`, with the example's own parallelism.
-Meant for 128 H100 80GB in nodes of 8: tensor parallelism inside a node, one stage of 6 layers a
-node. With more GPUs `data` grows, to 16 at most: then the first batch of the schedule, of 16
-sequences, has one for each replica.
+Meant for 256 or 1024 H100 80GB in nodes of 8: tensor parallelism inside a node, one stage of 6
+layers a node. `data` grows with the GPUs, to 16 at most: then the first batch of the schedule, of
+16 sequences, has one for each replica. On 128, with one replica, a full batch does not fit.
 Should reach: what `configs/175b.py` reaches; the losses are the same.
 Differs from `configs/175b.py` only in the mesh.
 """

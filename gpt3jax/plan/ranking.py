@@ -66,7 +66,7 @@ def of_config(
         UserError: as `read` and `find`; or the mesh that is given does not fit the GPUs.
     """
     if cfg.layouts:
-        stored = read(cfg.layouts, cfg, n_gpus)
+        stored = dataclasses.replace(read(cfg.layouts, cfg, n_gpus), n_devices=n_gpus)
         if stored.n_used < n_gpus:
             say(f"{_idle(stored.n_used, n_gpus)}: layouts={cfg.layouts} has no use for them")
         return stored
@@ -117,15 +117,30 @@ def all_candidates(
     Raises:
         UserError: as `find`.
     """
-    sizes = search.batch_sizes(cfg)
-    n_used = search.n_usable(cfg, sizes, n_gpus, network.gpus_per_node) or n_gpus
+    n_used, found = _on_most(cfg, n_gpus, gpu, network)
     if n_used < n_gpus:
-        higher = search.next_usable(cfg, sizes, n_used, network.gpus_per_node)
+        higher = search.next_usable(cfg, list(found), n_gpus, network.gpus_per_node)
         say(
-            f"{_idle(n_used, n_gpus)}: no mesh over all divides the batches and the model. Counts "
-            f"of which none idles: {n_used}{f' and {higher}' if higher else ''}"
+            f"{_idle(n_used, n_gpus)}: no mesh over more divides the batches and the model, and "
+            f"fits. Counts of which none idles: {n_used}{f' and {higher}' if higher else ''}"
         )
-    return {size: search.candidates(cfg, size, n_used, gpu, network) for size in sizes}
+    return found
+
+
+def _on_most(
+    cfg: schema.Config, n_gpus: int, gpu: gpus.Gpu, network: gpus.Network
+) -> tuple[int, dict[int, list[search.Candidate]]]:
+    """Return the layouts on the most GPUs on which all batch sizes fit, and how many those are."""
+    sizes, failed = search.batch_sizes(cfg), []
+    n_used = search.n_usable(cfg, sizes, n_gpus, network.gpus_per_node) or n_gpus
+    while 2 * n_used >= n_gpus:  # on fewer GPUs a model hardly fits where it does not on these
+        try:
+            found = {size: search.candidates(cfg, size, n_used, gpu, network) for size in sizes}
+            return n_used, found
+        except errors.UserError as error:
+            failed.append(error)
+        n_used = search.n_usable(cfg, sizes, n_used - 1, network.gpus_per_node)
+    raise failed[0]
 
 
 def _idle(n_used: int, n_devices: int) -> str:

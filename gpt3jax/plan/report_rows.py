@@ -71,10 +71,10 @@ def _batch(row: whole_run.Batch) -> tuple[str, ...]:
 def run(plan: report.Report) -> str:
     """Return the length and cost of the whole run in a sentence or two."""
     run, idle = plan.run, f" ({plan.gpus_idle} idle)" if plan.gpus_idle else ""
-    cost = f", cost {figure(run.cost)}" if run.cost is not None else ""
+    cost = f", cost {_large(run.cost)}" if run.cost is not None else ""
     whole = (
         f"The run: {figure(run.run_tokens / 1e9)}B tokens in {run.run_steps:,} steps, "
-        f"{figure(run.run_days)} days, {figure(run.gpu_hours)} GPU-hours on {plan.gpus:,} GPUs"
+        f"{figure(run.run_days)} days, {_large(run.gpu_hours)} GPU-hours on {plan.gpus:,} GPUs"
         f"{idle}{cost}."
     )
     if not run.ramp_hours:
@@ -171,3 +171,7 @@ def figure(number: float) -> str:
     if number >= 1:
         return f"{number:,.2f}"
     return f"{number:.3g}" if number >= 1e-3 or number < 1e-9 else f"{number:.1e}"
+
+
+def _large(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else figure(number)

@@ -103,6 +103,17 @@ def test_gpus_that_idle_are_told(auto_file, recipe_file, tmp_path):
     assert layouts_of(auto_file, n_gpus=16, say=said.append).n_used == 16 and not said
 
 
+def test_a_model_that_fits_on_fewer_gpus_leaves_the_others_idle(repository):
+    """On 96 GPUs a batch of 928 would need stages: 3 x 32 ranks do not divide it."""
+    said = []
+    option = "--batch.schedule=0:928 1B:1536"
+    kept = ["--model.remat=full", "--batch.microbatch-size=1", "--mesh.virtual-stages=1"]
+    file = repository / "configs" / "175b.py"
+    assert layouts_of(file, option, *kept, n_gpus=100, say=said.append).n_used == 64
+    [line] = said
+    assert "36 of 100 devices idle, numbers 64 to 99" in line and "64 and 128" in line
+
+
 @pytest.mark.parametrize(
     ("n_gpus", "whole"), [(1, 1), (7, 7), (8, 8), (9, 8), (100, 96), (1024, 1024)]
 )
