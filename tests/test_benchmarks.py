@@ -122,7 +122,14 @@ def test_plan_prints_closed_forms_without_the_compiler(capsys, tmp_path):
     plan.main(["layouts", "--no-compile", "--gpus=8", "--recipes=345m", f"--rows={file}"])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 * 3 + len(plan.RUNS) + len(plan.LAYOUTS) + 1
-    assert rows[-1].startswith("| 345m | 8 | ") and not file.exists()
+    *_, head, lines, row = rows
+    assert row.startswith("| 345m | 8 | ") and not file.exists()
+    assert head.count("|") == lines.count("|") == row.count("|")
+    *_, ratio = plan.cells(row)
+    assert 0.99 < float(ratio) < 1.04  # the first of a search, but for what is near the size before
+    plan.main(["layouts", "--no-compile", "--gpus=8", "--recipes=175b", f"--rows={file}"])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert "no layout of this model fits 8 x" in row and row.count("|") == head.count("|")
 
 
 def test_plan_says_what_it_needs_to_compile(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The search: its layouts fit, and it goes on where one fails."""
 
 import json
+import types
 
 import pytest
 
@@ -90,12 +91,48 @@ def test_search_prints_options_and_plans_the_fastest(growing_file, tmp_path, cap
 
 
 def test_a_size_keeps_the_layout_of_the_one_before_where_it_is_near(fake_candidates):
-    """Of the closed forms, and of the compiled steps."""
     slow, near, fast = fake_candidates(1.2, 1.02, 1.0)
     ordered = [fast, near, slow]
     assert ranking.first_choice(ordered, near.fields) is near
     assert ranking.first_choice(ordered, slow.fields) is fast
     assert ranking.first_choice(ordered, {}) is fast
+
+
+def test_a_search_keeps_the_layout_of_the_size_before_where_its_compiled_step_is_near(
+    growing_file, fake_step, tmp_path, monkeypatch
+):
+    """All compiled steps take equally long here, and one that was kept comes first."""
+    monkeypatch.setattr(compiler, "missing_extra", lambda: "")
+    monkeypatch.setattr(compiler, "compile_step", lambda *_: fake_step(10**9))
+    monkeypatch.setattr(hlo_checks, "check", lambda *_: None)
+    monkeypatch.setattr(ranking, "NEAR", 10.0)  # closed forms try it first, whatever they say
+    file = tmp_path / "plan.json"
+    fields = ["--mesh.data=1", "--mesh.copies=auto", "--mesh.stage=1", "--batch.microbatch-size=1"]
+    args = [f"--config={growing_file}", "--gpus=4", "--search", f"--json={file}", *fields]
+    assert plan.main([*args, "--n-compiled=3"]) == 0
+    content = json.loads(file.read_text())
+    before, *others = [row["layout"] for row in content["batches"]]
+    assert others == [before, before]
+    assert len({str(row["layout"]) for row in content["search"] if row["batch_size"] == 16}) == 3
+
+
+def test_compiled_steps_are_ranked_by_what_fits_then_by_time(fake_candidates):
+    def tried(candidate, seconds, *, fits=True):
+        time = types.SimpleNamespace(step_seconds=types.SimpleNamespace(expected=seconds))
+        step = types.SimpleNamespace(peak=types.SimpleNamespace(fits=fits), time=time)
+        return compiled_search._Tried(candidate=candidate, step=step)
+
+    a, b, c, d = fake_candidates(1.0, 1.0, 1.0, 1.0)
+    failed = compiled_search._Tried(candidate=d, step=None, failed="it broke")
+    rows = [failed, tried(a, 0.5, fits=False), tried(b, 1.02), tried(c, 1.0)]
+
+    def order(before):
+        return [each.candidate for each in compiled_search._best_first(rows, before)]
+
+    assert order({}) == order(a.fields) == order(d.fields) == [c, b, a, d]
+    assert order(b.fields) == [b, c, a, d]
+    rows[2] = tried(b, 1.04)
+    assert order(b.fields) == [c, b, a, d]
 
 
 @pytest.fixture
