@@ -83,7 +83,7 @@ class Program:
 def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Program:
     """Return the program of a config on a mesh; nothing is compiled or allocated yet.
 
-    The sizes of `cfg.mesh` are not used; its other fields, as all of the layout, have values.
+    The sizes of the config's own mesh are not used; all other fields of the layout have values.
 
     Raises:
         UserError: the model does not fit the mesh.
