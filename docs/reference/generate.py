@@ -36,6 +36,7 @@ _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _OPTION = ("option", "meaning", "values", "default")
 _OF_CONFIG = "all [options of the config](options.md), which override the recipe."
 _NAMES = {int: "integer", float: "number", str: "text"}
+_AUTO = typing.Literal["auto"]
 
 
 class Asked(BaseException):
@@ -57,10 +58,14 @@ def _renewed(match: re.Match[str]) -> str:
 
 def options() -> str:
     """Return the options of the config, group by group."""
+    (_, config), *inner = groups(schema.Config)
     return "\n\n".join(
-        f"## {prefix.removesuffix('.')}\n\n{inspect.getdoc(kind)}\n\n"
-        + table(_OPTION, option_rows(kind, prefix))
-        for prefix, kind in itertools.islice(groups(schema.Config), 1, None)
+        [table(_OPTION, option_rows(config))]
+        + [
+            f"## {prefix.removesuffix('.')}\n\n{inspect.getdoc(kind)}\n\n"
+            + table(_OPTION, option_rows(kind, prefix))
+            for prefix, kind in inner
+        ]
     )
 
 
@@ -172,6 +177,9 @@ def values(hint: object, marks: tuple[object, ...] = ()) -> str:
     if typing.get_origin(hint) is tuple:
         n = "any number" if ... in typing.get_args(hint) else len(inner)
         return f"{n} of: {values(*inner[0])}"
+    if _AUTO in (part for part, _ in inner):
+        kind = inner[0][0]
+        return "`auto`, `True`, `False`" if kind is bool else f"`auto` or {values(kind, marks)}"
     if inner:  # a type or None
         return values(inner[0][0], inner[0][1] + marks)
     if hint is bool:
