@@ -2,9 +2,9 @@
 
 Source: Megatron-LM's examples/gpt3, the script itself (train_gpt3_175b_distributed.sh, commit
 d98e8a64dd).
-Meant for 1024 H100 80GB in nodes of 8, or any other number from 64 on: the layout is found, for each
-size of the growing batch. 174.6B x 16 bytes (fp32 weight, gradient, two moments) are 2794 GB of
-state, 2.7 GB a GPU.
+Meant for 1024 H100 80GB in nodes of 8, or any other number from 64 on: the layout is found, for
+each size of the growing batch. 174.6B x 16 bytes (fp32 weight, gradient, two moments) are 2794 GB
+of state, 2.7 GB a GPU.
 Should reach: Megatron gives no loss; the paper's had 76.2% on LAMBADA zero-shot (Brown et al.
 2020, Table H.1). 300B tokens are 3.2e23 FLOPs: 72 days at 400 TFLOP/s a GPU.
 It is float16 because the example says --fp16: on A100 or H100 add

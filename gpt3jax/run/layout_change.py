@@ -12,7 +12,6 @@ from gpt3jax.run import layout_choice, startup
 from gpt3jax.sharding import moving
 from gpt3jax.watch import phases
 
-
 _NUMBERS = itertools.count()  # of the changes of this process
 
 

@@ -102,19 +102,19 @@ def _decided(
     say: Callable[[str], None],
 ) -> ranking.Ranking:
     n_devices, device = jax.device_count(), jax.devices()[0]
-    if cfg.layouts:
-        return ranking.read(cfg.layouts, cfg, n_devices)
-    if kept:
+    if kept and not cfg.layouts:
         before = ranking.from_json(kept, "the checkpoint")
         same = (before.n_devices, before.device) == (n_devices, device.device_kind)
         sizes = set(search.batch_sizes(cfg))
         if same and before.given == layout.given(cfg) and sizes <= before.by_size.keys():
             by_size = {size: before.by_size[size] for size in sorted(sizes)}
             return dataclasses.replace(before, origin="as before", by_size=by_size)
-    if layout.automatic(cfg) and device.platform in ("gpu", "cuda"):
+    if device.platform in ("gpu", "cuda"):
         gpu = _gpu_here(device)
-        found = ranking.find(cfg, n_devices, gpu, gpus.network_of(gpu, per_node), say)
+        found = ranking.of_config(cfg, n_devices, gpu, gpus.network_of(gpu, per_node), say)
         return dataclasses.replace(found, device=device.device_kind)
+    if cfg.layouts:
+        return ranking.read(cfg.layouts, cfg, n_devices)
     return _plain(cfg)
 
 
