@@ -144,7 +144,6 @@ def _window_seconds(
 ) -> float:
     """Return the time that a window's transfers take longer than the arithmetic beside them."""
     weights = communication.layer_weights(cfg, layout) / 12
-
     transfers = [("all-gather", n * weights) for n in window.gathered]
     if window.added:
         gradients = communication.layer_gradients(cfg, layout) / 12

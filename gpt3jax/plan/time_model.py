@@ -1,8 +1,8 @@
 """An estimate of a step's time: from a compiled step's schedule, or from closed forms.
 
 How much of its peaks a GPU reaches is a range (`ASSUMED`), each with its source; docs/plan.md says
-how they were calibrated. A compiled step's schedule shows which communication is exposed; closed
-forms assume a share.
+how they were calibrated. A compiled step's schedule shows which communication is exposed; for
+closed forms `exposure` tells.
 """
 
 import dataclasses
@@ -196,8 +196,7 @@ def _by_closed_forms(
     done, bubble = work(cfg, layout), placement.schedule(cfg, layout).bubble
     kernels = _kernel_seconds(cfg, layout, gpu, case)
     arithmetic = sum(kernels.values())
-    traffic = _traffic(cfg, layout, gpu, network, case)
-    traffic = _with_rest(traffic, arithmetic)
+    traffic = _with_rest(_traffic(cfg, layout, gpu, network, case), arithmetic)
     exposed = sum(row.exposed for row in traffic)
     parts = StepParts(
         seconds=arithmetic + exposed,
