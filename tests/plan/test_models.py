@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from gpt3jax import step
-from gpt3jax.config import recipe, schema
+from gpt3jax.config import layout, recipe, schema
 from gpt3jax.data import global_batch
 from gpt3jax.hardware import flops, gpus
 from gpt3jax.plan import communication, hlo, memory_model, placement, time_model
@@ -47,7 +47,7 @@ def test_parameters_of_a_gpu_are_the_states_own(axes):
 
 @pytest.mark.parametrize("name", ["345m", "gpt3/13b", "175b"])
 def test_parameters_of_one_gpu_are_all(repository, name):
-    cfg = recipe.load(str(repository / "configs" / f"{name}.py"))
+    cfg = layout.plain(recipe.load(str(repository / "configs" / f"{name}.py")))
     sizes = dict.fromkeys(meshes.AXES, 1)
     assert memory_model.parameters(cfg, sizes, over_data=False) == flops.n_params(cfg.model)
 
@@ -140,7 +140,7 @@ def planned(repository):
 
     def config(row):
         cfg = recipe.load(str(repository / "configs" / f"{row['recipe']}.py"))
-        return dataclasses.replace(
+        cfg = dataclasses.replace(
             cfg,
             mesh=schema.Mesh(**{"data": 1, **row["mesh"]}),
             model=dataclasses.replace(cfg.model, remat=row["remat"]),
@@ -148,6 +148,7 @@ def planned(repository):
                 global_batch_size=row["global_batch_size"], microbatch_size=row["microbatch_size"]
             ),
         )
+        return layout.plain(cfg)
 
     return config
 
@@ -156,9 +157,9 @@ def planned(repository):
 def test_closed_forms_are_near_compiled_steps(row, planned):
     """They decide the layout of a run, and other layouts are often within 5%."""
     cfg, h100 = planned(row), gpus.GPUS["h100"]
-    layout = layout_of(cfg, row["gpus"])
-    parts = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected").parts
+    placed = layout_of(cfg, row["gpus"])
+    parts = time_model.estimate(cfg, placed, h100, gpus.network_of(h100), "expected").parts
     assert parts.seconds == pytest.approx(row["seconds"], rel=0.04)
     assert parts.exposed == pytest.approx(row["exposed"], abs=0.04 * row["seconds"])
-    peak = sum(memory_model.memory(cfg, layout).values())
+    peak = sum(memory_model.memory(cfg, placed).values())
     assert peak == pytest.approx(row["peak_bytes"], rel=0.08)
