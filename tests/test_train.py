@@ -12,7 +12,7 @@ from gpt3jax import errors, optimizer, step, train
 from gpt3jax.checkpoint import storage
 from gpt3jax.config import batch_schedule, layout, schema
 from gpt3jax.data import loader, splits
-from gpt3jax.run import start_report, step_log, stopping
+from gpt3jax.run import layout_choice, start_report, step_log, stopping
 from gpt3jax.sharding import meshes
 
 import tiny
@@ -231,24 +231,19 @@ def test_evaluation_is_the_mean_over_its_tokens(corpus, tmp_path, uninterrupted)
     np.testing.assert_allclose(recorded["validation_loss"], (lse - target).mean(), rtol=1e-5)
 
 
+def test_a_step_that_cannot_fit_is_refused_before_it_runs(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(layout_choice, "memory_limit", lambda: 10_000)
+    with pytest.raises(errors.UserError, match=r"no layout fits into 0\.0 GiB a device"):
+        train.train(make_config(corpus, tmp_path / "run", MESH_A, train={"n_steps": 1}))
+    assert not (tmp_path / "run" / "logs").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("limit", "warned"),
-    [
-        (10_000, True),
-        pytest.param(2**30, False, marks=pytest.mark.slow),
-        pytest.param(None, False, marks=pytest.mark.slow),
-    ],
-)
-def test_a_step_that_cannot_fit_is_warned_of_before_it_runs(
-    corpus, tmp_path, capsys, monkeypatch, limit, warned
-):
-    monkeypatch.setattr(start_report, "device_memory", lambda: limit)
+def test_fields_without_effect_are_warned_of(corpus, tmp_path, capsys):
     groups = {"train": {"n_steps": 1}, "faults": {"spike_window": 7}}
     train.train(make_config(corpus, tmp_path / "run", MESH_A, **groups))
     told = capsys.readouterr().out
     assert "WARNING: faults.spike_window=7 has no effect with faults.spike=off" in told
-    assert ("WARNING: a step needs about 0.0 GiB" in told) == warned
     assert "WARNING: the warm-up of 64 samples is longer than the run of 16" in told
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from gpt3jax import optimizer
-from gpt3jax.config import batch_schedule, command_line, schema, unused_fields
+from gpt3jax.config import batch_schedule, schema, unused_fields
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops
@@ -14,15 +14,13 @@ from gpt3jax.run import compilation_cache, layout_choice, startup, step_log
 
 def lines(run: startup.Run) -> list[str]:
     """Return the lines that open a run's log."""
-    cfg, attention = run.cfg, run.program.compute.attention
-    limit = layout_choice.memory_limit()
+    cfg = run.cfg
     return [
         *_facts(run),
         *compilation_cache.describe(),
         *warmup_warnings(cfg.optimizer, run.n_samples),
         *pipeline.describe(cfg, run.mesh),
         *run.replicas.describe(),
-        *memory_warnings(step_bytes(cfg, run.mesh, attention, limit), limit),
         *(["WARNING: checkpoint.dir is empty: nothing will be saved"] if run.store is None else []),
         *unused_fields.without_effect(run.choice.given),
         *layout_choice.table(run.choice),
@@ -70,17 +68,6 @@ def beyond_the_end(
         fields.append(f"faults.spike_window={faults.spike_window} (faults.spike={faults.spike})")
     where = f"the run ends at step {end.step}, sample {end.samples}"
     return [f"WARNING: {field} has no effect: {where}" for field in fields]
-
-
-def memory_warnings(needed: float, limit: int | None) -> list[str]:
-    """Return a line if a step needs more bytes than a device has."""
-    if limit is None or needed <= limit:
-        return []
-    return [
-        f"WARNING: a step needs about {needed / 2**30:.1f} GiB a device (closed forms), which has "
-        f"{limit / 2**30:.1f}: it may run out of memory; {command_line.shell_line('gpt3jax.plan')} "
-        "says what to change"
-    ]
 
 
 def step_bytes(

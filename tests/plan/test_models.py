@@ -12,7 +12,6 @@ from gpt3jax.config import layout, recipe, schema
 from gpt3jax.data import global_batch
 from gpt3jax.hardware import flops, gpus
 from gpt3jax.plan import communication, hlo, memory_model, placement, time_model
-from gpt3jax.run import start_report
 from gpt3jax.sharding import meshes
 
 import tiny
@@ -86,20 +85,6 @@ def test_closed_forms_see_the_network_that_a_compiled_collective_has(gpus_per_no
         compiled = hlo.collective(gather, tuple(sizes.items()), gpus_per_node)
         planned = communication.collective("all-gather", axis, 1.0, layout, network)
         assert (planned.group_size, planned.in_node) == (compiled.group_size, compiled.in_node)
-
-
-def test_main_warns_where_the_plan_would_say_that_it_does_not_fit():
-    """Both count memory that the compiler cannot see."""
-    cfg = tiny.make_config(mesh={"data": 8})
-    mesh = meshes.make_mesh(cfg.mesh)
-    peak = sum(memory_model.memory(cfg, layout_of(cfg)).values())
-
-    def warnings(limit):
-        return start_report.memory_warnings(start_report.step_bytes(cfg, mesh, "xla", limit), limit)
-
-    assert warnings(None) == []
-    assert warnings(round(peak / 0.96)) == []
-    assert "may run out of memory" in warnings(round(peak / 0.98))[0]
 
 
 def test_mfu_is_that_of_the_log():
