@@ -235,7 +235,7 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(corpus, tmp_path, monk
     monkeypatch.setattr(layout_choice, "memory_limit", lambda: 10_000)
     with pytest.raises(errors.UserError, match=r"no layout fits into 0\.0 GiB a device"):
         train.train(make_config(corpus, tmp_path / "run", MESH_A, train={"n_steps": 1}))
-    assert not (tmp_path / "run" / "logs").exists()
+    assert not (tmp_path / "run" / "logs" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -260,7 +260,11 @@ def prepare(begin: Beginning, start: step_log.Position) -> Run:
     n_steps, n_samples = run_length(cfg, schedule, start)
     end = step_log.Position(*stream.end(schedule, *start, n_samples))
     size, _ = _stretch(cfg, schedule, start.samples, end.samples)
-    choice, laid = layout_choice.lay_out(begin.choice, size, n_samples, begin.clock, begin.say)
+    choice, laid = begin.choice, layout_choice.built_first(begin.choice, size, n_samples)
+    if start.samples < end.samples:
+        choice, laid = layout_choice.lay_out(
+            choice, size, n_samples, begin.clock, begin.say, now=laid
+        )
     return Run(
         choice=choice,
         laid=laid,
