@@ -18,7 +18,7 @@ from gpt3jax import errors, optimizer
 from gpt3jax.config import layout, schema, validation
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import batch_gradient
-from gpt3jax.hardware import devices, xla_flags
+from gpt3jax.hardware import devices, gpus, xla_flags
 from gpt3jax.model import attention, gpt
 from gpt3jax.sharding import layouts
 
@@ -105,7 +105,12 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     device = mesh.devices.flat[0]
     for_init = xla_flags.for_equal_weights(device.platform)
     capability = devices.compute_capability(device)
-    for_step = xla_flags.compiler_options(capability, mesh.shape["stage"], os.environ)
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+    gpu = gpus.like(device.device_kind, capability)
+    state_share = layouts.bytes_per_device(abstract) / gpu.memory_bytes
+    for_step = xla_flags.compiler_options(capability, mesh.shape["stage"], os.environ, state_share)
     adopt = functools.partial(first_state, cfg)
     train = functools.partial(train_step, cfg, compute, run_samples)
     evaluate = functools.partial(batch_gradient.loss_sum_and_tokens, cfg, compute)
@@ -119,9 +124,7 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     return Program(
         mesh=mesh,
         compute=compute,
-        abstract_state=jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-        ),
+        abstract_state=abstract,
         init=jit(init, shardings, for_init),
         adopt=jit(adopt, shardings, {}, donate_argnums=0),
         train=jit(train, (shardings, replicated), for_step, donate_argnums=0),

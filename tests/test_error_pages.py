@@ -117,7 +117,10 @@ REFUSED = {
     "checkpoint": ("checkpoint.__main__ show nowhere", "checkpoints.md#looking-into-a-folder"),
     "data": ("data.inspect nowhere", "data.md#when-data-is-refused"),
     "hardware": ("plan.__main__ --config=recipe.py --gpus=8 --gpu=abacus", "plan.md"),
-    "plan": ("plan.__main__ --config=recipe.py --gpus=12", "plan.md"),
+    "plan": (
+        "plan.__main__ --config=recipe.py --gpus=4",
+        "parallelism.md#which-sizes-are-possible",
+    ),
     "run": (
         "main --config=recipe.py --train.replay-step=41",
         "numerical_faults.md#is-it-the-machine",

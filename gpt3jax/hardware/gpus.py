@@ -219,14 +219,9 @@ def find(name: str) -> Gpu:
     return GPUS[name]
 
 
-def like(name: str, capability: str) -> Gpu:
-    """Return the GPU of this name; of others the one whose compute capability is nearest below.
-
-    Args:
-        name: as CUDA calls it.
-        capability: as in "9.0".
-    """
-    major = int(capability.partition(".")[0])
+def like(name: str, capability: tuple[int, int] | None) -> Gpu:
+    """Return the GPU of this name (CUDA's); of others the one whose capability is nearest below."""
+    major = capability[0] if capability else 0
     similar = "b200" if major >= 10 else "h100" if major == 9 else "a100"
     return next((gpu for gpu in GPUS.values() if gpu.name == name), GPUS[similar])
 

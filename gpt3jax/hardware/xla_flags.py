@@ -40,8 +40,13 @@ NCCL's buffers and library handles."""
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
-def of_step(capability: tuple[int, int], n_stages: int) -> tuple[Setting, ...]:
-    """Return the settings of a step on GPUs of this compute capability, and so many stages."""
+def of_step(
+    capability: tuple[int, int], n_stages: int, state_share: float = 0.0
+) -> tuple[Setting, ...]:
+    """Return the settings of a step on GPUs of this compute capability, and so many stages.
+
+    `state_share` is the part of a GPU's memory that the state takes.
+    """
     return (
         Setting(
             "xla_disable_hlo_passes",
@@ -57,13 +62,20 @@ def of_step(capability: tuple[int, int], n_stages: int) -> tuple[Setting, ...]:
         ),
         Setting(
             "xla_gpu_memory_limit_slop_factor",
-            round(100 * MEMORY_FRACTION / 0.8),
-            "percent of 80% of the GPU: the scheduler may use what the allocator has. With XLA's "
-            "own 95 it saves memory from 60 GiB of an H100 on, and exposes communication",
+            _slop_factor(state_share),
+            "percent of what the step's arguments leave of 80% of the GPU: the scheduler may use "
+            "what the allocator has. With XLA's own 95 it saves memory from 60 GiB of an H100 on, "
+            "and exposes communication",
         ),
         _estimator(capability),
         *(_without_stages() if n_stages == 1 else ()),
     )
+
+
+def _slop_factor(state_share: float) -> int:
+    """Return the percentage by which XLA's limit becomes the allocator's memory, less the state."""
+    held = min(state_share, 0.7)  # with more no step fits
+    return int(100 * (MEMORY_FRACTION - held) / (0.8 - held))
 
 
 def _estimator(capability: tuple[int, int]) -> Setting:
@@ -93,13 +105,17 @@ def _without_stages() -> tuple[Setting, ...]:
 
 
 def compiler_options(
-    capability: tuple[int, int] | None, n_stages: int, environment: Mapping[str, str]
+    capability: tuple[int, int] | None,
+    n_stages: int,
+    environment: Mapping[str, str],
+    state_share: float = 0.0,
 ) -> Options:
     """Return the options to compile a step with: none where there is no GPU (None).
 
+    `state_share` is the part of a GPU's memory that the state takes.
     Those that the user's environment gives, and those that this XLA does not have, are left out.
     """
-    settings = of_step(capability, n_stages) if capability else ()
+    settings = of_step(capability, n_stages, state_share) if capability else ()
     given = {*_names(environment.get("XLA_FLAGS", "")), *environment}
     unknown = _unknown(tuple(s.name for s in settings if s.name.startswith("xla_")))
     return {

@@ -202,8 +202,9 @@ def given(cfg: schema.Config, fields: layout.Layout, origin: str, device: str) -
 
 
 def as_json(ranking: Ranking) -> dict[str, Any]:
-    """Return the object that files and checkpoints hold."""
-    return dataclasses.asdict(ranking)
+    """Return the object that files and checkpoints hold; JSON's keys are texts."""
+    content = dataclasses.asdict(ranking)
+    return {**content, "by_size": {str(size): rows for size, rows in content["by_size"].items()}}
 
 
 def from_json(content: Mapping[str, Any], source: str) -> Ranking:

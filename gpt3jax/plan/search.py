@@ -73,7 +73,12 @@ def candidates(
             "more GPUs, or others",
             page="plan.md#layouts",
         )
-    return sorted(fitting, key=lambda candidate: candidate.seconds)
+    return sorted(fitting, key=_order)
+
+
+def _order(candidate: Candidate) -> tuple[float, float]:
+    """Return what layouts are sorted by: time, and memory where times are equal to 5 digits."""
+    return float(f"{candidate.seconds:.5g}"), candidate.peak_bytes
 
 
 def n_usable(

@@ -17,7 +17,7 @@ import jax
 from gpt3jax import errors, step
 from gpt3jax.config import batch_schedule, layout, schema
 from gpt3jax.distributed import joining, messages
-from gpt3jax.hardware import gpus, xla_flags
+from gpt3jax.hardware import devices, gpus, xla_flags
 from gpt3jax.plan import memory_model, placement, ranking, search
 from gpt3jax.sharding import meshes
 from gpt3jax.watch import phases
@@ -132,7 +132,7 @@ def _plain(cfg: schema.Config) -> ranking.Ranking:
 
 def _gpu_here(device: jax.Device) -> gpus.Gpu:
     """Return the kind of GPU in this machine, with the memory that JAX's allocator has."""
-    gpu = gpus.like(device.device_kind, str(device.compute_capability))
+    gpu = gpus.like(device.device_kind, devices.compute_capability(device))
     limit = memory_limit()
     if limit is None:
         return gpu

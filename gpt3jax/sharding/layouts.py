@@ -44,6 +44,12 @@ def state_shardings(abstract_state: PyTree, mesh: Mesh, *, over_data: bool = Fal
     return jax.tree.map_with_path(sharding_of, abstract_state, is_leaf=is_variable)
 
 
+def bytes_per_device(abstract_state: PyTree) -> int:
+    """Return the bytes that a device holds of a state with shardings."""
+    leaves = jax.tree.leaves(abstract_state)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
 def constrain_like_params(tree: Tree) -> Tree:
     """Fix each variable of a module-shaped tree (gradients, say) to its parameter's layout."""
 

@@ -19,6 +19,15 @@ def test_what_depends_on_stages_goes_with_the_program():
     assert set(plain) - set(staged) == alone
 
 
+def test_the_scheduler_may_use_what_the_state_leaves_of_the_allocators_memory():
+    """XLA takes the percentage of 80% of the GPU less the step's arguments."""
+    name = "xla_gpu_memory_limit_slop_factor"
+    for share in (0.0, 0.2, 0.4):
+        percent = xla_flags.compiler_options(HOPPER, 1, {}, share)[name]
+        allowed = percent / 100 * (0.8 - share) + share
+        assert xla_flags.MEMORY_FRACTION - 0.01 < allowed <= xla_flags.MEMORY_FRACTION
+
+
 def test_only_gpus_with_tables_have_the_estimator_and_cpus_have_no_option():
     name = "xla_gpu_enable_analytical_sol_latency_estimator"
     assert xla_flags.compiler_options(HOPPER, 1, {})[name] is True

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpt3jax import errors, step
-from gpt3jax.config import recipe, schema
+from gpt3jax.config import layout, recipe, schema
 from gpt3jax.data import global_batch
 from gpt3jax.hardware import flops
 from gpt3jax.sharding import meshes, rules, sequence
@@ -166,7 +166,7 @@ def test_175b_has_its_parameters_and_its_step_lowers_without_allocating(reposito
     assert tiny.count_params(cfg.model) == 174_604_836_864
     mesh = tiny.make_mesh(data=1, fsdp=2, tensor=4)
     small = dataclasses.replace(cfg.batch, global_batch_size=8, schedule="")
-    cfg = dataclasses.replace(cfg, batch=small)
+    cfg = layout.plain(dataclasses.replace(cfg, batch=small))
     program = step.build(cfg, mesh, 10_000)
     sizes = [
         math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(program.abstract_state)
