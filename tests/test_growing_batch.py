@@ -9,13 +9,13 @@ import random
 import signal
 
 import growing_batch
-import jax
 import numpy as np
 import pytest
 
-from gpt3jax.checkpoint import storage
+from gpt3jax.checkpoint import parameters, storage
 
 import corpus
+import tiny
 
 pytestmark = pytest.mark.slow  # each layout compiles
 
@@ -56,8 +56,8 @@ def arrays(folder):
     store = storage.Checkpoints(str(folder / "checkpoints"), read_only=True)
     [last, *_] = store.steps()
     assert last == N_STEPS
-    state = store._manager.restore(last)  # whatever its layout
-    return {jax.tree_util.keystr(k): np.asarray(x) for k, x in jax.tree.leaves_with_path(state)}
+    abstract = parameters.abstract_state(corpus.config_of(folder, *GROWING))
+    return tiny.leaves(store.restore(last, abstract))
 
 
 def test_losses_are_those_of_one_device(undisturbed, tmp_path, monkeypatch):

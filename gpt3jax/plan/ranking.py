@@ -11,8 +11,8 @@ from gpt3jax.config import layout, schema
 from gpt3jax.hardware import gpus
 from gpt3jax.plan import placement, search
 
-_KEPT = 6  # layouts of a batch size: the first, and what to take where those before do not fit
-_SMALLER = 0.93  # of the memory of the layout before: another one would hardly help
+_KEPT = 8  # layouts of a batch size: the first, and what to take where those before do not fit
+_SMALLER = 0.98  # of the memory of the layout before: another one would hardly help
 NEAR = 1.03  # a batch size keeps the layout of the one before where it is at most so much slower
 _PAGE = "parallelism.md#the-layout-is-found"
 

@@ -126,7 +126,7 @@ def _plain(cfg: schema.Config) -> ranking.Ranking:
     """
     fields, sizes = layout.of(layout.plain(cfg)), meshes.make_mesh(cfg.mesh).shape
     fields |= {f"mesh.{axis}": size for axis, size in sizes.items()}
-    origin = "data parallelism" if layout.automatic(cfg) else "as given"
+    origin = "data parallelism where nothing is given" if layout.automatic(cfg) else "as given"
     return ranking.given(cfg, fields, origin, jax.devices()[0].device_kind)
 
 
@@ -156,6 +156,7 @@ def _check_batches(cfg: schema.Config, found: ranking.Ranking) -> None:
         for row in found.by_size[size]:
             ranks = layout.n_ranks(row.fields)
             batch_schedule.check_size(schedule, size, row.fields["batch.microbatch_size"], ranks)
+            batch_schedule.check_size(schedule, cfg.batch.global_batch_size, 1, ranks)
 
 
 def lay_out(
@@ -257,7 +258,9 @@ def table(choice: Choice) -> list[str]:
     for size, (first, *others) in found.by_size.items():
         lines.append(f"  {size}: {layout.in_words(first.fields)}{_figures(first)}")
         if others:
-            lines.append(f"    before {layout.in_words(others[0].fields)}{_figures(others[0])}")
+            lines.append(
+                f"    where that does not fit: {layout.in_words(others[0].fields)}{_figures(others[0])}"
+            )
     return lines
 
 

@@ -119,7 +119,7 @@ def test_programs_are_compared_before_they_are_compiled(monkeypatch):
 
 def test_on_cpus_auto_is_data_parallelism():
     found = layout_choice.decide(config(), dict).ranking
-    assert found.origin == "data parallelism"
+    assert found.origin == "data parallelism where nothing is given"
     assert found.by_size[16][0].fields["mesh.data"] == 8
     cfg = layout.with_layout(config(), {"mesh.tensor": 4})
     assert layout_choice.decide(cfg, dict).ranking.by_size[16][0].fields["mesh.data"] == 2
