@@ -258,9 +258,8 @@ def table(choice: Choice) -> list[str]:
     for size, (first, *others) in found.by_size.items():
         lines.append(f"  {size}: {layout.in_words(first.fields)}{_figures(first)}")
         if others:
-            lines.append(
-                f"    where that does not fit: {layout.in_words(others[0].fields)}{_figures(others[0])}"
-            )
+            second = f"{layout.in_words(others[0].fields)}{_figures(others[0])}"
+            lines.append(f"    where that does not fit: {second}")
     return lines
 
 
