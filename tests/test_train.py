@@ -175,7 +175,7 @@ def test_a_growing_batch_has_one_loss_on_every_mesh(corpus, tmp_path, monkeypatc
     batch = {"global_batch_size": 16, "schedule": f"0:8 {20 * 32}:16"}
     for name, cut in {"mesh": mesh, "alone": {}}.items():
         if not cut:
-            monkeypatch.setattr(meshes, "make_mesh", lambda _: tiny.make_mesh())
+            monkeypatch.setattr(meshes, "make_mesh", lambda *_: tiny.make_mesh())
         train.train(make_config(corpus, tmp_path / name, cut, batch=batch, train={"n_steps": 6}))
     (ours, _), (alone, _) = records(tmp_path / "mesh"), records(tmp_path / "alone")
     assert [r["batch_size"] for r in alone] == [8, 8, 8, 16, 16, 16]

@@ -214,4 +214,5 @@ def with_train(program, train):
         def __call__(self, *args):
             return train(*args)
 
-    return dataclasses.replace(program, train=Train(program.mesh, program.train.jitted))
+    jitted, options = program.train.jitted, program.train.options
+    return dataclasses.replace(program, train=Train(program.mesh, jitted, options))

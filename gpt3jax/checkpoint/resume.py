@@ -10,7 +10,7 @@ import jax
 
 from gpt3jax import optimizer, step
 from gpt3jax.checkpoint import metadata, sample_order
-from gpt3jax.config import batch_schedule, schema
+from gpt3jax.config import batch_schedule, layout, schema
 from gpt3jax.data import skipped_samples
 
 # The folders of a run and the way it is started change nothing that it computes.
@@ -39,8 +39,8 @@ def with_own_scale(
     """Return a checkpoint's state with the loss scale that this config goes on with."""
     then = schema.unflatten(schema.Precision, meta.config, "precision.")
     go_on = functools.partial(optimizer.resumed_loss_scale, then, cfg.precision)
-    layout = jax.tree.map(lambda x: x.sharding, abstract_state.loss_scale)
-    scale = jax.jit(go_on, out_shardings=layout)(state.loss_scale)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state.loss_scale)
+    scale = jax.jit(go_on, out_shardings=shardings)(state.loss_scale)
     return dataclasses.replace(state, loss_scale=scale)
 
 
@@ -66,7 +66,13 @@ def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, object]:
     schedules = (cfg.optimizer, n_samples, int(state.schedule_samples))
     size = schedule.size(meta.consumed_samples)
     fields = schema.flatten(cfg) | _layout_of(meta, size)
-    compared = {n: value for n, value in fields.items() if not n.startswith(_WITHOUT_INFLUENCE)}
+    compared = {
+        name: value
+        for name, value in fields.items()
+        if not name.startswith(_WITHOUT_INFLUENCE)
+        # What an earlier version had no name for was not `auto` there.
+        and not (name in layout.FIELDS and value == schema.AUTO)
+    }
     next_step = {
         "batch size": size,
         "learning rate": float(optimizer.learning_rate(*schedules)),

@@ -120,6 +120,6 @@ def check(layout: Layout, source: str) -> None:
         names = ", ".join(wrong or sorted(set(layout) - set(FIELDS)))
         raise errors.UserError(
             f"{source}: a layout needs a value for each of {', '.join(FIELDS)} and nothing else "
-            f"(look at {names}): write it with gpt3jax.plan --search --layouts",
+            f"(look at {names}): write it with gpt3jax.plan --write-layouts",
             page="parallelism.md#the-layout-is-found",
         )

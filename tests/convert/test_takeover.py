@@ -49,7 +49,7 @@ def take_over(monkeypatch, folder, weights, *args):
 def test_a_megatron_project_goes_on_with_megatrons_numbers(monkeypatch, folder, mesh):
     """Losses, gradient norms, learning rates and evaluations, as far as its console shows them."""
     if mesh == "one device":
-        monkeypatch.setattr(meshes, "make_mesh", lambda _: tiny.one_device_mesh())
+        monkeypatch.setattr(meshes, "make_mesh", lambda *_: tiny.one_device_mesh())
     args = ("--checkpoint.dir=saved", *(() if mesh == "one device" else MESH))
     records = take_over(monkeypatch, folder, GOLDEN / "initial", *args)
     steps = [record for record in records if "loss" in record]

@@ -10,7 +10,7 @@ import pytest
 
 from gpt3jax import errors, step
 from gpt3jax.checkpoint import metadata, parameters, storage
-from gpt3jax.config import schema
+from gpt3jax.config import layout, schema
 from gpt3jax.convert import __main__ as convert
 from gpt3jax.data import indexed, loader, splits, tokenizer_sources, tokenizer_training
 from gpt3jax.evaluate import __main__ as evaluate
@@ -125,8 +125,8 @@ def test_without_overlap_it_is_the_loss_that_training_reports(tmp_path, monkeypa
             writer.add_document([document])
     monkeypatch.chdir(folder)
     paths = ["--data.paths", "--data.train-paths", "corpus", "--data.test-paths", "whole"]
-    cfg = corpus.config_of(
-        folder, *paths, "--train.eval-interval", "1", "--train.eval-batches", "2"
+    cfg = layout.plain(
+        corpus.config_of(folder, *paths, "--train.eval-interval=1", "--train.eval-batches=2")
     )
     mesh = meshes.make_mesh(cfg.mesh)
     program = step.build(cfg, mesh, 1)
