@@ -74,7 +74,8 @@ def test_what_does_not_repeat_is_named(trained, capsys, monkeypatch, which):
             return state, metrics
 
         program = tiny.with_train(run.program, spoilt)
-        return dataclasses.replace(started, run=dataclasses.replace(run, program=program))
+        laid = dataclasses.replace(run.laid, program=program)
+        return dataclasses.replace(started, run=dataclasses.replace(run, laid=laid))
 
     batches = loader.train_batches
 
