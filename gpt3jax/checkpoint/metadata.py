@@ -48,6 +48,8 @@ class Meta:
     """The layout that the state was written in (`config.layout`); earlier versions: in `config`."""
     layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The layouts of all batch sizes (`plan.ranking`), which a resumed run keeps."""
+    dropout_generator: str = "Threefry for each value"
+    """What drew dropout's masks; earlier versions, which wrote no name, had this one."""
     mesh: str = ""
     """The mesh of the run that wrote it, in words."""
     jax_version: str = ""

@@ -73,6 +73,7 @@ def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, object]:
         # What an earlier version had no name for was not `auto` there.
         and not (name in layout.FIELDS and value == schema.AUTO)
     }
+    drops = cfg.model.dropout or cfg.model.attention_dropout
     next_step = {
         "batch size": size,
         "learning rate": float(optimizer.learning_rate(*schedules)),
@@ -82,6 +83,7 @@ def _facts(meta: metadata.Meta, state: step.TrainState) -> dict[str, object]:
     return {
         **compared,
         **sample_order.in_words(meta.data_order),
+        **({"dropout's generator": meta.dropout_generator} if drops else {}),
         **({"mesh": meta.mesh} if meta.mesh else {}),
         **({"jax": meta.jax_version} if meta.jax_version else {}),
         "gpt3jax": meta.version,

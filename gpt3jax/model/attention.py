@@ -309,19 +309,17 @@ def _scores_and_kept(
     scores_BHTS = jnp.where(_visible(t_T, s_S, mask.window, segments), scores_BHTS, HIDDEN)
     if noise is None:
         return scores_BHTS, None
-    # From position 0 on: what is drawn for a key must not depend on where the block starts.
-    n_drawn, rows = max(mask.key_starts) + n_keys, (q_BTHK.shape[2],)
-    keep_BTHS = dropout.keep_mask(noise, mask.dropout_rate, t_T, rows, n_drawn)
-    parts = [keep_BTHS[..., start : start + n_keys] for start in mask.key_starts]
-    return scores_BHTS, jnp.einsum("bths->bhts", _select(parts, shard))
+    words_BTH2 = dropout.row_words(noise, t_T, q_BTHK.shape[2])
+    keep_BTHS = dropout.kept(words_BTH2, s_S, mask.dropout_rate)
+    return scores_BHTS, jnp.einsum("bths->bhts", keep_BTHS)
 
 
-def _select(values: Sequence[int | Array], shard: Array) -> int | Array:
+def _select(values: Sequence[int], shard: Array) -> int | Array:
     """Return the value of this shard, from those of all shards.
 
     Indexing with a shard's number, for all shards at once, would be a gather for the partitioner.
     """
-    selected = values[0]
+    selected: int | Array = values[0]
     for i, value in enumerate(values[1:], start=1):
         selected = jnp.where(shard == i, value, selected)
     return selected
@@ -330,7 +328,7 @@ def _select(values: Sequence[int | Array], shard: Array) -> int | Array:
 def _dropped(mask: _Mask, x_BHTS: Array, keep_BHTS: Array | None) -> Array:
     if keep_BHTS is None:
         return x_BHTS
-    return jnp.where(keep_BHTS, x_BHTS / (1 - mask.dropout_rate), 0)
+    return jnp.where(keep_BHTS, x_BHTS / dropout.kept_share(mask.dropout_rate), 0)
 
 
 def _visible(t_T: Array, s_S: Array, window: int | None, segments: Segments) -> Array:

@@ -13,6 +13,7 @@ from gpt3jax.checkpoint import array_names, choosing, metadata, resume, storage
 from gpt3jax.config import batch_schedule, layout, schema, validation
 from gpt3jax.data import skipped_samples, splits, text_corpus
 from gpt3jax.distributed import messages
+from gpt3jax.model import dropout
 from gpt3jax.run import layout_choice, numerical_faults, replica_checks, step_log
 from gpt3jax.sharding import layouts
 from gpt3jax.watch import phases
@@ -225,6 +226,7 @@ def meta_of(run: Run, position: step_log.Position) -> metadata.Meta:
         layouts=layout_choice.as_json(run.choice),
         faults=run.faults.as_json(),
         history=run.history,
+        dropout_generator=dropout.GENERATOR,
         mesh=describe_mesh(run.mesh),
         jax_version=jax.__version__,
     )

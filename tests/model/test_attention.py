@@ -80,8 +80,9 @@ def plain(q, k, v, *, window=None, dropout_rate=0.0, segments_BT=None, noise=Non
     scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
     probs = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     if dropout_rate:
-        keep = dropout.keep_mask(noise, dropout_rate, jnp.arange(T), (H,), T)
-        probs = probs * jnp.moveaxis(keep, 2, 1) / (1 - dropout_rate)
+        words = dropout.row_words(noise, jnp.arange(T), H)
+        keep = dropout.kept(words, jnp.arange(T), dropout_rate)
+        probs = probs * jnp.moveaxis(keep, 2, 1) / dropout.kept_share(dropout_rate)
     return jnp.einsum("bhts,bshk->bthk", probs, v)
 
 

@@ -178,7 +178,7 @@ def test_dropout_drops_its_rate_and_nothing_without_noise():
     noise = dropout.Noise(jax.random.key(0), jnp.arange(4))
     dropped = np.asarray(dropout.apply(x, 0.3, noise))
     np.testing.assert_allclose((dropped == 0).mean(), 0.3, atol=0.01)
-    np.testing.assert_allclose(dropped.max(), 1 / 0.7, rtol=1e-6)
+    np.testing.assert_allclose(dropped.max(), 1 / 0.7, rtol=1e-4)
     assert len({row.tobytes() for sample in dropped for row in sample}) == 4 * 64
     assert dropout.apply(x, 0.3, None) is x
 
