@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt3jax.model import cudnn_attention
+from gpt3jax.model import cudnn_attention, dropout
 from gpt3jax.sharding import rules, sequence
 
 # Queries, keys, values, where chunks start, random words, the segments of queries and of keys.
@@ -64,11 +64,6 @@ def refusal(n_positions_per_chunk: int, d_head: int, dtype: str) -> str:
     return ""
 
 
-def threshold(rate: float) -> int:
-    """Return how many of the 65,536 values of a probability's random bits drop it."""
-    return min(round(rate * 65536), 65535)
-
-
 def assume_gpu(capability: tuple[int, int]) -> None:
     """Compile for GPUs of this compute capability, though none is here."""
     global _capability
@@ -84,7 +79,7 @@ def attend(
     `words_BTH2` are uint32, two random words for each query and head: without them there is no
     dropout. Where the sequence is split over `context`, all arrays are in `sequence_order`.
     """
-    dropped = 0 if words_BTH2 is None else threshold(rate)
+    dropped = 0 if words_BTH2 is None else dropout.threshold(rate)
     starts_CR = jnp.asarray(sequence.chunk_starts(q_BTHK.shape[1]))
     own = sequence.split_sequence((q_BTHK, words_BTH2 if dropped else None))
     own_segments = sequence.split_sequence(segments_BT)
