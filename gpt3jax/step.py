@@ -145,7 +145,9 @@ def choose_compute(cfg: schema.Config, mesh: jax.sharding.Mesh) -> gpt.Compute:
     platform = "gpu" if platform in ("gpu", "cuda") else platform
     return gpt.Compute(
         dtype=cfg.precision.compute_dtype,
-        attention=attention.choose(cfg.model, cfg.precision.compute_dtype, platform),
+        attention=attention.choose(
+            cfg.model, cfg.precision.compute_dtype, platform, mesh.shape["context"]
+        ),
         sequence_parallel=cfg.mesh.sequence_parallel and mesh.shape["tensor"] > 1,
         prefetch=mesh.shape["fsdp"] > 1 and mesh.shape["stage"] == 1,
     )

@@ -20,8 +20,9 @@ Flat: TypeAlias = dict[str, Any]  # a field's dotted name: bool, int, float, str
 class Attention:
     """How attention is computed, and which positions it attends to."""
 
-    implementation: Literal["auto", "xla", "cudnn"] = "auto"
-    """auto: cudnn on a GPU that supports it (16-bit formats, no attention dropout), else xla."""
+    implementation: Literal["auto", "xla", "cudnn", "triton"] = "auto"
+    """auto: the fastest that serves. On GPUs in 16-bit formats cudnn without attention dropout, and
+    triton with it (our kernel, the extra `triton`); else xla."""
     pattern: Literal["dense", "alternating"] = "dense"
     """alternating: layers 1, 3, 5, ... are locally banded, the others dense (GPT-3 paper, 2.1)."""
     band: Annotated[int, ranges.Range(1, 2**24, "model.attention.pattern=dense has no bands")] = 256

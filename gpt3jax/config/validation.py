@@ -145,12 +145,14 @@ def _check_precision(
     if attention.implementation == "cudnn" and model.attention_dropout:
         raise errors.UserError(
             f"model.attention_dropout={model.attention_dropout} cannot run on "
-            "model.attention.implementation=cudnn: set it to 0, or use xla",
+            "model.attention.implementation=cudnn: set it to 0, or use auto, triton or xla",
             page="reference/options.md#model",
         )
-    if attention.implementation == "cudnn" and precision.compute_dtype == "float32":
+    fused = attention.implementation in ("cudnn", "triton")
+    if fused and precision.compute_dtype == "float32":
         raise errors.UserError(
-            "precision.compute_dtype=float32 cannot run on model.attention.implementation=cudnn: "
+            "precision.compute_dtype=float32 cannot run on "
+            f"model.attention.implementation={attention.implementation}: "
             "use bfloat16 or float16, or xla",
             page="reference/options.md#precision",
         )

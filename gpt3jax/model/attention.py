@@ -2,7 +2,7 @@
 
 `xla` runs everywhere and does everything: it goes through blocks of queries (`plan_blocks`) and
 leaves out the keys that no query of a block can see. `cudnn` is NVIDIA's fused kernel for 16-bit
-types without attention dropout. A token sees itself and earlier positions: of its own document
+types without attention dropout; `triton` is ours, with it. A token sees itself and earlier positions: of its own document
 where segments are given, at most `window` positions back where a window is given.
 """
 
@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.model import cudnn_attention, dropout
+from gpt3jax.model import cudnn_attention, dropout, triton_attention
 from gpt3jax.sharding import sequence
 
 QUERY_BLOCK = 256  # queries whose scores are held at once; 4 blocks at 1,024 were fastest on CPU
@@ -34,34 +34,60 @@ Segments: TypeAlias = tuple[Array, Array] | None
 class Options:
     """How a layer attends: what is known when the program is compiled."""
 
-    implementation: str  # "xla" or "cudnn"
+    implementation: str  # "xla", "cudnn" or "triton"
     window: int | None = None  # how many earlier positions a query sees; None: all
     dropout_rate: float = 0.0  # of the probabilities, where `noise` is given (training)
     gather_again: bool = False  # the backward pass gathers keys and values over `context` again
 
 
-def choose(model: schema.Model, compute_dtype: str, platform: str) -> str:
-    """Return "cudnn" or "xla": what the config asks for and the devices' platform supports.
+def choose(model: schema.Model, compute_dtype: str, platform: str, n_shards: int) -> str:
+    """Return "cudnn", "triton" or "xla": what the config asks for, or the fastest that serves.
+
+    The sequence is split into `n_shards` over `context`; `platform` is that of the devices.
 
     Raises:
-        UserError: cuDNN was asked for where there is no GPU or where it does not support the model.
+        UserError: what was asked for does not serve here.
     """
     requested = model.attention.implementation
-    supported = (
-        compute_dtype != "float32"
-        and not model.attention_dropout
-        and model.d_head % 8 == 0
-        and model.d_head <= 128
-    )
-    if requested == "cudnn" and not (supported and platform == "gpu"):
+    refusals = {"cudnn": _cudnn_refusal(model, compute_dtype), "xla": ""}
+    refusals["triton"] = _triton_refusal(model, compute_dtype, n_shards) or triton_attention.missing()
+    if platform != "gpu":
+        refusals |= dict.fromkeys(("cudnn", "triton"), f"the devices are no GPUs, but {platform}")
+    if requested == "auto":
+        return next(name for name in ("cudnn", "triton", "xla") if not refusals[name])
+    if refusals[requested]:
         raise errors.UserError(
-            f"model.attention.implementation=cudnn does not serve here (devices: {platform}; "
-            f"model.d_head={model.d_head} must be a multiple of 8 up to 128): use auto or xla",
+            f"model.attention.implementation={requested} does not serve here: "
+            f"{refusals[requested]}; or use auto",
             page="reference/options.md#model",
         )
-    if requested == "auto":
-        return "cudnn" if supported and platform == "gpu" else "xla"
     return requested
+
+
+def what_is_missing(model: schema.Model, compute_dtype: str, chosen: str, n_shards: int) -> str:
+    """Return a line on the extra that would make attention on a GPU faster, "" if none would."""
+    serves = model.attention.implementation == "auto" and chosen == "xla"
+    if not serves or _triton_refusal(model, compute_dtype, n_shards):
+        return ""
+    return (
+        "attention with dropout runs on XLA, which writes all scores to memory; a fused kernel, "
+        f"with the same masks, takes about a tenth of the time: {triton_attention.missing()}"
+    )
+
+
+def _cudnn_refusal(model: schema.Model, compute_dtype: str) -> str:
+    if model.attention_dropout:
+        return f"its masks would depend on the mesh (model.attention_dropout={model.attention_dropout})"
+    if compute_dtype == "float32":
+        return "it computes in float16 or bfloat16, not in float32"
+    if model.d_head % 8 or model.d_head > 128:
+        return f"model.d_head={model.d_head} must be a multiple of 8 up to 128"
+    return ""
+
+
+def _triton_refusal(model: schema.Model, compute_dtype: str, n_shards: int) -> str:
+    n_chunks = 1 if n_shards == 1 else 2 * n_shards
+    return triton_attention.refusal(model.seq_len // n_chunks, model.d_head, compute_dtype)
 
 
 def attend(
@@ -77,14 +103,16 @@ def attend(
 
     The backward pass keeps no scores.
     """
-    if options.implementation not in ("xla", "cudnn"):
-        raise ValueError(f"attention implementation {options.implementation!r}: use xla or cudnn")
+    if options.implementation not in ("xla", "cudnn", "triton"):
+        raise ValueError(f"there is no attention implementation {options.implementation!r}")
     if not options.dropout_rate:
         noise = None
     if sequence.context_size() > 1:
         return _attend_in_shards(q_BTHK, k_BSHK, v_BSHK, options, segments_BT, noise)
     if options.implementation == "cudnn":
         return cudnn_attention.attend(q_BTHK, k_BSHK, v_BSHK, options.window, segments_BT)
+    if options.implementation == "triton":
+        return _triton(options, noise, q_BTHK, k_BSHK, v_BSHK, segments_BT)
     k_B1SHK, v_B1SHK, segments_B1S = jax.tree.map(
         lambda x: x[:, None], (k_BSHK, v_BSHK, segments_BT)
     )
@@ -152,15 +180,36 @@ def _attend_in_shards(
     noise: dropout.Noise | None,
 ) -> Array:
     """Attend where the sequence is split over `context`."""
+    shards: Callable[..., Array] = functools.partial(_xla_in_shards, options, noise)
+    if options.implementation == "triton":
+        shards = functools.partial(_triton, options, noise)
     # cuDNN's masks do not fit a band over chunks; it reads few keys, so XLA's is good enough.
-    fused = options.implementation == "cudnn" and options.window is None
-    shards: Callable[..., Array] = cudnn_attention.attend_in_shards
-    if not fused:
-        shards = functools.partial(_xla_in_shards, options, noise)
+    elif options.implementation == "cudnn" and options.window is None:
+        shards = cudnn_attention.attend_in_shards
     if options.gather_again:
         policy = jax.checkpoint_policies.save_only_these_names(cudnn_attention.SAVED)
         shards = jax.checkpoint(shards, policy=policy, prevent_cse=False)
     return shards(q_BTHK, k_BSHK, v_BSHK, segments_BT)
+
+
+def _triton(
+    options: Options,
+    noise: dropout.Noise | None,
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    segments_BT: Array | None,
+) -> Array:
+    """Attend by our own kernels, whether the sequence is split or not."""
+    words_BTH2 = None
+    if noise is not None:
+        # Outside of the kernels' shards, where heads and positions have the numbers of the whole.
+        order_T = sequence.sequence_order(q_BTHK.shape[1])
+        words_BTH2 = dropout.row_words(noise, order_T, q_BTHK.shape[2])
+    return triton_attention.attend(
+        q_BTHK, k_BSHK, v_BSHK, window=options.window, segments_BT=segments_BT,
+        words_BTH2=words_BTH2, rate=options.dropout_rate,
+    )  # fmt: skip
 
 
 def _xla_in_shards(

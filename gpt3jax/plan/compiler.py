@@ -30,7 +30,7 @@ from jax.sharding import AxisType
 from gpt3jax import errors, step
 from gpt3jax.config import batch_schedule, recipe, schema
 from gpt3jax.hardware import gpus, xla_flags
-from gpt3jax.model import cudnn_attention
+from gpt3jax.model import cudnn_attention, triton_attention
 from gpt3jax.plan import buffer_assignment, hlo
 from gpt3jax.sharding import meshes
 
@@ -47,7 +47,7 @@ _FIXED = {
 # Needed by jax 0.10 to keep kernels; 0.12 has no such option, and keeps them.
 _KEEPS_KERNELS = "xla_gpu_enable_llvm_module_compilation_parallelism"
 _MOST_KERNELS = 100_000_000  # bytes of compiled kernels that are kept; a program has about 1 MB
-_PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", *_PLUGINS)
+_PACKAGES = ("gpt3jax", "jax", "jaxlib", "flax", "optax", "jax-triton", "triton", *_PLUGINS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Compiled:
     """Bytes of everything else that is alive at the peak."""
     peak_bytes: int
     attention: str
-    """The implementation of attention: cudnn or xla."""
+    """The implementation of attention: cudnn, triton or xla."""
     largest_buffers: list[buffer_assignment.Buffer]
     """The largest temporary arrays."""
     cudnn: dict[str, bool]
@@ -238,6 +238,7 @@ def _compile(request: _Request) -> _Answer:
     started = time.monotonic()
     major, minor = request["capability"]
     cudnn_attention.assume_gpu((major, minor), gpus.CUDNN)
+    triton_attention.assume_gpu((major, minor))
     cfg = recipe.parse(request["args"])
     mesh = target_mesh(request["target"], request["axis_sizes"], request["gpus_per_node"])
     schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)

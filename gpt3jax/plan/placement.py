@@ -19,7 +19,7 @@ class Layout:
     n_microbatches: int
     """Microbatches that a data-parallel rank has in a step."""
     attention: str
-    """The implementation of attention: cudnn or xla."""
+    """The implementation of attention: cudnn, triton or xla."""
     problems: tuple[str, ...]
     """Reasons why `gpt3jax.main` would refuse the run although its step exists."""
 
@@ -66,7 +66,9 @@ def lay_out(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     return Layout(
         sizes=sizes,
         n_microbatches=cfg.batch.global_batch_size // rows,
-        attention=attention.choose(cfg.model, cfg.precision.compute_dtype, "gpu"),
+        attention=attention.choose(
+            cfg.model, cfg.precision.compute_dtype, "gpu", sizes["context"]
+        ),
         problems=tuple(problems),
     )
 
