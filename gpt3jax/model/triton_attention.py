@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import os
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import partial_eval
 
 from gpt3jax.model import cudnn_attention, dropout
 from gpt3jax.sharding import rules, sequence
@@ -26,6 +28,8 @@ _Arrays: TypeAlias = tuple[Array, Array, Array, Array, Array | None, Array | Non
 _Residuals: TypeAlias = tuple[_Arrays, Array, Array]
 # Of the arrays: only the first three have one.
 _Gradients: TypeAlias = tuple[Array, Array, Array, None, None, None, None]
+
+_PTX_VERSION = 87  # 8.7: CUDA 12.8 reads it and all after it; sm_100 needs 8.6
 
 _capability: int | None = None  # of the GPU to compile for, as 90; None: of the one that is here
 
@@ -224,17 +228,34 @@ def _call(
     grid: tuple[int, ...], tile: Tile, constants: dict[str, Any],
 ) -> list[Array]:  # fmt: skip
     """Call the Triton kernel of this name; its pointers are the arrays and then the outputs."""
-    import jax_triton
-
     from gpt3jax.model import triton_kernels
 
+    jax_triton = _jax_triton()
     # jax-triton 0.4 has another name for it.
     parameters = inspect.signature(jax_triton.triton_call).parameters
     shapes = "out_type" if "out_type" in parameters else "out_shape"
-    with jax.named_scope(f"triton_{kernel}"):
+    window = "" if constants["WINDOW"] < 0 else f"_window_{constants['WINDOW']}"
+    with jax.named_scope(f"triton_{kernel}{window}"):  # the plan reads it
         outputs: list[Array] = jax_triton.triton_call(
             *arrays, kernel=getattr(triton_kernels, kernel), name=kernel, grid=grid,
             num_warps=tile.n_warps, num_stages=tile.n_stages, compute_capability=_capability,
             **{shapes: out_shapes}, **constants,
         )  # fmt: skip
     return outputs
+
+
+@functools.cache
+def _jax_triton() -> Any:
+    """Return the package jax_triton, mended where it does not fit the versions beside it."""
+    # Fused multiply-adds, as on any GPU; where it is not said Triton 3.9 warns of a change to come.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    import jax_triton
+    from triton.backends.nvidia import compiler
+
+    # Its rule for unused results takes two arguments up to 0.4.1, and three are given since jax
+    # 0.12. It says that all of them are used; without it JAX drops a call if none is.
+    partial_eval.dce_rules.pop(jax_triton.triton_lib.triton_kernel_call_p, None)
+    # Triton writes the newest PTX that its own ptxas reads, but XLA's ptxas compiles it.
+    newest = compiler.ptx_get_version
+    compiler.ptx_get_version = lambda cuda: min(newest(cuda), _PTX_VERSION)
+    return jax_triton

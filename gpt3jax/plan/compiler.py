@@ -63,7 +63,7 @@ class Compiled:
     """The implementation of attention: cudnn, triton or xla."""
     largest_buffers: list[buffer_assignment.Buffer]
     """The largest temporary arrays."""
-    cudnn: dict[str, bool]
+    fused_attention: dict[str, bool]
     """Whether cuDNN's kernels are in the program: forward, backward."""
     compile_seconds: float
     """Seconds of tracing, lowering and compiling."""
@@ -211,7 +211,7 @@ def _compiled(answer: _Answer, *, cached: bool) -> Compiled:
         largest_buffers=[
             buffer_assignment.Buffer(**buffer) for buffer in answer["largest_buffers"]
         ],
-        cudnn=hlo.cudnn_attention(answer["hlo"]),
+        fused_attention=hlo.fused_attention(answer["hlo"]),
         compile_seconds=answer["compile_seconds"],
         host_bytes=answer["host_bytes"],
         versions=answer["versions"],

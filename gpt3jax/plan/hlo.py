@@ -29,6 +29,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CUBLAS_PRODUCTS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 # ...ScaleBiasSoftmax with a mask of segments.
 _CUDNN_ATTENTION = re.compile(r"__cudnn\$fmha\w*Softmax(Backward)?")
+# jax-triton's target from 0.4 on, and before; kernels have the names of `triton_attention._call`.
+_TRITON_TARGETS = ("triton_kernel_call_ffi", "triton_kernel_call")
+_TRITON_ATTENTION = re.compile(r'op_name="[^"]*/triton_(\w+?)(?:_window_(\d+))?/triton_kernel_call"')
 
 
 def unreadable(reason: str) -> errors.UserError:
@@ -238,16 +241,28 @@ def collective(
     return _collective(name, shape, attributes, axis_sizes, gpus_per_node)
 
 
-def attention_pass(target: str) -> str:
+def cudnn_pass(target: str) -> str:
     """Return "forward" or "backward" for a call of cuDNN's attention, "" for all others."""
     match = _CUDNN_ATTENTION.fullmatch(target)
     return ("backward" if match[1] else "forward") if match else ""
 
 
-def cudnn_attention(text: str) -> dict[str, bool]:
-    """Return whether cuDNN's attention is in the program, forward and backward."""
-    passes = {attention_pass(target) for target in _TARGET.findall(text)}
-    return {name: name in passes for name in ("forward", "backward")}
+def triton_kernel(call: Instruction) -> tuple[str, int | None]:
+    """Return the name of our attention's kernel that is called, and its window; else ""."""
+    if call.target not in _TRITON_TARGETS:
+        return "", None
+    match = _TRITON_ATTENTION.search(call.attributes)
+    if not match:
+        raise unreadable(f"the name of the Triton kernel that {call.name} calls was not found")
+    return match[1], int(match[2]) if match[2] else None
+
+
+def fused_attention(text: str) -> dict[str, bool]:
+    """Return whether a fused kernel of attention is in the program, forward and backward."""
+    passes = {cudnn_pass(target) for target in _TARGET.findall(text)}
+    passes |= {match[1] for match in _TRITON_ATTENTION.finditer(text)}
+    in_triton = {"backward_queries", "backward_keys"} <= passes
+    return {"forward": "forward" in passes, "backward": "backward" in passes or in_triton}
 
 
 @functools.cache

@@ -65,10 +65,13 @@ def _check_flops(cfg: schema.Config, layout: placement.Layout, n_flops: float) -
 def _check_attention(
     cfg: schema.Config, layout: placement.Layout, compiled: compiler.Compiled
 ) -> None:
-    # XLA computes a band over a split sequence.
+    # With cuDNN, XLA computes a band over a split sequence.
     split = layout.sizes["context"] > 1 and cfg.model.attention.pattern == "alternating"
-    if compiled.attention == "cudnn" and not split and not all(compiled.cudnn.values()):
-        raise hlo.unreadable("cuDNN's attention was not found, although the step asks for it")
+    by_xla = compiled.attention == "xla" or (compiled.attention == "cudnn" and split)
+    if not by_xla and not all(compiled.fused_attention.values()):
+        raise hlo.unreadable(
+            f"attention by {compiled.attention} was not found, although the step asks for it"
+        )
 
 
 def _check_traffic(

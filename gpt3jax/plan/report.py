@@ -30,7 +30,7 @@ class CompiledStep:
     temp_bytes: int
     host_bytes: int
     largest_buffers: list[buffer_assignment.Buffer]
-    cudnn: dict[str, bool]
+    fused_attention: dict[str, bool]
     cached: bool
 
 
@@ -160,7 +160,7 @@ def _compiled_step(compiled: compiler.Compiled) -> CompiledStep:
         temp_bytes=compiled.temp_bytes,
         host_bytes=compiled.host_bytes,
         largest_buffers=compiled.largest_buffers,
-        cudnn=compiled.cudnn,
+        fused_attention=compiled.fused_attention,
         cached=compiled.cached,
     )
 

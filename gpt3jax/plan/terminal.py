@@ -107,9 +107,10 @@ def _time_table(plan: report.Report) -> table.Table:
         lines.add_row(name, value)
     if plan.compiled:
         lines.add_section()
-        used = {name: "yes" if is_used else "no" for name, is_used in plan.compiled.cudnn.items()}
+        passes = plan.compiled.fused_attention
+        used = {name: "yes" if is_used else "no" for name, is_used in passes.items()}
         kernels = ", ".join(f"{name} {answer}" for name, answer in used.items())
-        lines.add_row("cuDNN attention in the program", kernels)
+        lines.add_row("fused attention in the program", kernels)
         lines.add_row("compiled in", f"{plan.compile_seconds:.1f} s")
     return lines
 

@@ -52,6 +52,11 @@ ASSUMED = {
         0.55, 0.42, 0.32, "share of the peak of cuDNN's causal attention: assumed from "
         "FlashAttention-2 and 3 papers' figures for H100",
     ),
+    "triton": Range(
+        0.55, 0.42, 0.32, "share of the peak of our own attention's products, if heads were endless: "
+        "for masks and random bits a score takes 32 / d_head more time. At heads of 64 that is 3.2, "
+        "4.2 and 5.5 ps a score on an H100, of which the instructions alone take 1.8: assumed",
+    ),
     "memory": Range(0.90, 0.80, 0.65, "share of the memory's bandwidth, elementwise: assumed"),
     "network": Range(1.10, 1.00, 0.75, "of the rates below, what collectives reach: assumed"),
     "exposed": Range(
@@ -151,8 +156,8 @@ def recompute_share(cfg: schema.Config) -> tuple[float, float]:
 def assumptions(layout: placement.Layout, *, compiled: bool) -> dict[str, Range]:
     """Return the entries of `ASSUMED` that an estimate uses."""
     names = ["matmul", "memory", "network"]
-    if layout.attention == "cudnn":
-        names.insert(1, "cudnn")
+    if layout.attention != "xla":
+        names.insert(1, layout.attention)
     if not compiled and layout.n_gpus > 1:
         names.append("exposed")
     return {name: ASSUMED[name] for name in names}
@@ -241,11 +246,20 @@ def _attention_seconds(
     n_passes = communication.layer_passes(cfg, layout)
     moved = 25 * n_products / 7 * memory_model.scores(cfg, layout) * n_passes
     of_xla = moved / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
-    if layout.attention != "cudnn":
+    if layout.attention == "xla":
         return of_xla
+    if layout.attention == "triton":
+        n_products += 2  # of its two kernels in the backward pass each computes the scores again
     n_flops = n_products / 6 * work(cfg, layout).attention_flops
     stretch = 1 / (1 - placement.schedule(cfg, layout).bubble)
-    return of_xla + stretch * n_flops / (peak_flops(cfg, gpu) * ASSUMED["cudnn"].at(case))
+    return of_xla + stretch * n_flops / _attention_rate(cfg, gpu, layout.attention, case)
+
+
+def _attention_rate(cfg: schema.Config, gpu: gpus.Gpu, implementation: str, case: Case) -> float:
+    """Return the FLOP/s of a fused attention's products."""
+    rate = peak_flops(cfg, gpu) * ASSUMED[implementation].at(case)
+    d_head = cfg.model.d_head
+    return rate * d_head / (d_head + 32) if implementation == "triton" else rate
 
 
 def _traffic(
@@ -339,7 +353,8 @@ def _rates(cfg: schema.Config, gpu: gpus.Gpu, network: gpus.Network, case: Case)
     peak = peak_flops(cfg, gpu)
     return timeline.Rates(
         matmul=peak * ASSUMED["matmul"].at(case),
-        attention=peak * ASSUMED["cudnn"].at(case),
+        cudnn=_attention_rate(cfg, gpu, "cudnn", case),
+        triton=_attention_rate(cfg, gpu, "triton", case),
         memory=gpu.memory_bandwidth * ASSUMED["memory"].at(case),
         memory_peak=gpu.memory_bandwidth,
         network=network,

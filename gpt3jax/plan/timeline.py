@@ -37,8 +37,10 @@ class Rates:
 
     matmul: float
     """FLOP/s of large products."""
-    attention: float
+    cudnn: float
     """FLOP/s of cuDNN's attention, counting the scores that its mask leaves."""
+    triton: float
+    """The same of our own attention."""
     memory: float
     """Bytes a second of kernels that only move data."""
     memory_peak: float
@@ -186,15 +188,18 @@ def _run(
 
 
 def _is_library(kernel: hlo.Instruction) -> bool:
-    return kernel.target in hlo.CUBLAS_PRODUCTS or bool(hlo.attention_pass(kernel.target))
+    attends = hlo.cudnn_pass(kernel.target) or hlo.triton_kernel(kernel)[0]
+    return kernel.target in hlo.CUBLAS_PRODUCTS or bool(attends)
 
 
 def _call(call: hlo.Instruction, shapes: dict[str, str], rates: Rates, line: Timeline) -> None:
-    """Add the time of a product of cuBLAS, or of cuDNN's attention."""
+    """Add the time of a product of cuBLAS, or of a fused attention."""
     if call.target in hlo.CUBLAS_PRODUCTS:
         kind, n_flops, rate = "matmul", _matmul_flops(call, shapes), rates.matmul
+    elif hlo.cudnn_pass(call.target):
+        kind, n_flops, rate = "attention", _cudnn_flops(call, shapes), rates.cudnn
     else:
-        kind, n_flops, rate = "attention", _attention_flops(call, shapes), rates.attention
+        kind, n_flops, rate = "attention", _triton_flops(call, shapes), rates.triton
     moved = hlo.n_bytes(_WORKSPACE.sub("", call.shape))
     moved += sum(hlo.n_bytes(shapes[name]) for name in call.operands)
     seconds = max(n_flops / rate, moved / rates.memory)
@@ -237,7 +242,7 @@ def _matmul_flops(product: hlo.Instruction, shapes: dict[str, str]) -> float:
     return 2.0 * math.prod(hlo.dims(product.shape)) * contracted
 
 
-def _attention_flops(call: hlo.Instruction, shapes: dict[str, str]) -> float:
+def _cudnn_flops(call: hlo.Instruction, shapes: dict[str, str]) -> float:
     """Count two products of all pairs forward, five backward; a causal mask leaves half."""
     mask, window = _MASK.search(call.attributes), _WINDOW.search(call.attributes)
     if not mask or not window or len(hlo.dims(call.shape)) != 4:
@@ -248,5 +253,18 @@ def _attention_flops(call: hlo.Instruction, shapes: dict[str, str]) -> float:
     s = math.prod(hlo.dims(shapes[call.operands[1]])) / (b * h * k)
     pairs = t * s / 2 if mask[1] == "CAUSAL" else t * s
     pairs = min(pairs, t * float(window[1])) if int(window[1]) else pairs
-    products = 5 if hlo.attention_pass(call.target) == "backward" else 2
+    products = 5 if hlo.cudnn_pass(call.target) == "backward" else 2
+    return products * 2.0 * b * h * pairs * k
+
+
+def _triton_flops(call: hlo.Instruction, shapes: dict[str, str]) -> float:
+    """Count the products of our kernels; a GPU's queries see half of the keys, or a window."""
+    name, window = hlo.triton_kernel(call)
+    products = {"forward": 2, "backward_queries": 3, "backward_keys": 4}.get(name)
+    queries, keys = (hlo.dims(shapes[name]) for name in call.operands[:2])
+    if not products or len(queries) != 4 or len(keys) != 4:
+        raise hlo.unreadable(f"the arrays of the attention {call.name} are not as expected")
+    b, t, h, k = queries
+    pairs = t * keys[1] / 2
+    pairs = pairs if window is None else min(pairs, t * float(window))
     return products * 2.0 * b * h * pairs * k
