@@ -11,7 +11,6 @@ It is float16 because the example says --fp16: on A100 or H100 add
 `--precision.compute-dtype bfloat16`.
 Differs from it, besides what docs/from_megatron.md lists for every recipe, in:
 - the layout, which changes no loss: the example's TP 8 x PP 16 is `configs/175b_tp8_pp16.py`.
-- attention_dropout 0: the example's 0.1 would rule out the fused attention kernel.
 - 300B tokens, with decay over 260B, as in the paper: the example's 500,000 iterations are 1.33T.
 """
 

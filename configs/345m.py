@@ -24,7 +24,6 @@ def get_config() -> config.Config:
             d_model=512,
             n_heads=8,  # x 64
             seq_len=1024,
-            attention_dropout=0.1,
         ),
         decay_samples=430_000 * 1536,  # the example's iterations, at its full batch
         train=config.Train(n_steps=500_000),

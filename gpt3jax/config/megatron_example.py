@@ -54,7 +54,6 @@ def model(
     d_model: int,
     n_heads: int,
     seq_len: int,
-    attention_dropout: float,
     remat: schema.Remat = schema.AUTO,
 ) -> schema.Model:
     """Return the model of an example."""
@@ -64,22 +63,18 @@ def model(
         n_heads=n_heads,
         seq_len=seq_len,
         dropout=0.1,
-        attention_dropout=attention_dropout,
+        attention_dropout=0.1,
         init_std=0.006,
         remat=remat,
     )
 
 
 def gpt3_175b(remat: schema.Remat = schema.AUTO) -> schema.Model:
-    """Return the model of the script itself, without attention dropout.
-
-    The script's 0.1 would rule out the fused attention kernel.
-    """
+    """Return the model of the script itself."""
     return model(
         n_layers=96,
         d_model=12_288,
         n_heads=96,  # x 128
         seq_len=2048,
-        attention_dropout=0.0,
         remat=remat,
     )

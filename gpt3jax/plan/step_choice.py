@@ -73,14 +73,12 @@ def choose(planner: Planner, layouts: ranking.Ranking) -> tuple[ranking.Ranking,
 
 def _refusal(cfg: schema.Config, size: int, fields: layout.Layout) -> str:
     """Return why a smaller batch cannot be cut like this, "" if it can."""
-    *growing, full = batch_schedule.from_config(cfg.batch, cfg.model.seq_len).stages
-    smaller = [stage for stage in growing if stage[1] == size]
-    if not smaller:
+    if size == cfg.batch.global_batch_size:
         return ""  # without a full batch there is no plan: an error
+    schedule = batch_schedule.from_config(cfg.batch, cfg.model.seq_len)
+    n_ranks = fields["mesh.data"] * fields["mesh.fsdp"]
     try:
-        schedule = batch_schedule.BatchSchedule((*smaller, full))
-        n_ranks = fields["mesh.data"] * fields["mesh.fsdp"]
-        batch_schedule.check(schedule, fields["batch.microbatch_size"], n_ranks)
+        batch_schedule.check_size(schedule, size, fields["batch.microbatch_size"], n_ranks)
     except errors.UserError as error:
         return str(error)
     return ""

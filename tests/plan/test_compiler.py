@@ -46,7 +46,7 @@ def compile_small(recipe_file, fake_step, monkeypatch):
             environments.append(env)
             beside(env)
             content = {**vars(fake_step(7)), "hlo": fake_step(7).text}
-            for name in ("text", "program", "cudnn", "cached"):
+            for name in ("text", "program", "fused_attention", "cached"):
                 del content[name]
             file = pathlib.Path(json.loads(input)["out"])
             file.write_bytes(gzip.compress(json.dumps(content).encode()))
@@ -191,7 +191,7 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     content = json.loads(file.read_text())
     golden = repository / "tests" / "golden" / "plan" / "report_compiled.json"
     assert list(content) == list(json.loads(golden.read_text()))
-    assert content["compiled"]["cudnn"] == {"forward": True, "backward": True}
+    assert content["compiled"]["fused_attention"] == {"forward": True, "backward": True}
     sent = {(row["axis"], row["kind"]): row["bytes_per_step"] for row in content["collectives"]}
     needed = collectives_of(recipe_file, 8)
     # Closed forms leave out embedding and head, as large here as a layer: of both the gradient is
@@ -215,7 +215,7 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert "reduce-scatter-start" in text or "all-gather-start" in text
     network = gpus.network_of(gpus.GPUS["h100"])
     rates = timeline.Rates(
-        matmul=1e15, attention=1e15, memory=1e12, memory_peak=1e12, network=network
+        matmul=1e15, cudnn=1e15, triton=1e15, memory=1e12, memory_peak=1e12, network=network
     )
     walked = 8 * timeline.walk(hlo.parse(text), content["mesh"], rates).flops
     # All trips of all loops, with recomputation.
@@ -264,8 +264,9 @@ def test_a_program_in_another_spelling_is_refused(recipe_file, cache, monkeypatc
 
 
 def doctored(compiled, text):
-    cudnn = hlo.cudnn_attention(text)
-    return dataclasses.replace(compiled, text=text, program=hlo.parse(text), cudnn=cudnn)
+    return dataclasses.replace(
+        compiled, text=text, program=hlo.parse(text), fused_attention=hlo.fused_attention(text)
+    )
 
 
 @pytest.mark.slow
@@ -282,7 +283,7 @@ def test_attention_over_a_split_sequence_compiles_for_h100(
         *["--data.reset-attention-mask", "--data.eod-id=0"] * documents,
     ]  # fmt: skip
     built = planning.plan(plan_options.Options(config=recipe_file, gpus=2), args, "")
-    assert built.compiled.cudnn == {"forward": True, "backward": True}
+    assert built.compiled.fused_attention == {"forward": True, "backward": True}
 
 
 @compiles

@@ -15,7 +15,7 @@ COST, IS_SYNC = '{"exec_time_us":1,"name":""}', '{"is_sync":false}'
 BUFFER = buffer_assignment.Buffer(4, "f32[1]", "add", "")
 COMPILED = compiler.Compiled(
     argument_bytes=3, temp_bytes=4, peak_bytes=7, attention="cudnn", largest_buffers=[BUFFER],
-    cudnn={"forward": True, "backward": True}, compile_seconds=1.0, host_bytes=0, versions={},
+    fused_attention={"forward": True, "backward": True}, compile_seconds=1.0, host_bytes=0, versions={},
     cached=False, text=COST + IS_SYNC, program=hlo.Program("", {}),
 )  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_what_has_all_its_parts_is_read(axes):
         ({"largest_buffers": []}, "no temporary array"),
         ({"text": IS_SYNC}, "no cost of XLA's model"),
         ({"text": COST}, "no collective says whether"),
-        ({"cudnn": {"forward": True, "backward": False}}, "cuDNN's attention was not found"),
+        ({"fused_attention": {"forward": True, "backward": False}}, "attention by cudnn was not found"),
     ],
 )
 def test_a_part_that_was_not_found_is_an_error_of_one_line(wrong, message):
@@ -63,9 +63,9 @@ def test_a_part_that_was_not_found_is_an_error_of_one_line(wrong, message):
 
 def test_a_step_without_cudnns_attention_needs_none_and_a_banded_one_may_do_without():
     nothing = {"forward": False, "backward": False}
-    check(dataclasses.replace(COMPILED, attention="xla", cudnn=nothing))
+    check(dataclasses.replace(COMPILED, attention="xla", fused_attention=nothing))
     banded = schema.Attention(pattern="alternating", band=4)
-    check(dataclasses.replace(COMPILED, cudnn=nothing), {"context": 2, "fsdp": 2}, banded)
+    check(dataclasses.replace(COMPILED, fused_attention=nothing), {"context": 2, "fsdp": 2}, banded)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.36, 4.0])  # 0.36: of jax 0.12 without its fused products

@@ -108,3 +108,13 @@ def test_sizes_that_a_given_layout_does_not_divide_are_problems(recipe_file, com
     assert "the batch of 2 from sample 0 on" in first and "= 4" in first
     assert "the batch of 6 from sample 1953 on" in second
     assert len(compiled[0]) == 2
+
+
+def test_microbatches_of_a_small_batch_need_not_divide_the_full_one(tmp_path):
+    report = tmp_path / "plan.json"
+    args = ["--config=configs/345m.py", "--gpus=8", "--no-compile", f"--json={report}"]
+    assert plan.main(args) == 0
+    content = json.loads(report.read_text())
+    microbatches = {row["layout"]["batch.microbatch_size"] for row in content["batches"]}
+    assert any(content["batches"][-1]["batch_size"] % size for size in microbatches)
+    assert content["problems"] == []

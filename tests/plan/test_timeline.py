@@ -12,7 +12,8 @@ import tiny
 # 1 TFLOP/s, 100 GB/s of memory, 1 GB/s between 8 GPUs of a node.
 RATES = timeline.Rates(
     matmul=1e12,
-    attention=1e12,
+    cudnn=1e12,
+    triton=1e11,
     memory=1e11,
     memory_peak=2e11,
     network=gpus.Network(gpus_per_node=8, nvlink_bandwidth=1e9, nic_bandwidth=1e8, latency=1e-12),
@@ -398,7 +399,7 @@ def test_attention_counts_what_its_mask_leaves(target, mask, window, n_flops):
     call = f'custom_call_target="__cudnn$fmha{target}", backend_config={config_of_it}'
     assert attention(call).flops == n_flops * 2 * 3 * 64 * 64 * 16
     way = "backward" if target.endswith("Backward") else "forward"
-    assert [name for name, used in hlo.cudnn_attention(call).items() if used] == [way]
+    assert [name for name, used in hlo.fused_attention(call).items() if used] == [way]
 
 
 @pytest.mark.parametrize("config", ['"mask": "CAUSAL"', '"mask_type": "CAUSAL"'])
