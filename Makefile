@@ -40,7 +40,7 @@ test-versions:  ## the quick tests on every Python that is here and supported, i
 	  .venvs/$$version/bin/python -m pip list | grep -E '^(jax|flax|orbax-checkpoint|grain|numpy) '; \
 	done
 
-gpu-compiler: $(PLAN)  ## install what gpt3jax.plan and its tests compile with, 0.7 GiB
+gpu-compiler: $(PLAN)  ## install what gpt3jax.plan and its tests compile with, 1.6 GiB
 
 figures: $(FIGURES)  ## measure and draw the pictures of docs/figures, an hour (ARGS=--draw: draw only)
 	@set -e; for figure in one_loss megatron_curve plan_175b ramp killed; do \
@@ -70,11 +70,11 @@ $(TEST): pyproject.toml | $(BIN)/python
 	touch $@
 
 $(PLAN): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[test,plan]'
+	$(BIN)/python -m pip install -e '.[test,plan,triton]'
 	touch $@ $(TEST)
 
 $(FIGURES): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[test,plan,figures]'
+	$(BIN)/python -m pip install -e '.[test,plan,triton,figures]'
 	touch $@ $(TEST) $(PLAN)
 
 $(DEV): pyproject.toml | $(BIN)/python

@@ -141,16 +141,19 @@ def abstract_args(program: Program, cfg: schema.Config, batch_size: int) -> tupl
 
 def choose_compute(cfg: schema.Config, mesh: jax.sharding.Mesh) -> gpt.Compute:
     """Return how the network runs on this mesh's kind of device."""
-    platform = mesh.devices.flat[0].platform
-    platform = "gpu" if platform in ("gpu", "cuda") else platform
+    dtype = cfg.precision.compute_dtype
     return gpt.Compute(
-        dtype=cfg.precision.compute_dtype,
-        attention=attention.choose(
-            cfg.model, cfg.precision.compute_dtype, platform, mesh.shape["context"]
-        ),
+        dtype=dtype,
+        attention=attention.choose(cfg.model, dtype, platform(mesh), mesh.shape["context"]),
         sequence_parallel=cfg.mesh.sequence_parallel and mesh.shape["tensor"] > 1,
         prefetch=mesh.shape["fsdp"] > 1 and mesh.shape["stage"] == 1,
     )
+
+
+def platform(mesh: jax.sharding.Mesh) -> str:
+    """Return the kind of a mesh's devices: gpu, cpu or another of JAX's platforms."""
+    name = mesh.devices.flat[0].platform
+    return "gpu" if name == "cuda" else name  # a GPU that is not there has the latter
 
 
 def init_state(cfg: schema.Config) -> TrainState:

@@ -53,7 +53,7 @@ def kernels():
 
 
 def _add_bfloat16(interpreter, bfloat16):
-    """Multiply and round bfloat16 as GPUs do: the interpreter multiplies its bits, and truncates."""
+    """Multiply and round bfloat16 as GPUs do: the interpreter takes its bits for numbers."""
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 

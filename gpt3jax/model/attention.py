@@ -2,8 +2,9 @@
 
 `xla` runs everywhere and does everything: it goes through blocks of queries (`plan_blocks`) and
 leaves out the keys that no query of a block can see. `cudnn` is NVIDIA's fused kernel for 16-bit
-types without attention dropout; `triton` is ours, with it. A token sees itself and earlier positions: of its own document
-where segments are given, at most `window` positions back where a window is given.
+types without attention dropout; `triton` is ours, with it. A token sees itself and earlier
+positions: of its own document where segments are given, at most `window` positions back where a
+window is given.
 """
 
 import dataclasses
@@ -50,7 +51,9 @@ def choose(model: schema.Model, compute_dtype: str, platform: str, n_shards: int
     """
     requested = model.attention.implementation
     refusals = {"cudnn": _cudnn_refusal(model, compute_dtype), "xla": ""}
-    refusals["triton"] = _triton_refusal(model, compute_dtype, n_shards) or triton_attention.missing()
+    refusals["triton"] = (
+        _triton_refusal(model, compute_dtype, n_shards) or triton_attention.missing()
+    )
     if platform != "gpu":
         refusals |= dict.fromkeys(("cudnn", "triton"), f"the devices are no GPUs, but {platform}")
     if requested == "auto":
@@ -64,20 +67,23 @@ def choose(model: schema.Model, compute_dtype: str, platform: str, n_shards: int
     return requested
 
 
-def what_is_missing(model: schema.Model, compute_dtype: str, chosen: str, n_shards: int) -> str:
-    """Return a line on the extra that would make attention on a GPU faster, "" if none would."""
-    serves = model.attention.implementation == "auto" and chosen == "xla"
-    if not serves or _triton_refusal(model, compute_dtype, n_shards):
+def missing_extra(model: schema.Model, compute_dtype: str, platform: str, n_shards: int) -> str:
+    """Return a line on the extra that would make attention faster here, "" if none would."""
+    missing = triton_attention.missing()
+    if model.attention.implementation != "auto" or platform != "gpu" or not missing:
+        return ""
+    if not _cudnn_refusal(model, compute_dtype) or _triton_refusal(model, compute_dtype, n_shards):
         return ""
     return (
-        "attention with dropout runs on XLA, which writes all scores to memory; a fused kernel, "
-        f"with the same masks, takes about a tenth of the time: {triton_attention.missing()}"
+        "attention with dropout goes by XLA, which writes every score to memory: the fused kernel "
+        f"has the same masks and takes a tenth of the time; {missing}"
     )
 
 
 def _cudnn_refusal(model: schema.Model, compute_dtype: str) -> str:
     if model.attention_dropout:
-        return f"its masks would depend on the mesh (model.attention_dropout={model.attention_dropout})"
+        rate = model.attention_dropout
+        return f"its masks would depend on the mesh (model.attention_dropout={rate})"
     if compute_dtype == "float32":
         return "it computes in float16 or bfloat16, not in float32"
     if model.d_head % 8 or model.d_head > 128:

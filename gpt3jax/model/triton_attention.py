@@ -54,7 +54,7 @@ def missing() -> str:
     """Return why the kernels cannot be used and how to install them, "" if they can."""
     if all(importlib.util.find_spec(name) for name in ("jax_triton", "triton")):
         return ""
-    return "the Triton kernels are not installed: pip install 'gpt3jax[triton]'"
+    return "it needs the extra triton: pip install 'gpt3jax[triton]'"
 
 
 def refusal(n_positions_per_chunk: int, d_head: int, dtype: str) -> str:
@@ -151,20 +151,20 @@ def _backward(options: _Options, residuals: _Residuals, d_out_BTHK: Array) -> tu
     Source: Dao et al. 2022, appendix B.
     """
     arrays, out_BTHK, log_sum_BHT = residuals
-    q_BTHK, k_BSHK, v_BSHK = arrays[:3]
+    q_BTHK, k_BSHK = arrays[:2]
     mean_BHT = jnp.einsum(
         "bthk,bthk->bht", out_BTHK, d_out_BTHK, preferred_element_type=jnp.float32
     )
     others = d_out_BTHK, log_sum_BHT, mean_BHT
     batch, _, heads, _ = q_BTHK.shape
-    d_q_BTHK, d_k_BSHK, d_v_BSHK = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3])
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]]
     _, tile, keys_tile = tiles(*_sizes(arrays))
     (d_q_BTHK,) = _run(
-        "backward_queries", options, tile, arrays, others, [d_q_BTHK],
+        "backward_queries", options, tile, arrays, others, shapes[:1],
         (q_BTHK.shape[1] // tile.queries, heads, batch),
     )  # fmt: skip
     d_k_BSHK, d_v_BSHK = _run(
-        "backward_keys", options, keys_tile, arrays, others, [d_k_BSHK, d_v_BSHK],
+        "backward_keys", options, keys_tile, arrays, others, shapes[1:],
         (k_BSHK.shape[1] // keys_tile.keys, heads, batch),
     )  # fmt: skip
     return ((d_q_BTHK, d_k_BSHK, d_v_BSHK, None, None, None, None),)

@@ -49,9 +49,7 @@ def forward(
             v_SK = _load(v_ptr + keys, s_S, N_HEADS, D_HEAD, BLOCK_K)
             k_segment_S = _segments(k_segments_ptr, row, N_KEYS, s_S, SEGMENTS)
             scores_TS = tl.dot(q_TK, tl.trans(k_SK)) * (SCALE * LOG2_E)
-            scores_TS = _hide(
-                scores_TS, t_T, s_S, q_segment_T, k_segment_S, WINDOW, SEGMENTS, EDGE
-            )
+            scores_TS = _hide(scores_TS, t_T, s_S, q_segment_T, k_segment_S, WINDOW, SEGMENTS, EDGE)
             # Where a block hides all its keys from a query, the maximum is HIDDEN and each adds 1.
             # Its own key comes later, and then all that was added is multiplied by 0.
             new_max_T = tl.maximum(max_T, tl.max(scores_TS, 1))
@@ -105,9 +103,7 @@ def backward_queries(
             v_SK = _load(v_ptr + keys, s_S, N_HEADS, D_HEAD, BLOCK_K)
             k_segment_S = _segments(k_segments_ptr, row, N_KEYS, s_S, SEGMENTS)
             scores_TS = tl.dot(q_TK, tl.trans(k_SK)) * (SCALE * LOG2_E)
-            scores_TS = _hide(
-                scores_TS, t_T, s_S, q_segment_T, k_segment_S, WINDOW, SEGMENTS, EDGE
-            )
+            scores_TS = _hide(scores_TS, t_T, s_S, q_segment_T, k_segment_S, WINDOW, SEGMENTS, EDGE)
             probs_TS = tl.exp2(scores_TS - log_sum_T[:, None])
             d_probs_TS = tl.dot(d_out_TK, tl.trans(v_SK))
             if THRESHOLD > 0:

@@ -31,7 +31,9 @@ CUBLAS_PRODUCTS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8
 _CUDNN_ATTENTION = re.compile(r"__cudnn\$fmha\w*Softmax(Backward)?")
 # jax-triton's target from 0.4 on, and before; kernels have the names of `triton_attention._call`.
 _TRITON_TARGETS = ("triton_kernel_call_ffi", "triton_kernel_call")
-_TRITON_ATTENTION = re.compile(r'op_name="[^"]*/triton_(\w+?)(?:_window_(\d+))?/triton_kernel_call"')
+_TRITON_ATTENTION = re.compile(
+    r'op_name="[^"]*/triton_(\w+?)(?:_window_(\d+))?/triton_kernel_call"'
+)
 
 
 def unreadable(reason: str) -> errors.UserError:

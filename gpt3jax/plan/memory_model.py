@@ -175,9 +175,7 @@ def scores(cfg: schema.Config, layout: placement.Layout) -> float:
     """
     model, context = cfg.model, layout.sizes["context"]
     is_dense = model.attention.pattern == "dense"
-    if layout.attention == "triton" or (
-        layout.attention == "cudnn" and (is_dense or context == 1)
-    ):
+    if layout.attention == "triton" or (layout.attention == "cudnn" and (is_dense or context == 1)):
         return 0.0
     dense = _scores_of_head(model.seq_len, None) if layout.attention == "xla" else 0
     banded = dense if is_dense else _scores_of_head(model.seq_len, model.attention.band)

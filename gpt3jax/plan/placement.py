@@ -66,9 +66,7 @@ def lay_out(cfg: schema.Config, n_gpus: int, gpus_per_node: int) -> Layout:
     return Layout(
         sizes=sizes,
         n_microbatches=cfg.batch.global_batch_size // rows,
-        attention=attention.choose(
-            cfg.model, cfg.precision.compute_dtype, "gpu", sizes["context"]
-        ),
+        attention=attention.choose(cfg.model, cfg.precision.compute_dtype, "gpu", sizes["context"]),
         problems=tuple(problems),
     )
 

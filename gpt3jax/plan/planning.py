@@ -11,6 +11,7 @@ from gpt3jax import errors
 from gpt3jax.config import batch_schedule, layout, recipe, schema, user_paths, validation
 from gpt3jax.data import skipped_samples
 from gpt3jax.hardware import gpus
+from gpt3jax.model import attention
 from gpt3jax.plan import (
     compiled_search,
     compiler,
@@ -46,6 +47,8 @@ def plan(request: options.Options, overrides: list[str], command_line: str) -> r
 
     layouts, searched = _layouts(request, planner, note)
     chosen, steps = step_choice.choose(planner, layouts)
+    if line := _faster_attention(planner.cfg, chosen):
+        note(line)
     built = report.build(planner.cfg, chosen, steps, planner.target, notes)
     built = dataclasses.replace(built, search=searched)
     terminal.show(built, out)
@@ -55,6 +58,12 @@ def plan(request: options.Options, overrides: list[str], command_line: str) -> r
     if request.dump_hlo:
         user_paths.write(request.dump_hlo, _program(steps[planner.cfg.batch.global_batch_size]))
     return built
+
+
+def _faster_attention(cfg: schema.Config, chosen: ranking.Ranking) -> str:
+    full = chosen.by_size[cfg.batch.global_batch_size][0].fields
+    dtype, n_shards = cfg.precision.compute_dtype, full["mesh.context"]
+    return attention.missing_extra(cfg.model, dtype, "gpu", n_shards)
 
 
 def _planner(

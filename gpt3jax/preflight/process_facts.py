@@ -22,7 +22,7 @@ from gpt3jax.hardware import nvidia_smi
 
 _PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax",
-    "orbax-checkpoint", "grain", "numpy",
+    "orbax-checkpoint", "grain", "numpy", "jax-triton", "triton",
 )  # fmt: skip
 _PREFIXES = ("XLA_", "JAX_", "NCCL_", "TF_XLA_")
 _OWN = {  # may differ between processes or hosts

@@ -2,12 +2,12 @@
 
 import jax
 
-from gpt3jax import optimizer
+from gpt3jax import optimizer, step
 from gpt3jax.config import batch_schedule, schema, unused_fields
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import pipeline
 from gpt3jax.hardware import flops
-from gpt3jax.model import remat
+from gpt3jax.model import attention, remat
 from gpt3jax.plan import memory_model, placement
 from gpt3jax.run import compilation_cache, layout_choice, startup, step_log
 
@@ -22,6 +22,7 @@ def lines(run: startup.Run) -> list[str]:
         *pipeline.describe(cfg, run.mesh),
         *run.replicas.describe(),
         *(["WARNING: checkpoint.dir is empty: nothing will be saved"] if run.store is None else []),
+        *_missing_extra(run),
         *unused_fields.without_effect(run.choice.given),
         *layout_choice.table(run.choice),
         *beyond_the_end(cfg, run.schedule, run.end),
@@ -39,6 +40,13 @@ def _facts(run: startup.Run) -> list[str]:
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
         f"{run.splits.description}",
     ]
+
+
+def _missing_extra(run: startup.Run) -> list[str]:
+    model, dtype = run.cfg.model, run.cfg.precision.compute_dtype
+    platform, n_shards = step.platform(run.mesh), run.mesh.shape["context"]
+    line = attention.missing_extra(model, dtype, platform, n_shards)
+    return [f"WARNING: {line}"] if line else []
 
 
 def warmup_warnings(o: schema.Optimizer, run_samples: int) -> list[str]:

@@ -202,19 +202,6 @@ def test_attention_dropout_drops_probabilities():
     assert 0.02 < out.std() < 0.2
 
 
-def test_cudnn_is_chosen_only_where_it_serves():
-    cfg = dataclasses.replace(TINY, attention_dropout=0.0)
-    assert attention.choose(cfg, "bfloat16", "gpu") == "cudnn"
-    assert attention.choose(cfg, "bfloat16", "cpu") == "xla"
-    assert attention.choose(cfg, "float32", "gpu") == "xla"
-    assert attention.choose(dataclasses.replace(cfg, attention_dropout=0.1), "bfloat16", "gpu") == (
-        "xla"
-    )
-    asked = dataclasses.replace(cfg, attention=schema.Attention(implementation="cudnn"))
-    with pytest.raises(errors.UserError, match="cudnn does not serve here"):
-        attention.choose(asked, "bfloat16", "cpu")
-
-
 def test_bf16_stays_near_fp32():
     params = gpt.GPT(TINY, jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 251, (2, 32)))

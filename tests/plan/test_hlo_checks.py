@@ -50,7 +50,10 @@ def test_what_has_all_its_parts_is_read(axes):
         ({"largest_buffers": []}, "no temporary array"),
         ({"text": IS_SYNC}, "no cost of XLA's model"),
         ({"text": COST}, "no collective says whether"),
-        ({"fused_attention": {"forward": True, "backward": False}}, "attention by cudnn was not found"),
+        (
+            {"fused_attention": {"forward": True, "backward": False}},
+            "attention by cudnn was not found",
+        ),
     ],
 )
 def test_a_part_that_was_not_found_is_an_error_of_one_line(wrong, message):

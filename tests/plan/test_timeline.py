@@ -402,6 +402,47 @@ def test_attention_counts_what_its_mask_leaves(target, mask, window, n_flops):
     assert [name for name, used in hlo.fused_attention(call).items() if used] == [way]
 
 
+@pytest.mark.parametrize("target", ["triton_kernel_call", "triton_kernel_call_ffi"])
+@pytest.mark.parametrize(
+    ("kernel", "n_products"),
+    [
+        ("forward", 2),
+        ("backward_queries", 3),
+        ("backward_keys", 4),
+        ("forward_window_16", 1),  # a quarter of 64, in place of a half
+    ],
+)
+def test_our_attention_counts_what_a_kernel_computes(target, kernel, n_products):
+    call = triton_call(target, kernel)
+    walked = attention(call)
+    assert walked.flops == n_products * 2 * 3 * 64 * 64 * 16
+    assert walked.kernels["attention"] == walked.flops / RATES.triton
+    assert hlo.fused_attention(call) == {"forward": "forward" in kernel, "backward": False}
+
+
+def test_our_attentions_backward_pass_needs_both_of_its_kernels():
+    names = "backward_queries", "backward_keys"
+    text = "".join(triton_call("triton_kernel_call", name) for name in names)
+    assert hlo.fused_attention(text) == {"forward": False, "backward": True}
+
+
+def triton_call(target, kernel):
+    name = f"jit(step)/jvp()/triton_{kernel}/triton_kernel_call"
+    return f'custom_call_target="{target}", metadata={{op_name="{name}" stack_frame_id=9}}'
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pallas/other", "the name of the Triton kernel"),
+        ("triton_other/triton_kernel_call", "arrays"),
+    ],
+)
+def test_a_triton_kernel_that_is_not_known_is_an_error(name, message):
+    with pytest.raises(errors.UserError, match=f"cannot read the step .*{message}"):
+        attention(f'custom_call_target="triton_kernel_call", metadata={{op_name="jit/{name}"}}')
+
+
 @pytest.mark.parametrize("config", ['"mask": "CAUSAL"', '"mask_type": "CAUSAL"'])
 def test_attention_without_its_mask_or_window_is_an_error(config):
     with pytest.raises(errors.UserError, match="mask, window or 4 dimensions of the attention a"):
