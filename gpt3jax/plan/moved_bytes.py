@@ -25,14 +25,14 @@ def _values(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes of a layer's values, forward and backward, in one microbatch.
 
     Values of the compute format for each token and unit of d_model: 108, 25 more where the MLP's
-    first product runs again, 40 with dropout, and 3 for each value that is saved (to fill the
+    first product runs again, 16 with dropout, and 3 for each value that is saved (to fill the
     stack, to write to it, to read from it). Microbatches of several rows that are gathered along
     the sequence over `tensor` are transposed: 19 values of the whole sequence.
     """
     model, tensor = cfg.model, layout.sizes["tensor"]
     policy = remat.in_effect(model.remat, layout.sizes["stage"] > 1)
     again = 25 if "hidden" not in remat.SAVED[policy] else 0
-    values = 108 + again + (40 if model.dropout else 0) + 3 * memory_model.SAVED[policy]
+    values = 108 + again + (16 if model.dropout else 0) + 3 * memory_model.SAVED[policy]
     transposed = tensor > 1 and cfg.mesh.sequence_parallel and cfg.batch.microbatch_size > 1
     whole = 19 if transposed else 0
     tokens = cfg.batch.microbatch_size * model.seq_len / layout.sizes["context"]
@@ -55,10 +55,10 @@ def _weights(cfg: schema.Config, layout: placement.Layout) -> float:
 def of_scores(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes of XLA's attention in a layer and microbatch, beside its products.
 
-    50 a score, 66 with dropout, 12 more where no weights are gathered ahead: scores are then
+    50 a score, 37 with dropout, 12 more where no weights are gathered ahead: scores are then
     written once more. A third more where the forward pass runs again.
     """
-    each = 66 if cfg.model.attention_dropout else 50
+    each = 37 if cfg.model.attention_dropout else 50
     each += 12 if layout.sizes["fsdp"] == 1 or layout.sizes["stage"] > 1 else 0
     again = 1 / 3 if cfg.model.remat in ("full", "residual") else 0
     return each * (1 + again) * memory_model.scores(cfg, layout)

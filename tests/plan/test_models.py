@@ -116,7 +116,9 @@ def compiled_layouts():
     file = pathlib.Path(__file__).parents[1] / "golden" / "plan" / "compiled_layouts.json"
     for row in json.loads(file.read_text()):
         mesh = " ".join(f"{name}={value}" for name, value in row["mesh"].items())
-        yield pytest.param(row, id=f"{row['recipe']} {row['gpus']} {mesh} {row['remat']}")
+        yield pytest.param(
+            row, id=f"{row['recipe']} {row['gpus']} {mesh} {row['remat']} {row['attention']}"
+        )
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ def planned(repository):
 def test_closed_forms_are_near_compiled_steps(row, planned):
     """They decide the layout of a run, and other layouts are often within 5%."""
     cfg, h100 = planned(row), gpus.GPUS["h100"]
-    placed = layout_of(cfg, row["gpus"])
+    placed = dataclasses.replace(layout_of(cfg, row["gpus"]), attention=row["attention"])
     parts = time_model.estimate(cfg, placed, h100, gpus.network_of(h100), "expected").parts
     assert parts.seconds == pytest.approx(row["seconds"], rel=0.04)
     assert parts.exposed == pytest.approx(row["exposed"], abs=0.04 * row["seconds"])
