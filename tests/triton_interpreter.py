@@ -53,7 +53,7 @@ def kernels():
 
 
 def _add_bfloat16(interpreter, bfloat16):
-    """Multiply and round bfloat16 as GPUs do: the interpreter takes its bits for numbers."""
+    """Multiply and round bfloat16 as GPUs do: the interpreter multiplies bits, and truncates."""
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 

@@ -29,8 +29,6 @@ _Residuals: TypeAlias = tuple[_Arrays, Array, Array]
 # Of the arrays: only the first three have one.
 _Gradients: TypeAlias = tuple[Array, Array, Array, None, None, None, None]
 
-_PTX_VERSION = 87  # 8.7: CUDA 12.8 reads it and all after it; sm_100 needs 8.6
-
 _capability: int | None = None  # of the GPU to compile for, as 90; None: of the one that is here
 
 
@@ -250,12 +248,12 @@ def _jax_triton() -> Any:
     # Fused multiply-adds, as on any GPU; where it is not said Triton 3.9 warns of a change to come.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import jax_triton
-    from triton.backends.nvidia import compiler
+    import triton
 
+    # Triton writes the PTX of one of its own assemblers, but XLA's must read it. The newer of the
+    # two, which Triton takes from Hopper on, asks for CUDA 13.4; the other one for 12.9.
+    os.environ.setdefault("TRITON_PTXAS_BLACKWELL_PATH", triton.knobs.nvidia.ptxas.path)
     # Its rule for unused results takes two arguments up to 0.4.1, and three are given since jax
     # 0.12. It says that all of them are used; without it JAX drops a call if none is.
     partial_eval.dce_rules.pop(jax_triton.triton_lib.triton_kernel_call_p, None)
-    # Triton writes the newest PTX that its own ptxas reads, but XLA's ptxas compiles it.
-    newest = compiler.ptx_get_version
-    compiler.ptx_get_version = lambda cuda: min(newest(cuda), _PTX_VERSION)
     return jax_triton

@@ -233,7 +233,7 @@ def _query_range(
 ):  # fmt: skip
     """Return the queries of a chunk that meet the block of keys at `key`: from, to, in the chunk.
 
-    `key` counts from the chunk's start, and may lie before or behind it. EDGE is as in `_key_range`.
+    `key` counts from the chunk's start, and may lie before or after it. EDGE is as in `_key_range`.
     """
     begin = tl.minimum(tl.maximum(key, 0), CHUNK) // BLOCK_T * BLOCK_T
     last = key + BLOCK_S - 1

@@ -53,9 +53,10 @@ ASSUMED = {
         "FlashAttention-2 and 3 papers' figures for H100",
     ),
     "triton": Range(
-        0.55, 0.42, 0.25, "share of the peak of our own attention's products, if heads were endless: "
-        "for masks and random bits a score takes 32 / d_head more time. At heads of 64 that is 3.2, "
-        "4.2 and 7.0 ps a score on an H100, of which the instructions alone take 1.8: assumed",
+        0.55, 0.42, 0.25, "share of the peak of our own attention's products, if heads were "
+        "endless: for masks and random bits a score takes 32 / d_head more time. At heads of 64 "
+        "that is 3.2, 4.2 and 7.0 ps a score on an H100, of which the instructions alone take "
+        "1.8: assumed",
     ),
     "memory": Range(0.90, 0.80, 0.65, "share of the memory's bandwidth, elementwise: assumed"),
     "network": Range(1.10, 1.00, 0.75, "of the rates below, what collectives reach: assumed"),

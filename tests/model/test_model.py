@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt3jax import errors
 from gpt3jax.config import schema
 from gpt3jax.model import attention, dropout, gpt, remat
 from gpt3jax.sharding import layouts

@@ -60,6 +60,7 @@ def _fake_step(peak_bytes):
     text = "\nENTRY %main (p: f32[4]) -> f32[4] {\n  %a = f32[400000]{0} add(%p, %p)\n}\n"
     return compiler.Compiled(
         argument_bytes=0, temp_bytes=0, peak_bytes=peak_bytes, attention="cudnn",
-        largest_buffers=[], fused_attention={}, compile_seconds=1.0, host_bytes=0, versions={}, cached=False,
+        largest_buffers=[], fused_attention={}, compile_seconds=1.0, host_bytes=0, versions={},
+        cached=False,
         text=text, program=hlo.parse(text),
     )  # fmt: skip

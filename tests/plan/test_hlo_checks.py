@@ -15,7 +15,8 @@ COST, IS_SYNC = '{"exec_time_us":1,"name":""}', '{"is_sync":false}'
 BUFFER = buffer_assignment.Buffer(4, "f32[1]", "add", "")
 COMPILED = compiler.Compiled(
     argument_bytes=3, temp_bytes=4, peak_bytes=7, attention="cudnn", largest_buffers=[BUFFER],
-    fused_attention={"forward": True, "backward": True}, compile_seconds=1.0, host_bytes=0, versions={},
+    fused_attention={"forward": True, "backward": True}, compile_seconds=1.0, host_bytes=0,
+    versions={},
     cached=False, text=COST + IS_SYNC, program=hlo.Program("", {}),
 )  # fmt: skip
 

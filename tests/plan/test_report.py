@@ -103,7 +103,8 @@ def test_json_of_a_compiled_step_is_the_golden_one(golden, monkeypatch):
                 4_194_304, "bf16[2,512,2048]", "while/body/add", "gpt3jax/model/gpt.py:12"
             )
         ],
-        fused_attention={"forward": True, "backward": False}, compile_seconds=1.5, host_bytes=5_000_000,
+        fused_attention={"forward": True, "backward": False}, compile_seconds=1.5,
+        host_bytes=5_000_000,
         versions={}, cached=True, text=text, program=hlo.parse(text),
     )  # fmt: skip
     check(build(2.5, compiled), golden / "report_compiled.json")
