@@ -16,7 +16,7 @@ FIGURES = $(VENV)/.gpt3jax-figures
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-slow test-all test-versions gpu-compiler figures lint docs help clean
+.PHONY: quickstart test test-slow test-all test-gpu test-versions gpu-compiler figures lint docs help clean
 
 quickstart: $(TEST)  ## train a small GPT on the CPU, in minutes (ARGS="--train.n-steps=50")
 	$(BIN)/python -m gpt3jax.main --config=configs/quickstart.py $(ARGS)
@@ -32,6 +32,9 @@ test-slow: $(TEST)  ## more of them: meshes, processes, failures
 
 test-all: $(PLAN)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) $(ARGS)
+
+test-gpu: $(TEST)  ## tests that need a GPU, here (in a virtual environment that has gpt3jax[cuda13,triton])
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-versions:  ## the quick tests on every Python that is here and supported, in .venvs
 	@set -e; for version in 3.11 3.12 3.13; do \

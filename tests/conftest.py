@@ -1,4 +1,4 @@
-"""8 emulated CPU devices, JAX's compilation cache, and fixtures that many tests share."""
+"""8 emulated CPU devices or real GPUs, JAX's compilation cache, and fixtures that many tests share."""
 
 import os
 import signal
@@ -22,13 +22,26 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 sys.dont_write_bytecode = True
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, in children too
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("XLA_FLAGS", corpus.XLA_FLAGS, prepend=" ")
-    jax.devices()  # XLA reads its flags here, once
+
+
+def pytest_configure(config):
+    """Choose the devices: the GPUs that are here with `pytest -m gpu`, else the emulated ones."""
+    if config.option.markexpr == "gpu":
+        return
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", corpus.XLA_FLAGS, prepend=" ")
+        jax.devices()  # XLA reads its flags here, once
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """Run a test on the emulated devices, and with `pytest -m gpu` on a GPU."""
+    assert jax.default_backend() == request.param
+    return request.param
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ _Residuals: TypeAlias = tuple[_Arrays, Array, Array]
 # Of the arrays: only the first three have one.
 _Gradients: TypeAlias = tuple[Array, Array, Array, None, None, None, None]
 
+_LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # capabilities with 100 KB: GeForce, RTX, L40
+
 _capability: int | None = None  # of the GPU to compile for, as 90; None: of the one that is here
 
 
@@ -61,13 +63,23 @@ def refusal(n_positions_per_chunk: int, d_head: int, dtype: str) -> str:
         return f"it computes in float16 or bfloat16, not in {dtype}"
     if d_head % 8 or not 16 <= d_head <= 128:
         return f"d_head={d_head} must be a multiple of 8 from 16 to 128"
+    if d_head > 64 and _compute_capability() in _LITTLE_SHARED_MEMORY:
+        return f"d_head={d_head} needs more shared memory than this kind of GPU has: up to 64"
     if n_positions_per_chunk % 16:
         return f"{n_positions_per_chunk} consecutive positions on a GPU must be a multiple of 16"
     return ""
 
 
+def _compute_capability() -> int:
+    """Return that of the GPUs to compile for, as 90; 0 if they are none of NVIDIA's."""
+    if _capability:
+        return _capability
+    digits = str(getattr(jax.devices()[0], "compute_capability", "")).replace(".", "")
+    return int(digits) if digits.isdigit() else 0
+
+
 def assume_gpu(capability: tuple[int, int]) -> None:
-    """Compile for GPUs of this compute capability, though none is here."""
+    """Plan and compile for GPUs of this compute capability, whatever is here."""
     global _capability
     _capability = 10 * capability[0] + capability[1]
 

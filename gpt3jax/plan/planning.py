@@ -11,7 +11,7 @@ from gpt3jax import errors
 from gpt3jax.config import batch_schedule, layout, recipe, schema, user_paths, validation
 from gpt3jax.data import skipped_samples
 from gpt3jax.hardware import gpus
-from gpt3jax.model import attention
+from gpt3jax.model import attention, triton_attention
 from gpt3jax.plan import (
     compiled_search,
     compiler,
@@ -81,6 +81,7 @@ def _planner(
 
 def _target(request: options.Options) -> step_report.Target:
     gpu = gpus.find(request.gpu)
+    triton_attention.assume_gpu(gpu.capability)  # this process must not ask for devices
     network = gpus.network_of(
         gpu,
         request.gpus_per_node,

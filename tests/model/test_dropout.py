@@ -20,6 +20,7 @@ LAYERS, SAMPLES, POSITIONS, HEADS, COLUMNS = 2, 4, 64, 8, 4096
 LIMIT = 5.0  # of |z|: about 150 values a seed, each beyond it with probability 6e-7
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1e-4, 0.99999])
 def test_masks_are_numpys_bit_for_bit(rate):
     rng = np.random.default_rng(0)

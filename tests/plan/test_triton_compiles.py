@@ -11,7 +11,7 @@ import pytest
 
 from gpt3jax.hardware import gpus
 from gpt3jax.model import triton_attention
-from gpt3jax.plan import compiler
+from gpt3jax.plan import compiler, hlo
 
 pytestmark = pytest.mark.skipif(
     bool(compiler.missing_extra() or triton_attention.missing()),
@@ -78,7 +78,9 @@ def test_three_kernels_compile(repository, tmp_path, name, dtype, d_head, split)
     text, files = compile_program(repository, tmp_path, *args)
     calls = re.findall(r'custom_call_target="(triton_kernel_call\w*)".*op_name="([^"]*)"', text)
     assert len({target for target, _ in calls}) == 1
-    assert sorted(re.findall(r"/triton_(\w+)/", scope)[-1] for _, scope in calls) == KERNELS
+    names = [re.findall(r"/triton_(\w+)/", scope)[-1] for _, scope in calls]
+    assert sorted(name.removesuffix("_window_100") for name in names) == KERNELS
+    assert hlo.fused_attention(text) == {"forward": True, "backward": True}
     assert [file.stem for file in files] == KERNELS
     for file in files:
         code = file.read_text()
