@@ -1,4 +1,4 @@
-"""8 emulated CPU devices or real GPUs, JAX's compilation cache, and fixtures that many tests share."""
+"""Emulated CPU devices or real GPUs, JAX's compilation cache, and fixtures that tests share."""
 
 import os
 import signal
@@ -40,6 +40,8 @@ def pytest_configure(config):
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     """Run a test on the emulated devices, and with `pytest -m gpu` on a GPU."""
+    if request.param == "gpu" and request.config.option.markexpr != "gpu":
+        pytest.skip("needs a GPU: make test-gpu")
     assert jax.default_backend() == request.param
     return request.param
 
