@@ -16,7 +16,7 @@ constraints=${CONSTRAINTS-$repository/launch/constraints.txt}
 python=${PYTHON:-python3}
 
 case $kind in
-  cuda13 | cuda12) package="${repository}[$kind]" ;;
+  cuda13 | cuda12) package="${repository}[$kind,triton]" ;;
   cpu) package=$repository ;;
   *)
     echo "usage: $0 [cuda13|cuda12|cpu] [FOLDER]; $kind is none of the three" >&2
