@@ -7,7 +7,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
@@ -110,7 +110,10 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     )
     gpu = gpus.like(device.device_kind, capability)
     state_share = layouts.bytes_per_device(abstract) / gpu.memory_bytes
-    for_step = xla_flags.compiler_options(capability, mesh.shape["stage"], os.environ, state_share)
+    for_step = xla_flags.compiler_options(
+        capability, mesh.shape["stage"], os.environ, state_share,
+        deterministic=is_deterministic(cfg.precision, mesh.shape),
+    )  # fmt: skip
     adopt = functools.partial(first_state, cfg)
     train = functools.partial(train_step, cfg, compute, run_samples)
     evaluate = functools.partial(batch_gradient.loss_sum_and_tokens, cfg, compute)
@@ -137,6 +140,14 @@ def abstract_args(program: Program, cfg: schema.Config, batch_size: int) -> tupl
     batch = global_batch.abstract(cfg, program.mesh, batch_size)
     limit = (jax.ShapeDtypeStruct((), jnp.float32),) if cfg.faults.limits_loss else ()
     return program.abstract_state, batch, *limit
+
+
+def is_deterministic(precision: schema.Precision, sizes: Mapping[str, int]) -> bool:
+    """Return whether a step on a mesh of these sizes must give the same bits each time.
+
+    Copies compute the same and are never compared: their weights would drift apart.
+    """
+    return precision.deterministic or sizes["copies"] > 1
 
 
 def choose_compute(cfg: schema.Config, mesh: jax.sharding.Mesh) -> gpt.Compute:

@@ -145,6 +145,9 @@ class Precision:
     """float16: steps in a row without overflow after which the loss scale doubles (steps)."""
     loss_scale_hysteresis: ranges.Positive = 2
     """float16: overflows until the scale halves. They are counted anew only when it doubles."""
+    deterministic: bool = False
+    """On GPUs a step gives the same bits each time: kernels that add in a varying order are not
+    used. It costs time where cuDNN's attention is."""
 
     @property
     def scales_dynamically(self) -> bool:

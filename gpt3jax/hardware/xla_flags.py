@@ -41,7 +41,11 @@ _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def of_step(
-    capability: tuple[int, int], n_stages: int, state_share: float = 0.0
+    capability: tuple[int, int],
+    n_stages: int,
+    state_share: float = 0.0,
+    *,
+    deterministic: bool = False,
 ) -> tuple[Setting, ...]:
     """Return the settings of a step on GPUs of this compute capability, and so many stages.
 
@@ -69,7 +73,16 @@ def of_step(
         ),
         _estimator(capability),
         *(_without_stages() if n_stages == 1 else ()),
+        *((_DETERMINISTIC,) if deterministic else ()),
     )
+
+
+# Not xla_gpu_deterministic_ops, which forbids autotuning too: its choices are kept with the run.
+_DETERMINISTIC = Setting(
+    "xla_gpu_exclude_nondeterministic_ops",
+    True,
+    "asks cuDNN for sums in one order, and refuses a program that could not keep to one",
+)
 
 
 def _slop_factor(state_share: float) -> int:
@@ -109,13 +122,17 @@ def compiler_options(
     n_stages: int,
     environment: Mapping[str, str],
     state_share: float = 0.0,
+    *,
+    deterministic: bool = False,
 ) -> Options:
     """Return the options to compile a step with: none where there is no GPU (None).
 
     `state_share` is the part of a GPU's memory that the state takes.
     Those that the user's environment gives, and those that this XLA does not have, are left out.
     """
-    settings = of_step(capability, n_stages, state_share) if capability else ()
+    settings: tuple[Setting, ...] = ()
+    if capability:
+        settings = of_step(capability, n_stages, state_share, deterministic=deterministic)
     given = {*_names(environment.get("XLA_FLAGS", "")), *environment}
     unknown = _unknown(tuple(s.name for s in settings if s.name.startswith("xla_")))
     return {

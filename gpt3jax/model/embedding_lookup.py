@@ -66,8 +66,7 @@ def _backward(
             if axis in position_axes:
                 d_x = jax.lax.all_gather(d_x, axis, axis=1, tiled=True)
         place, served = _places(row_axes, ids, n_own)
-        d_table = jnp.zeros((n_own, d_x.shape[-1]), d_x.dtype)
-        d_table = d_table.at[jnp.where(served, place, n_own)].add(d_x, mode="drop")
+        d_table = _sum_by_id(jnp.where(served, place, n_own), d_x, n_own)
         for axis in column_axes:
             # Each device has the columns' gradient of its own part of the batch.
             d_table = jax.lax.psum_scatter(d_table, axis, scatter_dimension=1, tiled=True)
@@ -78,6 +77,30 @@ def _backward(
 
 
 rows.defvjp(_forward, _backward)
+
+
+def _sum_by_id(ids_BT: Array, x_BTD: Array, n_ids: int) -> Array:
+    """Return `[n_ids, D]`: for each id the sum of its values, in fp32 before it is rounded.
+
+    There is no scatter: on a GPU it adds by atomics, in an order that varies. Values are sorted by
+    their ids, a segmented scan adds up those of each id, and the last has the sum.
+    """
+    ids_N = ids_BT.reshape(-1)
+    # By id and place. With a single key XLA would sort by a library that it asks for a GPU's answer
+    # while it compiles, and plans have none.
+    sorted_N, order_N = jax.lax.sort((ids_N, jnp.arange(ids_N.size)), num_keys=2)
+    x_ND = x_BTD.reshape(ids_N.size, -1)[order_N].astype(jnp.float32)
+    starts_N1 = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])[:, None]
+
+    def add(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        starts = left[0] | right[0]
+        return starts, jnp.where(right[0], 0, left[1]) + right[1]
+
+    _, sums_ND = jax.lax.associative_scan(add, (starts_N1, x_ND))
+    ids_V = jnp.arange(n_ids)
+    last_V = jnp.searchsorted(sorted_N, ids_V, side="right") - 1
+    found_V1 = (sorted_N[last_V] == ids_V)[:, None]  # -1 is the last place, whose id is none here
+    return jnp.where(found_V1, sums_ND[last_V], 0).astype(x_BTD.dtype)
 
 
 def _id_axes(table_axes: Axes, out_axes: Axes) -> Axes:

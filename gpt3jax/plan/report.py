@@ -147,7 +147,7 @@ def build(
         n_microbatches=full.layout.n_microbatches,
         attention=full.layout.attention,
         step=_step(full.cfg, full.layout),
-        assumed=time_model.assumptions(full.layout, compiled=full.compiled is not None),
+        assumed=time_model.assumptions(full.cfg, full.layout, compiled=full.compiled is not None),
         versions=compiler.versions(),
         layouts_are=chosen.origin,
         batches=rows,

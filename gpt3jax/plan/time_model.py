@@ -11,6 +11,7 @@ import math
 import re
 from typing import Literal
 
+from gpt3jax import step
 from gpt3jax.config import schema
 from gpt3jax.hardware import flops, gpus
 from gpt3jax.plan import (
@@ -57,6 +58,10 @@ ASSUMED = {
         "endless: for masks and random bits a score takes 32 / d_head more time. At heads of 64 "
         "that is 3.2, 4.2 and 7.0 ps a score on an H100, of which the instructions alone take "
         "1.8: assumed",
+    ),
+    "deterministic": Range(
+        1.05, 1.25, 1.6, "multiple of the time of cuDNN's attention in the backward pass where "
+        "sums keep to one order (precision.deterministic): assumed",
     ),
     "memory": Range(0.90, 0.80, 0.65, "share of the memory's bandwidth, elementwise: assumed"),
     "network": Range(1.10, 1.00, 0.75, "of the rates below, what collectives reach: assumed"),
@@ -154,11 +159,15 @@ def recompute_share(cfg: schema.Config) -> tuple[float, float]:
     return again, 1 / 3 if cfg.model.remat in ("full", "residual") else 0.0
 
 
-def assumptions(layout: placement.Layout, *, compiled: bool) -> dict[str, Range]:
+def assumptions(
+    cfg: schema.Config, layout: placement.Layout, *, compiled: bool
+) -> dict[str, Range]:
     """Return the entries of `ASSUMED` that an estimate uses."""
     names = ["matmul", "memory", "network"]
     if layout.attention != "xla":
         names.insert(1, layout.attention)
+    if _keeps_order(cfg, layout):
+        names.insert(2, "deterministic")
     if not compiled and layout.n_gpus > 1:
         names.append("exposed")
     return {name: ASSUMED[name] for name in names}
@@ -243,7 +252,7 @@ def _attention_seconds(
     again, and 2 more where the forward pass runs again. XLA's wait for memory: 25 bytes a score.
     """
     again = recompute_share(cfg)[1] > 0
-    n_products = 9 if again else 7
+    n_products: float = 9 if again else 7
     n_passes = communication.layer_passes(cfg, layout)
     moved = 25 * n_products / 7 * memory_model.scores(cfg, layout) * n_passes
     of_xla = moved / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
@@ -251,9 +260,16 @@ def _attention_seconds(
         return of_xla
     if layout.attention == "triton":
         n_products += 2  # of its two kernels in the backward pass each computes the scores again
+    if _keeps_order(cfg, layout):
+        n_products += 5 * (ASSUMED["deterministic"].at(case) - 1)
     n_flops = n_products / 6 * work(cfg, layout).attention_flops
     stretch = 1 / (1 - placement.schedule(cfg, layout).bubble)
     return of_xla + stretch * n_flops / _attention_rate(cfg, gpu, layout.attention, case)
+
+
+def _keeps_order(cfg: schema.Config, layout: placement.Layout) -> bool:
+    """Return whether cuDNN's attention is told to add in one order; ours always does."""
+    return layout.attention == "cudnn" and step.is_deterministic(cfg.precision, layout.sizes)
 
 
 def _attention_rate(cfg: schema.Config, gpu: gpus.Gpu, implementation: str, case: Case) -> float:
@@ -326,7 +342,7 @@ def _by_schedule(
     case: Case,
     program: hlo.Program,
 ) -> StepTime:
-    walked = timeline.walk(program, layout.sizes, _rates(cfg, gpu, network, case))
+    walked = timeline.walk(program, layout.sizes, _rates(cfg, layout, gpu, network, case))
     traffic = [
         Traffic(
             kind=key[0],
@@ -350,11 +366,19 @@ def _by_schedule(
     return StepTime(parts=parts, traffic=traffic)
 
 
-def _rates(cfg: schema.Config, gpu: gpus.Gpu, network: gpus.Network, case: Case) -> timeline.Rates:
-    peak = peak_flops(cfg, gpu)
+def _rates(
+    cfg: schema.Config,
+    layout: placement.Layout,
+    gpu: gpus.Gpu,
+    network: gpus.Network,
+    case: Case,
+) -> timeline.Rates:
+    peak, cudnn = peak_flops(cfg, gpu), _attention_rate(cfg, gpu, "cudnn", case)
+    slower = ASSUMED["deterministic"].at(case) if _keeps_order(cfg, layout) else 1
     return timeline.Rates(
         matmul=peak * ASSUMED["matmul"].at(case),
-        cudnn=_attention_rate(cfg, gpu, "cudnn", case),
+        cudnn=cudnn,
+        cudnn_backward=cudnn / slower,
         triton=_attention_rate(cfg, gpu, "triton", case),
         memory=gpu.memory_bandwidth * ASSUMED["memory"].at(case),
         memory_peak=gpu.memory_bandwidth,

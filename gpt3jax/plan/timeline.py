@@ -39,6 +39,8 @@ class Rates:
     """FLOP/s of large products."""
     cudnn: float
     """FLOP/s of cuDNN's attention, counting the scores that its mask leaves."""
+    cudnn_backward: float
+    """The same of its backward pass."""
     triton: float
     """The same of our own attention."""
     memory: float
@@ -196,8 +198,9 @@ def _call(call: hlo.Instruction, shapes: dict[str, str], rates: Rates, line: Tim
     """Add the time of a product of cuBLAS, or of a fused attention."""
     if call.target in hlo.CUBLAS_PRODUCTS:
         kind, n_flops, rate = "matmul", _matmul_flops(call, shapes), rates.matmul
-    elif hlo.cudnn_pass(call.target):
-        kind, n_flops, rate = "attention", _cudnn_flops(call, shapes), rates.cudnn
+    elif way := hlo.cudnn_pass(call.target):
+        rate = rates.cudnn_backward if way == "backward" else rates.cudnn
+        kind, n_flops = "attention", _cudnn_flops(call, shapes)
     else:
         kind, n_flops, rate = "attention", _triton_flops(call, shapes), rates.triton
     moved = hlo.n_bytes(_WORKSPACE.sub("", call.shape))

@@ -1,8 +1,8 @@
 """`--train.replay-step K`: take step K twice from one checkpoint, and compare bit for bit.
 
-Nothing is written. If two passes from the same state on the same batches differ, a device computes
-wrongly or kernels are not deterministic. If they agree, a spike or a NaN comes from data and
-weights.
+Nothing is written. Kernels are those of `precision.deterministic`: if two passes from the same
+state on the same batches differ all the same, a device computes wrongly. If they agree, a spike or
+a NaN comes from data and weights.
 """
 
 import dataclasses
@@ -39,6 +39,8 @@ def replay(cfg: schema.Config) -> int:
         UserError: as `startup.start_or_resume`; the run has no such step.
     """
     last = cfg.train.replay_step
+    precision = dataclasses.replace(cfg.precision, deterministic=True)
+    cfg = dataclasses.replace(cfg, precision=precision)
     started = startup.start_or_resume(cfg, phases.Phases())
     run, first_step = started.run, started.position.step + 1
     if last > run.end.step:

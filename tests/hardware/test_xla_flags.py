@@ -45,6 +45,13 @@ def test_every_option_has_a_reason_and_xla_takes_it(capability):
     xla_flags.check(xla_flags.text(xla_flags.of_plan()))
 
 
+def test_a_deterministic_step_has_one_option_more_that_xla_takes():
+    plain = xla_flags.compiler_options(HOPPER, 1, {})
+    strict = xla_flags.compiler_options(HOPPER, 1, {}, deterministic=True)
+    assert strict == plain | {"xla_gpu_exclude_nondeterministic_ops": True}
+    jax.jit(lambda x: x + 1, compiler_options=strict).lower(1.0).compile()
+
+
 def test_the_rate_of_the_network_is_that_of_every_gpu_with_the_estimator():
     (setting,) = xla_flags.of_process()
     assert setting.name == MAP

@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+import tempfile
 
 import pytest
 
@@ -215,7 +216,13 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert "reduce-scatter-start" in text or "all-gather-start" in text
     network = gpus.network_of(gpus.GPUS["h100"])
     rates = timeline.Rates(
-        matmul=1e15, cudnn=1e15, triton=1e15, memory=1e12, memory_peak=1e12, network=network
+        matmul=1e15,
+        cudnn=1e15,
+        cudnn_backward=1e15,
+        triton=1e15,
+        memory=1e12,
+        memory_peak=1e12,
+        network=network,
     )
     walked = 8 * timeline.walk(hlo.parse(text), content["mesh"], rates).flops
     # All trips of all loops, with recomputation.
@@ -284,6 +291,39 @@ def test_attention_over_a_split_sequence_compiles_for_h100(
     ]  # fmt: skip
     built = planning.plan(plan_options.Options(config=recipe_file, gpus=2), args, "")
     assert built.compiled.fused_attention == {"forward": True, "backward": True}
+
+
+@pytest.mark.slow
+@compiles
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mesh.fsdp=2", "--data.reset-position-ids", "--data.eod-id=0"],
+        pytest.param(
+            ["--mesh.stage=2", "--mesh.fsdp=1", "--model.attention-dropout=0.1"],
+            marks=pytest.mark.slower,
+        ),
+        pytest.param(["--mesh.copies=2", "--mesh.fsdp=1"], marks=pytest.mark.slower),
+        pytest.param(["--mesh.fsdp=2", "--precision.deterministic"], marks=pytest.mark.slower),
+    ],
+    ids=" ".join,
+)
+def test_no_step_adds_by_atomics(recipe_file, options, cache, monkeypatch):
+    """Which a scatter does that may meet an index twice: its order varies on a GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    args = ["--mesh.data=-1", "--mesh.tensor=2", *options]
+    step = compile_text(recipe_file, args)
+    scatters = [line for line in step.splitlines() if re.search(r" (select-and-)?scatter\(", line)]
+    assert not scatters
+    assert " sort(" in step, "where the embedding's gradient is added up"
+
+
+def compile_text(recipe_file, args):
+    """Return the text of the step that a plan compiles for 8 H100."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        options = plan_options.Options(config=recipe_file, gpus=8, dump_hlo=file.name)
+        planning.plan(options, args, "")
+        return pathlib.Path(file.name).read_text()
 
 
 @compiles

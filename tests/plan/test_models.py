@@ -100,6 +100,22 @@ def test_175b_recomputes_what_the_compiler_does():
     assert 1 + time_model.recompute_share(cfg)[0] == pytest.approx(1.22, abs=0.005)
 
 
+@pytest.mark.parametrize("attention", ["cudnn", "triton"])
+def test_only_cudnns_attention_is_slower_where_results_must_repeat(attention):
+    def estimate(**fields):
+        cfg = tiny.make_config(mesh={"fsdp": 8}, precision={"compute_dtype": "bfloat16", **fields})
+        placed = dataclasses.replace(layout_of(cfg), attention=attention)
+        gpu = gpus.GPUS["h100"]
+        parts = time_model.estimate(cfg, placed, gpu, gpus.network_of(gpu), "expected").parts
+        return parts, "deterministic" in time_model.assumptions(cfg, placed, compiled=True)
+
+    (plain, named), (strict, named_too) = estimate(), estimate(deterministic=True)
+    # 2 of 9 products are forward, twice with full recomputation, and 5 backward.
+    expected = (4 + 5 * 1.25) / 9 if attention == "cudnn" else 1.0
+    assert strict.attention / plain.attention == pytest.approx(expected)
+    assert (named, named_too) == (False, attention == "cudnn")
+
+
 def test_communication_that_arithmetic_cannot_hide_is_exposed():
     """Over a slow network a step takes as long as its traffic."""
     cfg = tiny.make_config(mesh={"fsdp": 8})

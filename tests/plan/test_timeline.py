@@ -13,6 +13,7 @@ import tiny
 RATES = timeline.Rates(
     matmul=1e12,
     cudnn=1e12,
+    cudnn_backward=5e11,
     triton=1e11,
     memory=1e11,
     memory_peak=2e11,
