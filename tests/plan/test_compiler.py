@@ -8,7 +8,6 @@ import pathlib
 import re
 import subprocess
 import tempfile
-import tempfile
 
 import pytest
 
