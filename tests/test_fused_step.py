@@ -38,7 +38,9 @@ def config_of(implementation, remat="mlp", **mesh):
     ("remat", "mesh"),
     [
         ("mlp", {"data": 1, "fsdp": 2, "context": 1, "tensor": 4}),
-        ("full", {"data": 2, "stage": 2, "fsdp": 1, "tensor": 2}),
+        pytest.param(
+            "full", {"data": 2, "stage": 2, "fsdp": 1, "tensor": 2}, marks=pytest.mark.slower
+        ),
     ],
 )
 def test_losses_do_not_depend_on_the_mesh(remat, mesh):

@@ -134,7 +134,7 @@ def assert_near(ours, theirs, dtype):
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slower) for case in MORE)], ids=str
 )
 def test_output_and_gradients_are_those_of_float64(case):
     assert_near(kernels(case), exact(case), case.dtype)
