@@ -259,7 +259,11 @@ REFUSED = [
     ),
     (
         "--model.attention.implementation=cudnn",
-        "model.attention_dropout=0.1", "implementation=cudnn", "set it to 0, or use xla",
+        "model.attention_dropout=0.1", "implementation=cudnn", "use auto, triton or xla",
+    ),
+    (
+        "--model.attention.implementation=triton --precision.compute-dtype=float32",
+        "precision.compute_dtype=float32", "implementation=triton", "bfloat16 or float16, or xla",
     ),
     (
         "--model.attention.implementation=cudnn --model.attention-dropout=0 "
