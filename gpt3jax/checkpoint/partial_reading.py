@@ -3,6 +3,7 @@
 What is read is compared with its digests.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -52,14 +53,17 @@ def only(layout: array_names.PyTree, wanted: Callable[[str], bool]) -> array_nam
     )
 
 
-def read_some(
+def read_state(
     path: pathlib.Path, layout: array_names.PyTree, meta: metadata.Meta
 ) -> array_names.PyTree:
-    """Return the state of a checkpoint's folder, without the arrays that are not read."""
-    # A standard item is read whole, and Orbax's manager keeps one reader for an item.
+    """Return the state of a checkpoint's folder, without the arrays that are not read.
+
+    Each process reads its part by itself. Orbax's manager would then have all of them meet, and
+    those that could read would wait for one that could not.
+    """
     item = {"params": layout.params} if meta.only_params else layout
     args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         state = reader.restore(path / "state", args=args)
     return dataclasses.replace(layout, **state) if meta.only_params else state
 

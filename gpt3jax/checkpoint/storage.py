@@ -33,7 +33,7 @@ from gpt3jax.checkpoint import (
 )
 from gpt3jax.config import user_paths
 from gpt3jax.distributed import messages
-from gpt3jax.sharding import moving
+from gpt3jax.sharding import moving, spreading
 
 State = TypeVar("State")
 
@@ -283,28 +283,24 @@ class Checkpoints:
 
         Layers that were stacked for another number of virtual stages are read as they were written
         and stacked anew, array by array. Arrays whose names (`params/norm/scale_D/value`) are not
-        `wanted` are not read: the state has `...` in their places.
+        `wanted` are not read: the state has `...` in their places. Of an array that several devices
+        are to have, each reads a share, and gets the others' over the network. All processes must
+        call it.
 
         Raises:
-            DamagedError: files are missing, cut or changed; it names the arrays.
+            DamagedError: files are missing, cut or changed, here or for another process; it names
+                the arrays.
         """
         meta, path = self.read_meta(step), self.path(step)
         layout = partial_reading.only(
             layer_stacking.as_written(abstract_state, meta.config_as_laid_out), wanted
         )
-        with orbax_errors.named(path):
+        with _same_for_all(path), orbax_errors.named(path):
             expected = self.read_digests(step, meta, abstract_state)
-            if partial_reading.NOT_READ in jax.tree.leaves(layout):
-                state = partial_reading.read_some(path, layout, meta)
-            else:
-                items = ocp.args.Composite(state=ocp.args.StandardRestore(layout))
-                state = self._manager.restore(step, args=items)["state"]
+            shares = partial_reading.read_state(path, _map_read(spreading.spread, layout), meta)
+        state = _map_read(spreading.gather, shares, layout)
         partial_reading.check_digests(path, state, expected)
-
-        def restack(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:  # an array, or not read
-            return leaf if leaf is partial_reading.NOT_READ else moving.move_array(leaf, like)
-
-        return jax.tree.map(restack, state, abstract_state)
+        return _map_read(moving.move_array, state, abstract_state)
 
     def read_blocks(
         self, step: int, abstract_state: array_names.PyTree, name: str
@@ -333,6 +329,33 @@ class Checkpoints:
         self.poll(wait=True)
         with contextlib.suppress(Exception):  # poll reported it
             self._manager.close()
+
+
+def _map_read(function: Callable[..., Any], *states: array_names.PyTree) -> array_names.PyTree:
+    """Return a state with `function` called for each array, but for those that are not read."""
+
+    def call(leaf: Any, *others: Any) -> Any:  # an array, or what stands for one
+        return leaf if leaf is partial_reading.NOT_READ else function(leaf, *others)
+
+    return jax.tree.map(call, *states)
+
+
+@contextlib.contextmanager
+def _same_for_all(path: pathlib.Path) -> Iterator[None]:
+    """Let all processes fail where one finds damage: they read different parts of a checkpoint.
+
+    Raises:
+        DamagedError: this process's own, or that another one has some.
+    """
+    problem: metadata.DamagedError | None = None
+    try:
+        yield
+    except metadata.DamagedError as error:
+        problem = error
+    if messages.on_any_process(problem is not None):
+        raise problem or metadata.DamagedError(
+            f"checkpoint {path}: another process cannot read its part of it"
+        )
 
 
 def _manager(

@@ -27,7 +27,7 @@ def verify(
         if missing:
             raise ValueError(f"it does not have {', '.join(missing)}")
         # Orbax needs files of its own as well: it reads the smallest array.
-        partial_reading.read_some(path, _smallest_alone(abstract_state, meta), meta)
+        partial_reading.read_state(path, _smallest_alone(abstract_state, meta), meta)
     n_stacked = layer_stacking.stacked_by_name(abstract_state, meta.config_as_laid_out)
     changed = []
     for name in names:

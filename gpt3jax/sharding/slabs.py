@@ -53,7 +53,7 @@ class Route:
 def route(sharding: NamedSharding, shape: Shape, dim: int) -> Route:
     """Return the route from a layout of an array to slabs of a dimension."""
     assert isinstance(sharding.mesh, Mesh)
-    axes_of = [_axes(sharding.spec, i) for i in range(len(shape))]
+    axes_of = [axes_of_dim(sharding.spec, i) for i in range(len(shape))]
     sizes = _sizes_in_slabs(sharding.mesh, axes_of, shape[dim], dim)
     mesh = _split(sharding.mesh, sizes)
     steps = [step for step in _steps(axes_of, sizes, dim) if mesh.shape[step.axis] > 1]
@@ -104,7 +104,7 @@ def permuted(slab: jax.Array, source: Route, target: Route) -> jax.Array:
     return jax.lax.ppermute(slab, source.mesh.axis_names, pairs)
 
 
-def _axes(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
+def axes_of_dim(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
     """Return the axes that cut a dimension, slowest first."""
     entry = spec[dim] if dim < len(spec) else None
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
