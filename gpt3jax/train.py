@@ -90,7 +90,7 @@ def loop(
     """Take steps until the end of the run or a signal; return the last layout, state, position."""
     cfg, clock, position, stretch_end = run.cfg, overseer.clock, start, start.samples
     log = step_log.StepLog(cfg, recorder, clock, start.step + 1, run.end, run.n_samples, run.faults)
-    profile = profiling.Profile(cfg.log)
+    profile = profiling.Profile(cfg.log, jax.process_index())
     while position.samples < run.end.samples:
         if position != start:
             _evaluate_and_save_if_due(run, state, position, log, recorder, clock)
@@ -110,7 +110,8 @@ def loop(
         profile.before(step_number)
         args = (state, batch, *run.faults.step_args(step_number))
         log.compile_first(size, run.program.train, *args)
-        with clock.during(phases.DEVICE):  # the call waits if the device is behind
+        # The call waits if the device is behind.
+        with clock.during(phases.DEVICE), profile.step(step_number):
             state, step_metrics = run.program.train(*args)
         position = step_log.Position(step_number, samples)
         profile.after(step_number, step_metrics)

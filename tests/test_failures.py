@@ -1,6 +1,7 @@
 """Whatever ends a run, nothing is lost: the next start goes on, or says why it cannot."""
 
 import contextlib
+import gzip
 import json
 import os
 import pathlib
@@ -468,7 +469,19 @@ def test_a_profile_of_the_chosen_steps_is_written(tmp_path, monkeypatch):
     options = ["--train.n-steps=5", "--checkpoint.dir=", "--log.profile-steps", "2", "3"]
     assert corpus.call_main(monkeypatch, folder, *options) == 0
     (profile,) = (folder / "logs").rglob("*.xplane.pb")
-    assert profile.stat().st_size > 0
+    data = jax.profiler.ProfileData.from_file(str(profile))
+    events = [event for plane in data.planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert sorted(steps) == [2, 3]
+
+
+def test_the_memory_after_a_step_is_written_for_pprof(tmp_path, monkeypatch):
+    folder = corpus.write_run(tmp_path)
+    options = ["--train.n-steps=5", "--checkpoint.dir=", "--log.profile-memory=3"]
+    assert corpus.call_main(monkeypatch, folder, *options) == 0
+    (file,) = (folder / "logs").glob("*.prof")
+    assert file.name == "memory-step-3.prof"
+    assert b"buffer" in gzip.decompress(file.read_bytes())
 
 
 def test_a_run_resumed_within_its_profile_goes_on(tmp_path, monkeypatch, finished):

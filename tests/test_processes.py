@@ -9,6 +9,7 @@ import subprocess
 import time
 
 import growing_batch
+import jax
 import pytest
 
 from gpt3jax import errors
@@ -58,6 +59,21 @@ def run(folder, n, *args):
     told = [re.sub(r".*(\[Gloo\]|connected peer ranks).*\n", "", text) for text in out]
     assert not any(told[1:]), "only the first process tells"
     return told[0]
+
+
+def test_the_first_process_alone_records_its_devices(tmp_path):
+    folder = corpus.write_run(tmp_path)
+    options = ("--log.profile-steps", "3", "4", "--log.profile-memory=3", "--checkpoint.dir=")
+    run(folder, 2, "--train.n-steps=5", *options)
+    (profile,) = (folder / "logs").rglob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(profile))
+    steps = [
+        dict(event.stats)["step_num"]
+        for plane in data.planes for line in plane.lines for event in line.events
+        if event.name == "train"
+    ]  # fmt: skip
+    assert sorted(steps) == [3, 4]
+    assert [file.name for file in (folder / "logs").glob("*.prof")] == ["memory-step-3.prof"]
 
 
 def assert_same(found, expected):

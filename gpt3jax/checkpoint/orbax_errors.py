@@ -41,6 +41,13 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
+def is_time_limit(error: Exception) -> bool:
+    """Return whether Orbax's time limit of a save ran out: here, or where it waits for others."""
+    if isinstance(error, TimeoutError):
+        return error.errno is None  # with a number it is the store's
+    return isinstance(error, jax.errors.JaxRuntimeError) and "DEADLINE_EXCEEDED" in str(error)
+
+
 def silence() -> None:
     """Keep Orbax's threads from printing hundreds of lines on a failure that we report in one."""
     for name in ("absl", "asyncio"):

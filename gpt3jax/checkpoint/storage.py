@@ -31,11 +31,12 @@ from gpt3jax.checkpoint import (
     partial_reading,
     retention,
 )
-from gpt3jax.config import user_paths
+from gpt3jax.config import schema, user_paths
 from gpt3jax.distributed import messages
 from gpt3jax.sharding import moving, spreading
 
 State = TypeVar("State")
+_DEFAULTS = schema.Checkpoint()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,20 +66,23 @@ class Checkpoints:
         read_only: bool = False,
         keep_period: int = 0,
         before: int | None = None,
+        save_timeout: int = _DEFAULTS.save_timeout,
         lost: Callable[[], str] = lambda: "",
     ):
         """Open a folder, made if need be; each save keeps the `max_to_keep` newest checkpoints.
 
         It also keeps those whose steps are multiples of `keep_period` (0: none), and what an
         earlier start kept for good. `read_only` is for another run's folder: nothing in it is
-        changed. Only checkpoints of steps before `before` are listed (None: all). `lost` returns
-        why the run may no longer write to the folder, "" while it may.
+        changed. Only checkpoints of steps before `before` are listed (None: all). A save fails
+        after `save_timeout` seconds. `lost` returns why the run may no longer write to the folder,
+        "" while it may.
 
         Raises:
             UserError: the folder cannot be made or read, or is itself a checkpoint.
         """
         self.folder = pathlib.Path(folder).absolute()
         self._read_only, self._before, self._lost = read_only, before, lost
+        self._save_timeout = save_timeout
         self._last_save = _Save(outcome="", is_counted=True)
         orbax_errors.silence()
         user_paths.check_not_a_step(self.folder)
@@ -86,7 +90,7 @@ class Checkpoints:
         try:
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = _manager(self.folder, keep, read_only=read_only)
+            self._manager = _manager(self.folder, keep, save_timeout, read_only=read_only)
         except OSError as error:
             raise errors.UserError(
                 f"checkpoint folder {folder}: {error}", page="operations.md#by-symptom"
@@ -179,7 +183,7 @@ class Checkpoints:
                 save.failure = ""
                 return
             except Exception as error:  # as in poll
-                save.failure = orbax_errors.first_line(error)
+                save.failure = self._reason(error)
 
     def _unwritable(self) -> str:
         """Return why a process cannot write in the folder, "" if all can.
@@ -217,7 +221,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever the storage raises; reported, training goes on
-            failure = failure or orbax_errors.first_line(error)
+            failure = failure or self._reason(error)
         if self.path(save.step).is_dir():
             save.outcome = ""
         else:
@@ -225,6 +229,15 @@ class Checkpoints:
             reason = failure or "it is not there"
             save.outcome = f"step {save.step} was not saved in {self.folder}: {reason}"
         return save.outcome
+
+    def _reason(self, error: Exception) -> str:
+        """Return in a line why a save failed."""
+        if orbax_errors.is_time_limit(error):
+            return (
+                f"it was not written within checkpoint.save_timeout={self._save_timeout} s: raise "
+                "that, and watchdog.slow_phase_seconds with it, or use a faster store"
+            )
+        return orbax_errors.first_line(error)
 
     def wait(self) -> str:
         """Wait for the last save; return "" or why it failed, and count failures in `n_failed`.
@@ -359,7 +372,7 @@ def _same_for_all(path: pathlib.Path) -> Iterator[None]:
 
 
 def _manager(
-    folder: pathlib.Path, keep: retention.Keep, *, read_only: bool
+    folder: pathlib.Path, keep: retention.Keep, save_timeout: int, *, read_only: bool
 ) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder,
@@ -367,8 +380,11 @@ def _manager(
             preservation_policy=keep,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
-            # Else a folder that cannot be made leaves threads that wait for it 5 minutes.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=save_timeout,
+                # Else a folder that cannot be made leaves threads that wait for it 5 minutes.
+                create_directories_asynchronously=False,
+            ),
         ),
         item_names=("state", "digests", "meta"),
     )

@@ -318,6 +318,10 @@ class Checkpoint:
     many attempts (0: failed saves do not end the run, and the last one has 5 attempts)."""
     retry_pause: Annotated[float, ranges.Range(0, 10**6)] = 10.0
     """Pause between attempts at the last save of the run (seconds)."""
+    save_timeout: Annotated[int, ranges.positive("a large number waits long")] = 3000
+    """Time limit of a save, from the copies until all processes have written it (seconds). 175B has
+    2.1 TB with its moments: the default is enough for a store that takes 0.7 GB/s. It must be below
+    watchdog.slow_phase_seconds."""
     allow_new_data_order: bool = False
     """Resume even if the order of samples has changed: some may repeat and some may be missed."""
 
@@ -332,7 +336,10 @@ class Log:
     """Steps between console lines and logged metrics. With log.dir a terminal shows a live view in
     place of the lines on steps."""
     profile_steps: tuple[ranges.Count, ranges.Count] = (0, 0)
-    """First and last step to profile for TensorBoard or xprof (0 0: none)."""
+    """First and last step to profile for TensorBoard or xprof, in the first process (0 0: none)."""
+    profile_memory: ranges.Count = 0
+    """Step after which the first process writes what its devices' memory holds to
+    LOG_DIR/memory-step-STEP.prof, for pprof (0: none)."""
     wandb_project: str = ""
     """Record the run at Weights & Biases too: PROJECT or TEAM/PROJECT there (empty: do not)."""
     peak_tflops: Annotated[float, ranges.Range(0, 10**9)] = 0.0

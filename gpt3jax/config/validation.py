@@ -256,6 +256,11 @@ def _check_run(cfg: schema.Config) -> None:
             "and needs a log.dir for the profile",
             page="reference/options.md#log",
         )
+    if cfg.log.profile_memory and not cfg.log.dir:
+        raise errors.UserError(
+            f"log.profile_memory={cfg.log.profile_memory} needs a log.dir for its file: give one",
+            page="watching.md#profiles",
+        )
     if cfg.log.wandb_project and not cfg.log.dir:
         raise errors.UserError(
             f"log.wandb_project={cfg.log.wandb_project} needs a log.dir, which keeps the run's id "
@@ -274,6 +279,14 @@ def _check_run(cfg: schema.Config) -> None:
             f"checkpoint.keep_period={period} must be a multiple of checkpoint.save_interval="
             f"{interval}, or some of the steps to keep are never saved: use "
             f"{-(-period // interval) * interval}",
+            page="checkpoints.md#saving",
+        )
+    slowest = cfg.watchdog.slow_phase_seconds
+    if checkpoint.dir and cfg.watchdog.step_multiple and checkpoint.save_timeout >= slowest:
+        raise errors.UserError(
+            f"checkpoint.save_timeout={checkpoint.save_timeout} must be below "
+            f"watchdog.slow_phase_seconds={slowest:g}, after which the watchdog ends a process that "
+            "waits for a save: lower the one or raise the other",
             page="checkpoints.md#saving",
         )
     if checkpoint.only_params and not checkpoint.load:

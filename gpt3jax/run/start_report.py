@@ -21,7 +21,7 @@ def lines(run: startup.Run) -> list[str]:
         *warmup_warnings(cfg.optimizer, run.n_samples),
         *pipeline.describe(cfg, run.mesh),
         *run.replicas.describe(),
-        *(["WARNING: checkpoint.dir is empty: nothing will be saved"] if run.store is None else []),
+        _checkpoints(run),
         *_missing_extra(run),
         *unused_fields.without_effect(run.choice.given),
         *layout_choice.table(run.choice),
@@ -40,6 +40,17 @@ def _facts(run: startup.Run) -> list[str]:
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
         f"{run.splits.description}",
     ]
+
+
+def _checkpoints(run: startup.Run) -> str:
+    if run.store is None:
+        return "WARNING: checkpoint.dir is empty: nothing will be saved"
+    leaves, seconds = jax.tree.leaves(run.program.abstract_state), run.cfg.checkpoint.save_timeout
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 1e9
+    return (
+        f"checkpoints of {size:.4g} GB, each to be written within {seconds} s "
+        f"(checkpoint.save_timeout), which takes {size / seconds:.3g} GB/s"
+    )
 
 
 def _missing_extra(run: startup.Run) -> list[str]:
@@ -69,6 +80,8 @@ def beyond_the_end(
     fields, faults = [], cfg.faults
     if cfg.log.profile_steps[0] > end.step:
         fields.append(f"log.profile_steps={' '.join(map(str, cfg.log.profile_steps))}")
+    if cfg.log.profile_memory > end.step:
+        fields.append(f"log.profile_memory={cfg.log.profile_memory}")
     if schedule.stages[-1][0] >= end.samples:
         first, size = schedule.stages[-1]
         fields.append(f"the batch of {size} from sample {first} on (batch.schedule or batch.ramp)")

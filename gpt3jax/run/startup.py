@@ -247,7 +247,11 @@ def _open_store(cfg: schema.Config, lost: Callable[[], str]) -> storage.Checkpoi
         return storage.Checkpoints(folder, read_only=True, before=replay_step)
     options = cfg.checkpoint
     return storage.Checkpoints(
-        folder, options.max_to_keep, keep_period=options.keep_period, lost=lost
+        folder,
+        options.max_to_keep,
+        keep_period=options.keep_period,
+        save_timeout=options.save_timeout,
+        lost=lost,
     )
 
 

@@ -26,6 +26,8 @@ def spread(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     assert isinstance(sharding, NamedSharding)
     before = [slabs.axes_of_dim(sharding.spec, dim) for dim in range(len(leaf.shape))]
     more = _more_axes(sharding, before, leaf.shape)
+    if not any(more):
+        return leaf
     spec = PartitionSpec(*(axes + more[dim] for dim, axes in enumerate(before)))
     return jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec)
@@ -35,7 +37,7 @@ def spread(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def gather(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Return an array in the layout `like`, of which it has the `spread` one; it is deleted."""
     source, target = array.sharding, like.sharding
-    if source.is_equivalent_to(target, array.ndim):
+    if source == target:
         return array
     gathered = jax.block_until_ready(_program(source, target, array.ndim)(array))
     array.delete()
@@ -75,7 +77,7 @@ def _program(source: NamedSharding, target: NamedSharding, n_dims: int) -> jax.s
     mapped = jax.shard_map(
         whole, mesh=source.mesh, in_specs=source.spec, out_specs=target.spec, check_vma=False
     )
-    return jax.jit(mapped)
+    return jax.jit(mapped, out_shardings=target)
 
 
 def _steps(

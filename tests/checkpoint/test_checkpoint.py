@@ -5,6 +5,7 @@ import functools
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,23 @@ def test_an_array_is_read_in_parts_in_the_order_of_its_layers(tmp_path, mesh, mo
         parts = list(store.read_blocks(1, abstract, f"{name}/value"))
         assert name.endswith("bias_D") or len(parts) > 1
         np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def test_a_save_that_takes_too_long_names_the_option(tmp_path):
+    """The rows are made once for the digest, and once, slowly, to be written."""
+    made = []
+
+    def rows(first, stop):
+        made.append(first)
+        time.sleep(2.5 if len(made) > 1 else 0)
+        return np.zeros((stop - first, 3), np.float32)
+
+    blocks = {"table": array_blocks.Blocks((2, 3), rows)}
+    store = storage.Checkpoints(str(tmp_path), save_timeout=1)
+    store.save_params(blocks, meta(0))
+    failure = store.poll(wait=True)
+    assert "not written within checkpoint.save_timeout=1 s: raise that" in failure
+    assert not store.steps()
 
 
 def test_digests_of_parts_add_up(monkeypatch):

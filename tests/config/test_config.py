@@ -310,6 +310,11 @@ REFUSED = [
     ("--log.profile-steps 3 2 --log.dir=x", "log.profile_steps=3 2", "a first and a last step"),
     ("--log.profile-steps 2 3", "log.profile_steps=2 3", "needs a log.dir"),
     ("--log.wandb-project=gpt3", "log.wandb_project=gpt3", "needs a log.dir"),
+    ("--log.profile-memory=3", "log.profile_memory=3", "needs a log.dir"),
+    (
+        "--checkpoint.dir=x --checkpoint.save-timeout=3600",
+        "checkpoint.save_timeout=3600", "below watchdog.slow_phase_seconds=3600",
+    ),
     ("--log.profile-steps 0 3 --log.dir=x", "log.profile_steps=0 3", "from 1 on"),
     (
         "--checkpoint.allow-new-data-order",
