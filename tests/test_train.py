@@ -248,14 +248,14 @@ def test_fields_without_effect_are_warned_of(corpus, tmp_path, capsys):
 
 
 def test_what_has_no_effect_before_the_end_of_the_run_is_warned_of():
-    log = {"profile_steps": (21, 30), "profile_memory": 22, "dir": "logs"}
+    log = {"profile_steps": (21, 30), "profile_memory": 21, "dir": "logs"}
     cfg = tiny.make_config(log=log, data={"mock": True})
     cfg = dataclasses.replace(cfg, faults=schema.Faults(spike="warn", spike_window=19))
     schedule = batch_schedule.BatchSchedule(((0, 8), (160, 16)))
     lines = start_report.beyond_the_end(cfg, schedule, step_log.Position(20, 160))
     end = "has no effect: the run ends at step 20"
     assert len(lines) == 4 and all(end in line for line in lines)
-    fields = ["log.profile_steps=21 30", "log.profile_memory=22", "spike_window=19"]
+    fields = ["log.profile_steps=21 30", "log.profile_memory=21", "spike_window=19"]
     for words in (*fields, "the batch of 16 from sample 160"):
         assert any(words in line for line in lines)
     assert start_report.beyond_the_end(cfg, schedule, step_log.Position(21, 161)) == []

@@ -285,8 +285,8 @@ def _check_run(cfg: schema.Config) -> None:
     if checkpoint.dir and cfg.watchdog.step_multiple and checkpoint.save_timeout >= slowest:
         raise errors.UserError(
             f"checkpoint.save_timeout={checkpoint.save_timeout} must be below "
-            f"watchdog.slow_phase_seconds={slowest:g}, after which the watchdog ends a process that "
-            "waits for a save: lower the one or raise the other",
+            f"watchdog.slow_phase_seconds={slowest:g}, after which the watchdog ends a process "
+            "that waits for a save: lower the one or raise the other",
             page="checkpoints.md#saving",
         )
     if checkpoint.only_params and not checkpoint.load:

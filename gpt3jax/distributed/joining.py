@@ -9,7 +9,7 @@ import jax
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.distributed import launchers, messages
+from gpt3jax.distributed import launchers, messages, nodes
 from gpt3jax.hardware import devices
 
 
@@ -18,7 +18,7 @@ def start(distributed: schema.Distributed, mesh: schema.Mesh) -> None:
 
     Raises:
         UserError: this process cannot find the others that are expected.
-        TransientError: they did not join in time.
+        TransientError: they did not join in time, or the first one is silent.
     """
     devices.choose(mesh.cpu_devices)
     arguments = launchers.arguments(distributed, os.environ)
@@ -38,6 +38,7 @@ def start(distributed: schema.Distributed, mesh: schema.Mesh) -> None:
             f"{error}",
             page="operations.md#by-symptom",
         ) from error
+    nodes.join(distributed.start_timeout)
 
 
 def check_all_work(n_devices: int) -> None:

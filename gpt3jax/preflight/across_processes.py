@@ -8,12 +8,12 @@ import json
 import pathlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from gpt3jax import errors, step
 from gpt3jax.config import batch_schedule, layout, schema
-from gpt3jax.distributed import messages
+from gpt3jax.distributed import messages, nodes
 from gpt3jax.preflight import checks, process_facts
 from gpt3jax.run import layout_choice, start_report, startup, step_log
 
@@ -72,13 +72,15 @@ class Session:
         else:
             token = self._receive("token")
         try:
-            answer = process_facts.of_host(self.cfg, token, first=self.me == 0)
-            answer["folders"] |= problems
-            used = process_facts.used_gpus() if with_gpus else {}
-            answers = self._gather("hosts", {**answer, "used": used})
+            speaks = self.me == 0 or nodes.speaks()
+            answer = process_facts.of_host(self.cfg, token, first=self.me == 0, with_files=speaks)
+            if self.me == 0:
+                answer["folders"] = problems
+            used = process_facts.used_gpus() if with_gpus and speaks else {}
+            answers = self._gather_facts("hosts", {**answer, "used": used})
         finally:
             process_facts.uproot(planted)
-        offsets = self._clock_offsets(answers)
+        offsets = self._clock_offsets(answers, speaks=speaks)
         verdict: list[checks.Check] = []
         if self.me == 0:
             self.used = _part(answers, "used")
@@ -142,22 +144,50 @@ class Session:
             return []
         return [checks.all_answered(self.hosts, answers)]
 
+    def _gather_facts(self, name: str, answer: Mapping[str, Answer]) -> list[Answer]:
+        """Gather what is nearly the same everywhere: digests from all, and each value once."""
+        digests = {part: process_facts.digest(value) for part, value in answer.items()}
+        answers = self._gather(name, digests)
+        values = {digests[part]: value for part, value in answer.items()}
+        if self.me:
+            parts = json.loads(self._receive(f"wanted/{name}")).get(str(self.me))
+            if parts:
+                text = json.dumps({digests[part]: answer[part] for part in parts})
+                messages.publish(f"facts/{name}/{self.me}", text)
+            return []
+        wanted: dict[int, list[str]] = {}
+        for i, theirs in enumerate(answers):
+            for part, digest in (theirs or {}).items():
+                if digest not in values:
+                    values[digest] = None  # until it is there
+                    wanted.setdefault(i, []).append(part)
+        if self.n > 1:
+            messages.publish(f"wanted/{name}", json.dumps(wanted))
+        for i in wanted:
+            values |= json.loads(messages.receive(f"facts/{name}/{i}", self._timeout) or "{}")
+        return [a and {part: values[digest] for part, digest in a.items()} for a in answers]
+
     def _gather(self, name: str, answer: Answer) -> list[Answer]:
         texts = messages.gather(name, json.dumps(answer), self._timeout)
         if self.me == 0 and len(self.hosts) < self.n:
-            others = [messages.receive(f"host/{i}", 0) for i in range(1, self.n)]
-            self.hosts = [process_facts.host(), *(host or "host unknown" for host in others)]
+            names = messages.posted("host")
+            others = [names.get(str(i), "host unknown") for i in range(1, self.n)]
+            self.hosts = [process_facts.host(), *others]
         return [None if text is None else json.loads(text) for text in texts]
 
-    def _clock_offsets(self, answers: Sequence[Answer]) -> list[tuple[float, float] | None]:
+    def _clock_offsets(
+        self, answers: Sequence[Answer], *, speaks: bool
+    ) -> list[tuple[float, float] | None]:
         """Return, in process 0, (seconds ahead of process 0, uncertainty) of each process.
 
-        Processes that answered wait for its request and then send their time, which therefore lies
-        between the request and the arrival of the reply.
+        In a large run only those are asked that speak for their node, and `speaks` says whether
+        this one does. Processes that answered wait for its request and then send their time, which
+        therefore lies between the request and the arrival of the reply.
         """
         if self.me:
-            self._receive("clock")
-            messages.gather("clocks", repr(time.time()), self._timeout)
+            if speaks:
+                self._receive("clock")
+                messages.publish(f"clocks/{self.me}", repr(time.time()))
             return []
         if self.n == 1:
             return [(0.0, 0.0)]
@@ -165,7 +195,8 @@ class Session:
         messages.publish("clock", "now")
         offsets: list[tuple[float, float] | None] = [(0.0, 0.0)]
         for i in range(1, self.n):
-            theirs = answers[i] and messages.receive(f"clocks/{i}", self._timeout)
+            is_asked = answers[i] is not None and answers[i]["code"] is not None
+            theirs = is_asked and messages.receive(f"clocks/{i}", self._timeout)
             received = time.time()
             middle, half = (sent + received) / 2, (received - sent) / 2
             offsets.append((float(theirs) - middle, half) if theirs else None)

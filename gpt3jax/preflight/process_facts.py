@@ -5,6 +5,7 @@ All values are short texts. Nothing here communicates, and `of_host` uses no dev
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -34,27 +35,37 @@ _N_PIECES = 32  # of a file, to read besides its head
 _PIECE_BYTES, _HEAD_BYTES = 4096, 1 << 16
 _LOOKS = 5  # attempts to see a file that another host has just written: network folders may lag
 FOLDERS = {"checkpoint.dir": "fail", "log.dir": "warn"}  # the result if it is not shared
+OF_FILES = ("code", "versions", "corpus", "folders")
 N_DEVICES, KIND = "devices of a process", "kind of device"
 ERROR = "cannot be read: "
 
 
-def of_host(cfg: schema.Config, token: str, *, first: bool) -> dict[str, dict[str, str]]:
+def of_host(
+    cfg: schema.Config, token: str, *, first: bool, with_files: bool = True
+) -> dict[str, dict[str, str] | None]:
     """Return all facts that need no device.
 
     Args:
         cfg: the run's config.
         token: part of the name of the file that process 0 has put into each folder.
         first: whether this is process 0, whose folders `plant` has checked.
+        with_files: look at files too; without, another process of this node does, and what it
+            reports of them is None here.
     """
     flat = schema.flatten(cfg)
     del flat["distributed.process_id"]
+    of_files: dict[str, dict[str, str] | None] = dict.fromkeys(OF_FILES)
+    if with_files:
+        of_files = {
+            "code": sources(),
+            "versions": versions(),
+            "corpus": corpus(cfg.data),
+            "folders": {} if first else folders(cfg, token),
+        }
     return {
-        "code": sources(),
-        "versions": versions(),
+        **of_files,
         "environment": environment(os.environ),
         "config": {name: str(value) for name, value in flat.items()},
-        "corpus": corpus(cfg.data),
-        "folders": {} if first else folders(cfg, token),
     }
 
 
@@ -220,6 +231,11 @@ def program(built: step.Program, cfg: schema.Config, batch_size: int) -> str:
         args = step.abstract_args(built, cfg, batch_size)
         text = built.train.jitted.lower(*args).as_text()
     return f"{len(text):,} characters, digest {_digest(f'{text}{built.train.options}'.encode())}"
+
+
+def digest(value: object) -> str:
+    """Return a digest of a value that can be JSON."""
+    return _digest(json.dumps(value, sort_keys=True).encode())
 
 
 def _digest(data: bytes) -> str:

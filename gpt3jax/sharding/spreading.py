@@ -29,9 +29,7 @@ def spread(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     if not any(more):
         return leaf
     spec = PartitionSpec(*(axes + more[dim] for dim, axes in enumerate(before)))
-    return jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec)
-    )
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec))
 
 
 def gather(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Posts go through JAX's coordination service and not through collectives, so they arrive while a
 device hangs. Two processes read, because the second can still report when the first one, where the
-service runs, does not answer.
+service runs, does not answer. In a large run one process posts for all of its node.
 """
 
 import collections
@@ -15,10 +15,11 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gpt3jax.distributed import messages
+from gpt3jax.distributed import messages, nodes
 from gpt3jax.watch import phases
 
 _READERS = 2
+_SILENT_TIMES = 4  # so many intervals without a post: it may pass two other processes on its way
 # A process is slow if it takes this share of a step longer than the median process ...
 _SLOW_SHARE = 0.1
 _SLOW_TIMES = 3  # ... so many times in a row.
@@ -37,6 +38,8 @@ class Post(NamedTuple):
     host: str
     doing: phases.Doing
     last_step: phases.StepEnd | None
+    number: int = 0
+    """How many posts it made before."""
 
 
 class Slow(NamedTuple):
@@ -62,8 +65,16 @@ class Slow(NamedTuple):
 class Peers:
     """Posts what this process is doing, and keeps what the others posted."""
 
-    def __init__(self, clock: phases.Phases, process: int, n_processes: int, every: float):
-        """Begin to post each `every` seconds, unless this process is the only one."""
+    def __init__(
+        self,
+        clock: phases.Phases,
+        process: int,
+        n_processes: int,
+        every: float,
+        node: nodes.Node | None = None,
+    ):
+        """Post nothing yet; `node` is that of this process in a large run."""
+        self._node, self._n_posts = node, 0
         self._clock, self._process, self._n, self._every = clock, process, n_processes, every
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -72,7 +83,10 @@ class Peers:
         self._ends: dict[int, phases.StepEnd] = {}
         self._slow: Slow | None = None
         self._answered = time.monotonic()  # when the service did so last
-        if n_processes > 1:
+
+    def start(self) -> None:
+        """Begin to post each `every` seconds, unless this process is the only one."""
+        if self._n > 1:
             threading.Thread(target=self._run, name="peers", daemon=True).start()
 
     def close(self) -> None:
@@ -91,12 +105,12 @@ class Peers:
         now = time.monotonic()
         with self._lock:
             posts, changed, answered = dict(self._posts), dict(self._changed), self._answered
-        if now - answered > 3 * self._every:
+        if now - answered > _SILENT_TIMES * self._every:
             return [f"process 0{_at(posts.get(0))} has not answered for {now - answered:.0f} s"]
         lines = []
         for i in range(self._n):
             silence = now - changed[i] if i in posts else math.inf
-            if silence > 3 * self._every:
+            if silence > _SILENT_TIMES * self._every:
                 lines.append(f"process {i}{_silent(posts.pop(i, None), silence)}")
         for i in held_up_by({i: post.doing for i, post in posts.items()}):
             step, phase, seconds = posts[i].doing
@@ -106,26 +120,40 @@ class Peers:
         return lines or ["every process waits for its devices: see the logs of GPUs and network"]
 
     def _run(self) -> None:
-        name, host = f"peers/{self._process}", socket.gethostname()
         while not self._closed.wait(self._every):
             try:
-                post = Post(host, self._clock.doing(), self._clock.last_step())
-                messages.post(name, json.dumps(post))
-                if self._process < _READERS:
-                    self._read(messages.posted("peers"))
+                self.exchange()
             except Exception:  # the service is gone: JAX ends this process, and says why
                 continue
+
+    def exchange(self) -> None:
+        """Post what this process is doing, or have its node's speaker do it; read the posts."""
+        post = Post(
+            socket.gethostname(), self._clock.doing(), self._clock.last_step(), self._n_posts
+        )
+        self._n_posts += 1
+        posts = {self._process: post}
+        if self._node is None or self._node.speaks or not self._node.tell(json.dumps(posts)):
+            for text in self._node.told() if self._node else ():
+                posts |= json.loads(text)
+            messages.post(f"peers/{self._process}", json.dumps(posts))
+        if self._process < _READERS:
+            self._read(messages.posted("peers"))
 
     def _read(self, posted: dict[str, str]) -> None:
         now = time.monotonic()
         with self._lock:
             self._answered = now
-            for name, text in posted.items():
-                host, doing, end = json.loads(text)
-                post = Post(host, phases.Doing(*doing), phases.StepEnd(*end) if end else None)
+            for name, entry in (
+                pair for text in posted.values() for pair in json.loads(text).items()
+            ):
+                host, doing, end, number = entry
+                end = phases.StepEnd(*end) if end else None
                 process = int(name)
-                if self._posts.get(process) != post:
-                    self._posts[process], self._changed[process] = post, now
+                before = self._posts.get(process)
+                if before is None or number > before.number:
+                    self._posts[process] = Post(host, phases.Doing(*doing), end, number)
+                    self._changed[process] = now
             ends = {i: post.last_step for i, post in self._posts.items() if post.last_step}
             worst = slowest(self._ends, ends, self._posts, self._slow)
             if worst or len(ends) > len(self._ends):

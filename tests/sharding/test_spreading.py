@@ -52,5 +52,7 @@ def test_an_array_is_whole_again_on_every_device(shape, spec, n_readers):
 def test_every_axis_can_share_the_reading():
     for axis, other in itertools.permutations(meshes.AXES, 2):
         mesh = tiny.make_mesh(**{"data": 1, axis: 4, other: 2})
-        like = jax.ShapeDtypeStruct((4, 2), np.float32, sharding=NamedSharding(mesh, P(None, other)))
+        like = jax.ShapeDtypeStruct(
+            (4, 2), np.float32, sharding=NamedSharding(mesh, P(None, other))
+        )
         assert spreading.spread(like).sharding.shard_shape((4, 2)) == (1, 1)

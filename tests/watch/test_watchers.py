@@ -201,15 +201,18 @@ HOLDS_THE_GIL = "import ctypes; ctypes.PyDLL(None).sleep(60)"
 
 def test_a_silent_process_is_named_with_what_it_did_last(monkeypatch):
     """Its own watchdog may have ended it before the others look."""
-    ticks = itertools.count(1.0)
+    ticks = itertools.count()
+    silent = ("host1", (6, phases.DATA, 2.5), None, 0)
 
     def posted(_folder):
-        running = ("host0", (7, phases.DEVICE, next(ticks)), None)
-        return {"0": json.dumps(running), "1": json.dumps(("host1", (6, phases.DATA, 2.5), None))}
+        n = next(ticks)
+        running = {"0": ("host0", (7, phases.DEVICE, 2.5), None, n)}
+        return {"0": json.dumps(running), "1": json.dumps({"1": silent})}
 
     monkeypatch.setattr(messages, "post", lambda *_: None)
     monkeypatch.setattr(messages, "posted", posted)
     peers = stragglers.Peers(phases.Phases(), 0, 2, every=0.02)
+    peers.start()
     end = time.monotonic() + 30
     before = "before, it was in 'wait for data' after step 6"
     expected = rf"process 1 \(host1\) has not been heard of for \d+ s; {before}"
