@@ -38,6 +38,7 @@ class Service:
             self.n_bytes += sum(map(len, texts))
 
     def key_value_set(self, key, text, allow_overwrite=False):
+        """Keep a text."""
         self._count(key, text)
         with self._lock:
             assert allow_overwrite or key not in self._texts, key
@@ -47,6 +48,7 @@ class Service:
         event.set()
 
     def blocking_key_value_get(self, key, milliseconds):
+        """Return a text once it is there."""
         with self._lock:
             event = self._there[key]
         assert event.wait(600), key
@@ -54,6 +56,7 @@ class Service:
         return self._texts[key]
 
     def key_value_dir_get(self, prefix):
+        """Return all texts of a folder, with their keys."""
         with self._lock:
             entries = list(self._folders[prefix.removesuffix("/")].items())
         self._count(prefix, *(text for entry in entries for text in entry))
@@ -115,6 +118,7 @@ class _Speaker:
         self.texts = []
 
     def told(self):
+        """Return the texts since the last call."""
         texts, self.texts = self.texts, []
         return texts
 
@@ -128,6 +132,7 @@ class _Member:
         self._speaker = speaker
 
     def tell(self, text):
+        """Give a text to the speaker."""
         self._speaker.texts.append(text)
         return True
 

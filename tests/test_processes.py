@@ -76,6 +76,17 @@ def test_the_first_process_alone_records_its_devices(tmp_path):
     assert [file.name for file in (folder / "logs").glob("*.prof")] == ["memory-step-3.prof"]
 
 
+ONE_SPEAKS = "from gpt3jax.distributed import nodes; nodes.LARGE = 2\n"
+
+
+def test_one_process_speaks_for_its_node(tmp_path, alone):
+    """As from 1,024 processes on."""
+    folder = corpus.write_run(tmp_path)
+    statuses, _, err = finish(start(folder, 2, "--train.n-steps=12", patch_all=ONE_SPEAKS))
+    assert statuses == [0, 0], err
+    assert_same(corpus.records(folder), corpus.records(alone))
+
+
 def assert_same(found, expected):
     assert [sorted(r) for r in found] == [sorted(r) for r in expected]
     for one, other in zip(found, expected, strict=True):

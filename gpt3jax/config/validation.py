@@ -231,7 +231,7 @@ def check_pipeline(model: schema.Model, n_stages: int, virtual_stages: int) -> N
 
 
 def _check_run(cfg: schema.Config) -> None:
-    train, batch, checkpoint = cfg.train, cfg.batch, cfg.checkpoint
+    train, batch = cfg.train, cfg.batch
     if not (train.n_steps or train.n_samples or train.n_tokens):
         raise errors.UserError(
             "the run has no length: set train.n_steps, train.n_samples or train.n_tokens",
@@ -267,6 +267,10 @@ def _check_run(cfg: schema.Config) -> None:
             "and files at Weights & Biases: give one",
             page="watching.md#weights--biases",
         )
+    _check_checkpoint(cfg.checkpoint, cfg.watchdog)
+
+
+def _check_checkpoint(checkpoint: schema.Checkpoint, watchdog: schema.Watchdog) -> None:
     if checkpoint.allow_new_data_order and not (checkpoint.dir or checkpoint.load):
         raise errors.UserError(
             "checkpoint.allow_new_data_order has no effect without a checkpoint.dir or "
@@ -281,8 +285,8 @@ def _check_run(cfg: schema.Config) -> None:
             f"{-(-period // interval) * interval}",
             page="checkpoints.md#saving",
         )
-    slowest = cfg.watchdog.slow_phase_seconds
-    if checkpoint.dir and cfg.watchdog.step_multiple and checkpoint.save_timeout >= slowest:
+    slowest = watchdog.slow_phase_seconds
+    if checkpoint.dir and watchdog.step_multiple and checkpoint.save_timeout >= slowest:
         raise errors.UserError(
             f"checkpoint.save_timeout={checkpoint.save_timeout} must be below "
             f"watchdog.slow_phase_seconds={slowest:g}, after which the watchdog ends a process "
