@@ -34,7 +34,21 @@ def run(name, *args):
 
 def test_each_benchmark_has_a_test_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert names == {"data", "faults", "move", "overhead", "plan", "report", "sample", "train_step"}
+    assert names == {
+        "data", "faults", "messages", "move", "overhead", "plan", "report", "sample", "train_step",
+    }  # fmt: skip
+
+
+def test_messages_grow_with_nodes_in_large_runs():
+    """From 1,024 processes on; its patches of our modules stay in its own process."""
+    _, _, *rows = run("messages", "--processes", "512", "1024").splitlines()
+    (_, _, mb, looks, posts, _), (_, _, large_mb, large_looks, large_posts, _) = [
+        [float(word.replace(",", "")) for word in row.split()] for row in rows
+    ]
+    assert (looks, large_looks) == (512, 1024 / 8)
+    assert posts == pytest.approx((512 + 2) / 10, abs=0.1)
+    assert large_posts == pytest.approx((1024 / 8 + 2) / 10, abs=0.1)
+    assert large_mb < 2.5 * mb < 5, "the text of a value that all have is sent once"
 
 
 DATA = [
