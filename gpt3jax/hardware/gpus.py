@@ -1,12 +1,13 @@
 """Facts about GPUs and the networks between them, and the text that describes a GPU to XLA.
 
-Imports no JAX. Achieved bandwidths are assumptions, and marked so. All other figures are from data
+Imports no JAX. Achieved bandwidths are assumptions, and marked so, but for `MEASURED`. All other figures are from data
 sheets or from XLA's own target descriptions (openxla/xla, xla/backends/gpu/target_config/specs,
 commit 4336d12e, B200: 300ec95a).
 """
 
 import dataclasses
 import math
+import re
 
 from gpt3jax import errors
 
@@ -104,10 +105,12 @@ GPUS: dict[str, Gpu] = {
     "h200": dataclasses.replace(
         _H100,
         name="NVIDIA H200 141GB HBM3e",
-        memory_bytes=151_397_597_184,
+        # 139.81 GiB: nvidia-smi's 143,771 MiB less what the driver keeps. XLA's file has 141 GiB.
+        memory_bytes=round(139.81 * 2**30),
         memory_bandwidth=4.8e12,
         memory_clock_khz=3_750_000,
-        source="XLA h200.txtpb; NVLink: H200 data sheet; NIC: DGX H200 data sheet (8 x 400 Gb/s)",
+        source="XLA h200.txtpb; memory: PyTorch on H200s; NVLink: H200 data sheet; NIC: DGX H200 "
+        "data sheet (8 x 400 Gb/s)",
     ),
     "a100": Gpu(
         name="NVIDIA A100-SXM4-80GB",
@@ -155,6 +158,22 @@ GPUS: dict[str, Gpu] = {
         "data sheet (8 x 400 Gb/s)",
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What GPUs of one kind reach of a peak, as `benchmarks/gpu.py` measured it."""
+
+    share: float
+    spread: float
+    """How far other sizes and other GPUs of the kind were from it, as a part of it."""
+    source: str
+    """The hardware, the versions and the date."""
+
+
+MEASURED: dict[str, dict[str, Measured]] = {}
+"""By `Gpu.name` and by the names of `time_model.ASSUMED`, whose shares these replace. Empty:
+nothing has run on a GPU yet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,10 +239,15 @@ def find(name: str) -> Gpu:
 
 
 def like(name: str, capability: tuple[int, int] | None) -> Gpu:
-    """Return the GPU of this name (CUDA's); of others the one whose capability is nearest below."""
+    """Return the GPU of this name (CUDA's); of others the one whose capability is nearest below.
+
+    A driver may call a GPU less than XLA does: "NVIDIA H200".
+    """
+    for short, gpu in GPUS.items():
+        if re.search(rf"\b{short}\b", name, re.IGNORECASE):
+            return gpu
     major = capability[0] if capability else 0
-    similar = "b200" if major >= 10 else "h100" if major == 9 else "a100"
-    return next((gpu for gpu in GPUS.values() if gpu.name == name), GPUS[similar])
+    return GPUS["b200" if major >= 10 else "h100" if major == 9 else "a100"]
 
 
 def target_text(gpu: Gpu) -> str:

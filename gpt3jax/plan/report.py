@@ -147,7 +147,9 @@ def build(
         n_microbatches=full.layout.n_microbatches,
         attention=full.layout.attention,
         step=_step(full.cfg, full.layout),
-        assumed=time_model.assumptions(full.cfg, full.layout, compiled=full.compiled is not None),
+        assumed=time_model.assumptions(
+            full.cfg, full.layout, target.gpu, compiled=full.compiled is not None
+        ),
         versions=compiler.versions(),
         layouts_are=chosen.origin,
         batches=rows,

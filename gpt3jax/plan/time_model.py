@@ -72,6 +72,15 @@ ASSUMED = {
 }  # fmt: skip
 
 
+def share_of_peak(gpu: gpus.Gpu, name: str) -> Range:
+    """Return an entry of `ASSUMED`, or what was measured on this kind of GPU in its place."""
+    measured = gpus.MEASURED.get(gpu.name, {}).get(name)
+    if measured is None:
+        return ASSUMED[name]
+    best, worst = (measured.share * (1 + sign * measured.spread) for sign in (1, -1))
+    return Range(best, measured.share, worst, f"measured: {measured.source}")
+
+
 SMALL_KERNELS = 40e-6  # seconds of a layer's kernels, forward and backward, with nothing to move
 
 
@@ -160,9 +169,9 @@ def recompute_share(cfg: schema.Config) -> tuple[float, float]:
 
 
 def assumptions(
-    cfg: schema.Config, layout: placement.Layout, *, compiled: bool
+    cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu, *, compiled: bool
 ) -> dict[str, Range]:
-    """Return the entries of `ASSUMED` that an estimate uses."""
+    """Return the entries of `ASSUMED` that an estimate uses, or what was measured."""
     names = ["matmul", "memory", "network"]
     if layout.attention != "xla":
         names.insert(1, layout.attention)
@@ -170,7 +179,7 @@ def assumptions(
         names.insert(2, "deterministic")
     if not compiled and layout.n_gpus > 1:
         names.append("exposed")
-    return {name: ASSUMED[name] for name in names}
+    return {name: share_of_peak(gpu, name) for name in names}
 
 
 def estimate(
@@ -189,11 +198,11 @@ def estimate(
 
 
 def _reached(network: gpus.Network, case: Case) -> gpus.Network:
-    share = ASSUMED["network"].at(case)
+    multiple = ASSUMED["network"].at(case)
     return dataclasses.replace(
         network,
-        nvlink_bandwidth=network.nvlink_bandwidth * share,
-        nic_bandwidth=network.nic_bandwidth * share,
+        nvlink_bandwidth=network.nvlink_bandwidth * multiple,
+        nic_bandwidth=network.nic_bandwidth * multiple,
     )
 
 
@@ -233,8 +242,8 @@ def _kernel_seconds(
     in_layers -= (1 + attention_again) * done.attention_flops
     # A stage whose share of the microbatches is less than one works on a whole one.
     head = done.head_flops * schedule.n_groups * schedule.n_stages / schedule.n_microbatches
-    memory_rate = gpu.memory_bandwidth * ASSUMED["memory"].at(case)
-    products = peak_flops(cfg, gpu) * ASSUMED["matmul"].at(case)
+    memory_rate = gpu.memory_bandwidth * share_of_peak(gpu, "memory").at(case)
+    products = peak_flops(cfg, gpu) * share_of_peak(gpu, "matmul").at(case)
     return {
         "matmul": (in_layers / (1 - schedule.bubble) + head) / products,
         "attention": _attention_seconds(cfg, layout, gpu, case),
@@ -255,7 +264,7 @@ def _attention_seconds(
     n_products: float = 9 if again else 7
     n_passes = communication.layer_passes(cfg, layout)
     moved = 25 * n_products / 7 * memory_model.scores(cfg, layout) * n_passes
-    of_xla = moved / (gpu.memory_bandwidth * ASSUMED["memory"].at(case))
+    of_xla = moved / (gpu.memory_bandwidth * share_of_peak(gpu, "memory").at(case))
     if layout.attention == "xla":
         return of_xla
     if layout.attention == "triton":
@@ -274,7 +283,7 @@ def _keeps_order(cfg: schema.Config, layout: placement.Layout) -> bool:
 
 def _attention_rate(cfg: schema.Config, gpu: gpus.Gpu, implementation: str, case: Case) -> float:
     """Return the FLOP/s of a fused attention's products."""
-    rate = peak_flops(cfg, gpu) * ASSUMED[implementation].at(case)
+    rate = peak_flops(cfg, gpu) * share_of_peak(gpu, implementation).at(case)
     d_head = cfg.model.d_head
     return rate * d_head / (d_head + 32) if implementation == "triton" else rate
 
@@ -324,11 +333,11 @@ def _layer_seconds(
     model, sizes = cfg.model, layout.sizes
     tokens = cfg.batch.microbatch_size * model.seq_len / sizes["context"]
     forward = 2 * tokens * 12 * model.d_model**2 / sizes["tensor"]
-    memory_rate = gpu.memory_bandwidth * ASSUMED["memory"].at(case)
+    memory_rate = gpu.memory_bandwidth * share_of_peak(gpu, "memory").at(case)
     n_passes = communication.layer_passes(cfg, layout)
     attention = _attention_seconds(cfg, layout, gpu, case) / n_passes
     return exposure.LayerSeconds(
-        products=forward / (peak_flops(cfg, gpu) * ASSUMED["matmul"].at(case)),
+        products=forward / (peak_flops(cfg, gpu) * share_of_peak(gpu, "matmul").at(case)),
         attention=attention + moved_bytes.of_scores(cfg, layout) / memory_rate,
         elementwise=moved_bytes.in_layer(cfg, layout) / memory_rate,
     )
@@ -376,11 +385,11 @@ def _rates(
     peak, cudnn = peak_flops(cfg, gpu), _attention_rate(cfg, gpu, "cudnn", case)
     slower = ASSUMED["deterministic"].at(case) if _keeps_order(cfg, layout) else 1
     return timeline.Rates(
-        matmul=peak * ASSUMED["matmul"].at(case),
+        matmul=peak * share_of_peak(gpu, "matmul").at(case),
         cudnn=cudnn,
         cudnn_backward=cudnn / slower,
         triton=_attention_rate(cfg, gpu, "triton", case),
-        memory=gpu.memory_bandwidth * ASSUMED["memory"].at(case),
+        memory=gpu.memory_bandwidth * share_of_peak(gpu, "memory").at(case),
         memory_peak=gpu.memory_bandwidth,
         network=network,
     )

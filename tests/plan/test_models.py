@@ -166,3 +166,23 @@ def test_closed_forms_are_near_compiled_steps(row, planned):
     assert parts.exposed == pytest.approx(row["exposed"], abs=0.04 * row["seconds"])
     peak = sum(memory_model.memory(cfg, placed).values())
     assert peak == pytest.approx(row["peak_bytes"], rel=0.08)
+
+
+def test_what_was_measured_replaces_what_is_assumed(monkeypatch):
+    """On the kind of GPU that it was measured on, and named as such in the report."""
+    cfg = tiny.make_config()
+    placed = layout_of(cfg, 1)
+    h100, h200 = gpus.GPUS["h100"], gpus.GPUS["h200"]
+    measured = gpus.Measured(share=0.5, spread=0.1, source="one H200, some day")
+    monkeypatch.setitem(gpus.MEASURED, h200.name, {"matmul": measured})
+
+    def parts(gpu, case):
+        return time_model.estimate(cfg, placed, gpu, gpus.network_of(gpu), case).parts
+
+    for case, share in (("low", 0.55), ("expected", 0.5), ("high", 0.45)):
+        assumed = time_model.ASSUMED["matmul"].at(case)
+        ratio = parts(h200, case).matmul / parts(h100, case).matmul  # their cores are the same
+        assert ratio == pytest.approx(assumed / share)
+    told = time_model.assumptions(placed, h200, compiled=False)
+    assert told["matmul"].source == "measured: one H200, some day"
+    assert told["memory"] == time_model.ASSUMED["memory"]
