@@ -131,14 +131,13 @@ def timed(step, n_tokens):
     }
 
 
-def measure_ours(args):
-    import jax
-
+def prepare(args):
+    """Return the step of a recipe in its layout, with a batch of random tokens for it."""
     cfg = recipe.parse(args)
     joining.start(cfg.distributed, cfg.mesh)
     choice = layout_choice.decide(cfg, dict)
     laid = layout_choice.built_first(choice, cfg.batch.global_batch_size, 10**9)
-    cfg, mesh, program = laid.cfg, laid.mesh, laid.program
+    cfg, mesh = laid.cfg, laid.mesh
     size, t = cfg.batch.global_batch_size, cfg.model.seq_len
     n_rows = global_batch.rows_per_microbatch(cfg, mesh)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (size, t + 1), np.int32)
@@ -150,7 +149,14 @@ def measure_ours(args):
         "samples": np.arange(size, dtype=np.int32),
     }
     cut = {k: v.reshape(-1, n_rows, *v.shape[1:]) for k, v in batch.items()}
-    batch = global_batch.device_put_rows(cut, mesh, n_rows)
+    return laid, global_batch.device_put_rows(cut, mesh, n_rows)
+
+
+def measure_ours(args):
+    import jax
+
+    laid, batch = prepare(args)
+    program, n_tokens = laid.program, batch["tokens"].size
     state = program.init()
 
     def one():
@@ -161,11 +167,11 @@ def measure_ours(args):
     begin = time.perf_counter()
     one()
     first = time.perf_counter() - begin
-    result = timed(one, size * t)
+    result = timed(one, n_tokens)
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         result |= {"peak_gib": stats["peak_bytes_in_use"] / 2**30, "memory": "per device"}
-    seconds = first - size * t / result["tokens_per_second"]
+    seconds = first - n_tokens / result["tokens_per_second"]
     return result | {"compile_seconds": seconds, "device": jax.devices()[0].device_kind}
 
 

@@ -177,8 +177,9 @@ def to_numpy_names(tree):
     return {NUMPY_NAMES[name]: array for name, array in leaves(tree).items()}
 
 
-def network(params, inputs):
+def network(params, inputs, compute=None):
     """Return logits, loss and gradients of our network for the numpy GPT's inputs."""
+    compute = compute or gpt.Compute()
     tokens, targets = (jnp.asarray(inputs[k], jnp.int32) for k in ("tokens_BT", "targets_BT"))
     mask = inputs.get("loss_mask_BT")
     mask = np.ones(tokens.shape) if mask is None else mask
@@ -191,14 +192,16 @@ def network(params, inputs):
     }  # fmt: skip
     if inputs.get("allowed_BTS") is not None:
         microbatch["segments"] = jnp.asarray(segments_of(inputs["allowed_BTS"]), jnp.int32)
-    compute = gpt.Compute()
 
-    def loss(params):
-        return accumulation.microbatch_loss(params, microbatch, None, compute)[0]
+    @jax.jit
+    def all_three(params):
+        def loss(params):
+            return accumulation.microbatch_loss(params, microbatch, None, compute)[0]
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    x = params(tokens, microbatch["positions"], microbatch.get("segments"), None, compute)
-    return x @ params.embedding_VD[...].T, value, grads
+        x = params(tokens, microbatch["positions"], microbatch.get("segments"), None, compute)
+        return x @ params.embedding_VD[...].T, *jax.value_and_grad(loss)(params)
+
+    return all_three(params)
 
 
 def segments_of(allowed_BTS):

@@ -1,8 +1,8 @@
 """Facts about GPUs and the networks between them, and the text that describes a GPU to XLA.
 
-Imports no JAX. Achieved bandwidths are assumptions, and marked so, but for `MEASURED`. All other figures are from data
-sheets or from XLA's own target descriptions (openxla/xla, xla/backends/gpu/target_config/specs,
-commit 4336d12e, B200: 300ec95a).
+Imports no JAX. Achieved bandwidths are assumptions, and marked so, but for `MEASURED`. All other
+figures are from data sheets or from XLA's own target descriptions (openxla/xla,
+xla/backends/gpu/target_config/specs, commit 4336d12e, B200: 300ec95a).
 """
 
 import dataclasses

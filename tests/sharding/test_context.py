@@ -11,6 +11,7 @@ from gpt3jax.model import attention, cudnn_attention, dropout
 from gpt3jax.sharding import meshes, sequence
 
 import one_device
+import plain_kernels
 import tiny
 
 MESHES = {
@@ -93,44 +94,12 @@ def test_chunks_of_several_blocks_attend_as_one_device(monkeypatch, window, docu
     assert_equal(attend({"data": 1, "context": 2, "tensor": 2, "fsdp": 2}, **case), whole)
 
 
-def scores_of(part, causal):
-    """Return masked scores `[..., H, T, S]` of one call of cuDNN's kernel."""
-    q, k, _, q_segments, k_segments = part
-    scores = jnp.einsum("...thk,...shk->...hts", q, k) / q.shape[-1] ** 0.5
-    if causal:
-        scores = jnp.where(jnp.tri(q.shape[-3], k.shape[-3]), scores, -1e12)
-    if q_segments is not None:
-        agree = q_segments[..., :, None] == k_segments[..., None, :]
-        scores = jnp.where(agree[..., None, :, :], scores, -1e12)
-    return scores
-
-
-def plain_forward(part, *, causal):
-    scores = scores_of(part, causal)
-    out = jnp.einsum("...hts,...shk->...thk", jax.nn.softmax(scores), part[2])
-    return out, jax.nn.logsumexp(scores, axis=-1)
-
-
-def plain_backward(part, sums, out, d_out, *, causal):
-    """The backward pass of flash attention: probabilities from the sums it is given."""
-    q, k, v = part[:3]
-    p = jnp.exp(scores_of(part, causal) - sums[..., None])
-    d_p = jnp.einsum("...thk,...shk->...hts", d_out, v)
-    mean = jnp.einsum("...thk,...thk->...ht", d_out, out)
-    d_scores = p * (d_p - mean[..., None]) / q.shape[-1] ** 0.5
-    return [
-        jnp.einsum("...hts,...shk->...thk", d_scores, k),
-        jnp.einsum("...hts,...thk->...shk", d_scores, q),
-        jnp.einsum("...hts,...thk->...shk", p, d_out),
-    ]
-
-
 @pytest.mark.parametrize("context", [2, 4])
 @pytest.mark.parametrize("documents", [False, True])
 def test_three_kernels_a_shard_attend_as_one_device(monkeypatch, context, documents):
     """The cuDNN path, with plain kernels in place of cuDNN's."""
-    monkeypatch.setattr(cudnn_attention, "forward_kernel", plain_forward)
-    monkeypatch.setattr(cudnn_attention, "backward_kernel", plain_backward)
+    monkeypatch.setattr(cudnn_attention, "forward_kernel", plain_kernels.forward)
+    monkeypatch.setattr(cudnn_attention, "backward_kernel", plain_kernels.backward)
     axes = {"data": 1, "fsdp": 2, "context": context, "tensor": 4 // context}
     assert_equal(attend(axes, "cudnn", documents=documents), attend({}, documents=documents))
 

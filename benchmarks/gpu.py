@@ -1,0 +1,223 @@
+"""Check and measure one GPU in eight minutes: its numbers, its speed, and whether runs repeat.
+
+    python benchmarks/gpu.py [--parts NAME ...] [--limit 1.0] [--output runs/gpu] [--cpu]
+
+Each part is a process of its own with its own time limit, so that one that fails, or does not end,
+does not stop the others. Its result is one line of JSON, on the console and in
+OUTPUT/results.jsonl, written as it comes; what the parts print is in OUTPUT/log.txt. In the end
+OUTPUT/tables.md has all in two tables. Settings are the project's own, as in a run. All parts share
+one cache of compiled programs, OUTPUT/compiled (or JAX_COMPILATION_CACHE_DIR), which a second call
+finds again. With --cpu, and where there is no GPU, all parts run with tiny sizes. docs/gpu.md says
+what the parts are and how to read the tables. It exits with 1 if a part failed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from gpt3jax.hardware import devices
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A check or a measurement: a function of `gpu_parts`, and how it is called."""
+
+    function: str
+    """MODULE.FUNCTION. It takes a `Task`, and yields what it found, a dictionary at a time."""
+    limit: float
+    """Seconds on an H100."""
+    args: tuple[str, ...] = ()
+    xla_flags: str = ""
+    variables: tuple[tuple[str, str], ...] = ()
+    """Other variables of its environment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the function of a part is given."""
+
+    args: tuple[str, ...]
+    folder: pathlib.Path
+    """An empty folder."""
+    tiny: bool
+    """Whether the sizes are to be tiny, as there is no GPU."""
+
+
+def _model(recipe, *options):
+    # 32 sequences a step: the optimizer has the share of a step that it has on a few GPUs.
+    batch = "--batch.global-batch-size=32", "--batch.microbatch-size=4"
+    return (f"--config={REPOSITORY}/configs/{recipe}.py", *batch, *options)
+
+
+_350M = _model("gpt3/350m", "--model.remat=none")
+_345M = _model("345m", "--model.remat=none", "--precision.compute-dtype=bfloat16")
+_IMPLEMENTATION = "--model.attention.implementation={}"
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+PARTS = {
+    "environment": Part("environment.describe", 20, _350M),
+    "rates": Part("rates.measure", 15),
+    "golden": Part("golden.compare", 40),
+    "attention": Part("attention.compare", 50),
+    "shards": Part("attention.compare_shards", 25),
+    "350m": Part("training.measure", 45, _350M),
+    "1.3b": Part("training.measure", 40, _model("gpt3/1_3b", "--model.remat=none")),
+    "2.7b": Part("training.measure", 50, _model("gpt3/2_7b", "--model.remat=dots")),
+    "350m one connection": Part(
+        "training.measure", 15, _350M, variables=(("CUDA_DEVICE_MAX_CONNECTIONS", "1"),)
+    ),
+    "350m no command buffers": Part(
+        "training.measure", 25, _350M, xla_flags="--xla_gpu_enable_command_buffer="
+    ),
+    "350m deterministic": Part("training.measure", 30, _350M, xla_flags=DETERMINISTIC),
+    "345m triton": Part("training.measure", 20, (*_345M, _IMPLEMENTATION.format("triton"))),
+    "345m xla": Part("training.measure", 20, (*_345M, _IMPLEMENTATION.format("xla"))),
+    "repeat": Part("runs.repeat", 35),
+    "repeat deterministic": Part("runs.repeat", 30, ("must be equal",), xla_flags=DETERMINISTIC),
+    "decoding": Part("decoding.compare", 15),
+    "profile": Part("runs.profile", 15),
+}
+
+
+def parse(args):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME")
+    parser.add_argument("--limit", type=float, default=1.0, help="multiplies all time limits")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs", "gpu"))
+    parser.add_argument("--cpu", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(args)
+    if not options.limit > 0:
+        parser.error(f"--limit={options.limit:g} must be above 0: 2 gives each part twice its time")
+    return options
+
+
+def main(args):
+    options = parse(args)
+    if options.worker:
+        return work(*options.worker, tiny=options.cpu)
+    options.cpu = options.cpu or not devices.visible_gpu()
+    output = options.output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    results = []
+    with (output / "results.jsonl").open("w") as lines, (output / "log.txt").open("wb") as log:
+        for name in options.parts:
+            results.append(run(name, options, output, log))
+            line = json.dumps(results[-1])
+            print(line, flush=True)
+            print(line, file=lines, flush=True)
+    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    text = importlib.import_module("gpu_parts.tables").render(results)
+    (output / "tables.md").write_text(text)
+    print(f"\n{text}\n{output} has these tables, the results and what the parts printed")
+    return 0 if all(result["status"] in ("ok", "skipped") for result in results) else 1
+
+
+def run(name, options, output, log):
+    """Run a part as a process of its own, and return its result."""
+    limit, begin = options.limit * PARTS[name].limit, time.monotonic()
+    log.write(f"==== {name}\n".encode())
+    log.flush()
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        values = pathlib.Path(folder, "values.jsonl")
+        values.touch()
+        command = [sys.executable, __file__, "--worker", name, str(values), folder]
+        process = subprocess.Popen(
+            [*command, *(["--cpu"] if options.cpu else [])],
+            env=environment(PARTS[name], output, cpu=options.cpu),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            process.wait()
+        found = {}
+        for line in values.read_text().splitlines():
+            found |= json.loads(line)
+    seconds = time.monotonic() - begin
+    status, why = outcome(status, found, limit)
+    result = {"part": name, "status": status, "seconds": round(seconds, 1), "limit": limit}
+    return result | ({"why": why} if why else {}) | {"values": found}
+
+
+def outcome(status, found, limit):
+    """Return how a part ended, and why if not well, from its exit status (None: it did not)."""
+    if status is None:
+        return "timeout", f"it had not ended after {limit:g} s: --limit=2 doubles the time"
+    if status < 0:
+        return "failed", f"ended by signal {signal.Signals(-status).name}: see log.txt"
+    if status:
+        return "failed", found.pop("error", f"exit status {status}: see log.txt")
+    if "skipped" in found:
+        return "skipped", found.pop("skipped")
+    wrong = [name for name, value in found.items() if not passes(value)]
+    return ("wrong", f"not within its limit: {', '.join(wrong)}") if wrong else ("ok", "")
+
+
+def passes(value):
+    """Return whether what was found is no check, or a check whose error is within its limit."""
+    if not isinstance(value, dict) or "limit" not in value:
+        return True
+    return isinstance(value["error"], int | float) and value["error"] <= value["limit"]
+
+
+def environment(part, output, *, cpu):
+    """Return the variables of a part's process; a run's own settings come from the project."""
+    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str(output / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip(),
+        **dict(part.variables),
+    }
+    return variables | ({"JAX_PLATFORMS": "cpu"} if cpu else {})
+
+
+def work(name, values, folder, *, tiny):
+    """Do a part in this process; each dictionary that it yields is written at once."""
+    part = PARTS[name]
+    module, function = part.function.split(".")
+    task = Task(part.args, pathlib.Path(folder, "work"), tiny)
+    task.folder.mkdir()
+    with pathlib.Path(values).open("a") as lines:
+        try:
+            for found in getattr(importlib.import_module(f"gpu_parts.{module}"), function)(task):
+                print(json.dumps(plain(found)), file=lines, flush=True)
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), "")
+            print(json.dumps({"error": f"{type(error).__name__}: {first}"}), file=lines, flush=True)
+            raise
+    return 0
+
+
+def plain(value):
+    """Return a value as JSON can hold it: numbers with 4 digits, and neither NaN nor None."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, bool | str | int):
+        return value
+    return float(f"{value:.4g}") if math.isfinite(value) else str(float(value))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
