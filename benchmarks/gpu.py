@@ -3,12 +3,13 @@
     python benchmarks/gpu.py [--parts NAME ...] [--limit 1.0] [--output runs/gpu] [--cpu]
 
 Each part is a process of its own with its own time limit, so that one that fails, or does not end,
-does not stop the others. Its result is one line of JSON, on the console and in
-OUTPUT/results.jsonl, written as it comes; what the parts print is in OUTPUT/log.txt. In the end
-OUTPUT/tables.md has all in two tables. Settings are the project's own, as in a run. All parts share
-one cache of compiled programs, OUTPUT/compiled (or JAX_COMPILATION_CACHE_DIR), which a second call
-finds again. With --cpu, and where there is no GPU, all parts run with tiny sizes. docs/gpu.md says
-what the parts are and how to read the tables. It exits with 1 if a part failed.
+does not stop the others; all together have eight minutes, and --limit multiplies both. A part's
+result is one line of JSON, on the console and in OUTPUT/results.jsonl, written as it comes; what
+the parts print is in OUTPUT/log.txt. In the end OUTPUT/tables.md has all in two tables. Settings
+are the project's own, as in a run. All parts share one cache of compiled programs, OUTPUT/compiled
+(or JAX_COMPILATION_CACHE_DIR), which a second call finds again. With --cpu, and where there is no
+GPU, all parts run with tiny sizes. docs/gpu.md says what the parts are and how to read the tables.
+It exits with 1 if not all parts ended well.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class Part:
     function: str
     """MODULE.FUNCTION. It takes a `Task`, and yields what it found, a dictionary at a time."""
     limit: float
-    """Seconds on an H100."""
+    """The most seconds that it may take."""
     args: tuple[str, ...] = ()
     xla_flags: str = ""
     variables: tuple[tuple[str, str], ...] = ()
@@ -65,35 +66,37 @@ _350M = _model("gpt3/350m", "--model.remat=none")
 _345M = _model("345m", "--model.remat=none", "--precision.compute-dtype=bfloat16")
 _IMPLEMENTATION = "--model.attention.implementation={}"
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+SECONDS = 480.0  # of all parts together
+# The most important first: the last ones are left out where the time is over.
 PARTS = {
-    "environment": Part("environment.describe", 20, _350M),
-    "rates": Part("rates.measure", 15),
-    "golden": Part("golden.compare", 40),
-    "attention": Part("attention.compare", 50),
-    "shards": Part("attention.compare_shards", 25),
-    "350m": Part("training.measure", 45, _350M),
-    "1.3b": Part("training.measure", 40, _model("gpt3/1_3b", "--model.remat=none")),
-    "2.7b": Part("training.measure", 50, _model("gpt3/2_7b", "--model.remat=dots")),
+    "environment": Part("environment.describe", 30, _350M),
+    "golden": Part("golden.compare", 60),
+    "350m": Part("training.measure", 75, _350M),
+    "attention": Part("attention.compare", 75),
+    "1.3b": Part("training.measure", 60, _model("gpt3/1_3b", "--model.remat=none")),
+    "2.7b": Part("training.measure", 75, _model("gpt3/2_7b", "--model.remat=dots")),
+    "repeat": Part("runs.repeat", 90),
+    "shards": Part("attention.compare_shards", 40),
+    "rates": Part("rates.measure", 20),
+    "decoding": Part("decoding.compare", 45),
+    "345m triton": Part("training.measure", 45, (*_345M, _IMPLEMENTATION.format("triton"))),
+    "345m xla": Part("training.measure", 45, (*_345M, _IMPLEMENTATION.format("xla"))),
     "350m one connection": Part(
-        "training.measure", 15, _350M, variables=(("CUDA_DEVICE_MAX_CONNECTIONS", "1"),)
+        "training.measure", 30, _350M, variables=(("CUDA_DEVICE_MAX_CONNECTIONS", "1"),)
     ),
     "350m no command buffers": Part(
-        "training.measure", 25, _350M, xla_flags="--xla_gpu_enable_command_buffer="
+        "training.measure", 60, _350M, xla_flags="--xla_gpu_enable_command_buffer="
     ),
-    "350m deterministic": Part("training.measure", 30, _350M, xla_flags=DETERMINISTIC),
-    "345m triton": Part("training.measure", 20, (*_345M, _IMPLEMENTATION.format("triton"))),
-    "345m xla": Part("training.measure", 20, (*_345M, _IMPLEMENTATION.format("xla"))),
-    "repeat": Part("runs.repeat", 35),
-    "repeat deterministic": Part("runs.repeat", 30, ("must be equal",), xla_flags=DETERMINISTIC),
-    "decoding": Part("decoding.compare", 15),
-    "profile": Part("runs.profile", 15),
+    "350m deterministic": Part("training.measure", 60, _350M, xla_flags=DETERMINISTIC),
+    "repeat deterministic": Part("runs.repeat", 90, xla_flags=DETERMINISTIC),
+    "profile": Part("runs.profile", 40),
 }
 
 
 def parse(args):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME")
-    parser.add_argument("--limit", type=float, default=1.0, help="multiplies all time limits")
+    parser.add_argument("--limit", type=float, default=1.0, help="multiplies all times")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs", "gpu"))
     parser.add_argument("--cpu", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -110,10 +113,11 @@ def main(args):
     options.cpu = options.cpu or not devices.visible_gpu()
     output = options.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, end = [], time.monotonic() + options.limit * SECONDS
     with (output / "results.jsonl").open("w") as lines, (output / "log.txt").open("wb") as log:
         for name in options.parts:
-            results.append(run(name, options, output, log))
+            seconds = min(options.limit * PARTS[name].limit, end - time.monotonic())
+            results.append(run(name, seconds, output, log, cpu=options.cpu))
             line = json.dumps(results[-1])
             print(line, flush=True)
             print(line, file=lines, flush=True)
@@ -124,9 +128,12 @@ def main(args):
     return 0 if all(result["status"] in ("ok", "skipped") for result in results) else 1
 
 
-def run(name, options, output, log):
-    """Run a part as a process of its own, and return its result."""
-    limit, begin = options.limit * PARTS[name].limit, time.monotonic()
+def run(name, limit, output, log, *, cpu):
+    """Run a part as a process of its own, in so many seconds at most, and return its result."""
+    if limit <= 0:
+        why = f"the {SECONDS:g} s of all parts are over: --limit=2 doubles them, --parts chooses"
+        return result_of(name, "left out", 0.0, 0.0, why, {})
+    begin = time.monotonic()
     log.write(f"==== {name}\n".encode())
     log.flush()
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
@@ -134,8 +141,8 @@ def run(name, options, output, log):
         values.touch()
         command = [sys.executable, __file__, "--worker", name, str(values), folder]
         process = subprocess.Popen(
-            [*command, *(["--cpu"] if options.cpu else [])],
-            env=environment(PARTS[name], output, cpu=options.cpu),
+            [*command, *(["--cpu"] if cpu else [])],
+            env=environment(PARTS[name], output, cpu=cpu),
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
@@ -147,18 +154,22 @@ def run(name, options, output, log):
                 os.killpg(process.pid, signal.SIGKILL)  # with all that it started
             process.wait()
         found = {}
-        for line in values.read_text().splitlines():
-            found |= json.loads(line)
-    seconds = time.monotonic() - begin
+        for line in values.read_text().splitlines(keepends=True):
+            found |= json.loads(line) if line.endswith("\n") else {}  # cut off by the time limit
     status, why = outcome(status, found, limit)
-    result = {"part": name, "status": status, "seconds": round(seconds, 1), "limit": limit}
-    return result | ({"why": why} if why else {}) | {"values": found}
+    return result_of(name, status, time.monotonic() - begin, limit, why, found)
+
+
+def result_of(name, status, seconds, limit, why, values):
+    """Return the result of a part as it is written."""
+    result = {"part": name, "status": status, "seconds": round(seconds, 1), "limit": round(limit)}
+    return result | ({"why": why} if why else {}) | {"values": values}
 
 
 def outcome(status, found, limit):
     """Return how a part ended, and why if not well, from its exit status (None: it did not)."""
     if status is None:
-        return "timeout", f"it had not ended after {limit:g} s: --limit=2 doubles the time"
+        return "timeout", f"it had not ended after {limit:.3g} s: --limit=2 doubles the time"
     if status < 0:
         return "failed", f"ended by signal {signal.Signals(-status).name}: see log.txt"
     if status:

@@ -154,7 +154,7 @@ NUMPY_NAMES = {
 
 def params_from_numpy(weights, model_config):
     """Return a GPT that holds the numpy GPT's weights, in fp32."""
-    params = gpt.GPT(model_config, jax.random.key(0))
+    params = jax.eval_shape(lambda: gpt.GPT(model_config, jax.random.key(0)))
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
