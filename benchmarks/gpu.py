@@ -136,6 +136,7 @@ def run(name, limit, output, log, *, cpu):
     begin = time.monotonic()
     log.write(f"==== {name}\n".encode())
     log.flush()
+    n_before = log.tell()
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         values = pathlib.Path(folder, "values.jsonl")
         values.touch()
@@ -156,7 +157,9 @@ def run(name, limit, output, log, *, cpu):
         found = {}
         for line in values.read_text().splitlines(keepends=True):
             found |= json.loads(line) if line.endswith("\n") else {}  # cut off by the time limit
-    status, why = outcome(status, found, limit)
+    printed = pathlib.Path(log.name).read_bytes()[n_before:].decode(errors="replace").split("\n")
+    last = next((line for line in reversed(printed) if line.strip()), "it printed nothing")
+    status, why = outcome(status, found, limit, last[:300])
     return result_of(name, status, time.monotonic() - begin, limit, why, found)
 
 
@@ -166,14 +169,14 @@ def result_of(name, status, seconds, limit, why, values):
     return result | ({"why": why} if why else {}) | {"values": values}
 
 
-def outcome(status, found, limit):
+def outcome(status, found, limit, last_line):
     """Return how a part ended, and why if not well, from its exit status (None: it did not)."""
     if status is None:
         return "timeout", f"it had not ended after {limit:.3g} s: --limit=2 doubles the time"
     if status < 0:
-        return "failed", f"ended by signal {signal.Signals(-status).name}: see log.txt"
+        return "failed", f"ended by {signal.Signals(-status).name}: {last_line}"
     if status:
-        return "failed", found.pop("error", f"exit status {status}: see log.txt")
+        return "failed", found.pop("error", f"exit status {status}: {last_line}")
     if "skipped" in found:
         return "skipped", found.pop("skipped")
     wrong = [name for name, value in found.items() if not passes(value)]

@@ -1,6 +1,8 @@
 """Every benchmark runs, at a tiny size; what it measures is not looked at."""
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 
@@ -35,7 +37,8 @@ def run(name, *args):
 def test_each_benchmark_has_a_test_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
     assert names == {
-        "data", "faults", "messages", "move", "overhead", "plan", "report", "sample", "train_step",
+        "data", "faults", "gpu", "messages", "move", "overhead", "plan", "report", "sample",
+        "train_step",
     }  # fmt: skip
 
 
@@ -186,3 +189,123 @@ def test_move_prints_a_row_for_each_direction():
 def test_faults_finds_a_killed_run_equal():
     told = run("faults", "--kills=1", "--processes=1", "--steps=24", "--seed=1")
     assert told.splitlines()[-1].endswith("all equal")
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path, repository):
+    """Return a function that checks the "GPU" of this machine: its exit status and its results."""
+    monkeypatch.setenv("XLA_FLAGS", corpus.XLA_FLAGS)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(repository / ".cache" / "jax"))
+
+    def check(*args):
+        status = load("gpu").main(["--cpu", f"--output={tmp_path}", *args])
+        lines = (tmp_path / "results.jsonl").read_text().splitlines()
+        return status, {result["part"]: result for result in map(json.loads, lines)}
+
+    return check
+
+
+@pytest.mark.slower
+def test_gpu_has_all_parts_end_to_end_without_one(gpu, capsys, tmp_path):
+    status, results = gpu("--limit=5")
+    benchmark = load("gpu")
+    assert status == 0 and list(results) == list(benchmark.PARTS), capsys.readouterr().out
+    skipped = {name for name, result in results.items() if result["status"] == "skipped"}
+    assert skipped == {"345m triton"}
+    check_training(results, {name for name in results if name[0].isdigit()} - skipped)
+    values = {name: result["values"] for name, result in results.items()}
+    assert len(values["golden"]) == 4 and len(values["attention"]) >= 3
+    assert values["repeat"]["arrays resumed"] == {"error": 0, "of": 54, "limit": 0}
+    assert values["decoding"]["float32 highest"] == {"error": 0, "of": 90, "limit": 0}
+    tables = (tmp_path / "tables.md").read_text()
+    assert tables.count("\n| 350m") == 2 * 4 and tables in capsys.readouterr().out
+
+
+def check_training(results, names):
+    """Compare what a step took with the plan, of which only the order of size can be right."""
+    for name in names:
+        values = results[name]["values"]
+        assert values["planned for"].startswith("NVIDIA H200"), name
+        assert 0.5 < values["plan GiB"] / values["compiled GiB"] < 5, name
+        assert 100 < values["tokens/s"] < values["plan tokens/s"][0], name
+
+
+@pytest.mark.slow
+def test_gpu_runs_the_parts_that_are_asked_for(gpu, tmp_path, capfd):
+    """With the project's own settings, and the user's flags."""
+    status, results = gpu("--limit=5", "--parts", "environment", "350m", "profile")
+    assert status == 0 and list(results) == ["environment", "350m", "profile"]
+    check_training(results, {"350m"})
+    found = results["environment"]["values"]
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["variables"]["XLA_FLAGS"] == corpus.XLA_FLAGS
+    assert "6 steps, 24 samples of 64 tokens" in (tmp_path / "log.txt").read_text()
+    assert capfd.readouterr().out.count("| profile | ok |") == 1
+
+
+def test_gpu_goes_on_after_a_part_that_fails_or_does_not_end(gpu, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag")  # XLA ends the process
+    status, results = gpu("--parts", "rates")
+    assert status == 1 and results["rates"]["status"] == "failed"
+    assert "exit status 1: " in results["rates"]["why"]
+    assert "--xla_no_such_flag" in results["rates"]["why"]
+    status, results = gpu("--limit=0.001", "--parts", "environment", "repeat")
+    assert status == 1 and [r["status"] for r in results.values()] == ["timeout"] * 2
+    assert results["repeat"]["why"] == "it had not ended after 0.09 s: --limit=2 doubles the time"
+
+
+def test_gpu_leaves_out_what_the_eight_minutes_have_no_room_for(gpu, monkeypatch, tmp_path):
+    benchmark = load("gpu")
+    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    assert benchmark.main(["--cpu", f"--output={tmp_path}", "--parts", "rates"]) == 1
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["status"] == "left out" and "--limit=2" in json.loads(line)["why"]
+
+
+@pytest.mark.parametrize(
+    ("status", "found", "expected"),
+    [
+        (0, {"a": {"error": 0.1, "limit": 0.1}, "tokens/s": 3.0, "b": {"error": 5}}, "ok"),
+        (0, {"a": {"error": 0.2, "limit": 0.1}}, "wrong"),
+        (0, {"a": {"error": "nan", "limit": 0.1}}, "wrong"),
+        (0, {"a": {"error": "XlaRuntimeError: no cuDNN", "limit": 0.1}}, "wrong"),
+        (0, {"skipped": "it needs a GPU"}, "skipped"),
+        (1, {"error": "UserError: no"}, "failed"),
+        (-9, {}, "failed"),
+        (None, {"a": {"error": 0.2, "limit": 0.1}}, "timeout"),
+    ],
+)
+def test_gpu_tells_how_a_part_ended(status, found, expected):
+    ended, why = load("gpu").outcome(status, found, 60, "last words")
+    assert ended == expected and bool(why) == (expected != "ok")
+    assert ("last words" in why) == (status == -9)
+
+
+def test_gpu_writes_a_cases_failure_as_json_can_hold_it():
+    found = {"a": float("nan"), "b": None, "c": [1.23456789, True], "d": {"e": 3, "f": None}}
+    assert load("gpu").plain(found) == {"a": "nan", "c": [1.235, True], "d": {"e": 3}}
+
+
+def test_gpu_refuses_a_part_and_a_limit_that_there_cannot_be(capsys):
+    for args, message in (
+        (["--parts", "350"], "invalid choice: '350'"),
+        (["--limit=0"], "above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            load("gpu").main(args)
+        assert message in capsys.readouterr().err
+
+
+def test_gpu_keeps_the_users_flags_and_adds_those_of_a_part(monkeypatch, tmp_path):
+    benchmark = load("gpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_user=1")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    part = benchmark.PARTS["350m no command buffers"]
+    variables = benchmark.environment(part, tmp_path, cpu=False)
+    assert variables["XLA_FLAGS"] == "--xla_of_user=1 --xla_gpu_enable_command_buffer="
+    assert variables["JAX_COMPILATION_CACHE_DIR"] == f"{tmp_path}/compiled"
+    assert variables.get("JAX_PLATFORMS") == os.environ.get("JAX_PLATFORMS")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/kept")
+    variables = benchmark.environment(benchmark.PARTS["350m one connection"], tmp_path, cpu=True)
+    assert variables["JAX_COMPILATION_CACHE_DIR"] == "/kept"
+    assert (variables["CUDA_DEVICE_MAX_CONNECTIONS"], variables["JAX_PLATFORMS"]) == ("1", "cpu")
