@@ -47,6 +47,13 @@ def device(request):
 
 
 @pytest.fixture
+def full_precision(device):
+    """Multiply float32 as such: by themselves, GPUs would round the factors to TF32."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
 def repository() -> pathlib.Path:
     return REPOSITORY
 

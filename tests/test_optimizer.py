@@ -179,6 +179,7 @@ def curve_config(c):
     return layout.plain(cfg)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_megatrons_training_curve_is_followed():
     initial, final, c, curve = numpy_gpt.load_curve()
     cfg = curve_config(c)

@@ -48,6 +48,7 @@ def gpt2(tmp_path):
     return pathlib.Path(shutil.copytree(GOLDEN / "hf_gpt2", tmp_path / "gpt2"))
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_hugging_face_weights_give_its_logits(converted):
     golden = np.load(GOLDEN / "hf_gpt2" / "golden.npz")
     params = parameters.open_newest(str(converted), mesh()).params()

@@ -27,6 +27,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_megatron_gives_the_same_logits_loss_and_gradients(variant):
     weights, inputs, expected = numpy_gpt.load_megatron(variant)
@@ -37,6 +38,7 @@ def test_megatron_gives_the_same_logits_loss_and_gradients(variant):
     numpy_gpt.assert_close(tiny.to_numpy_names(grads), expected["grads"])
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_hugging_face_gpt2_gives_the_same_logits_loss_and_gradients():
     cfg = dataclasses.replace(TINY, vocab_size=257, seq_len=64)
     weights, inputs, expected = numpy_gpt.load_hf(cfg.padded_vocab_size)
