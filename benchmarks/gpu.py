@@ -1,6 +1,6 @@
 """Check and measure one GPU in eight minutes: its numbers, its speed, and whether runs repeat.
 
-    python benchmarks/gpu.py [--parts NAME ...] [--limit 1.0] [--output runs/gpu] [--cpu]
+    python benchmarks/gpu.py [--parts golden 350m] [--limit 1.0] [--output runs/gpu] [--cpu]
 
 Each part is a process of its own with its own time limit, so that one that fails, or does not end,
 does not stop the others; all together have eight minutes, and --limit multiplies both. A part's
