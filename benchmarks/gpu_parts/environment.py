@@ -3,7 +3,9 @@
 import importlib
 import importlib.metadata
 import os
+import pathlib
 import platform
+import subprocess
 
 import jax
 
@@ -26,7 +28,7 @@ VARIABLES = (
 
 def describe(task):
     """Yield versions, then the driver's facts, then what JAX sees with a run's settings."""
-    yield {"python": platform.python_version(), "versions": versions()}
+    yield {"commit": commit(), "python": platform.python_version(), "versions": versions()}
     fields = "name", "driver_version", "memory.total", "power.limit", "clocks.max.sm"
     yield {"GPUs": [dict(zip(fields, row, strict=True)) for row in nvidia_smi.query(*fields)]}
     laid, _ = train_step.prepare(sizes.recipe_args(task, *task.args))
@@ -42,6 +44,15 @@ def describe(task):
         "options of a step": laid.program.train.options,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def commit():
+    """Return the commit of this copy of the repository, None where git does not know one."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def versions():
