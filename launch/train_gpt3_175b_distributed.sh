@@ -5,8 +5,9 @@
 #     srun --nodes=16 --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none \
 #       launch/train_gpt3_175b_distributed.sh CHECKPOINT_PATH TENSORBOARD_LOGS_PATH \
 #       VOCAB_FILE MERGE_FILE DATA_PATH
-#   Without a launcher, one process per node, started on each node as in the example:
+#   Without a launcher, once on each node, as the example; it starts one process per GPU:
 #     NUM_NODES=16 NODE_RANK=0 MASTER_ADDR=node0 launch/train_gpt3_175b_distributed.sh ...
+#   On one machine, for all of its GPUs, without these variables. GPUS_PER_NODE=N starts N processes.
 #
 # Further arguments override the recipe: ... --mesh.tensor=8 --train.n-steps 100.
 # CONFIG=FILE selects another recipe, PYTHON=FILE another interpreter. COMMAND=preflight takes the
@@ -21,16 +22,6 @@ fi
 checkpoint_path=$1 tensorboard_logs_path=$2 vocab_file=$3 merge_file=$4 data_path=$5
 shift 5
 
-processes=()
-if [ "${NUM_NODES:-1}" -gt 1 ]; then
-  processes=(
-    --distributed.n-processes "$NUM_NODES"
-    --distributed.process-id "${NODE_RANK:?NUM_NODES is set: set NODE_RANK to the number of this node}"
-    --distributed.coordinator-address
-    "${MASTER_ADDR:?NUM_NODES is set: set MASTER_ADDR to the name of node 0}:${MASTER_PORT:-6000}"
-  )
-fi
-
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 arguments=(
@@ -40,10 +31,9 @@ arguments=(
   --data.vocab-file "$vocab_file"
   --data.merge-file "$merge_file"
   --data.paths "$data_path"
-  ${processes[@]+"${processes[@]}"} # before 4.4, bash treats an empty array as unset
   "$@"
 )
 # GPUs are meant: a machine whose GPUs are not visible is refused, and does not train on its CPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 # Use exec, because the run must receive the signals.
-exec "${PYTHON:-python3}" -m "gpt3jax.${COMMAND:-main}" "${arguments[@]}"
+exec "${PYTHON:-python3}" -m gpt3jax.distributed.node "gpt3jax.${COMMAND:-main}" "${arguments[@]}"

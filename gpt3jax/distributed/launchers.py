@@ -12,7 +12,7 @@ from typing import Any
 from gpt3jax import errors
 from gpt3jax.config import schema
 
-_PAGE = "launching.md#how-processes-find-each-other"
+PAGE = "launching.md#how-processes-find-each-other"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class Launcher:
 
 # The innermost first: mpirun and torchrun may run inside a process of Slurm.
 LAUNCHERS = (
-    # Kubeflow's PyTorchJob and many scripts set these too.
+    # `node` sets these, and so do Kubeflow's PyTorchJob and many scripts.
     Launcher(
-        name="torchrun", rank="RANK", size="WORLD_SIZE",
+        name="torchrun or launch/", rank="RANK", size="WORLD_SIZE",
         local_rank="LOCAL_RANK", local_size="LOCAL_WORLD_SIZE",
     ),
     # Version 5 does not set the last variable.
@@ -92,7 +92,7 @@ LAUNCHERS = (
 _AHEAD = {"SLURM_NTASKS": "srun", "WORLD_SIZE": "torchrun"}
 # Set by a run that goes on with fewer processes than were started (`joining.with_fewer`).
 FEWER = "GPT3JAX_N_PROCESSES"
-_PORT = 6000  # if the environment has a host but no port; Megatron's default
+PORT = 6000  # if the environment has a host but no port; Megatron's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def arguments(distributed: schema.Distributed, environ: Mapping[str, str]) -> di
         UserError: there are several processes, and options and environment contradict each other or
             lack the number of processes, the number of this one, or the address of process 0.
     """
-    place = _find(environ)
+    place = find(environ)
     n = _n_processes(distributed, place, environ)
     if n == 1:
         return None
@@ -137,7 +137,7 @@ def arguments(distributed: schema.Distributed, environ: Mapping[str, str]) -> di
             f"without the address of process 0, and {problem}: give "
             "--distributed.coordinator-address HOST:PORT (or JAX_COORDINATOR_ADDRESS), its host "
             "and a free port, the same to all",
-            page=_PAGE,
+            page=PAGE,
         )
     # Deactivated: otherwise JAX would take the devices from a launcher.
     return known | {"coordinator_address": address, "cluster_detection_method": "deactivate"}
@@ -149,10 +149,10 @@ def _n_processes(
     """Return the number of processes, this one included."""
     n, size = distributed.n_processes, place.size if place else 1
     if FEWER in environ:
-        return _number(environ, FEWER, 1)
+        return number_in(environ, FEWER, 1)
     if n and place and place.launcher.size and size != n:
         raise errors.UserError(
-            f"distributed.n_processes={n}, but {place.source}: make them equal", page=_PAGE
+            f"distributed.n_processes={n}, but {place.source}: make them equal", page=PAGE
         )
     if n:
         return n
@@ -160,16 +160,16 @@ def _n_processes(
         raise errors.UserError(
             "distributed.coordinator_address or distributed.process_id is given without "
             "distributed.n_processes, and this process would train alone: give all three",
-            page=_PAGE,
+            page=PAGE,
         )
     if size == 1:
-        _check_nothing_ahead(environ)
+        check_nothing_ahead(environ)
     elif place and not place.launcher.size:
         raise errors.UserError(
             f"{place.source}, one process of several, and each would train alone: give "
             "--distributed.n-processes and --distributed.coordinator-address HOST:PORT, the same "
             f"to all, or unset {place.launcher.rank} if each is a run of its own",
-            page=_PAGE,
+            page=PAGE,
         )
     return size
 
@@ -183,14 +183,14 @@ def _process_id(distributed: schema.Distributed, place: Place | None, n: int) ->
             f"distributed.n_processes={n}, but this process sees no other and would train "
             "alone: start it with srun or mpirun, or give --distributed.coordinator-address "
             "HOST:PORT and --distributed.process-id to each process",
-            page=_PAGE,
+            page=PAGE,
         )
     if number >= n:
         source = f"distributed.process_id={number}" if given or not place else place.source
         raise errors.UserError(
             f"{source}, but the {n} processes of distributed.n_processes are numbered 0 to "
             f"{n - 1}: correct one of them",
-            page=_PAGE,
+            page=PAGE,
         )
     return number
 
@@ -201,7 +201,7 @@ def _reason(distributed: schema.Distributed, place: Place | None) -> str:
     return place.source if place and not n else f"distributed.n_processes={n}"
 
 
-def _find(environ: Mapping[str, str]) -> Place | None:
+def find(environ: Mapping[str, str]) -> Place | None:
     """Return what the innermost launcher of several processes says.
 
     If several launchers agree, as Slurm and its PMI do, prefer one that JAX can detect. If none
@@ -219,8 +219,8 @@ def _place(launcher: Launcher, environ: Mapping[str, str]) -> Place | None:
     """Return what a launcher says; None if it did not start this process, or started it alone."""
     if not environ.get(launcher.rank):
         return None
-    rank, variable = _number(environ, launcher.rank, 0), launcher.size or launcher.rank
-    size = _number(environ, launcher.size, 1) if launcher.size else rank + 1
+    rank, variable = number_in(environ, launcher.rank, 0), launcher.size or launcher.rank
+    size = number_in(environ, launcher.size, 1) if launcher.size else rank + 1
     if launcher.size and size == 1:
         return None
     return Place(
@@ -228,16 +228,16 @@ def _place(launcher: Launcher, environ: Mapping[str, str]) -> Place | None:
     )
 
 
-def _check_nothing_ahead(environ: Mapping[str, str]) -> None:
+def check_nothing_ahead(environ: Mapping[str, str]) -> None:
     """Check that this process does not run in place of the command that starts the processes."""
     for size, command in _AHEAD.items():
-        if _number(environ, size, 1) > 1:
+        if number_in(environ, size, 1) > 1:
             raise errors.UserError(
                 f"{size}={environ[size]}, but this process was not started by {command} and would "
                 f"train alone: start it with {command}, or give --distributed.n-processes, "
                 "--distributed.process-id and --distributed.coordinator-address, or unset "
                 f"{size}",
-                page=_PAGE,
+                page=PAGE,
             )
 
 
@@ -258,7 +258,7 @@ def _address(place: Place | None, environ: Mapping[str, str]) -> str:
     if not host:
         return ""
     in_use = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens on its port
-    return f"{host}:{_number(environ, 'MASTER_PORT', _PORT) + in_use}"
+    return f"{host}:{number_in(environ, 'MASTER_PORT', PORT) + in_use}"
 
 
 def _local_devices(place: Place, environ: Mapping[str, str]) -> list[int] | None:
@@ -274,25 +274,26 @@ def _local_devices(place: Place, environ: Mapping[str, str]) -> list[int] | None
     if re.fullmatch(r"1(\(x\d+\))?", per_node):
         return []
     sees_one = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", ""))
-    return [0 if sees_one else _number(environ, launcher.local_rank, 0)]
+    return [0 if sees_one else number_in(environ, launcher.local_rank, 0)]
 
 
 def _check_tasks_per_node(environ: Mapping[str, str]) -> None:
     """Check that Slurm did not start one task, which uses one GPU, on a node with several GPUs."""
     n_tasks, n_nodes, n_gpus = (
-        _number(environ, f"SLURM_{name}", 1)
+        number_in(environ, f"SLURM_{name}", 1)
         for name in ("STEP_NUM_TASKS", "STEP_NUM_NODES", "GPUS_ON_NODE")
     )
     if n_gpus > 1 and n_tasks == n_nodes > 1:
         raise errors.UserError(
             f"srun started one task on each of {n_nodes} nodes, to use one GPU of {n_gpus}: "
             f"start one per GPU, with --ntasks-per-node={n_gpus}",
-            page=_PAGE,
+            page=PAGE,
         )
 
 
-def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
+def number_in(environ: Mapping[str, str], variable: str, default: int) -> int:
+    """Return the number in a variable; the default where it is not set or empty."""
     text = environ.get(variable) or str(default)
     if not text.isdecimal():
-        raise errors.UserError(f"{variable}={text} is not a number: correct it", page=_PAGE)
+        raise errors.UserError(f"{variable}={text} is not a number: correct it", page=PAGE)
     return int(text)

@@ -13,7 +13,7 @@ from gpt3jax.distributed import launchers
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "7000"}
 # What each sets in the second of four processes, two on each of two nodes.
 TOLD = {
-    "torchrun": {
+    "torchrun or launch/": {
         "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
     },
     "Open MPI": {
@@ -144,7 +144,7 @@ def test_the_innermost_launcher_decides(name):
         assert arguments(outer | TOLD[name] | ADDRESS)["num_processes"] == 4
 
 
-@pytest.mark.parametrize("name", ["MPICH or Intel MPI", "torchrun", "PMIx"])
+@pytest.mark.parametrize("name", ["MPICH or Intel MPI", "torchrun or launch/", "PMIx"])
 def test_srun_is_known_beside_variables_that_say_the_same(name):
     """Slurm's plugins set them, and so do many job scripts."""
     assert arguments(TOLD[name] | TOLD["Slurm"] | ADDRESS) == BY_JAX
@@ -186,7 +186,7 @@ def test_a_process_takes_its_own_device_of_a_node_that_it_shares(change, device)
 def test_addresses_are_taken_in_order():
     environ = TOLD["LeaderWorkerSet"]
     assert arguments(environ)["coordinator_address"] == "leader.svc:6000"
-    environ = TOLD["torchrun"] | ADDRESS
+    environ = TOLD["torchrun or launch/"] | ADDRESS
     assert arguments(environ)["coordinator_address"] == "node0:7000"
     # torchrun listens on its port itself.
     busy = environ | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -221,7 +221,7 @@ def test_contradictions_are_named(environ, options, words):
 
 def test_jax_takes_these_arguments():
     taken = set(inspect.signature(jax.distributed.initialize).parameters)
-    assert set(arguments(TOLD["torchrun"] | ADDRESS)) <= taken
+    assert set(arguments(TOLD["torchrun or launch/"] | ADDRESS)) <= taken
 
 
 def test_jax_leaves_all_devices_to_a_process_that_is_alone_on_its_node(monkeypatch):
