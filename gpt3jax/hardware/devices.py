@@ -13,7 +13,7 @@ import re
 import jax
 
 from gpt3jax import errors
-from gpt3jax.hardware import xla_flags
+from gpt3jax.hardware import driver, nvidia_smi, xla_flags
 
 # Files of a machine or a container with an NVIDIA GPU; the last one is of Linux under Windows.
 GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
@@ -27,7 +27,7 @@ def choose(cpu_devices: int) -> None:
 
     Raises:
         UserError: JAX_PLATFORMS asks for GPUs and none is visible, or one is visible and JAX is
-            installed without CUDA.
+            installed without CUDA, or for a newer driver.
     """
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
@@ -46,14 +46,15 @@ def choose(cpu_devices: int) -> None:
             "use the CPU",
             page="launching.md#gpus-or-the-cpu",
         )
-    if not has_cuda():
+    if not (cuda := installed_cuda()):
         raise errors.UserError(
             f"an NVIDIA GPU is visible ({gpu}), but JAX is installed without CUDA: pip install "
             "'gpt3jax[cuda13]' (cuda12 for drivers before 580), or set JAX_PLATFORMS=cpu to use "
             "the CPU",
             page="launching.md#gpus-or-the-cpu",
         )
-    os.environ.update(xla_flags.variables(os.environ))
+    driver.check(cuda)
+    os.environ.update(xla_flags.variables(os.environ, nvidia_smi.capabilities()))
     os.environ["JAX_PLATFORMS"] = platforms  # Orbax saves by it, not by JAX's config
 
 
@@ -71,8 +72,9 @@ def visible_gpu() -> str:
     return next((file for pattern in GPU_FILES for file in sorted(glob.glob(pattern))), "")
 
 
-def has_cuda() -> bool:
-    """Return whether JAX's CUDA plugin is installed where JAX looks for it."""
+def installed_cuda() -> int:
+    """Return the major version of CUDA that JAX's plugin is made for; 0 if there is no plugin."""
     plugins = importlib.util.find_spec("jax_plugins")
     folders = plugins.submodule_search_locations if plugins else None
-    return any("cuda" in module.name for module in pkgutil.iter_modules(folders or []))
+    names = (re.fullmatch(r"xla_cuda(\d+)", m.name) for m in pkgutil.iter_modules(folders or []))
+    return max((int(name[1]) for name in names if name), default=0)

@@ -12,3 +12,9 @@ def query(*fields: str, timeout: float | None = None) -> list[list[str]]:
         return []
     rows = [[value.strip() for value in line.split(",")] for line in done.stdout.splitlines()]
     return [row for row in rows if len(row) == len(fields)]
+
+
+def capabilities() -> set[tuple[int, int]]:
+    """Return the compute capabilities of this machine's GPUs; none if nvidia-smi fails."""
+    values = [row[0].split(".") for row in query("compute_cap", timeout=20)]
+    return {(int(v[0]), int(v[1])) for v in values if len(v) == 2 and all(map(str.isdecimal, v))}

@@ -1,4 +1,4 @@
-"""XLA's options for training steps on GPUs, each with its reason; those of a plan, and of CPUs.
+"""Options of XLA and CUDA for training steps on GPUs, each with its reason; of plans, and of CPUs.
 
 A step's options go with its program (`jax.jit`'s `compiler_options`), as they depend on the layout.
 Others must be in the environment before JAX starts. What the user gives there wins. Imports no JAX.
@@ -12,7 +12,7 @@ import importlib.util
 import mmap
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeAlias
 
 from gpt3jax import errors
@@ -38,6 +38,12 @@ MEMORY_FRACTION = 0.92
 NCCL's buffers and library handles."""
 # JAX's variables for it, the newer one first; it refuses both at once.
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+BLACKWELL = (10, 0)
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""How many queues a GPU takes kernels from. With one, up to Hopper, a collective that is launched
+before a product starts before it, and both overlap; from several queues the product may take all
+multiprocessors first. Blackwell gives them to streams of higher priority at once, and is slower
+with one queue (NVIDIA's JAX-Toolbox)."""
 
 
 def of_step(
@@ -72,6 +78,7 @@ def of_step(
             "and exposes communication",
         ),
         _estimator(capability),
+        _command_buffers(capability),
         *(_without_stages() if n_stages == 1 else ()),
         *((_DETERMINISTIC,) if deterministic else ()),
     )
@@ -97,6 +104,22 @@ def _estimator(capability: tuple[int, int]) -> Setting:
         return Setting(name, False, "XLA has tables for it from Hopper on")
     reason = "estimates for the scheduler how long collectives and products take"
     return Setting(name, True, reason)
+
+
+def _command_buffers(capability: tuple[int, int]) -> Setting:
+    """Return which kernels are launched together, as CUDA graphs: XLA's default are most kinds.
+
+    Both values are those of NVIDIA's JAX-Toolbox; neither was measured here.
+    """
+    name = "xla_gpu_enable_command_buffer"
+    if capability < BLACKWELL:
+        return Setting(
+            name,
+            "",
+            "kernels of a large step take longer than their launch, so a graph saves nothing; it "
+            "takes memory beside the allocator's, and time when buffers move",
+        )
+    return Setting(name, "FUSION,CUSTOM_CALL", "kernels are so short that launches are felt")
 
 
 def _without_stages() -> tuple[Setting, ...]:
@@ -172,13 +195,20 @@ def of_plan() -> tuple[Setting, ...]:
     )
 
 
-def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that a run on GPUs adds to the environment before JAX starts."""
+def variables(
+    environment: Mapping[str, str], capabilities: Collection[tuple[int, int]] = ()
+) -> dict[str, str]:
+    """Return the variables that a run on GPUs adds to the environment before JAX starts.
+
+    `capabilities` are those of this machine's GPUs, as far as they are known.
+    """
     flags = environment.get("XLA_FLAGS", "")
     new = text(tuple(setting for setting in of_process() if is_known(setting.name)))
     added = {"XLA_FLAGS": f"{new} {flags}".strip()}  # XLA takes the last of each option
     if not any(environment.get(name) for name in _FRACTIONS):
         added[_FRACTIONS[0]] = str(MEMORY_FRACTION)
+    if capabilities and max(capabilities) < BLACKWELL and not environment.get(_QUEUES):
+        added[_QUEUES] = "1"
     return added
 
 

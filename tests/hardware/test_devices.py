@@ -9,7 +9,7 @@ import pytest
 
 from gpt3jax import errors
 from gpt3jax.config import command_line
-from gpt3jax.hardware import devices
+from gpt3jax.hardware import devices, driver, nvidia_smi
 
 import corpus
 
@@ -21,13 +21,15 @@ def choose(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "GPU_FILES", (str(tmp_path / "nvidia[0-9]*"),))
     environment = {k: v for k, v in os.environ.items() if k[:4] not in ("CUDA", "XLA_", "JAX_")}
     monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(driver, "newest_cuda", lambda: (13, 0))
+    monkeypatch.setattr(nvidia_smi, "capabilities", lambda: {(9, 0)})
 
     def call(has_gpu, asked=None, cpu_devices=0, has_cuda=True):
         gpu.touch() if has_gpu else gpu.unlink(missing_ok=True)
         settings = {"jax_platforms": asked}
         fake = types.SimpleNamespace(values=settings, update=settings.__setitem__)
         monkeypatch.setattr(devices, "jax", types.SimpleNamespace(config=fake))
-        monkeypatch.setattr(devices, "has_cuda", lambda: has_cuda)
+        monkeypatch.setattr(devices, "installed_cuda", lambda: 13 * has_cuda)
         devices.choose(cpu_devices)
         return settings
 
@@ -64,6 +66,13 @@ def test_a_gpu_is_not_left_idle_for_want_of_cuda(choose):
     assert "gpt3jax[cuda13]" in str(error.value) and "JAX_PLATFORMS=cpu" in str(error.value)
 
 
+def test_a_driver_that_is_too_old_is_refused_before_jax_starts(choose, monkeypatch):
+    monkeypatch.setattr(driver, "newest_cuda", lambda: (12, 4))
+    with pytest.raises(errors.UserError, match="needs driver 580 or newer"):
+        choose(has_gpu=True)
+    assert choose(has_gpu=True, asked="cpu") == {"jax_platforms": "cpu"}
+
+
 def test_a_run_on_gpus_puts_into_the_environment_what_a_user_has_not(choose):
     choose(has_gpu=False)
     choose(has_gpu=True, cpu_devices=2)
@@ -71,6 +80,7 @@ def test_a_run_on_gpus_puts_into_the_environment_what_a_user_has_not(choose):
     os.environ["XLA_FLAGS"] = "--xla_mine=1"
     choose(has_gpu=True)
     assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.92"
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert "nic_speed_gbps=45" in os.environ["XLA_FLAGS"]
     assert os.environ["XLA_FLAGS"].endswith(" --xla_mine=1")
     assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
@@ -135,7 +145,7 @@ import sys
 from jax._src import hardware_utils
 from gpt3jax.config import command_line, schema
 from gpt3jax.distributed import joining
-from gpt3jax.hardware import devices
+from gpt3jax.hardware import devices, driver, nvidia_smi
 from gpt3jax.sharding import meshes
 if len(sys.argv) > 1:
     devices.GPU_FILES = (sys.argv[1],)
@@ -162,7 +172,7 @@ def test_without_a_gpu_the_cpu_is_used_quietly():
 
 
 @pytest.mark.skipif(bool(devices.visible_gpu()), reason="has a GPU")
-@pytest.mark.skipif(not devices.has_cuda(), reason="not installed: the extra plan")
+@pytest.mark.skipif(not devices.installed_cuda(), reason="not installed: the extra plan")
 def test_the_compiler_of_the_extra_plan_is_no_cuda(tmp_path):
     """A machine with a GPU where the extra `plan` alone is installed."""
     (tmp_path / "nvidia0").touch()

@@ -8,7 +8,7 @@ import pytest
 from gpt3jax import errors
 from gpt3jax.hardware import gpus, xla_flags
 
-HOPPER, AMPERE = (9, 0), (8, 0)
+HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
 MAP = "xla_gpu_analytical_latency_estimator_options"
 
 
@@ -35,7 +35,7 @@ def test_only_gpus_with_tables_have_the_estimator_and_cpus_have_no_option():
     assert xla_flags.compiler_options(None, 1, {}) == {}
 
 
-@pytest.mark.parametrize("capability", [HOPPER, AMPERE])
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE, BLACKWELL])
 def test_every_option_has_a_reason_and_xla_takes_it(capability):
     settings = (*xla_flags.of_step(capability, 1), *xla_flags.of_plan())
     assert all(setting.reason for setting in settings)
@@ -91,6 +91,21 @@ def test_variables_that_must_be_there_before_jax_starts_leave_a_users_own():
         assert set(xla_flags.variables({name: "0.5"})) == {"XLA_FLAGS"}
     mine = f"--{MAP}=nic_speed_gbps=90"
     assert xla_flags.variables({"XLA_FLAGS": mine})["XLA_FLAGS"].endswith(f" {mine}")
+
+
+def test_one_queue_up_to_hopper_unless_the_user_says_how_many():
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    assert xla_flags.variables({}, {AMPERE})[name] == xla_flags.variables({}, {HOPPER})[name] == "1"
+    for capabilities in ({BLACKWELL}, {HOPPER, BLACKWELL}, {(12, 0)}, ()):
+        assert name not in xla_flags.variables({}, capabilities)
+    assert name not in xla_flags.variables({name: "8"}, {HOPPER})
+
+
+def test_launches_are_joined_on_blackwell_alone_unless_the_user_says():
+    name = "xla_gpu_enable_command_buffer"
+    chosen = [xla_flags.compiler_options(gpu, 1, {})[name] for gpu in (AMPERE, HOPPER, BLACKWELL)]
+    assert chosen == ["", "", "FUSION,CUSTOM_CALL"]
+    assert name not in xla_flags.compiler_options(HOPPER, 1, {"XLA_FLAGS": f"--{name}=FUSION"})
 
 
 def test_an_unknown_option_of_xla_is_named_with_its_nearest():
