@@ -132,6 +132,23 @@ def test_a_container_is_asked_for_where_one_is_named(tmp_path, job):
         assert "--container-image=gpt3jax.sqsh" in line and "--container-mounts" not in line
 
 
+def test_with_and_without_a_container_the_command_lines_are_the_same(tmp_path, job):
+    """But for the container itself; and each process may use all CPUs and sees all GPUs."""
+    where = {"REPOSITORY": str(tmp_path / "repository")}
+    job([0, 0], **where)
+    job([0, 0], CONTAINER_IMAGE="gpt3jax.sqsh", CONTAINER_MOUNTS="/data:/data", **where)
+    lines = [line.split() for line in told(tmp_path, "srun")]
+    assert lines[:2] == [
+        [option for option in line if not option.startswith("--container-")] for line in lines[2:]
+    ]
+    assert [len(line) for line in lines] == [4, 4, 6, 6]
+    processes = told(tmp_path, "processes")
+    assert processes[:4] == processes[4:]
+    assert {"--gpu-bind=none", "--cpu-bind=none"} < set(lines[0])
+    job([0, 0], CPU_BIND="cores")
+    assert "--cpu-bind=cores" in told(tmp_path, "srun")[-1].split()
+
+
 def test_a_job_that_cannot_start_is_refused_in_one_line(tmp_path, job):
     done = job([0, 0], REPOSITORY="/nowhere")
     assert (
