@@ -1,10 +1,15 @@
 """launch/kubernetes/job.yaml: valid, and at one with itself and with the program."""
 
+import os
 import re
+import shutil
+import subprocess
 
 import pytest
 
 from gpt3jax import errors
+from gpt3jax.config import schema
+from gpt3jax.distributed import launchers, node
 
 import corpus
 
@@ -20,6 +25,10 @@ def documents():
 def containers(documents):
     pod = documents["Job"]["spec"]["template"]["spec"]
     return [*pod["initContainers"], *pod["containers"]]
+
+
+def script_of(container):
+    return next(word for word in container["command"] if word.startswith("/opt/gpt3jax/"))
 
 
 def variables(container):
@@ -56,19 +65,23 @@ def test_one_number_of_nodes_and_one_name_in_all_places(documents):
 
 def test_preflight_and_training_differ_in_their_command_alone(documents):
     first, second = containers(documents)
-    assert first["command"] == second["command"] and first["resources"] == second["resources"]
+    for part in ("command", "resources", "securityContext", "volumeMounts"):
+        assert first[part] == second[part]
     assert variables(first) == variables(second) | {"COMMAND": "preflight"}
 
 
 def test_the_containers_run_what_the_image_has(documents):
     for container in containers(documents):
-        script, *_ = container["command"]
+        script = script_of(container)
         config_file = variables(container)["CONFIG"]
         for path in (script, config_file):
             assert (corpus.REPOSITORY / path.removeprefix("/opt/gpt3jax/")).is_file()
     dockerfile = (corpus.REPOSITORY / "launch" / "Dockerfile").read_text()
-    user = documents["Job"]["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
-    assert "WORKDIR /opt/gpt3jax" in dockerfile and f"USER {user}" in dockerfile
+    assert "WORKDIR /opt/gpt3jax" in dockerfile and "USER 1000" in dockerfile
+    for container in containers(documents):
+        assert "--reuid=1000" in container["command"]
+        assert variables(container)["HOME"] == "/home/gpt3jax"
+    assert "useradd --uid 1000 --create-home gpt3jax" in dockerfile
 
 
 def test_the_failure_policy_follows_the_exit_statuses(documents):
@@ -81,8 +94,53 @@ def test_the_failure_policy_follows_the_exit_statuses(documents):
     assert documents["Job"]["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_the_script_makes_the_options_of_the_variables():
-    """Without them each pod would train alone."""
-    script = (corpus.REPOSITORY / "launch" / "train_gpt3_175b_distributed.sh").read_text()
-    for name in ("NUM_NODES", "NODE_RANK", "MASTER_ADDR"):
-        assert re.search(rf'"\$\{{?{name}\b', script)
+def test_each_pod_starts_a_process_for_each_of_its_gpus(documents):
+    """As the script would, given the pod's variables: 16 pods with 8 processes each."""
+    job = documents["Job"]["spec"]
+    for container in containers(documents):
+        n_gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+        ids, addresses = [], set()
+        for index in range(job["completions"]):
+            pod = variables(container) | {
+                "NODE_RANK": str(index),
+                "JOB_COMPLETION_INDEX": str(index),
+            }
+            places = node.processes(pod)
+            assert len(places) == n_gpus
+            for i, place in enumerate(places):
+                found = launchers.arguments(schema.Distributed(), pod | place)
+                assert found["num_processes"] == n_gpus * job["completions"]
+                assert found["local_device_ids"] == [i]
+                ids.append(found["process_id"])
+                addresses.add(found["coordinator_address"])
+        assert ids == list(range(n_gpus * job["completions"]))
+        (port,) = documents["Service"]["spec"]["ports"]
+        assert addresses == {f"gpt3-0.gpt3:{port['port']}"}
+
+
+@pytest.mark.skipif(
+    not shutil.which("setpriv") or os.geteuid() != 0, reason="needs root, and Linux's setpriv"
+)
+def test_the_training_is_user_1000_and_may_lock_memory(documents):
+    """The command of the containers, with the capabilities that they have."""
+    for container in containers(documents):
+        security, command = container["securityContext"], container["command"]
+        added = [f"+{name.lower()}" for name in security["capabilities"]["add"]]
+        assert security["capabilities"]["drop"] == ["ALL"] and security["runAsUser"] == 0
+        outer = [
+            "setpriv",
+            "--no-new-privs",
+            "--inh-caps=-all",
+            f"--bounding-set=-all,{','.join(added)}",
+        ]
+        prefix = command[: command.index(script_of(container))]
+        status = subprocess.run(
+            [*outer, *prefix, "cat", "/proc/self/status"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert re.search(r"^Uid:\s+1000\s+1000\s", status, re.MULTILINE)
+        assert re.search(r"^Gid:\s+1000\s+1000\s", status, re.MULTILINE)
+        (effective,) = re.findall(r"^CapEff:\s+(\w+)$", status, re.MULTILINE)
+        assert int(effective, 16) == 1 << 14  # IPC_LOCK alone
