@@ -113,7 +113,7 @@ def differences(hosts: Sequence[str], answers: Answers) -> list[Line]:
 
 def environment(hosts: Sequence[str], answers: Answers) -> Check:
     """Check the environment variables; a difference fails only if it changes the program."""
-    check = same("environment", hosts, answers, "warn", "{n} variables of XLA, JAX and NCCL")
+    check = same("environment", hosts, answers, "warn", "{n} variables of XLA, JAX, NCCL and CUDA")
     decisive = any(line.text.startswith(_DECISIVE) for line in check.lines)
     return dataclasses.replace(check, status="fail") if decisive else check
 

@@ -25,7 +25,7 @@ _PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax",
     "orbax-checkpoint", "grain", "numpy", "jax-triton", "triton",
 )  # fmt: skip
-_PREFIXES = ("XLA_", "JAX_", "NCCL_", "TF_XLA_")
+_PREFIXES = ("XLA_", "JAX_", "NCCL_", "TF_XLA_", "CUDA_DEVICE_")
 _OWN = {  # may differ between processes or hosts
     "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS",
     "JAX_PROCESS_ID", "JAX_COMPILATION_CACHE_DIR", "JAX_PARTITION_INDEX", "JAX_SLICE_INDEX",
@@ -93,7 +93,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of XLA, JAX and NCCL that should be the same in all processes."""
+    """Return the variables of XLA, JAX, NCCL and CUDA that should be the same in all processes."""
     return {k: v for k, v in variables.items() if k.startswith(_PREFIXES) and k not in _OWN}
 
 

@@ -23,6 +23,7 @@ def lines(run: startup.Run) -> list[str]:
         *run.replicas.describe(),
         _checkpoints(run),
         *_missing_extra(run),
+        *several_gpus(step.platform(run.mesh), jax.local_device_count()),
         *unused_fields.without_effect(run.choice.given),
         *layout_choice.table(run.choice),
         *beyond_the_end(cfg, run.schedule, run.end),
@@ -58,6 +59,16 @@ def _missing_extra(run: startup.Run) -> list[str]:
     platform, n_shards = step.platform(run.mesh), run.mesh.shape["context"]
     line = attention.missing_extra(model, dtype, platform, n_shards)
     return [f"WARNING: {line}"] if line else []
+
+
+def several_gpus(platform: str, n_devices: int) -> list[str]:
+    """Return a line if this process has several GPUs."""
+    if platform == "cpu" or n_devices == 1:
+        return []
+    return [
+        f"WARNING: one process has {n_devices} GPUs, and may hang (docs/launching.md): start one "
+        "for each with a launcher, or python -m gpt3jax.distributed.node gpt3jax.main ..."
+    ]
 
 
 def warmup_warnings(o: schema.Optimizer, run_samples: int) -> list[str]:

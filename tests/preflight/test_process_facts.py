@@ -61,6 +61,7 @@ def test_all_files_of_the_data_are_looked_at(tmp_path):
 
 def test_variables_of_one_process_are_left_out():
     shared = {"XLA_FLAGS": "--a", "NCCL_ALGO": "Ring", "JAX_ENABLE_X64": "1"}
+    shared |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     own = {"JAX_PROCESS_ID": "3", "JAX_COMPILATION_CACHE_DIR": "x", "PATH": "/bin", "SECRET": "s"}
     assert process_facts.environment(shared | own) == shared
 

@@ -58,6 +58,12 @@ def test_a_run_that_ends_in_its_warm_up_is_warned_of(warmup):
     assert line.endswith("only rises, to 0.0005 where optimizer.peak_lr is 0.001")
 
 
+def test_a_process_with_several_gpus_says_how_to_start_one_for_each():
+    (line,) = start_report.several_gpus("gpu", 8)
+    assert "one process has 8 GPUs" in line and "gpt3jax.distributed.node gpt3jax.main" in line
+    assert start_report.several_gpus("gpu", 1) == start_report.several_gpus("cpu", 8) == []
+
+
 def make_config(**checkpoint):
     return tiny.make_config(
         model={"n_layers": 1, "d_model": 32}, mesh={"data": 8},
