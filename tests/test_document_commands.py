@@ -40,16 +40,17 @@ COMMANDS = {
     "gpt3jax.report": [],
     "gpt3jax.summary": [],
 }
-PARTS_OF_COMMANDS = {"gpt3jax.plan.compiler"}  # processes that another command starts
+# Processes that another command starts, and what launch/ starts commands with.
+PARTS_OF_COMMANDS = {"gpt3jax.plan.compiler", "gpt3jax.distributed.node"}
 SUBCOMMANDS = {
     "gpt3jax.checkpoint": ["list", "show", "verify"],
     "gpt3jax.convert": ["from-hf", "to-hf", "from-megatron", "to-megatron"],
 }
-# Of docker, Slurm, TensorBoard, lm-eval and Megatron-LM.
+# Of docker and buildah, Slurm, TensorBoard, lm-eval and Megatron-LM.
 OTHER_OPTIONS = {
     "--user", "--init", "--shm-size", "--ulimit", "--network", "--device", "--build-arg",
     "--kill-on-bad-exit", "--signal", "--batch", "--requeue", "--nodes", "--gpus-per-task",
-    "--ntasks-per-node", "--export", "--logdir", "--data-path", "--model",
+    "--wait", "--cpu-bind", "--isolation", "--ntasks-per-node", "--export", "--logdir", "--data-path", "--model",
 }  # fmt: skip
 OPTION = r"(?<![\w-])--[a-z](?:[\w.-]*\w)?(?![\w.-]*\*)"
 

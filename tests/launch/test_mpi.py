@@ -1,4 +1,4 @@
-"""The five-argument script under real MPIs, and without a launcher."""
+"""The five-argument script under real MPIs, and without a launcher: on several nodes, on one."""
 
 import os
 import shutil
@@ -107,3 +107,20 @@ def test_two_processes_without_a_launcher_as_over_ssh(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], told
     assert "2 process(es), 2 device(s)" in told[0][0]
     assert "the run is complete: step 4, 32 samples" in told[0][0]
+
+
+@pytest.mark.slow
+def test_a_script_alone_starts_a_process_for_each_gpu_which_all_stop_when_it_is_asked(tmp_path):
+    """With emulated devices in place of GPUs."""
+    folder = corpus.write_run(tmp_path)
+    script = start(folder, [], 2000, GPUS_PER_NODE="2")
+    lines = []
+    for line in script.stdout:
+        lines.append(line)
+        if "iteration" in line:
+            script.send_signal(signal.SIGTERM)
+            break
+    out, err = script.communicate(timeout=300)
+    told = "".join(lines) + out
+    assert "2 process(es), 2 device(s)" in told and "saved" in told, told + err
+    assert script.returncode == errors.REQUEUE, err
