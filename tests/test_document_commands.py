@@ -50,7 +50,8 @@ SUBCOMMANDS = {
 OTHER_OPTIONS = {
     "--user", "--init", "--shm-size", "--ulimit", "--network", "--device", "--build-arg",
     "--kill-on-bad-exit", "--signal", "--batch", "--requeue", "--nodes", "--gpus-per-task",
-    "--wait", "--cpu-bind", "--isolation", "--ntasks-per-node", "--export", "--logdir", "--data-path", "--model",
+    "--wait", "--cpu-bind", "--isolation", "--ntasks-per-node", "--export", "--logdir",
+    "--data-path", "--model",
 }  # fmt: skip
 OPTION = r"(?<![\w-])--[a-z](?:[\w.-]*\w)?(?![\w.-]*\*)"
 

@@ -50,7 +50,8 @@ def free_port():
 @pytest.mark.skipif(not MPIRUN, reason="not installed: orterun (apt: openmpi-bin)")
 def test_two_processes_under_mpirun_find_each_other_stop_when_asked_and_go_on(tmp_path):
     folder = corpus.write_run(tmp_path)
-    first = start(folder, mpirun(2), 2000)
+    lines_only = {"TERM": "dumb"}  # mpirun gives a terminal, which would have the live view
+    first = start(folder, mpirun(2), 2000, **lines_only)
     lines = []
     for line in first.stdout:
         lines.append(line)
@@ -63,7 +64,7 @@ def test_two_processes_under_mpirun_find_each_other_stop_when_asked_and_go_on(tm
     assert first.returncode == errors.REQUEUE, err
     (saved,) = [int(name) for name in os.listdir(folder / "checkpoints") if name.isdigit()][-1:]
     # Another length would be another order of samples, so it is stopped again.
-    again = start(folder, mpirun(2), 2000)
+    again = start(folder, mpirun(2), 2000, **lines_only)
     for line in again.stdout:
         if "resumed from" in line:
             assert f"at step {saved}," in line
