@@ -129,7 +129,7 @@ RUN id -u && python3 -m gpt3jax.main --config=/opt/gpt3jax/configs/quickstart.py
 
 @pytest.fixture
 def build(tmp_path):
-    """Return a function that builds an image in a storage of its own, and what it prints."""
+    """Yield a function that builds an image in a storage of its own: status, what it prints."""
     storage = [f"--root={tmp_path}/root", f"--runroot={tmp_path}/run", "--storage-driver=vfs"]
     # A network may have a certificate of its own, which pip is told of.
     volumes = []
@@ -146,7 +146,9 @@ def build(tmp_path):
         )  # fmt: skip
         return done.returncode, done.stdout
 
-    return call
+    yield call
+    for folder in ("root", "run", "debian"):  # gigabytes
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
 
 
 def base_image(build, folder):
