@@ -65,7 +65,6 @@ def _model(recipe, *options):
 _350M = _model("gpt3/350m", "--model.remat=none")
 _345M = _model("345m", "--model.remat=none", "--precision.compute-dtype=bfloat16")
 _IMPLEMENTATION = "--model.attention.implementation={}"
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 SECONDS = 480.0  # of all parts together
 # The most important first: the last ones are left out where the time is over.
 PARTS = {
@@ -81,14 +80,17 @@ PARTS = {
     "decoding": Part("decoding.compare", 45),
     "345m triton": Part("training.measure", 45, (*_345M, _IMPLEMENTATION.format("triton"))),
     "345m xla": Part("training.measure", 45, (*_345M, _IMPLEMENTATION.format("xla"))),
-    "350m one connection": Part(
-        "training.measure", 30, _350M, variables=(("CUDA_DEVICE_MAX_CONNECTIONS", "1"),)
+    "350m 8 connections": Part(
+        "training.measure", 30, _350M, variables=(("CUDA_DEVICE_MAX_CONNECTIONS", "8"),)
     ),
-    "350m no command buffers": Part(
-        "training.measure", 60, _350M, xla_flags="--xla_gpu_enable_command_buffer="
+    "350m command buffers": Part(
+        "training.measure",
+        60,
+        _350M,
+        xla_flags="--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN",
     ),
-    "350m deterministic": Part("training.measure", 60, _350M, xla_flags=DETERMINISTIC),
-    "repeat deterministic": Part("runs.repeat", 90, xla_flags=DETERMINISTIC),
+    "350m deterministic": Part("training.measure", 60, (*_350M, "--precision.deterministic")),
+    "repeat deterministic": Part("runs.repeat", 90, ("--precision.deterministic",)),
     "profile": Part("runs.profile", 40),
 }
 

@@ -10,10 +10,11 @@ shared disk for: sources, corpus, folders.
 
 import argparse
 import collections
+import sys
 import threading
 
 from gpt3jax.config import schema
-from gpt3jax.distributed import messages, nodes
+from gpt3jax.distributed import messages, node_speaker
 from gpt3jax.preflight import across_processes, process_facts
 from gpt3jax.watch import phases, stragglers
 
@@ -73,7 +74,7 @@ def before_a_run(n):
         without = dict.fromkeys(process_facts.OF_FILES) if not with_files else {}
         return {**facts, "folders": {}, **without}
 
-    nodes.speaks = lambda: n < nodes.LARGE or _here.process % PER_NODE == 0
+    node_speaker.speaks = lambda: n < node_speaker.LARGE or _here.process % PER_NODE == 0
     process_facts.of_host = of_host
     process_facts.devices = lambda: {process_facts.N_DEVICES: "1", process_facts.KIND: "H100"}
     process_facts.plant = lambda cfg, token: ([], {})
@@ -98,7 +99,7 @@ def before_a_run(n):
 def in_its_course(n):
     """Return the messages and bytes a second of the posts, in a run that goes on."""
     service = _service_of(n)
-    clock, is_large, peers = phases.Phases(), n >= nodes.LARGE, []
+    clock, is_large, peers = phases.Phases(), n >= node_speaker.LARGE, []
     for i in range(n):
         if i % PER_NODE == 0:
             speaker = _Speaker()
@@ -168,10 +169,14 @@ def _in_threads(function, n):
         thread.join()
 
 
-def main():
+def parse(args):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[64, 1024, 16384])
-    given = parser.parse_args()
+    return parser.parse_args(args)
+
+
+def main(args):
+    given = parse(args)
     print(f"{'':9}  {'checks before a run':^35}  {'posts in its course':^21}")
     print("processes     messages       MB  look at files  messages/s       kB/s")
     for n in given.processes:
@@ -185,4 +190,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

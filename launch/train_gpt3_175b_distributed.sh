@@ -36,4 +36,4 @@ arguments=(
 # GPUs are meant: a machine whose GPUs are not visible is refused, and does not train on its CPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 # Use exec, because the run must receive the signals.
-exec "${PYTHON:-python3}" -m gpt3jax.distributed.node "gpt3jax.${COMMAND:-main}" "${arguments[@]}"
+exec "${PYTHON:-python3}" -m gpt3jax.distributed.launch "gpt3jax.${COMMAND:-main}" "${arguments[@]}"

@@ -300,12 +300,12 @@ def test_gpu_keeps_the_users_flags_and_adds_those_of_a_part(monkeypatch, tmp_pat
     benchmark = load("gpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_of_user=1")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    part = benchmark.PARTS["350m no command buffers"]
+    part = benchmark.PARTS["350m command buffers"]
     variables = benchmark.environment(part, tmp_path, cpu=False)
-    assert variables["XLA_FLAGS"] == "--xla_of_user=1 --xla_gpu_enable_command_buffer="
+    assert variables["XLA_FLAGS"] == f"--xla_of_user=1 {part.xla_flags}"
     assert variables["JAX_COMPILATION_CACHE_DIR"] == f"{tmp_path}/compiled"
     assert variables.get("JAX_PLATFORMS") == os.environ.get("JAX_PLATFORMS")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/kept")
-    variables = benchmark.environment(benchmark.PARTS["350m one connection"], tmp_path, cpu=True)
+    variables = benchmark.environment(benchmark.PARTS["350m 8 connections"], tmp_path, cpu=True)
     assert variables["JAX_COMPILATION_CACHE_DIR"] == "/kept"
-    assert (variables["CUDA_DEVICE_MAX_CONNECTIONS"], variables["JAX_PLATFORMS"]) == ("1", "cpu")
+    assert (variables["CUDA_DEVICE_MAX_CONNECTIONS"], variables["JAX_PLATFORMS"]) == ("8", "cpu")

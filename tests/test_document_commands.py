@@ -41,7 +41,7 @@ COMMANDS = {
     "gpt3jax.summary": [],
 }
 # Processes that another command starts, and what launch/ starts commands with.
-PARTS_OF_COMMANDS = {"gpt3jax.plan.compiler", "gpt3jax.distributed.node"}
+PARTS_OF_COMMANDS = {"gpt3jax.plan.compiler", "gpt3jax.distributed.launch"}
 SUBCOMMANDS = {
     "gpt3jax.checkpoint": ["list", "show", "verify"],
     "gpt3jax.convert": ["from-hf", "to-hf", "from-megatron", "to-megatron"],

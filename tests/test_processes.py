@@ -76,7 +76,7 @@ def test_the_first_process_alone_records_its_devices(tmp_path):
     assert [file.name for file in (folder / "logs").glob("*.prof")] == ["memory-step-3.prof"]
 
 
-ONE_SPEAKS = "from gpt3jax.distributed import nodes; nodes.LARGE = 2\n"
+ONE_SPEAKS = "from gpt3jax.distributed import nodes; node_speaker.LARGE = 2\n"
 
 
 def test_one_process_speaks_for_its_node(tmp_path, alone):

@@ -14,7 +14,7 @@ import documents
 
 REPOSITORY = documents.REPOSITORY
 DOCS = REPOSITORY / "docs"
-NO_COMMANDS = {"plan.compiler", "distributed.node"}  # the package itself and launch/ start them
+NO_COMMANDS = {"plan.compiler", "distributed.launch"}  # the package itself and launch/ start them
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from gpt3jax.checkpoint import (
     retention,
 )
 from gpt3jax.config import schema, user_paths
-from gpt3jax.distributed import messages, nodes
+from gpt3jax.distributed import messages, node_speaker
 from gpt3jax.sharding import moving, spreading
 
 State = TypeVar("State")
@@ -195,7 +195,7 @@ class Checkpoints:
         if jax.process_count() == 1:
             return ""
         failure, trial = "", self.folder / f"write-test-{jax.process_index()}"
-        if nodes.speaks():
+        if node_speaker.speaks():
             try:
                 trial.mkdir(exist_ok=True)
                 (trial / "file").write_bytes(bytes(4096))

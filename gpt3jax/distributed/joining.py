@@ -9,7 +9,7 @@ import jax
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.distributed import launchers, messages, nodes
+from gpt3jax.distributed import launchers, messages, node_speaker
 from gpt3jax.hardware import devices
 
 
@@ -38,7 +38,7 @@ def start(distributed: schema.Distributed, mesh: schema.Mesh) -> None:
             f"{error}",
             page="operations.md#by-symptom",
         ) from error
-    nodes.join(distributed.start_timeout)
+    node_speaker.join(distributed.start_timeout)
 
 
 def check_all_work(n_devices: int) -> None:

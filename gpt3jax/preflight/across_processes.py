@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from gpt3jax import errors, step
 from gpt3jax.config import batch_schedule, layout, schema
-from gpt3jax.distributed import messages, nodes
+from gpt3jax.distributed import messages, node_speaker
 from gpt3jax.preflight import checks, process_facts
 from gpt3jax.run import layout_choice, start_report, startup, step_log
 
@@ -72,7 +72,7 @@ class Session:
         else:
             token = self._receive("token")
         try:
-            speaks = self.me == 0 or nodes.speaks()
+            speaks = self.me == 0 or node_speaker.speaks()
             answer = process_facts.of_host(self.cfg, token, first=self.me == 0, with_files=speaks)
             if self.me == 0:
                 answer["folders"] = problems

@@ -67,7 +67,7 @@ def several_gpus(platform: str, n_devices: int) -> list[str]:
         return []
     return [
         f"WARNING: one process has {n_devices} GPUs, and may hang (docs/launching.md): start one "
-        "for each with a launcher, or python -m gpt3jax.distributed.node gpt3jax.main ..."
+        "for each with a launcher, or python -m gpt3jax.distributed.launch gpt3jax.main ..."
     ]
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gpt3jax.distributed import messages, nodes
+from gpt3jax.distributed import messages, node_speaker
 from gpt3jax.watch import phases
 
 _READERS = 2
@@ -71,7 +71,7 @@ class Peers:
         process: int,
         n_processes: int,
         every: float,
-        node: nodes.Node | None = None,
+        node: node_speaker.Node | None = None,
     ):
         """Post nothing yet; `node` is that of this process in a large run."""
         self._node, self._n_posts = node, 0

@@ -6,7 +6,7 @@ import jax
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.distributed import messages, nodes
+from gpt3jax.distributed import messages, node_speaker
 from gpt3jax.record import recording
 from gpt3jax.watch import goodput, phases, stragglers, watchdog
 
@@ -21,7 +21,7 @@ class Oversight(contextlib.AbstractContextManager["Oversight"]):
         self._named = set[int]()  # slow processes that a warning has named
         process, n = jax.process_index(), jax.process_count()
         tick = min(10.0, cfg.watchdog.min_seconds / 4)
-        self._peers = stragglers.Peers(self.clock, process, n, tick, nodes.node())
+        self._peers = stragglers.Peers(self.clock, process, n, tick, node_speaker.node())
         self._peers.start()
         self._watchdog = watchdog.Watchdog(cfg.watchdog, self.clock, self._peers, process, tick)
         self._account: goodput.Account | None = None

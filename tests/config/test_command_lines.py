@@ -79,7 +79,7 @@ def commands():
         if "if __name__ ==" in path.read_text()
     }
     # A child of plan, which asks it in JSON; what launch/ starts commands with.
-    return found - {"plan.compiler", "distributed.node"}
+    return found - {"plan.compiler", "distributed.launch"}
 
 
 @pytest.mark.parametrize("module", sorted(commands()))

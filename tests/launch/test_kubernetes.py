@@ -9,7 +9,7 @@ import pytest
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.distributed import launchers, node
+from gpt3jax.distributed import launch, launchers
 
 import corpus
 
@@ -105,7 +105,7 @@ def test_each_pod_starts_a_process_for_each_of_its_gpus(documents):
                 "NODE_RANK": str(index),
                 "JOB_COMPLETION_INDEX": str(index),
             }
-            places = node.processes(pod)
+            places = launch.processes(pod)
             assert len(places) == n_gpus
             for i, place in enumerate(places):
                 found = launchers.arguments(schema.Distributed(), pod | place)

@@ -52,7 +52,7 @@ def test_it_adds_no_setting_but_that_gpus_are_meant(recorded):
 
 def test_it_starts_main_with_the_config_of_the_five_paths(recorded):
     _, (_, starter, module, *arguments) = recorded()
-    assert starter == "gpt3jax.distributed.node"
+    assert starter == "gpt3jax.distributed.launch"
     paths = ("--checkpoint.dir=checkpoints", "--log.dir=logs", "--data.paths=corpus")
     by_hand = (f"--config={corpus.REPOSITORY / 'configs' / '175b.py'}", *paths, *OPTIONS)
     assert module == "gpt3jax.main"

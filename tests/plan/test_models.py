@@ -107,7 +107,7 @@ def test_only_cudnns_attention_is_slower_where_results_must_repeat(attention):
         placed = dataclasses.replace(layout_of(cfg), attention=attention)
         gpu = gpus.GPUS["h100"]
         parts = time_model.estimate(cfg, placed, gpu, gpus.network_of(gpu), "expected").parts
-        return parts, "deterministic" in time_model.assumptions(cfg, placed, compiled=True)
+        return parts, "deterministic" in time_model.assumptions(cfg, placed, gpu, compiled=True)
 
     (plain, named), (strict, named_too) = estimate(), estimate(deterministic=True)
     # 2 of 9 products are forward, twice with full recomputation, and 5 backward.
@@ -183,6 +183,6 @@ def test_what_was_measured_replaces_what_is_assumed(monkeypatch):
         assumed = time_model.ASSUMED["matmul"].at(case)
         ratio = parts(h200, case).matmul / parts(h100, case).matmul  # their cores are the same
         assert ratio == pytest.approx(assumed / share)
-    told = time_model.assumptions(placed, h200, compiled=False)
+    told = time_model.assumptions(cfg, placed, h200, compiled=False)
     assert told["matmul"].source == "measured: one H200, some day"
     assert told["memory"] == time_model.ASSUMED["memory"]

@@ -60,7 +60,7 @@ def test_a_run_that_ends_in_its_warm_up_is_warned_of(warmup):
 
 def test_a_process_with_several_gpus_says_how_to_start_one_for_each():
     (line,) = start_report.several_gpus("gpu", 8)
-    assert "one process has 8 GPUs" in line and "gpt3jax.distributed.node gpt3jax.main" in line
+    assert "one process has 8 GPUs" in line and "gpt3jax.distributed.launch gpt3jax.main" in line
     assert start_report.several_gpus("gpu", 1) == start_report.several_gpus("cpu", 8) == []
 
 

@@ -1,7 +1,7 @@
 """Starts a command once for each GPU of this node, and ends as one process would.
 
-`python -m gpt3jax.distributed.node MODULE [ARG ...]` is what launch/train_gpt3_175b_distributed.sh
-runs. With one GPU, or as one of several processes that a launcher started, it becomes the command
+launch/train_gpt3_175b_distributed.sh runs `python -m gpt3jax.distributed.launch MODULE [ARG ...]`.
+With one GPU, or as one of several processes that a launcher started, it becomes the command
 itself. Otherwise it reads the variables of Megatron's example: NUM_NODES, NODE_RANK, MASTER_ADDR,
 MASTER_PORT, and GPUS_PER_NODE for other than all visible GPUs. Imports no JAX.
 """

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from gpt3jax.checkpoint import storage
-from gpt3jax.distributed import messages, nodes
+from gpt3jax.distributed import messages, node_speaker
 from gpt3jax.watch import phases, stragglers
 
 import corpus
@@ -23,7 +23,7 @@ def node_of():
     made = []
 
     def make(run):
-        made.append(nodes.Node(run))
+        made.append(node_speaker.Node(run))
         return made[-1]
 
     yield make
@@ -51,9 +51,9 @@ def test_the_first_of_a_node_speaks_and_hears_the_others(node_of):
 
 TAKES_NOTHING = """
 import sys, time
-from gpt3jax.distributed import nodes
-nodes.Node._listen = lambda self: None
-node = nodes.Node(sys.argv[1])
+from gpt3jax.distributed import node_speaker
+node_speaker.Node._listen = lambda self: None
+node = node_speaker.Node(sys.argv[1])
 print("ready", flush=True)
 time.sleep(100)
 """
@@ -128,6 +128,6 @@ def test_one_process_of_a_node_tries_the_store_before_a_save(tmp_path, monkeypat
     store, answers = storage.Checkpoints(str(tmp_path)), []
     monkeypatch.setattr(jax, "process_count", lambda: 2048)
     monkeypatch.setattr(messages, "on_any_process", lambda answer: answers.append(answer))
-    monkeypatch.setattr(nodes, "speaks", lambda: speaks)
+    monkeypatch.setattr(node_speaker, "speaks", lambda: speaks)
     (tmp_path / "write-test-0").write_text("a file is in the way")
     assert bool(store._unwritable()) == speaks and answers == [speaks]

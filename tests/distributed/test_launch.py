@@ -9,7 +9,7 @@ import pytest
 
 from gpt3jax import errors
 from gpt3jax.config import schema
-from gpt3jax.distributed import launchers, node
+from gpt3jax.distributed import launch, launchers
 
 import corpus
 
@@ -28,22 +28,22 @@ def gpus(tmp_path, monkeypatch):
 
 
 def test_each_gpu_of_a_machine_gets_a_process():
-    places = node.processes({"CUDA_VISIBLE_DEVICES": "2,3"})
+    places = launch.processes({"CUDA_VISIBLE_DEVICES": "2,3"})
     assert [place["LOCAL_RANK"] for place in places] == ["0", "1"]
     assert {place["MASTER_ADDR"] for place in places} == {"127.0.0.1"}
     assert len({place["MASTER_PORT"] for place in places}) == 1
-    assert len(node.processes({})) == 8
-    assert len(node.processes({"JAX_PLATFORMS": "cuda,cpu", "GPUS_PER_NODE": "4"})) == 4
+    assert len(launch.processes({})) == 8
+    assert len(launch.processes({"JAX_PLATFORMS": "cuda,cpu", "GPUS_PER_NODE": "4"})) == 4
 
 
 def test_processes_of_a_node_join_those_of_the_others_and_take_a_gpu_each():
-    places = node.processes(SECOND_OF_16)
+    places = launch.processes(SECOND_OF_16)
     found = [launchers.arguments(schema.Distributed(), SECOND_OF_16 | place) for place in places]
     assert [one["process_id"] for one in found] == list(range(8, 16))
     assert [one["local_device_ids"] for one in found] == [[i] for i in range(8)]
     assert {one["num_processes"] for one in found} == {128}
     assert {one["coordinator_address"] for one in found} == {"node0:6000"}
-    (alone,) = node.processes(SECOND_OF_16 | {"GPUS_PER_NODE": "1"})
+    (alone,) = launch.processes(SECOND_OF_16 | {"GPUS_PER_NODE": "1"})
     taken = launchers.arguments(schema.Distributed(), SECOND_OF_16 | alone)
     assert taken["num_processes"] == 16 and taken["local_device_ids"] == []  # all of them
 
@@ -60,14 +60,14 @@ def test_processes_of_a_node_join_those_of_the_others_and_take_a_gpu_each():
     ],
 )
 def test_a_process_that_is_alone_or_was_started_for_a_gpu_starts_no_others(environ):
-    assert node.processes(environ) == []
+    assert launch.processes(environ) == []
 
 
 def test_a_launcher_may_start_one_on_each_node():
     """In a pod of Kubernetes, or as `srun --ntasks-per-node=1`."""
     per_node = SLURM | SECOND_OF_16 | {"NODE_RANK": "3"}
     for environ in (per_node, SECOND_OF_16 | {"JOB_COMPLETION_INDEX": "1"}):
-        places = node.processes(environ)
+        places = launch.processes(environ)
         found = [launchers.arguments(schema.Distributed(), environ | place) for place in places]
         first = 8 * int(environ["NODE_RANK"])
         assert [one["process_id"] for one in found] == list(range(first, first + 8))
@@ -88,7 +88,7 @@ def test_contradictions_are_refused_in_a_line(environ, words):
     done = start(environ, "print(1)").communicate(timeout=60)
     assert words in done[1] and done[1].count("\n") == 1 and not done[0], done
     with pytest.raises(errors.UserError):
-        node.processes(environ)
+        launch.processes(environ)
 
 
 def start(environ, code, *starter):
@@ -97,7 +97,7 @@ def start(environ, code, *starter):
     with open(f"{folder}/command.py", "w") as file:
         file.write(f"import os, signal, sys, time\nrank = int(os.environ.get('RANK', 0))\n{code}\n")
     variables = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{corpus.REPOSITORY}:{folder}"}
-    starter = starter or ("-m", "gpt3jax.distributed.node")
+    starter = starter or ("-m", "gpt3jax.distributed.launch")
     return subprocess.Popen(
         [sys.executable, *starter, "command", "--an-option"],
         env=variables | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -144,8 +144,8 @@ time.sleep(60)
 
 
 def test_processes_that_hang_after_a_failure_are_killed():
-    starter = "import sys; from gpt3jax.distributed import node; node.GRACE_SECONDS = 0.5\n"
-    starter += "sys.exit(node.main())"
+    starter = "import sys; from gpt3jax.distributed import launch; launch.GRACE_SECONDS = 0.5\n"
+    starter += "sys.exit(launch.main())"
     process = start({"GPUS_PER_NODE": "2"}, "time.sleep(60 * rank); sys.exit(3)", "-c", starter)
     process.communicate(timeout=30)
     assert process.returncode == 3
