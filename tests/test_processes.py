@@ -76,7 +76,12 @@ def test_the_first_process_alone_records_its_devices(tmp_path):
     assert [file.name for file in (folder / "logs").glob("*.prof")] == ["memory-step-3.prof"]
 
 
-ONE_SPEAKS = "from gpt3jax.distributed import nodes; node_speaker.LARGE = 2\n"
+ONE_SPEAKS = """
+import atexit, sys
+from gpt3jax.distributed import node_speaker
+node_speaker.LARGE = 2
+atexit.register(lambda: sys.stderr.write(f"speaks: {node_speaker.speaks()}\\n"))
+"""
 
 
 def test_one_process_speaks_for_its_node(tmp_path, alone):
@@ -84,6 +89,8 @@ def test_one_process_speaks_for_its_node(tmp_path, alone):
     folder = corpus.write_run(tmp_path)
     statuses, _, err = finish(start(folder, 2, "--train.n-steps=12", patch_all=ONE_SPEAKS))
     assert statuses == [0, 0], err
+    told = "".join(err)
+    assert told.count("speaks: True") == told.count("speaks: False") == 1
     assert_same(corpus.records(folder), corpus.records(alone))
 
 

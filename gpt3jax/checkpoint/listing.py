@@ -82,7 +82,7 @@ def _entry(path: pathlib.Path) -> list[Entry]:
 def read_meta(path: pathlib.Path) -> metadata.Meta | None:
     """Return what a checkpoint's meta file says, or None if it is missing, cut or changed."""
     try:
-        return metadata.checked_meta(json.loads((path / "meta" / "metadata").read_text()))
+        return metadata.read(path)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -61,6 +61,15 @@ class Meta:
         return self.config | self.layout
 
 
+def read(path: pathlib.Path) -> Meta:
+    """Return the content of the meta file of a checkpoint's folder.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: it is missing, cut or changed.
+    """
+    return checked_meta(json.loads((path / "meta" / "metadata").read_text()))
+
+
 def checked_meta(stored: dict[str, Any]) -> Meta:
     """Return the content of a checkpoint's meta file, written by this version or an earlier one.
 

@@ -56,16 +56,20 @@ def only(layout: array_names.PyTree, wanted: Callable[[str], bool]) -> array_nam
 def read_state(
     path: pathlib.Path, layout: array_names.PyTree, meta: metadata.Meta
 ) -> array_names.PyTree:
-    """Return the state of a checkpoint's folder, without the arrays that are not read.
-
-    Each process reads its part by itself. Orbax's manager would then have all of them meet, and
-    those that could read would wait for one that could not.
-    """
-    item = {"params": layout.params} if meta.only_params else layout
-    args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item))
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        state = reader.restore(path / "state", args=args)
+    """Return the state of a checkpoint's folder, without the arrays that are not read."""
+    state = read_tree(path / "state", {"params": layout.params} if meta.only_params else layout)
     return dataclasses.replace(layout, **state) if meta.only_params else state
+
+
+def read_tree(folder: pathlib.Path, layout: array_names.PyTree) -> array_names.PyTree:
+    """Return the arrays of a folder in a layout: each process reads its part by itself.
+
+    Orbax's manager would then have all processes meet, and those that could read would wait for one
+    that could not.
+    """
+    args = ocp.args.PyTreeRestore(layout, ocp.checkpoint_utils.construct_restore_args(layout))
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=args)
 
 
 def read_blocks(

@@ -272,8 +272,16 @@ class Checkpoints:
             DamagedError: it cannot be read.
         """
         with orbax_errors.named(self.path(step)):
-            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            return metadata.checked_meta(dict(self._manager.restore(step, args=items)["meta"]))
+            return metadata.read(self.path(step))
+
+    def read_meta_together(self, step: int) -> metadata.Meta:
+        """Return the same in all processes, which must all call it.
+
+        Raises:
+            DamagedError: one of them cannot read it.
+        """
+        with _same_for_all(self.path(step)):
+            return self.read_meta(step)
 
     def read_digests(
         self, step: int, meta: metadata.Meta, abstract_state: array_names.PyTree
@@ -284,9 +292,8 @@ class Checkpoints:
         mesh = jax.tree.leaves(abstract_state)[0].sharding.mesh
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         leaves = jax.ShapeDtypeStruct((len(names), 2), jnp.uint32, sharding=replicated)
-        items = ocp.args.Composite(digests=ocp.args.StandardRestore({"leaves": leaves}))
-        digests = np.asarray(self._manager.restore(step, args=items)["digests"]["leaves"])
-        return dict(zip(names, digests, strict=True))
+        read = partial_reading.read_tree(self.path(step) / "digests", {"leaves": leaves})
+        return dict(zip(names, np.asarray(read["leaves"]), strict=True))
 
     def restore(
         self,
@@ -306,7 +313,7 @@ class Checkpoints:
             DamagedError: files are missing, cut or changed, here or for another process; it names
                 the arrays.
         """
-        meta, path = self.read_meta(step), self.path(step)
+        meta, path = self.read_meta_together(step), self.path(step)
         layout = partial_reading.only(
             layer_stacking.as_written(abstract_state, meta.config_as_laid_out), wanted
         )

@@ -6,6 +6,7 @@ itself. Otherwise it reads the variables of Megatron's example: NUM_NODES, NODE_
 MASTER_PORT, and GPUS_PER_NODE for other than all visible GPUs. Imports no JAX.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from gpt3jax.hardware import nvidia_smi
 GRACE_SECONDS = 90.0
 """How long the other processes have after one failed. They notice within 60 s, say so and end."""
 _LOOK_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _SIGNALS = (
     signal.SIGTERM,
     signal.SIGUSR1,
@@ -36,7 +38,7 @@ def main() -> int:
     """Start the command of the command line; return the exit status of all its processes."""
     command = [sys.executable, "-m", *sys.argv[1:]]
     try:
-        places = processes(os.environ)
+        places = [] if _knows_its_place(command) else processes(os.environ)
     except errors.UserError as error:
         sys.stderr.write(f"gpt3jax: error: {error}\n")
         return errors.REFUSED
@@ -44,6 +46,12 @@ def main() -> int:
         return _Children(command, places).wait()
     os.environ.update(*places)
     os.execv(sys.executable, command)
+
+
+def _knows_its_place(command: Sequence[str]) -> bool:
+    """Return whether a command is told by its options which process of a run it is."""
+    names = tuple(f"--distributed.{name}" for name in ("n-processes", "process-id"))
+    return any(word.replace("_", "-").startswith(names) for word in command)
 
 
 def processes(environ: Mapping[str, str]) -> list[dict[str, str]]:
@@ -82,13 +90,24 @@ def processes(environ: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:
-    """Return how many GPUs a run here uses: none where another platform is asked for."""
+    """Return how many GPUs a run here uses: none where another platform is asked for.
+
+    Raises:
+        UserError: there are some, and nvidia-smi does not say how many.
+    """
     platforms = environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return 0
     shown = environ.get("CUDA_VISIBLE_DEVICES")
     if shown is None:
-        return len(nvidia_smi.query("uuid", timeout=60))
+        found = len(nvidia_smi.query("uuid", timeout=60))
+        if file := "" if found else nvidia_smi.gpu_file():
+            raise errors.UserError(
+                f"an NVIDIA GPU is visible here ({file}), but nvidia-smi does not answer: set "
+                "GPUS_PER_NODE to the number of GPUs",
+                page=launchers.PAGE,
+            )
+        return found
     return len([name for name in shown.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
 
 
@@ -117,6 +136,12 @@ def _node(environ: Mapping[str, str], n_nodes: int) -> tuple[int, dict[str, str]
     return node, {"MASTER_ADDR": environ["MASTER_ADDR"], "MASTER_PORT": str(port)}
 
 
+def _end_with_parent() -> None:
+    """Have this process get SIGTERM when its parent is killed, on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _free_port() -> int:
     """Return a port that is free now, so that two runs on a machine do not take the same one."""
     with socket.socket() as probe:
@@ -137,7 +162,10 @@ class _Children:
                 signal.signal(number, self._pass_on)
         for place in places:
             # In a session of its own, it gets Ctrl-C from here alone, not from the terminal too.
-            child = subprocess.Popen(command, env={**os.environ, **place}, start_new_session=True)
+            child = subprocess.Popen(
+                command, env={**os.environ, **place}, start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
             self._running.append(child)
             for received in self._received:
                 child.send_signal(received)

@@ -38,7 +38,7 @@ class Launcher:
 
 # The innermost first: mpirun and torchrun may run inside a process of Slurm.
 LAUNCHERS = (
-    # `node` sets these, and so do Kubeflow's PyTorchJob and many scripts.
+    # `launch` sets these, and so do Kubeflow's PyTorchJob and many scripts.
     Launcher(
         name="torchrun or launch/", rank="RANK", size="WORLD_SIZE",
         local_rank="LOCAL_RANK", local_size="LOCAL_WORLD_SIZE",

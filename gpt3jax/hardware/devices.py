@@ -4,7 +4,6 @@ By itself, JAX uses the CPU where it cannot use a GPU, and starts an installed C
 machines without a GPU.
 """
 
-import glob
 import importlib.util
 import os
 import pkgutil
@@ -16,7 +15,6 @@ from gpt3jax import errors
 from gpt3jax.hardware import driver, nvidia_smi, xla_flags
 
 # Files of a machine or a container with an NVIDIA GPU; the last one is of Linux under Windows.
-GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 
 
 def choose(cpu_devices: int) -> None:
@@ -69,7 +67,7 @@ def visible_gpu() -> str:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0].strip()
     if shown in ("", "-1", "NoDevFiles"):  # the ways in which people and Slurm hide them
         return ""
-    return next((file for pattern in GPU_FILES for file in sorted(glob.glob(pattern))), "")
+    return nvidia_smi.gpu_file()
 
 
 def installed_cuda() -> int:

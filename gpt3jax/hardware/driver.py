@@ -25,9 +25,10 @@ def check(cuda: int) -> None:
     name = f"NVIDIA's driver {' and '.join(versions)}".rstrip()
     older = [major for major in NEEDED if major <= newest[0]]
     way = f", or install 'gpt3jax[cuda{max(older)}]' in a new environment" if older else ""
+    needed = f", which needs driver {NEEDED[cuda]} or newer" if cuda in NEEDED else ""
     raise errors.UserError(
-        f"{name} runs CUDA up to {newest[0]}.{newest[1]}, and JAX is installed with CUDA {cuda}, "
-        f"which needs driver {NEEDED[cuda]} or newer: update the driver{way}",
+        f"{name} runs CUDA up to {newest[0]}.{newest[1]}, and JAX is installed with CUDA {cuda}"
+        f"{needed}: update the driver{way}",
         page="launching.md#drivers",
     )
 

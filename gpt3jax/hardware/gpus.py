@@ -172,8 +172,8 @@ class Measured:
 
 
 MEASURED: dict[str, dict[str, Measured]] = {}
-"""By `Gpu.name` and by the names of `time_model.ASSUMED`, whose shares these replace. Empty:
-nothing has run on a GPU yet."""
+"""By `Gpu.name` and by names of `time_model.ASSUMED` that are shares of a GPU's peaks: matmul,
+cudnn, triton, memory. Empty: nothing has run on a GPU yet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

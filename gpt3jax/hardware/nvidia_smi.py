@@ -1,6 +1,14 @@
 """What nvidia-smi reports about the GPUs of this machine; nothing else runs it. Imports no JAX."""
 
+import glob
 import subprocess
+
+GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
+
+
+def gpu_file() -> str:
+    """Return the file that shows an NVIDIA GPU, "" where there is none; nvidia-smi may fail."""
+    return next((file for pattern in GPU_FILES for file in sorted(glob.glob(pattern))), "")
 
 
 def query(*fields: str, timeout: float | None = None) -> list[list[str]]:

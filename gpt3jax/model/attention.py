@@ -75,8 +75,9 @@ def missing_extra(model: schema.Model, compute_dtype: str, platform: str, n_shar
     if not _cudnn_refusal(model, compute_dtype) or _triton_refusal(model, compute_dtype, n_shards):
         return ""
     return (
-        "attention with dropout goes by XLA, which writes every score to memory: the fused kernel "
-        f"has the same masks and takes a tenth of the time; {missing}"
+        "attention with dropout goes by XLA, which writes every score to memory. By the plan, a "
+        "step of 857M parameters takes half the time with the fused kernel, which has the same "
+        f"masks; {missing}"
     )
 
 

@@ -259,6 +259,8 @@ def _jax_triton() -> Any:
     """Return the package jax_triton, mended where it does not fit the versions beside it."""
     # Fused multiply-adds, as on any GPU; where it is not said Triton 3.9 warns of a change to come.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    # No lines of the source, with its path, in the compiled kernels: they are the same elsewhere.
+    os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
     import jax_triton
     import triton
 

@@ -173,7 +173,7 @@ def _restore(source: storage.Checkpoints, step_number: int, begin: Beginning) ->
     """
     cfg = begin.choice.given
     starts_anew = cfg.checkpoint.only_params and source is not begin.store
-    meta = source.read_meta(step_number)
+    meta = source.read_meta_together(step_number)
     choosing.check_same_model(cfg, meta)
     position = step_log.Position(*(0, 0) if starts_anew else (meta.step, meta.consumed_samples))
     run = prepare(begin, position)

@@ -18,7 +18,7 @@ import jax, numpy as np, tensorstore
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from gpt3jax import config
-from gpt3jax.checkpoint import metadata, storage
+from gpt3jax.checkpoint import metadata, partial_reading, storage
 from gpt3jax.distributed import joining, messages
 from gpt3jax.sharding import meshes, spreading
 import tiny
@@ -79,6 +79,18 @@ try:
 except metadata.DamagedError as error:
     print(error, flush=True)
 read(1)
+def fail(*args):
+    raise OSError("no such disk")
+for module, name in ((metadata, "read"), (partial_reading, "read_tree")):
+    whole = getattr(module, name)
+    if me:
+        setattr(module, name, fail)
+    try:
+        store.restore(1, layout)
+    except metadata.DamagedError as error:
+        print(error, flush=True)
+    setattr(module, name, whole)
+read(1)
 if me:
     write = ocp.future.ChainedFuture.result
     ocp.future.ChainedFuture.result = lambda *args, **given: (time.sleep(4), write(*args, **given))
@@ -108,7 +120,7 @@ def outputs(tmp_path_factory):
     ]  # fmt: skip
     said = [process.communicate(timeout=300) for process in processes]
     assert not any(process.returncode for process in processes), said
-    return [out.splitlines()[-3:] for out, _ in said]
+    return [out.splitlines()[-5:] for out, _ in said]
 
 
 def test_replicas_read_each_byte_once_between_them(outputs):
@@ -121,13 +133,14 @@ def test_replicas_read_each_byte_once_between_them(outputs):
 
 def test_what_one_process_cannot_read_is_damaged_for_all(outputs):
     """The second wrote its half, and only the second reads it."""
-    first, second = (lines[1] for lines in outputs)
-    assert "another process cannot read its part of it" in first
-    assert "cannot be read" in second
+    for i in (1, 2, 3):  # its part of the arrays, its meta file, its digests
+        first, second = (lines[i] for lines in outputs)
+        assert "another process cannot read its part of it" in first
+        assert "cannot be read" in second and ("no such disk" in second) == (i > 1)
 
 
 def test_a_save_that_takes_too_long_names_the_option(outputs):
     """The second is slow, the first waits for it."""
     for lines in outputs:
-        assert "step 3 was not saved" in lines[2]
-        assert "not written within checkpoint.save_timeout=2 s: raise that" in lines[2]
+        assert "step 3 was not saved" in lines[4]
+        assert "not written within checkpoint.save_timeout=2 s: raise that" in lines[4]

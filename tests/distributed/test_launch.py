@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -92,7 +93,7 @@ def test_contradictions_are_refused_in_a_line(environ, words):
 
 
 def start(environ, code, *starter):
-    """Start a module of this code by `node`, as a child of its own."""
+    """Start a module of this code by `launch`, as a child of its own."""
     folder = os.path.dirname(os.environ["PATH"].split(":")[0])
     with open(f"{folder}/command.py", "w") as file:
         file.write(f"import os, signal, sys, time\nrank = int(os.environ.get('RANK', 0))\n{code}\n")
@@ -149,3 +150,46 @@ def test_processes_that_hang_after_a_failure_are_killed():
     process = start({"GPUS_PER_NODE": "2"}, "time.sleep(60 * rank); sys.exit(3)", "-c", starter)
     process.communicate(timeout=30)
     assert process.returncode == 3
+
+
+@pytest.mark.parametrize(
+    "variables", [{"GPUS_PER_NODE": "8"}, {"PMIX_RANK": "0", "GPUS_PER_NODE": "8"}]
+)
+def test_a_process_that_options_tell_its_place_is_started_as_it_is(variables, monkeypatch):
+    started = []
+    monkeypatch.setattr(launch.os, "execv", lambda _, command: started.append(command))
+    monkeypatch.setattr(launch.os, "environ", variables)
+    options = ["gpt3jax.main", "--distributed.n_processes=16", "--distributed.process-id", "0"]
+    monkeypatch.setattr(launch.sys, "argv", ["launch", *options])
+    launch.main()
+    assert started == [[sys.executable, "-m", *options]]
+
+
+def test_gpus_that_nvidia_smi_does_not_count_are_an_error(monkeypatch):
+    """In a container without it, say: one process would get all of them."""
+    monkeypatch.setattr(launch.nvidia_smi, "query", lambda *_, **__: [])
+    monkeypatch.setattr(launch.nvidia_smi, "gpu_file", lambda: "/dev/nvidia0")
+    with pytest.raises(errors.UserError, match=r"\(/dev/nvidia0\).*set GPUS_PER_NODE"):
+        launch.processes({})
+    assert launch.processes({"JAX_PLATFORMS": "cpu"}) == []
+    assert len(launch.processes({"GPUS_PER_NODE": "2"})) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the children")
+def test_children_of_a_killed_starter_end():
+    code = "print(os.getpid(), flush=True); time.sleep(100)"
+    with start({"GPUS_PER_NODE": "2"}, code) as process:
+        children = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+    deadline = time.monotonic() + 20
+    while any(map(_runs, children)):
+        assert time.monotonic() < deadline, "they run on"
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -18,7 +18,7 @@ import corpus
 def choose(tmp_path, monkeypatch):
     """Return a function that chooses on a machine with or without a GPU, and returns the choice."""
     gpu = tmp_path / "nvidia0"
-    monkeypatch.setattr(devices, "GPU_FILES", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(nvidia_smi, "GPU_FILES", (str(tmp_path / "nvidia[0-9]*"),))
     environment = {k: v for k, v in os.environ.items() if k[:4] not in ("CUDA", "XLA_", "JAX_")}
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(driver, "newest_cuda", lambda: (13, 0))
@@ -148,7 +148,7 @@ from gpt3jax.distributed import joining
 from gpt3jax.hardware import devices, driver, nvidia_smi
 from gpt3jax.sharding import meshes
 if len(sys.argv) > 1:
-    devices.GPU_FILES = (sys.argv[1],)
+    nvidia_smi.GPU_FILES = (sys.argv[1],)
     hardware_utils.has_visible_nvidia_gpu = lambda: True
 def start():
     joining.start(schema.Distributed(), schema.Mesh())

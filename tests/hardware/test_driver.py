@@ -35,6 +35,8 @@ def test_a_driver_that_is_too_old_for_the_installed_cuda_is_named(machine):
     machine((11, 8))
     with pytest.raises(errors.UserError, match=r"needs driver 525.60 or newer: update the driver "):
         driver.check(12)
+    with pytest.raises(errors.UserError, match="installed with CUDA 14: update the driver"):
+        driver.check(14)  # of which nothing is known yet
 
 
 @pytest.mark.parametrize("version", [(12, 0), (12, 9), (13, 0), None])

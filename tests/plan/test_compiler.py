@@ -302,8 +302,6 @@ def test_attention_over_a_split_sequence_compiles_for_h100(
             ["--mesh.stage=2", "--mesh.fsdp=1", "--model.attention-dropout=0.1"],
             marks=pytest.mark.slower,
         ),
-        pytest.param(["--mesh.copies=2", "--mesh.fsdp=1"], marks=pytest.mark.slower),
-        pytest.param(["--mesh.fsdp=2", "--precision.deterministic"], marks=pytest.mark.slower),
     ],
     ids=" ".join,
 )
