@@ -164,13 +164,14 @@ class Lock:
                 self.missing = not self._count_up()
 
     def make_file(self) -> bool:
-        """Make the file; return False if there is a file already."""
+        """Make the file; return False if there is a file already, or another one afterwards."""
         try:
             with open(self._path, "xb") as file:
                 file.write(self.content())
         except FileExistsError:
             return False
-        return True
+        # While it was empty, it looked like one that a dead process had left empty.
+        return self.holder["token"].encode() in self._read()
 
     def _count_up(self) -> bool:
         """Count up in the file; return False if it is not ours."""

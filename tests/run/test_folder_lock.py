@@ -158,6 +158,19 @@ def test_of_many_that_wait_for_a_dead_one_one_gets_the_folder(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_another_took_for_a_dead_ones_while_it_was_empty_is_not_held(tmp_path):
+    slow, other = lock_of(tmp_path), lock_of(tmp_path)
+    content = slow.content
+
+    def interrupted():
+        other.remove_file(b"")
+        return content()
+
+    slow.content = interrupted
+    assert not slow.make_file() and list(tmp_path.iterdir()) == []
+    assert other.make_file() and other.lost() == ""
+
+
 def test_a_file_that_came_in_the_place_of_a_dead_ones_stays(tmp_path):
     """Another that waited was faster: what is removed is no more what was read."""
     faster, mine = lock_of(tmp_path), lock_of(tmp_path)
