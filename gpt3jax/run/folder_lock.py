@@ -106,8 +106,10 @@ class Lock:
         """
         try:
             begin = since = time.monotonic()
-            last_content, warned = b"", False
-            while not self.make_file():
+            last_content, warned, pause = b"", False, min(1.0, LEASE_SECONDS / 10)
+            others = False  # whether others may be after the same file
+            while not self.make_file() or (others and not self._stays(pause)):
+                others = True
                 content, now = self._read(), time.monotonic()
                 if content != last_content:
                     last_content, since = content, now
@@ -125,7 +127,7 @@ class Lock:
                     sys.stdout.write(f"WARNING: {held}: waiting up to {WAIT_SECONDS:.0f} s\n")
                     sys.stdout.flush()
                     warned = True
-                time.sleep(min(1.0, LEASE_SECONDS / 10))
+                time.sleep(pause)
         except OSError as error:
             raise user_paths.not_writable(self._name, self.folder, error) from error
         self._thread.start()
@@ -164,14 +166,19 @@ class Lock:
                 self.missing = not self._count_up()
 
     def make_file(self) -> bool:
-        """Make the file; return False if there is a file already, or another one afterwards."""
-        try:
-            with open(self._path, "xb") as file:
-                file.write(self.content())
-        except FileExistsError:
-            return False
-        # While it was empty, it looked like one that a dead process had left empty.
+        """Make the file if there is none; return whether the one that is there now is ours.
+
+        While it is empty, others may remove it for one that a dead process left empty, and
+        one of ours that another had moved aside may have come back.
+        """
+        with contextlib.suppress(FileExistsError), open(self._path, "xb") as file:
+            file.write(self.content())
         return self.holder["token"].encode() in self._read()
+
+    def _stays(self, seconds: float) -> bool:
+        """Return whether the file is still ours after a time: others waited for the same one."""
+        time.sleep(seconds)
+        return self._count_up()
 
     def _count_up(self) -> bool:
         """Count up in the file; return False if it is not ours."""
