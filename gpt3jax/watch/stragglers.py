@@ -19,7 +19,7 @@ from gpt3jax.distributed import messages, node_speaker
 from gpt3jax.watch import phases
 
 _READERS = 2
-_SILENT_TIMES = 4  # so many intervals without a post: it may pass two other processes on its way
+_SILENT_TIMES = 3  # so many intervals without a post; one more where a speaker passes it on
 # A process is slow if it takes this share of a step longer than the median process ...
 _SLOW_SHARE = 0.1
 _SLOW_TIMES = 3  # ... so many times in a row.
@@ -76,6 +76,7 @@ class Peers:
         """Post nothing yet; `node` is that of this process in a large run."""
         self._node, self._n_posts = node, 0
         self._clock, self._process, self._n, self._every = clock, process, n_processes, every
+        self._silent = (_SILENT_TIMES + (node is not None)) * every
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._posts: dict[int, Post] = {}
@@ -105,12 +106,12 @@ class Peers:
         now = time.monotonic()
         with self._lock:
             posts, changed, answered = dict(self._posts), dict(self._changed), self._answered
-        if now - answered > _SILENT_TIMES * self._every:
+        if now - answered > self._silent:
             return [f"process 0{_at(posts.get(0))} has not answered for {now - answered:.0f} s"]
         lines = []
         for i in range(self._n):
             silence = now - changed[i] if i in posts else math.inf
-            if silence > _SILENT_TIMES * self._every:
+            if silence > self._silent:
                 lines.append(f"process {i}{_silent(posts.pop(i, None), silence)}")
         for i in held_up_by({i: post.doing for i, post in posts.items()}):
             step, phase, seconds = posts[i].doing

@@ -206,8 +206,8 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     assert others < 0.02 * sum(sent.values())
     parts = content["step_parts_expected"]  # of every version that was tried
     assert parts["matmul"] == pytest.approx(5.04e-5, rel=0.01)
-    assert parts["elementwise"] == pytest.approx(3.47e-4, rel=0.05)
-    assert content["peak_bytes_per_gpu"] == pytest.approx(25.2e6, rel=0.04)
+    assert parts["elementwise"] == pytest.approx(3.81e-4, rel=0.05)
+    assert content["peak_bytes_per_gpu"] == pytest.approx(23.7e6, rel=0.04)
     assert content["compiled"]["largest_buffers"][0]["source"].startswith("gpt3jax/")
     states = sum(content["memory"][name] for name in ("parameters", "optimizer", "batch"))
     assert content["compiled"]["argument_bytes"] == pytest.approx(states, rel=0.01)
