@@ -158,6 +158,8 @@ def choose_compute(cfg: schema.Config, mesh: jax.sharding.Mesh) -> gpt.Compute:
         attention=attention.choose(cfg.model, dtype, platform(mesh), mesh.shape["context"]),
         sequence_parallel=cfg.mesh.sequence_parallel and mesh.shape["tensor"] > 1,
         prefetch=mesh.shape["fsdp"] > 1 and mesh.shape["stage"] == 1,
+        float8=cfg.precision.matmul_dtype == "float8",
+        end_layers=cfg.precision.end_layers,
     )
 
 

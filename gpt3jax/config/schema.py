@@ -135,6 +135,12 @@ class Precision:
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Format of matrix products and activations."""
+    matmul_dtype: Literal["compute_dtype", "float8"] = "compute_dtype"
+    """Format of the layers' matrix products, but for attention's own. float8: 8 bits, forward and
+    backward (E4M3, gradients E5M2), each tensor scaled by its largest value; for GPUs from Hopper
+    and Ada on, with compute_dtype bfloat16. CPUs emulate it."""
+    end_layers: Annotated[int, ranges.Range(0, 10**4)] = 0
+    """float8: layers at either end whose products stay in compute_dtype."""
     static_loss_scale: Annotated[float, ranges.Range(0, 2.0**64)] = 0.0
     """float16: constant loss scale (0: a dynamic one)."""
     initial_loss_scale: Annotated[float, ranges.Range(1, 2.0**64)] = 2.0**32

@@ -35,6 +35,8 @@ def _unused_in_training(cfg: schema.Config) -> _Unused:
         (f"precision.compute_dtype={precision.compute_dtype}",
          precision.compute_dtype != "float16", dynamic_scale),
         ("precision.static_loss_scale", precision.static_loss_scale > 0, dynamic_scale),
+        ("precision.matmul_dtype=compute_dtype", precision.matmul_dtype == "compute_dtype",
+         ("precision.end_layers",)),
         ("data.train_paths", bool(data.train_paths), ("data.split",)),
         ("data.mock", data.mock, ("data.split",)),
         ("data.prefetch=0", not data.prefetch, ("data.read_threads",)),

@@ -142,6 +142,7 @@ def _check_precision(
             f"precision.min_loss_scale={precision.min_loss_scale}: raise it, or lower the minimum",
             page="reference/options.md#precision",
         )
+    _check_float8(precision, model)
     if attention.implementation == "cudnn" and model.attention_dropout:
         raise errors.UserError(
             f"model.attention_dropout={model.attention_dropout} cannot run on "
@@ -155,6 +156,24 @@ def _check_precision(
             f"model.attention.implementation={attention.implementation}: "
             "use bfloat16 or float16, or xla",
             page="reference/options.md#precision",
+        )
+
+
+def _check_float8(precision: schema.Precision, model: schema.Model) -> None:
+    if precision.matmul_dtype != "float8":
+        return
+    if precision.compute_dtype == "float16":
+        raise errors.UserError(
+            "precision.matmul_dtype=float8 cannot be with precision.compute_dtype=float16: use "
+            "bfloat16, which needs no loss scale",
+            page="training.md#8-bit-products",
+        )
+    if 2 * precision.end_layers >= model.n_layers:
+        raise errors.UserError(
+            f"precision.end_layers={precision.end_layers} at either end leave none of "
+            f"model.n_layers={model.n_layers} in 8 bits: use at most {(model.n_layers - 1) // 2}, "
+            "or precision.matmul_dtype=compute_dtype",
+            page="training.md#8-bit-products",
         )
 
 

@@ -7,8 +7,9 @@ import re
 
 from gpt3jax.config import schema
 
-# Dense peaks in TFLOP/s by a pattern of JAX's device_kind: 16-bit tensor cores, TF32 tensor cores.
-# For the H100 and later GPUs, NVIDIA's data sheets give peaks with 2:4 sparsity: twice these.
+# Dense peaks in TFLOP/s by a pattern of JAX's device_kind: 16-bit and TF32 tensor cores. In 8 bits
+# (FP8) it is twice the 16-bit one, but for A100s, which cannot. For the H100 and later GPUs, NVIDIA's
+# data sheets give peaks with 2:4 sparsity: twice these.
 _PEAK_TFLOPS = {
     r"\bA100\b": (312.0, 156.0),  # A100 data sheet, SXM and PCIe
     r"\bH100 NVL\b": (835.5, 417.7),  # H100 data sheet: 1,671 / 2 and 835.5 / 2
@@ -61,20 +62,26 @@ def flops_per_token(model: schema.Model) -> float:
     return 6.0 * products + 12.0 * d * seen
 
 
-def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
+def product_dtype(precision: schema.Precision) -> str:
+    """Return the format of the layers' products: float8, or `precision.compute_dtype`."""
+    is_float8 = precision.matmul_dtype == "float8"
+    return "float8" if is_float8 else precision.compute_dtype
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Return the dense peak FLOP/s of a device by JAX's `device_kind`, None where unknown.
 
     float32 means TF32 tensor cores: JAX's default precision of fp32 products on these GPUs. A MIG
     slice is unknown because it is a part of a GPU.
 
     Raises:
-        ValueError: precision.compute_dtype cannot be this dtype.
+        ValueError: no product has this format.
     """
-    if compute_dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"compute_dtype={compute_dtype!r}: use bfloat16, float16 or float32")
-    if re.search(r"\bMIG\b", device_kind):
+    if dtype not in ("bfloat16", "float16", "float32", "float8"):
+        raise ValueError(f"dtype={dtype!r}: use bfloat16, float16, float32 or float8")
+    if re.search(r"\bMIG\b", device_kind) or (dtype == "float8" and "A100" in device_kind):
         return None
     for pattern, (half, tf32) in _PEAK_TFLOPS.items():
         if re.search(pattern, device_kind):
-            return 1e12 * (tf32 if compute_dtype == "float32" else half)
+            return 1e12 * {"float8": 2 * half, "float32": tf32}.get(dtype, half)
     return None

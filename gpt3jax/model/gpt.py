@@ -19,7 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from gpt3jax.config import schema
-from gpt3jax.model import attention, dropout, embedding_lookup, gelu, prefetch, remat
+from gpt3jax.model import attention, dropout, embedding_lookup, float8, gelu, prefetch, remat
 from gpt3jax.sharding import rules
 
 
@@ -31,6 +31,8 @@ class Compute:
     attention: str = "xla"
     sequence_parallel: bool = False
     prefetch: bool = False  # gather each layer's weights during the layer before (model.prefetch)
+    float8: bool = False  # products of layers in 8 bits (model.float8)
+    end_layers: int = 0  # layers at either end whose products are not
 
     @property
     def residual_axes(self) -> tuple[str | None, str | None, None]:
@@ -66,13 +68,22 @@ def vector(value: float, shape: tuple[int, ...], axes: Axes) -> nnx.Param[Array]
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decays=False)
 
 
-def product(equation: str, x_BT: Array, weight: nnx.Param[Array]) -> Array:
+def product(equation: str, x_BT: Array, weight: nnx.Param[Array], compute: Compute) -> Array:
     """Return the product of an activation `[B, T, ...]` and a matrix, in the activation's format.
 
     A matrix may have dimensions `[F, C]` in front for the devices that have a part of B and T each
     (see `model.prefetch`): then it meets their part.
     """
-    w = weight[...].astype(x_BT.dtype)
+    matrix = weight.get_value()
+    if isinstance(matrix, Array):  # else it is a `float8.Weight`
+        matrix = matrix.astype(x_BT.dtype)
+    plain = functools.partial(_plain_product, equation)
+    if compute.float8:
+        return float8.product(plain, equation, x_BT, matrix)
+    return plain(x_BT, matrix)
+
+
+def _plain_product(equation: str, x_BT: Array, w: Array) -> Array:
     x, matrix, out = re.split(",|->", equation)
     if w.ndim == len(matrix):
         return _einsum(equation, x_BT, w)
@@ -157,7 +168,7 @@ class Attention(nnx.Module):
 
     def qkv(self, x_BTD: Array, args: ForwardArgs) -> Array:
         """Return queries, keys and values, `[B, T, 3, H, K]`."""
-        qkv_BT3HK = product("btd,dchk->btchk", x_BTD, self.w_qkv_D3HK)
+        qkv_BT3HK = product("btd,dchk->btchk", x_BTD, self.w_qkv_D3HK, args.compute)
         qkv_BT3HK += self.b_qkv_3HK[...].astype(args.compute.dtype)
         return rules.constrain(qkv_BT3HK, "batch", "seq", None, "heads", "head_dim")
 
@@ -176,7 +187,7 @@ class Attention(nnx.Module):
             noise=args.noise,
         )
         out_BTHK = rules.constrain(out_BTHK, "batch", "seq", "heads", "head_dim")
-        return product("bthk,hkd->btd", out_BTHK, self.w_out_HKD)
+        return product("bthk,hkd->btd", out_BTHK, self.w_out_HKD, args.compute)
 
 
 class Mlp(nnx.Module):
@@ -194,7 +205,7 @@ class Mlp(nnx.Module):
 
     def hidden(self, x_BTD: Array, args: ForwardArgs) -> Array:
         """Return the hidden layer before GELU, `[B, T, F]`."""
-        hidden_BTF = product("btd,df->btf", x_BTD, self.w_in_DF)
+        hidden_BTF = product("btd,df->btf", x_BTD, self.w_in_DF, args.compute)
         hidden_BTF += self.b_in_F[...].astype(args.compute.dtype)
         if not args.compute.prefetch:  # there a window's barrier does the same
             hidden_BTF = apart(hidden_BTF)
@@ -206,9 +217,9 @@ class Mlp(nnx.Module):
             return gelu.gelu(hidden_BTF)
         return remat.elementwise(jax.nn.gelu)(hidden_BTF, self.approximate)
 
-    def down(self, activated_BTF: Array) -> Array:
+    def down(self, activated_BTF: Array, args: ForwardArgs) -> Array:
         """Return the branch's output without its last bias (see `Attention.attend`)."""
-        return product("btf,fd->btd", activated_BTF, self.w_down_FD)
+        return product("btf,fd->btd", activated_BTF, self.w_down_FD, args.compute)
 
 
 class Block(nnx.Module):
@@ -271,7 +282,7 @@ def block_parts(window: int | None) -> tuple[prefetch.Part, ...]:
         part("activated", ("hidden",), (),
              lambda block, hidden, _: block.mlp.activate(hidden)),
         part("down", ("activated",), ("mlp/w_down_FD",),
-             lambda block, activated, _: block.mlp.down(activated)),
+             lambda block, activated, args: block.mlp.down(activated, args)),
         part("out", ("middle", "down"), ("mlp/b_down_D",),
              lambda block, x, out, args: block.add(x, out, block.mlp.b_down_D, args.fold(2)),
              is_affine=True),
@@ -289,17 +300,21 @@ _FORWARD = (
     prefetch.Window(("activated",), ("out",), gather=("down",)),
 )
 _BACKWARD = (
-    prefetch.Window(("normed_2",), ("hidden",), gather=("down",)),
+    prefetch.Window(("normed_2",), ("hidden",), gather=("down",), add_late=("normed_1", "normed_2")),
     prefetch.Window(
         ("hidden", "d down"), ("d hidden",), gather=("hidden",), add_late=("qkv", "projected")
     ),
     prefetch.Window(("d hidden",), ("d middle",), gather=("qkv", "projected")),
-    prefetch.Window(("d projected", "dw down"), ("d qkv",), add=("down",)),
+    prefetch.Window(
+        ("normed_1", "d projected", "dw down"), ("d qkv", "dw hidden"), add=("down",)
+    ),
     prefetch.Window(("d qkv", "dw hidden"), ("d x",), add=("hidden",)),
 )
 # The same where the hidden layer is saved, so that its product does not run again.
 _BACKWARD_WITH_HIDDEN = (
-    prefetch.Window(("d down",), ("d hidden",), gather=("down", "hidden")),
+    prefetch.Window(
+        ("d down",), ("d hidden",), gather=("down", "hidden"), add_late=("normed_1", "normed_2")
+    ),
     prefetch.Window(("d hidden",), ("d middle",), gather=("qkv", "projected")),
     prefetch.Window(
         ("d projected", "dw down"), ("d qkv",), add=("down",), add_late=("qkv", "projected")
@@ -393,21 +408,28 @@ class GPT(nnx.Module):
         `block_at` makes each block from, and then `sums` go through it from layer to layer. The
         layers are consecutive, and the first of them begins a period of `layer_windows`.
         """
-        windows = layer_windows(self.model)
-        if args.compute.prefetch:
-            assert isinstance(stack, Block)
-            return self._run_prefetched(stack, numbers_L, x_BTD, args), sums
         carry = x_BTD, sums
-        for first, stop, repeated in prefetch.stretches(numbers_L.size, windows):
-            part = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], (stack, numbers_L))
-            carry = self._scan(carry, part, repeated, args, block_at)
+        for first, stop, compute in _spans(numbers_L.size, args.compute):
+            windows = layer_windows(self.model, first)
+            of_span = dataclasses.replace(args, compute=compute)
+            whole = (stack, numbers_L)
+            if stop - first < numbers_L.size:
+                whole = jax.tree.map(lambda leaf, s=slice(first, stop): leaf[s], whole)
+            if compute.prefetch:
+                carry = self._run_prefetched(*whole, carry[0], windows, of_span), sums
+                continue
+            for begin, end, repeated in prefetch.stretches(stop - first, windows):
+                part = jax.tree.map(lambda leaf, s=slice(begin, end): leaf[s], whole)
+                carry = self._scan(carry, part, repeated, of_span, block_at)
         return carry
 
     def _run_prefetched(
-        self, stack: Block, numbers_L: Array, x_BTD: Array, args: ForwardArgs
-    ) -> Array:
+        self, stack: Block | Array, numbers_L: Array, x_BTD: Array,
+        windows: tuple[int | None, ...], args: ForwardArgs,
+    ) -> Array:  # fmt: skip
+        assert isinstance(stack, Block)
         saved = remat.SAVED[self.model.remat]
-        weights = prefetch.Weights(stack, args.compute.dtype)
+        weights = prefetch.Weights(stack, args.compute.dtype, in_8_bits=args.compute.float8)
 
         def args_of(arrays: prefetch.Tree, layer: Array) -> ForwardArgs:
             numbers_L, noise, segments_BT = arrays
@@ -415,7 +437,7 @@ class GPT(nnx.Module):
             return shared.fold(numbers_L[layer])
 
         layers = prefetch.Layers(
-            parts=tuple(map(block_parts, layer_windows(self.model))),
+            parts=tuple(map(block_parts, windows)),
             saved=saved,
             kept=("projected",) if "qkv" in saved else (),
             forward=_FORWARD,
@@ -471,6 +493,25 @@ def output_std(model: schema.Model) -> float:
     return model.init_std / math.sqrt(2 * model.n_layers)
 
 
-def layer_windows(model: schema.Model) -> tuple[int | None, ...]:
-    """Return how many earlier positions each layer of a period sees; None for all of them."""
-    return (None,) if model.attention.pattern == "dense" else (model.attention.band, None)
+def layer_windows(model: schema.Model, first: int = 0) -> tuple[int | None, ...]:
+    """Return how many earlier positions each layer of a period sees; None for all of them.
+
+    The period begins with layer `first`.
+    """
+    if model.attention.pattern == "dense":
+        return (None,)
+    windows = (model.attention.band, None)
+    return windows[first % 2 :] + windows[: first % 2]
+
+
+def _spans(n_layers: int, compute: Compute) -> list[tuple[int, int, Compute]]:
+    """Return spans of layers, (first, stop), with how each computes.
+
+    Layers at the ends whose products are not in 8 bits form spans of their own. They are few, so
+    their weights are gathered when they are needed.
+    """
+    if not compute.float8 or not compute.end_layers:
+        return [(0, n_layers, compute)]
+    first, last = compute.end_layers, n_layers - compute.end_layers
+    at_ends = dataclasses.replace(compute, float8=False, prefetch=False)
+    return [(0, first, at_ends), (first, last, compute), (last, n_layers, at_ends)]

@@ -22,13 +22,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt3jax.model import remat
+from gpt3jax.model import float8, remat
 from gpt3jax.sharding import layouts, rules
 
 Tree: TypeAlias = Any
 _InPeriod = TypeVar("_InPeriod")  # what each layer of a period has
 Arrays: TypeAlias = dict[str, Array]
-"""Weights of a layer, or their gradients, by name."""
+"""Weights of all layers, or gradients of a layer's, by name."""
+Held: TypeAlias = dict[str, Array | float8.Scaled]
+"""Weights by name, some of them in 8 bits."""
 
 
 class Part(NamedTuple):
@@ -66,8 +68,8 @@ class Window(NamedTuple):
 class Weights:
     """The blocks of a stack by the names of their arrays."""
 
-    def __init__(self, stack: Tree, dtype: str) -> None:
-        """Know the stack's structure; matrices are gathered in `dtype`."""
+    def __init__(self, stack: Tree, dtype: str, *, in_8_bits: bool = False) -> None:
+        """Know the stack's structure; matrices are gathered in `dtype`, or in 8 bits."""
         variables = jax.tree.leaves(stack, is_leaf=layouts.is_variable)
         self.names = layouts.array_names(stack)
         self._tree = jax.tree.structure(stack)
@@ -75,7 +77,7 @@ class Weights:
             name: variable.get_metadata("axes")
             for name, variable in zip(self.names, variables, strict=True)
         }
-        self._dtype = dtype
+        self._dtype, self._in_8_bits = dtype, in_8_bits
         self.n_layers = len(jax.tree.leaves(stack)[0])
 
     def arrays(self, stack: Tree) -> Arrays:
@@ -86,28 +88,54 @@ class Weights:
         """Return whether `fsdp` cuts a weight."""
         return "embed" in self._axes[name]
 
-    def block(self, arrays: Mapping[str, Array]) -> Tree:
+    def block(self, arrays: Mapping[str, Tree]) -> Tree:
         """Return a block with these arrays alone."""
         return jax.tree.unflatten(self._tree, [arrays.get(name) for name in self.names])
 
-    def shards(self, stack: Arrays, layer: Array | int) -> Arrays:
+    def held(self, stack: Arrays) -> Held:
+        """Return what each device keeps of a stack for the network: matrices that are gathered."""
+
+        def hold(name: str, x_L: Array) -> Array | float8.Scaled:
+            if not self.is_cut(name) or not self._in_8_bits:
+                return x_L
+            scaled = float8.in_layers(x_L.astype(self._dtype))
+            values_L = rules.constrain(scaled.values, None, *self._axes[name])
+            return dataclasses.replace(scaled, values=values_L)
+
+        return {name: hold(name, x_L) for name, x_L in stack.items()}
+
+    def shards(self, held: Held, layer: Array | int) -> Held:
         """Return what each device keeps of a layer's weights."""
 
-        def shard(name: str, x_L: Array) -> Array:
-            x = jax.lax.dynamic_index_in_dim(x_L, layer, keepdims=False)
+        def of_layer(x_L: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(x_L, layer, keepdims=False)
+
+        def shard(name: str, x: Array | float8.Scaled) -> Array | float8.Scaled:
+            if isinstance(x, float8.Scaled):
+                values = rules.constrain(x.values, *self._axes[name])
+                return dataclasses.replace(x, values=values)
             x = x.astype(self._dtype) if self.is_cut(name) else x
             return rules.constrain(x, *self._axes[name])
 
-        return {name: shard(name, x_L) for name, x_L in stack.items()}
+        return {name: shard(name, jax.tree.map(of_layer, x_L)) for name, x_L in held.items()}
 
-    def gathered(self, shards: Arrays) -> Arrays:
+    def gathered(self, shards: Held) -> Held:
         """Return weights as `run` uses them: matrices whole, `[F, C, ...]`."""
         return {name: self._gathered(name, x) for name, x in shards.items()}
 
-    def _gathered(self, name: str, x: Array) -> Array:
-        if not self.is_cut(name):
-            return x
+    def _gathered(self, name: str, x: Array | float8.Scaled) -> Array | float8.Scaled:
+        if isinstance(x, float8.Scaled):
+            return dataclasses.replace(x, values=self._whole(name, x.values))
+        return self._whole(name, x) if self.is_cut(name) else x
+
+    def _whole(self, name: str, x: Array) -> Array:
         return self.fixed(name, jnp.broadcast_to(x, (*_n_parts(), *x.shape)))
+
+    def trained(self, weight: Array | float8.Scaled) -> Array | float8.Weight:
+        """Return a weight to take the gradient of."""
+        if not isinstance(weight, float8.Scaled):
+            return weight
+        return float8.Weight(weight, jnp.zeros(weight.values.shape, self._dtype))
 
     def fixed(self, name: str, x: Array) -> Array:
         """Return a weight as `run` uses it, or its gradient, with its layout fixed."""
@@ -120,6 +148,8 @@ class Weights:
         """Return gradients that are added up, cut as the weights are, in fp32."""
 
         def add(name: str, grad_FC: Array) -> Array:
+            if not self.is_cut(name):
+                return grad_FC  # a vector's is whole
             # Not jnp.sum, which would send 16-bit values as fp32.
             parts = tuple(range(len(_parts())))
             grad = jax.lax.reduce(grad_FC, grad_FC.dtype.type(0), jax.lax.add, parts)
@@ -127,10 +157,17 @@ class Weights:
 
         return {name: add(name, grad_FC) for name, grad_FC in grads.items()}
 
-    def zeros(self, stack: Arrays, names: Iterable[str]) -> Arrays:
+    def zeros(self, held: Held, names: Iterable[str]) -> Arrays:
         """Return zeros in the shapes of gathered weights."""
-        shapes = {name: (*_n_parts(), *stack[name].shape[1:]) for name in names}
-        return {n: self.fixed(n, jnp.zeros(shape, self._dtype)) for n, shape in shapes.items()}
+
+
+        def zero(name: str) -> Array:
+            shape = jax.tree.leaves(held[name])[0].shape[1:]
+            if not self.is_cut(name):
+                return self.fixed(name, jnp.zeros(shape, jnp.float32))
+            return self.fixed(name, jnp.zeros((*_n_parts(), *shape), self._dtype))
+
+        return {name: zero(name) for name in names}
 
 
 def _parts() -> tuple[str, ...]:
@@ -172,10 +209,15 @@ class Layers:
         names = [name for output in outputs for name in self.part(output).weights]
         return [name for name in names if self.weights.is_cut(name)]
 
+    def late_weights(self, window: Window) -> list[str]:
+        """Return the weights of a window's late parts: those that are cut, or vectors alone."""
+        names = [self.part(output).weights for output in window.add_late]
+        return [n for part in names for n in [x for x in part if self.weights.is_cut(x)] or part]
+
     @property
     def late(self) -> list[str]:
         """The weights whose gradients are added up during the next layer's work."""
-        return self.cut_weights(o for w in self.backward for o in w.add_late)
+        return [name for window in self.backward for name in self.late_weights(window)]
 
 
 def stretches(
@@ -201,12 +243,12 @@ class _Pass:
     """One layer's values on one pass, and the transfers that go on beside them."""
 
     def __init__(
-        self, layers: Layers, windows: Sequence[Window], shards: Arrays, late_grads: Arrays
+        self, layers: Layers, windows: Sequence[Window], shards: Held, late_grads: Arrays
     ) -> None:
         self._layers, self._windows, self._shards = layers, windows, shards
         self._late_grads = late_grads
         self._known: set[str] = set()
-        self._under_way: dict[Window, tuple[Arrays, Arrays, Arrays]] = {}
+        self._under_way: dict[Window, tuple[Held, Arrays, Arrays]] = {}
         self._done: set[Window] = set()
         self.values: dict[str, Tree] = {}
         self.gathered = layers.weights.gathered(
@@ -232,10 +274,12 @@ class _Pass:
         grads: Arrays = {}
         for output in window.add:
             grads |= self.values.pop(f"dw {output}")
-        late = {name: self._late_grads[name] for name in self._layers.cut_weights(window.add_late)}
-        shards, grads, late = self._tied(window.start, (shards, grads, late))
+        late = {name: self._late_grads[name] for name in self._layers.late_weights(window)}
+        matrices = {name: grad for name, grad in late.items() if self._layers.weights.is_cut(name)}
+        shards, grads, matrices = self._tied(window.start, (shards, grads, matrices))
         weights = self._layers.weights
-        transfers = weights.gathered(shards), weights.added(grads), weights.added(late)
+        added_late = late | weights.added(matrices)
+        transfers = weights.gathered(shards), weights.added(grads), added_late
         self._under_way[window] = transfers
 
     def _finish(self, window: Window) -> None:
@@ -260,8 +304,8 @@ class _Pass:
 class _Run(NamedTuple):
     """A part with what it reads."""
 
-    function: Callable[[Arrays, list[Array]], Array]
-    weights: Arrays
+    function: Callable[[Tree, list[Array]], Array]
+    weights: dict[str, Array | float8.Weight]
     inputs: list[Array]
 
     def kept(self) -> tuple[Array, list[Array]]:
@@ -284,17 +328,18 @@ class _Run(NamedTuple):
         return any(x is read for read in jax.tree.leaves((self.weights, self.inputs)))
 
 
-def _run_of(layers: Layers, part: Part, weights: Arrays, inputs: list[Array], args: Tree) -> _Run:
-    def function(weights: Arrays, inputs: list[Array]) -> Array:
+def _run_of(layers: Layers, part: Part, weights: Held, inputs: list[Array], args: Tree) -> _Run:
+    def function(weights: Tree, inputs: list[Array]) -> Array:
         return part.function(layers.weights.block(weights), *inputs, args)
 
-    return _Run(function, {name: weights[name] for name in part.weights}, inputs)
+    trained = {name: layers.weights.trained(weights[name]) for name in part.weights}
+    return _Run(function, trained, inputs)
 
 
 class _Backward(_Pass):
     """The backward pass of a layer."""
 
-    def __init__(self, layers: Layers, shards: Arrays, late_grads: Arrays, saved: Saved) -> None:
+    def __init__(self, layers: Layers, shards: Held, late_grads: Arrays, saved: Saved) -> None:
         """Begin with the saved values."""
         super().__init__(layers, layers.backward, shards, late_grads)
         self.vector_grads: Arrays = {}
@@ -308,23 +353,24 @@ class _Backward(_Pass):
             self.set(name, value)
         self.set(f"d {parts[-1].output}", d_out)
 
-    def make(self, part: Part, weights: Arrays, args: Tree) -> None:
+    def make(self, part: Part, weights: Held, args: Tree) -> None:
         """Run a part again."""
         inputs = [self.values[name] for name in part.inputs]
         run = _run_of(self._layers, part, weights, inputs, args)
         output, self._pullbacks[part.output] = jax.vjp(run.function, run.weights, run.inputs)
         self.set(part.output, output)
 
-    def pull(self, part: Part, weights: Arrays, args: Tree) -> None:
+    def pull(self, part: Part, weights: Held, args: Tree) -> None:
         """Turn the gradient of a part's output into those of its inputs and weights."""
         d_output = self.values[f"d {part.output}"]
         d_weights, d_inputs = self._pullback(part, weights, args)(d_output)
         of_part = self._layers.weights
-        d_weights = {name: of_part.fixed(name, grad) for name, grad in d_weights.items()}
-        matrices = {n: g for n, g in d_weights.items() if of_part.is_cut(n)}
-        self.vector_grads |= {n: g for n, g in d_weights.items() if n not in matrices}
-        if matrices:
-            self.set(f"dw {part.output}", matrices)
+        d_weights = {name: of_part.fixed(name, _gradient(d)) for name, d in d_weights.items()}
+        late = self._layers.late
+        to_add = {n: g for n, g in d_weights.items() if of_part.is_cut(n) or n in late}
+        self.vector_grads |= {n: g for n, g in d_weights.items() if n not in to_add}
+        if to_add:
+            self.set(f"dw {part.output}", to_add)
         for name, grad in zip(part.inputs, d_inputs, strict=True):
             total = f"d {name}"
             self.values[total] = self.values[total] + grad if total in self.values else grad
@@ -337,7 +383,7 @@ class _Backward(_Pass):
         grads = (value for name, value in self.values.items() if name.startswith("dw "))
         return {name: grad for of_part in grads for name, grad in of_part.items()}
 
-    def _pullback(self, part: Part, weights: Arrays, args: Tree) -> Callable[[Array], Tree]:
+    def _pullback(self, part: Part, weights: Held, args: Tree) -> Callable[[Array], Tree]:
         if part.output in self._pullbacks:
             return self._pullbacks[part.output]
         values = self.values
@@ -351,31 +397,36 @@ class _Backward(_Pass):
         return pullback
 
 
+def _gradient(d_weight: Array | float8.Weight) -> Array:
+    return d_weight.stand_in if isinstance(d_weight, float8.Weight) else d_weight
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(layers: Layers, stack: Arrays, x: Array, arrays: Tree) -> Array:
     """Return `x` after all layers of a stack; the arrays go to the function `args`."""
-    return _run_forward(layers, stack, x, arrays, saves=False)[0]
+    return _run_forward(layers, layers.weights.held(stack), x, arrays, saves=False)[0]
 
 
 _AllSaved = list[tuple[Saved, ...]]  # of each stretch and layer of its period, stacked
-_Residuals: TypeAlias = tuple[Arrays, _AllSaved, Tree]
+_Residuals: TypeAlias = tuple[Held, _AllSaved, Tree]
 
 
 def _forward(layers: Layers, stack: Arrays, x: Array, arrays: Tree) -> tuple[Array, _Residuals]:
-    x, saved = _run_forward(layers, stack, x, arrays, saves=True)
-    return x, (stack, saved, arrays)
+    held = layers.weights.held(stack)
+    x, saved = _run_forward(layers, held, x, arrays, saves=True)
+    return x, (held, saved, arrays)
 
 
 def _run_forward(
-    layers: Layers, stack: Arrays, x: Array, arrays: Tree, *, saves: bool
+    layers: Layers, held: Held, x: Array, arrays: Tree, *, saves: bool
 ) -> tuple[Array, _AllSaved]:
     weights, all_saved = layers.weights, _AllSaved()
 
     def layer(
-        carry: tuple[Array, Arrays], number: Array, parts: Sequence[Part]
-    ) -> tuple[tuple[Array, Arrays], Saved]:
+        carry: tuple[Array, Held], number: Array, parts: Sequence[Part]
+    ) -> tuple[tuple[Array, Held], Saved]:
         x, whole = carry
-        following = weights.shards(stack, jnp.minimum(number + 1, weights.n_layers - 1))
+        following = weights.shards(held, jnp.minimum(number + 1, weights.n_layers - 1))
         this = _Pass(layers, layers.forward, following, {})
         this.set("x", x)
         args, kept = layers.args(arrays, number), {}
@@ -391,12 +442,12 @@ def _run_forward(
         saved = {name: this.values[name] for name in ("x", *layers.saved) if saves}
         return (this.values[parts[-1].output], this.gathered), Saved(saved, kept)
 
-    carry = x, weights.gathered(weights.shards(stack, 0))
+    carry = x, weights.gathered(weights.shards(held, 0))
     for first, stop, period in stretches(weights.n_layers, layers.parts):
 
         def step(
-            carry: tuple[Array, Arrays], number: Array, period: Period = period
-        ) -> tuple[tuple[Array, Arrays], tuple[Saved, ...]]:
+            carry: tuple[Array, Held], number: Array, period: Period = period
+        ) -> tuple[tuple[Array, Held], tuple[Saved, ...]]:
             saved = []
             for i, parts in enumerate(period):
                 carry, of_layer = layer(carry, number + i, parts)
@@ -408,18 +459,18 @@ def _run_forward(
     return carry[0], all_saved
 
 
-_BackwardCarry: TypeAlias = tuple[Array, Arrays, Arrays]  # dx, weights, late gradients
+_BackwardCarry: TypeAlias = tuple[Array, Held, Arrays]  # dx, weights, late gradients
 
 
 def _backward(layers: Layers, residuals: _Residuals, dx: Array) -> tuple[Arrays, Array, None]:
-    stack, all_saved, arrays = residuals
+    held, all_saved, arrays = residuals
     weights = layers.weights
 
     def layer(
         carry: _BackwardCarry, number: Array, saved: Saved, parts: Sequence[Part]
     ) -> tuple[_BackwardCarry, Arrays]:
         dx, whole, late = carry
-        following = weights.shards(stack, jnp.maximum(number - 1, 0))
+        following = weights.shards(held, jnp.maximum(number - 1, 0))
         this = _Backward(layers, following, late, saved)
         args = layers.args(arrays, number)
         this.start(parts, dx)
@@ -435,8 +486,8 @@ def _backward(layers: Layers, residuals: _Residuals, dx: Array) -> tuple[Arrays,
         return (this.values["d x"], this.gathered, this.left_over()), grads
 
     end = weights.n_layers - 1
-    last_weights = weights.gathered(weights.shards(stack, end))
-    carry: _BackwardCarry = dx, last_weights, weights.zeros(stack, layers.late)
+    last_weights = weights.gathered(weights.shards(held, end))
+    carry: _BackwardCarry = dx, last_weights, weights.zeros(held, layers.late)
     all_grads = list[Arrays]()
     all_stretches = stretches(weights.n_layers, layers.parts)
     for (first, stop, period), of_stretch in zip(

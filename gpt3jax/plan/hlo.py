@@ -26,7 +26,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CALLERS = ("call", "call-start", "async-start", "conditional")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-CUBLAS_PRODUCTS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
+CUBLAS_8_BITS = "__cublas$lt$matmul$f8"
+CUBLAS_PRODUCTS = ("__cublas$gemm", "__cublas$lt$matmul", CUBLAS_8_BITS)
 # ...ScaleBiasSoftmax with a mask of segments.
 _CUDNN_ATTENTION = re.compile(r"__cudnn\$fmha\w*Softmax(Backward)?")
 # jax-triton's target from 0.4 on, and before; kernels have the names of `triton_attention._call`.

@@ -49,6 +49,11 @@ ASSUMED = {
         "share of the peak of large products, fitted to two published runs of 175B: Pax's 30.1 s "
         "on 256 H100 and Megatron's 32 s on 1,024 A100 (docs/plan.md has the residuals)",
     ),
+    "float8": Range(
+        0.70, 0.62, 0.50,
+        "share of the peak of large products in 8 bits, 1,227 TFLOP/s of an H100: assumed from the "
+        "1,200 to 1,400 that cuBLAS is reported to reach, as the tensor cores clock lower under it",
+    ),
     "cudnn": Range(
         0.55, 0.42, 0.32, "share of the peak of cuDNN's causal attention: assumed from "
         "FlashAttention-2 and 3 papers' figures for H100",
@@ -172,11 +177,12 @@ def assumptions(
     cfg: schema.Config, layout: placement.Layout, gpu: gpus.Gpu, *, compiled: bool
 ) -> dict[str, Range]:
     """Return the entries of `ASSUMED` that an estimate uses, or what was measured."""
-    names = ["matmul", "memory", "network"]
+    is_float8 = cfg.precision.matmul_dtype == "float8"
+    names = ["matmul", *(["float8"] if is_float8 else []), "memory", "network"]
     if layout.attention != "xla":
-        names.insert(1, layout.attention)
+        names.insert(-2, layout.attention)
     if _keeps_order(cfg, layout):
-        names.insert(2, "deterministic")
+        names.insert(-2, "deterministic")
     if not compiled and layout.n_gpus > 1:
         names.append("exposed")
     return {name: share_of_peak(gpu, name) for name in names}
@@ -243,9 +249,12 @@ def _kernel_seconds(
     # A stage whose share of the microbatches is less than one works on a whole one.
     head = done.head_flops * schedule.n_groups * schedule.n_stages / schedule.n_microbatches
     memory_rate = gpu.memory_bandwidth * share_of_peak(gpu, "memory").at(case)
-    products = peak_flops(cfg, gpu) * share_of_peak(gpu, "matmul").at(case)
+    rate = peak_flops(cfg, gpu) * share_of_peak(gpu, "matmul").at(case)
+    # Layers at the ends whose products are not in 8 bits.
+    ends = 2 * cfg.precision.end_layers / cfg.model.n_layers
+    seconds = in_layers * ((1 - ends) / _layer_rate(cfg, gpu, case) + ends / rate)
     return {
-        "matmul": (in_layers / (1 - schedule.bubble) + head) / products,
+        "matmul": seconds / (1 - schedule.bubble) + head / rate,
         "attention": _attention_seconds(cfg, layout, gpu, case),
         "elementwise": moved_bytes.in_step(cfg, layout) / memory_rate
         + SMALL_KERNELS * communication.layer_passes(cfg, layout),
@@ -337,7 +346,7 @@ def _layer_seconds(
     n_passes = communication.layer_passes(cfg, layout)
     attention = _attention_seconds(cfg, layout, gpu, case) / n_passes
     return exposure.LayerSeconds(
-        products=forward / (peak_flops(cfg, gpu) * share_of_peak(gpu, "matmul").at(case)),
+        products=forward / _layer_rate(cfg, gpu, case),
         attention=attention + moved_bytes.of_scores(cfg, layout) / memory_rate,
         elementwise=moved_bytes.in_layer(cfg, layout) / memory_rate,
     )
@@ -386,6 +395,7 @@ def _rates(
     slower = ASSUMED["deterministic"].at(case) if _keeps_order(cfg, layout) else 1
     return timeline.Rates(
         matmul=peak * share_of_peak(gpu, "matmul").at(case),
+        matmul_8_bits=_layer_rate(cfg, gpu, case),
         cudnn=cudnn,
         cudnn_backward=cudnn / slower,
         triton=_attention_rate(cfg, gpu, "triton", case),
@@ -395,9 +405,21 @@ def _rates(
     )
 
 
+def _layer_rate(cfg: schema.Config, gpu: gpus.Gpu, case: Case) -> float:
+    """Return the FLOP/s of the layers' products."""
+    if cfg.precision.matmul_dtype == "float8":
+        return layer_peak_flops(cfg, gpu) * share_of_peak(gpu, "float8").at(case)
+    return peak_flops(cfg, gpu) * share_of_peak(gpu, "matmul").at(case)
+
+
 def peak_flops(cfg: schema.Config, gpu: gpus.Gpu) -> float:
     """Return a GPU's peak FLOP/s in the config's compute format."""
     return _peak_flops(gpu.name, cfg.precision.compute_dtype)
+
+
+def layer_peak_flops(cfg: schema.Config, gpu: gpus.Gpu) -> float:
+    """Return a GPU's peak FLOP/s in the format of the layers' products."""
+    return _peak_flops(gpu.name, flops.product_dtype(cfg.precision))
 
 
 @functools.cache

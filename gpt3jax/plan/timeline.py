@@ -36,7 +36,8 @@ class Rates:
     """The rates that a GPU is assumed to reach."""
 
     matmul: float
-    """FLOP/s of large products."""
+    """FLOP/s of large products in 16 bits or more."""
+    matmul_8_bits: float
     cudnn: float
     """FLOP/s of cuDNN's attention, counting the scores that its mask leaves."""
     cudnn_backward: float
@@ -197,7 +198,8 @@ def _is_library(kernel: hlo.Instruction) -> bool:
 def _call(call: hlo.Instruction, shapes: dict[str, str], rates: Rates, line: Timeline) -> None:
     """Add the time of a product of cuBLAS, or of a fused attention."""
     if call.target in hlo.CUBLAS_PRODUCTS:
-        kind, n_flops, rate = "matmul", _matmul_flops(call, shapes), rates.matmul
+        rate = rates.matmul_8_bits if call.target == hlo.CUBLAS_8_BITS else rates.matmul
+        kind, n_flops = "matmul", _matmul_flops(call, shapes)
     elif way := hlo.cudnn_pass(call.target):
         rate = rates.cudnn_backward if way == "backward" else rates.cudnn
         kind, n_flops = "attention", _cudnn_flops(call, shapes)
