@@ -96,6 +96,7 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
         )
     assert not layout.automatic(cfg), "a layout is chosen before its step is built"
     validation.check_pipeline(cfg.model, mesh.shape["stage"], cfg.mesh.virtual_stages)
+    validation.check_end_layers(cfg.precision, mesh.shape["stage"])
     validation.check_sequence(cfg.model, cfg.mesh, mesh.shape["context"], mesh.shape["tensor"])
     compute = choose_compute(cfg, mesh)
     init = functools.partial(init_state, cfg)
@@ -105,6 +106,7 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     device = mesh.devices.flat[0]
     for_init = xla_flags.for_equal_weights(device.platform)
     capability = devices.compute_capability(device)
+    validation.check_float8_gpu(cfg.precision, device.device_kind, capability)
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )

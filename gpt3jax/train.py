@@ -226,7 +226,7 @@ def _open_recorder(run: startup.Run, start: step_log.Position) -> recording.Reco
     peak_flops: float | None = cfg.log.peak_tflops * 1e12
     if not peak_flops:
         kind = jax.devices()[0].device_kind
-        peak_flops = flops.peak_flops(kind, cfg.precision.compute_dtype)
+        peak_flops = flops.peak_flops(kind, flops.product_dtype(cfg.precision))
     return recording.Recorder(
         cfg,
         recording.Span(

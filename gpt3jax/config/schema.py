@@ -349,7 +349,8 @@ class Log:
     wandb_project: str = ""
     """Record the run at Weights & Biases too: PROJECT or TEAM/PROJECT there (empty: do not)."""
     peak_tflops: Annotated[float, ranges.Range(0, 10**9)] = 0.0
-    """Peak TFLOP/s of one device in the compute format, for the MFU (0: look the GPU up)."""
+    """Peak TFLOP/s of one device in the format of the layers' products, for the MFU (0: look the
+    GPU up)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

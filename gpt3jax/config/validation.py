@@ -21,7 +21,7 @@ def validate(cfg: schema.Config) -> None:
     check_model(cfg.model, cfg.data)
     _check_optimizer(cfg.optimizer)
     _check_precision(cfg.precision, cfg.model.attention, cfg.model)
-    _check_mesh(cfg.mesh, cfg.model)
+    _check_mesh(cfg.mesh, cfg.model, cfg.precision)
     _check_run(cfg)
     _check_data(cfg.data)
 
@@ -177,7 +177,7 @@ def _check_float8(precision: schema.Precision, model: schema.Model) -> None:
         )
 
 
-def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
+def _check_mesh(mesh: schema.Mesh, model: schema.Model, precision: schema.Precision) -> None:
     sizes = {axis: getattr(mesh, axis) for axis in layout.AXES}
     if list(sizes.values()).count(-1) > 1:
         rest = " and ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
@@ -189,6 +189,7 @@ def _check_mesh(mesh: schema.Mesh, model: schema.Model) -> None:
     # What is -1 or auto is known only with the devices: `step.build` checks again.
     known = {axis: n if n not in (-1, schema.AUTO) else 1 for axis, n in sizes.items()}
     if mesh.stage == known["stage"]:
+        check_end_layers(precision, mesh.stage)
         virtual_stages = 1 if mesh.virtual_stages == schema.AUTO else mesh.virtual_stages
         check_pipeline(model, mesh.stage, virtual_stages)
     for field, size in (("n_heads", model.n_heads), ("padded_vocab_size", model.padded_vocab_size)):
@@ -246,6 +247,37 @@ def check_pipeline(model: schema.Model, n_stages: int, virtual_stages: int) -> N
             f"model.n_layers={model.n_layers}{pairs}: their product must be one of "
             f"{ranges.divisors(model.n_layers // unit)}",
             page="parallelism.md#which-sizes-are-possible",
+        )
+
+
+def check_float8_gpu(
+    precision: schema.Precision, name: str, capability: tuple[int, int] | None
+) -> None:
+    """Check that a GPU of this name and compute capability can do what is asked; None: no GPU.
+
+    Raises:
+        UserError: it has no products in 8 bits.
+    """
+    if precision.matmul_dtype == "float8" and capability and capability < (8, 9):
+        raise errors.UserError(
+            f"precision.matmul_dtype=float8 needs GPUs from Hopper or Ada on, not {name}: use "
+            "compute_dtype",
+            page="training.md#8-bit-products",
+        )
+
+
+def check_end_layers(precision: schema.Precision, n_stages: int) -> None:
+    """Check that all layers compute alike where pipeline stages run one program.
+
+    Raises:
+        UserError: layers at the ends are to be in another format.
+    """
+    is_in_use = precision.matmul_dtype == "float8" and precision.end_layers
+    if is_in_use and n_stages > 1:
+        raise errors.UserError(
+            f"precision.end_layers={precision.end_layers} cannot be with mesh.stage={n_stages}: "
+            "all stages run one program; set either to its smallest value",
+            page="training.md#8-bit-products",
         )
 
 

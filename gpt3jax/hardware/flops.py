@@ -7,9 +7,9 @@ import re
 
 from gpt3jax.config import schema
 
-# Dense peaks in TFLOP/s by a pattern of JAX's device_kind: 16-bit and TF32 tensor cores. In 8 bits
-# (FP8) it is twice the 16-bit one, but for A100s, which cannot. For the H100 and later GPUs, NVIDIA's
-# data sheets give peaks with 2:4 sparsity: twice these.
+# Dense peaks in TFLOP/s by a pattern of JAX's device_kind: 16-bit tensor cores, TF32 tensor cores.
+# For the H100 and later GPUs, NVIDIA's data sheets give peaks with 2:4 sparsity: twice these. The
+# peak of 8 bits (FP8) is twice that of 16 bits; A100s have no such products.
 _PEAK_TFLOPS = {
     r"\bA100\b": (312.0, 156.0),  # A100 data sheet, SXM and PCIe
     r"\bH100 NVL\b": (835.5, 417.7),  # H100 data sheet: 1,671 / 2 and 835.5 / 2

@@ -1,12 +1,13 @@
-"""Matrix products in 8-bit floating point (FP8): E4M3 for activations and weights, E5M2 for gradients.
+"""Matrix products in 8-bit floating point (FP8), forward and backward.
 
-Before a tensor is rounded it is scaled by its largest value, so that this comes near the format's
-largest (current scaling). Scales are powers of two. So they change how no value is rounded, but for
-values too small for the format: below 2^-13 of the largest in E4M3, 2^-28 in E5M2. Hence each
-device may scale its own part of a tensor, and no number goes round before a product. Only weights
-that are gathered in 8 bits (`model.prefetch`) have one scale for all their parts.
+Activations and weights are rounded to E4M3, gradients to E5M2 (Micikevicius et al. 2022, FP8
+formats for deep learning). Before that a tensor is scaled by its largest value, which comes near
+the format's largest ("current scaling"). Scales are powers of two: so they change how no value is
+rounded, but for values too small for the format, below 2^-13 of the largest in E4M3 and 2^-28 in
+E5M2. Hence each device may scale its own part of a tensor, and no number goes round before a
+product. Only weights that are gathered in 8 bits (`model.prefetch`) have one scale for all parts.
 
-XLA knows `Scaled.value` before a product, and then calls cuBLAS for 8 bits. On a CPU the product
+XLA finds `Scaled.value` before a product and then calls cuBLAS for 8 bits. On a CPU the product
 runs in the format of the values: the rounding is the same, the order of sums is another.
 """
 
@@ -144,7 +145,7 @@ def _backward(
     operands: tuple[Scaled, Scaled],
     d_out: Array,
 ) -> tuple[Array, Weight]:
-    _, pullback = jax.vjp(plain, *(operand.value(d_out.dtype) for operand in operands))
+    pullback = jax.vjp(plain, *(operand.value(d_out.dtype) for operand in operands))[1]
     d_x, d_matrix = pullback(in_parts(d_out, E5M2, out_axes).value(d_out.dtype))
     return d_x, Weight(jax.tree.map(jnp.zeros_like, operands[1]), d_matrix)
 

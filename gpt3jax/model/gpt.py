@@ -300,14 +300,14 @@ _FORWARD = (
     prefetch.Window(("activated",), ("out",), gather=("down",)),
 )
 _BACKWARD = (
-    prefetch.Window(("normed_2",), ("hidden",), gather=("down",), add_late=("normed_1", "normed_2")),
+    prefetch.Window(
+        ("normed_2",), ("hidden",), gather=("down",), add_late=("normed_1", "normed_2")
+    ),
     prefetch.Window(
         ("hidden", "d down"), ("d hidden",), gather=("hidden",), add_late=("qkv", "projected")
     ),
     prefetch.Window(("d hidden",), ("d middle",), gather=("qkv", "projected")),
-    prefetch.Window(
-        ("normed_1", "d projected", "dw down"), ("d qkv", "dw hidden"), add=("down",)
-    ),
+    prefetch.Window(("normed_1", "d projected", "dw down"), ("d qkv", "dw hidden"), add=("down",)),
     prefetch.Window(("d qkv", "dw hidden"), ("d x",), add=("hidden",)),
 )
 # The same where the hidden layer is saved, so that its product does not run again.

@@ -160,7 +160,6 @@ class Weights:
     def zeros(self, held: Held, names: Iterable[str]) -> Arrays:
         """Return zeros in the shapes of gathered weights."""
 
-
         def zero(name: str) -> Array:
             shape = jax.tree.leaves(held[name])[0].shape[1:]
             if not self.is_cut(name):

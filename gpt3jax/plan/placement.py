@@ -103,6 +103,7 @@ def _resolve(mesh: schema.Mesh, n_gpus: int) -> dict[str, int]:
 def _check(cfg: schema.Config, sizes: dict[str, int]) -> None:
     model = cfg.model
     validation.check_pipeline(model, sizes["stage"], cfg.mesh.virtual_stages)
+    validation.check_end_layers(cfg.precision, sizes["stage"])
     validation.check_sequence(model, cfg.mesh, sizes["context"], sizes["tensor"])
     for axis, field, size in (
         ("tensor", "n_heads", model.n_heads),

@@ -25,8 +25,9 @@ STEP = {
     "tokens_per_second_per_device": "Tokens a second on one device.",
     "tflops_per_device": "Speed of one device, from Megatron's formula for the operations of a "
     "step (TFLOP/s).",
-    "mfu": "Model FLOPs utilization: the speed as a share of the device's peak (0 to 1). It is "
-    "left out where the peak is not known (see `log.peak_tflops`).",
+    "mfu": "Model FLOPs utilization: the speed as a share of the device's peak (0 to 1), which "
+    "is that of 8 bits for `precision.matmul_dtype=float8`. It is left out where the peak is not "
+    "known (see `log.peak_tflops`).",
 }
 """The entry of a logged step in metrics.jsonl."""
 EVALUATION = {
