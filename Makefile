@@ -46,7 +46,7 @@ test-versions:  ## the quick tests on every Python that is here and supported, i
 gpu-compiler: $(PLAN)  ## install what gpt3jax.plan and its tests compile with, 1.6 GiB
 
 figures: $(FIGURES)  ## measure and draw the pictures of docs/figures, an hour (ARGS=--draw: draw only)
-	@set -e; for figure in one_loss megatron_curve plan_175b ramp killed; do \
+	@set -e; for figure in one_loss megatron_curve plan_175b ramp killed float8; do \
 	  $(BIN)/python docs/figures/$$figure.py $(ARGS); \
 	done
 

@@ -50,6 +50,14 @@ VARIANTS = {
     ),
     "bfloat16": ({"precision": {"compute_dtype": "bfloat16"}}, False),
     "float16": ({"precision": {"compute_dtype": "float16", "initial_loss_scale": 2.0**10}}, False),
+    # With fp32 beside the 8 bits, sums in another order leave most values as they are.
+    "float8": (
+        {
+            "precision": {"matmul_dtype": "float8"},
+            "model": {"dropout": 0.1, "attention_dropout": 0.1, "remat": "mlp"},
+        },
+        True,
+    ),
     "remat": ({"model": {"remat": "dots", "n_loss_chunks": 2}}, False),
 }
 

@@ -10,7 +10,7 @@ import pytest
 import corpus
 
 FIGURES = corpus.REPOSITORY / "docs" / "figures"
-NAMES = ("one_loss", "megatron_curve", "plan_175b", "ramp", "killed")
+NAMES = ("one_loss", "megatron_curve", "plan_175b", "ramp", "killed", "float8")
 LARGEST = 60_000  # bytes: a page with all of them opens at once
 PAGES = ("#ffffff", "#0d1117")  # a white page, and GitHub's dark one
 

@@ -317,7 +317,10 @@ _BACKWARD_WITH_HIDDEN = (
     ),
     prefetch.Window(("d hidden",), ("d middle",), gather=("qkv", "projected")),
     prefetch.Window(
-        ("d projected", "dw down"), ("d qkv",), add=("down",), add_late=("qkv", "projected")
+        ("normed_1", "d projected", "dw down"),
+        ("d qkv", "dw hidden"),
+        add=("down",),
+        add_late=("qkv", "projected"),
     ),
     prefetch.Window(("d qkv", "dw hidden"), ("d x",), add=("hidden",)),
 )

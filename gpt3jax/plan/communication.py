@@ -52,8 +52,9 @@ def collective(
 
 
 def layer_weights(cfg: schema.Config, layout: placement.Layout) -> float:
-    """Return the bytes of a layer's matrices in the compute format, whole over `fsdp`."""
-    return 12 * cfg.model.d_model**2 / layout.sizes["tensor"] * memory_model.width(cfg)
+    """Return the bytes of a layer's matrices as they are gathered, whole over `fsdp`."""
+    width = 1 if memory_model.gathers_8_bits(cfg, layout) else memory_model.width(cfg)
+    return 12 * cfg.model.d_model**2 / layout.sizes["tensor"] * width
 
 
 def layer_gradients(cfg: schema.Config, layout: placement.Layout) -> float:
@@ -62,7 +63,8 @@ def layer_gradients(cfg: schema.Config, layout: placement.Layout) -> float:
     Over `context` too they are all-reduced, twice the bytes, over as many times the network cards.
     """
     context = layout.sizes["context"]
-    return layer_weights(cfg, layout) * (2 / context if context > 1 else 1)
+    n_bytes = 12 * cfg.model.d_model**2 / layout.sizes["tensor"] * memory_model.width(cfg)
+    return n_bytes * (2 / context if context > 1 else 1)
 
 
 def products_again(name: str) -> float:

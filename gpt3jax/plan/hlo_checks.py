@@ -41,6 +41,7 @@ def check(
     if not timeline.COST.search(compiled.text):
         raise hlo.unreadable("no cost of XLA's model was found")
     _check_flops(cfg, layout, time.parts.flops)
+    _check_8_bits(cfg, layout, time.parts.flops_8_bits)
     _check_attention(cfg, layout, compiled)
     if time.traffic and '"is_sync"' not in compiled.text:
         raise hlo.unreadable("no collective says whether arithmetic runs beside it")
@@ -58,6 +59,15 @@ def _check_flops(cfg: schema.Config, layout: placement.Layout, n_flops: float) -
     if not LEAST * needed <= n_flops <= MOST * (needed + of_scores) / busy:
         raise hlo.unreadable(
             f"products and attention of {n_flops:.3g} FLOPs a GPU were found, and it needs "
+            f"{needed:.3g}"
+        )
+
+
+def _check_8_bits(cfg: schema.Config, layout: placement.Layout, n_flops: float) -> None:
+    needed = time_model.flops_8_bits(cfg, layout)
+    if n_flops < LEAST * needed:
+        raise hlo.unreadable(
+            f"products in 8 bits of {n_flops:.3g} FLOPs a GPU were found, and the layers have "
             f"{needed:.3g}"
         )
 

@@ -148,6 +148,12 @@ def width(cfg: schema.Config) -> int:
     return 4 if cfg.precision.compute_dtype == "float32" else 2
 
 
+def gathers_8_bits(cfg: schema.Config, layout: placement.Layout) -> bool:
+    """Return whether layers' matrices are gathered in 8 bits: ahead of their use, over fsdp."""
+    is_ahead = layout.sizes["fsdp"] > 1 and layout.sizes["stage"] == 1
+    return is_ahead and cfg.precision.matmul_dtype == "float8"
+
+
 def _batch_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the batch: four arrays of 4 bytes a token, cut over data and fsdp alone."""
     arrays = 5 if cfg.data.reset_attention_mask else 4
@@ -203,9 +209,10 @@ def _saved_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
 def _layer_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes that a layer works on in the backward pass (fitted).
 
-    They are 2.8 times its gathered weights: two layers', and a gradient before it is scattered
-    (with stages 1.8 times what is gathered); about 10 values that are whole along the sequence, and
-    6.5 of a GPU's part of it. Layers of a period are worked on together. Parts of the table wait.
+    They are 2.8 times its weights in the compute format: two layers', gathered, and a gradient
+    before it is scattered (1.8 times where they are gathered in 8 bits; with stages 1.8 times what
+    is gathered); about 10 values that are whole along the sequence, and 6.5 of a GPU's part of it.
+    Layers of a period are worked on together. Parts of the table wait.
     XLA's attention works on all blocks of queries at once, 19 bytes a score.
     """
     model, sizes = cfg.model, layout.sizes
@@ -218,7 +225,8 @@ def _layer_bytes(cfg: schema.Config, layout: placement.Layout) -> float:
     if sizes["stage"] > 1:
         return 1.8 * weights * (1 - 1 / sizes["fsdp"]) + 10 * gathered * a + of_scores
     period = 1 if model.attention.pattern == "dense" else 2
-    layers = period * (2.8 * weights + (6.5 + 10 * gathered) * a) + of_scores
+    of_weights = 1.8 if gathers_8_bits(cfg, layout) else 2.8
+    layers = period * (of_weights * weights + (6.5 + 10 * gathered) * a) + of_scores
     return layers + (6.0 if layout.n_microbatches > 1 else 3.0) * _table(cfg, layout)
 
 

@@ -18,7 +18,7 @@ def in_step(cfg: schema.Config, layout: placement.Layout) -> float:
 
 def in_layer(cfg: schema.Config, layout: placement.Layout) -> float:
     """Return the bytes of a layer on one microbatch, without attention's scores."""
-    return _values(cfg, layout) + _weights(cfg, layout)
+    return _values(cfg, layout) + _weights(cfg, layout) + _of_8_bits(cfg, layout)
 
 
 def _values(cfg: schema.Config, layout: placement.Layout) -> float:
@@ -50,6 +50,24 @@ def _weights(cfg: schema.Config, layout: placement.Layout) -> float:
     if sizes["stage"] > 1:
         return 19.4 * weights / sizes["fsdp"]
     return 1.1 * memory_model.width(cfg) * weights
+
+
+def _of_8_bits(cfg: schema.Config, layout: placement.Layout) -> float:
+    """Return the bytes that 8-bit operands add in a layer and microbatch: scaled, rounded, turned.
+
+    For each token and unit of d_model 140, 62 where nothing runs again, and 8 of what is whole over
+    `tensor`; for each weight 14, or 2.7 where it is gathered in 8 bits.
+    """
+    if cfg.precision.matmul_dtype != "float8":
+        return 0.0
+    model, sizes = cfg.model, layout.sizes
+    policy = remat.in_effect(model.remat, sizes["stage"] > 1)
+    tokens = cfg.batch.microbatch_size * model.seq_len / sizes["context"]
+    values = (62 if policy == "none" else 140) / sizes["tensor"] + 8
+    weights = 12 * model.d_model**2 / sizes["tensor"]
+    of_weights = 2.7 if memory_model.gathers_8_bits(cfg, layout) else 14
+    in_8_bits = 1 - 2 * cfg.precision.end_layers / model.n_layers
+    return in_8_bits * (tokens * model.d_model * values + of_weights * weights)
 
 
 def of_scores(cfg: schema.Config, layout: placement.Layout) -> float:

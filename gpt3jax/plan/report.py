@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from gpt3jax.config import schema
-from gpt3jax.hardware import gpus
+from gpt3jax.hardware import flops, gpus
 from gpt3jax.model import remat
 from gpt3jax.plan import (
     buffer_assignment,
@@ -50,6 +50,8 @@ class Step:
     microbatch_size: int
     seq_len: int
     compute_dtype: str
+    matmul_dtype: str
+    """Format of the layers' products."""
     remat: str
     """The policy in effect, which with stages may differ from the config's."""
     shard_optimizer: bool
@@ -173,6 +175,7 @@ def _step(cfg: schema.Config, layout: placement.Layout) -> Step:
         microbatch_size=cfg.batch.microbatch_size,
         seq_len=cfg.model.seq_len,
         compute_dtype=cfg.precision.compute_dtype,
+        matmul_dtype=flops.product_dtype(cfg.precision),
         remat=remat.in_effect(cfg.model.remat, layout.sizes["stage"] > 1),
         shard_optimizer=cfg.mesh.shard_optimizer,
         sequence_parallel=cfg.mesh.sequence_parallel,

@@ -24,19 +24,26 @@ def head(plan: report.Report) -> str:
     }
     extras = ", ".join(name for name, used in features.items() if used)
     working = plan.gpus - plan.gpus_idle
+    products = "layers' products in float8, " if step.matmul_dtype == "float8" else ""
     return (
         f"{plan.work.parameters:,} parameters on {working:,} x {plan.gpu.name}, mesh "
         f"{axes}{f' ({extras})' if extras else ''}. A step: "
         f"{step.global_batch_size:,} sequences of {step.seq_len:,} tokens, "
         f"{plan.n_microbatches} x {step.microbatch_size} a rank; {step.compute_dtype}, "
-        f"attention {plan.attention}, remat {step.remat}"
+        f"{products}attention {plan.attention}, remat {step.remat}"
     )
 
 
 def facts(plan: report.Report) -> list[tuple[str, str]]:
     """Return the figures that follow from a step's time, as (name, value)."""
+    mfu = [("MFU", f"{plan.time.mfu:.1%}")]
+    if plan.step.matmul_dtype != plan.step.compute_dtype:
+        mfu = [
+            (f"MFU in {plan.step.matmul_dtype}", f"{plan.time.mfu:.1%}"),
+            (f"MFU in terms of {plan.step.compute_dtype}", f"{plan.time.mfu_in_compute_dtype:.1%}"),
+        ]
     return [
-        ("MFU", f"{plan.time.mfu:.1%}"),
+        *mfu,
         ("recomputed FLOPs", f"{plan.work.recomputed_share:.1%} of the model's"),
         ("pipeline bubble", f"{plan.time.bubble:.1%}, in the parts above"),
         ("tokens/s a GPU", f"{plan.time.tokens_per_second_per_gpu:,.0f}"),

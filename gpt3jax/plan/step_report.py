@@ -59,7 +59,10 @@ class Time:
     step_parts_expected: time_model.StepParts
     exposed_communication_seconds: float
     mfu: float
-    """GPUs that compute the same as others (`mesh.copies`) do not add to it."""
+    """Of the peak in the format of the layers' products, which may be 8 bits. GPUs that compute the
+    same as others (`mesh.copies`) do not add to it."""
+    mfu_in_compute_dtype: float
+    """The same of the peak in `precision.compute_dtype`, as it is published for bfloat16."""
     tokens_per_second_per_gpu: float
     bubble: float
     """The share of idle ticks in a pipeline's schedule."""
@@ -176,7 +179,8 @@ def _time(
         step_seconds=StepSeconds(**{case: time.parts.seconds for case, time in times.items()}),
         step_parts_expected=expected.parts,
         exposed_communication_seconds=expected.parts.exposed,
-        mfu=model_flops / seconds / time_model.peak_flops(cfg, target.gpu),
+        mfu=model_flops / seconds / time_model.layer_peak_flops(cfg, target.gpu),
+        mfu_in_compute_dtype=model_flops / seconds / time_model.peak_flops(cfg, target.gpu),
         tokens_per_second_per_gpu=tokens_per_second / layout.n_gpus,
         bubble=placement.schedule(cfg, layout).bubble,
         collectives=expected.traffic,

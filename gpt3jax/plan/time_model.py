@@ -134,6 +134,8 @@ class StepParts:
     """The part of matmul, attention and elementwise that idle pipeline ticks take."""
     flops: float
     """FLOPs of a GPU's products and attention, with recomputation and idle ticks."""
+    flops_8_bits: float
+    """The part of them in products in 8 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,21 @@ def work(cfg: schema.Config, layout: placement.Layout) -> Work:
         attention_flops=tokens * attention,
         head_flops=tokens * head,
     )
+
+
+def layer_flops(cfg: schema.Config, layout: placement.Layout) -> float:
+    """Return the FLOPs of a GPU's products in layers, with recomputation."""
+    done, attention_again = work(cfg, layout), recompute_share(cfg)[1]
+    attention = (1 + attention_again) * done.attention_flops
+    return done.model_flops + done.recomputed_flops - done.head_flops - attention
+
+
+def flops_8_bits(cfg: schema.Config, layout: placement.Layout) -> float:
+    """Return the part of them in 8 bits."""
+    if cfg.precision.matmul_dtype != "float8":
+        return 0.0
+    n_layers = cfg.model.n_layers
+    return layer_flops(cfg, layout) * (1 - 2 * cfg.precision.end_layers / n_layers)
 
 
 def recompute_share(cfg: schema.Config) -> tuple[float, float]:
@@ -234,6 +251,7 @@ def _by_closed_forms(
         exposed=exposed,
         bubble=arithmetic * bubble,
         flops=1 / (1 - bubble) * (done.model_flops + done.recomputed_flops),
+        flops_8_bits=1 / (1 - bubble) * flops_8_bits(cfg, layout),
     )
     return StepTime(parts=parts, traffic=sorted(traffic, key=lambda row: -row.seconds))
 
@@ -243,18 +261,16 @@ def _kernel_seconds(
 ) -> dict[str, float]:
     """Return the seconds of matmul, attention and elementwise, with idle ticks."""
     done, schedule = work(cfg, layout), placement.schedule(cfg, layout)
-    in_layers = done.model_flops + done.recomputed_flops - done.head_flops
-    attention_again = recompute_share(cfg)[1]
-    in_layers -= (1 + attention_again) * done.attention_flops
     # A stage whose share of the microbatches is less than one works on a whole one.
     head = done.head_flops * schedule.n_groups * schedule.n_stages / schedule.n_microbatches
     memory_rate = gpu.memory_bandwidth * share_of_peak(gpu, "memory").at(case)
     rate = peak_flops(cfg, gpu) * share_of_peak(gpu, "matmul").at(case)
-    # Layers at the ends whose products are not in 8 bits.
-    ends = 2 * cfg.precision.end_layers / cfg.model.n_layers
-    seconds = in_layers * ((1 - ends) / _layer_rate(cfg, gpu, case) + ends / rate)
+    in_8_bits = flops_8_bits(cfg, layout)
+    in_layers = (layer_flops(cfg, layout) - in_8_bits) / rate
+    if in_8_bits:
+        in_layers += in_8_bits / _layer_rate(cfg, gpu, case)
     return {
-        "matmul": seconds / (1 - schedule.bubble) + head / rate,
+        "matmul": in_layers / (1 - schedule.bubble) + head / rate,
         "attention": _attention_seconds(cfg, layout, gpu, case),
         "elementwise": moved_bytes.in_step(cfg, layout) / memory_rate
         + SMALL_KERNELS * communication.layer_passes(cfg, layout),
@@ -380,6 +396,7 @@ def _by_schedule(
         exposed=walked.seconds - sum(kernels.values()),
         bubble=placement.schedule(cfg, layout).bubble * sum(kernels.values()),
         flops=walked.flops,
+        flops_8_bits=walked.flops_8_bits,
     )
     return StepTime(parts=parts, traffic=traffic)
 

@@ -72,6 +72,8 @@ class Timeline:
     """When the communication stream is next free."""
     flops: float = 0.0
     """FLOPs of products and attention."""
+    flops_8_bits: float = 0.0
+    """The part of them in products in 8 bits."""
     kernels: dict[str, float] = dataclasses.field(default_factory=_by_kernel)
     """Seconds of matmul, attention, elementwise."""
     count: dict[Key, float] = dataclasses.field(default_factory=_by_key)
@@ -198,8 +200,10 @@ def _is_library(kernel: hlo.Instruction) -> bool:
 def _call(call: hlo.Instruction, shapes: dict[str, str], rates: Rates, line: Timeline) -> None:
     """Add the time of a product of cuBLAS, or of a fused attention."""
     if call.target in hlo.CUBLAS_PRODUCTS:
-        rate = rates.matmul_8_bits if call.target == hlo.CUBLAS_8_BITS else rates.matmul
-        kind, n_flops = "matmul", _matmul_flops(call, shapes)
+        kind, n_flops, rate = "matmul", _matmul_flops(call, shapes), rates.matmul
+        if call.target == hlo.CUBLAS_8_BITS:
+            rate = rates.matmul_8_bits
+            line.flops_8_bits += n_flops
     elif way := hlo.cudnn_pass(call.target):
         rate = rates.cudnn_backward if way == "backward" else rates.cudnn
         kind, n_flops = "attention", _cudnn_flops(call, shapes)

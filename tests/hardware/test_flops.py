@@ -98,6 +98,8 @@ def test_peaks_are_the_dense_ones_of_the_data_sheets(kind, half, tf32):
     assert flops.peak_flops(kind, "bfloat16") == pytest.approx(half * 1e12)
     assert flops.peak_flops(kind, "float16") == pytest.approx(half * 1e12)
     assert flops.peak_flops(kind, "float32") == pytest.approx(tf32 * 1e12)
+    in_8_bits = None if "A100" in kind else pytest.approx(2 * half * 1e12)
+    assert flops.peak_flops(kind, "float8") == in_8_bits
 
 
 @pytest.mark.parametrize(
@@ -117,5 +119,5 @@ def test_no_peak_is_invented(kind):
 
 
 def test_unknown_dtype_is_an_error():
-    with pytest.raises(ValueError, match="float8"):
-        flops.peak_flops("NVIDIA H200", "float8")
+    with pytest.raises(ValueError, match="float4"):
+        flops.peak_flops("NVIDIA H200", "float4")

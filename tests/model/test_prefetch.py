@@ -58,8 +58,18 @@ CASES = {
     **{f"fsdp x tensor, {name}": (BOTH, {"remat": name}, {}, False) for name in remat.SAVED},
     "fsdp, bands and a short last period": (FSDP, {"attention": BANDED}, {}, True),
     "16-bit": (FSDP, {"remat": "mlp"}, {"dtype": "bfloat16"}, False),
+    **{
+        f"8-bit, {name}": (FSDP, {"remat": name}, {"dtype": "bfloat16", "float8": True}, False)
+        for name in ("mlp", "none", "full")
+    },
+    "8-bit but for the ends": (
+        FSDP,
+        {"attention": BANDED},
+        {"float8": True, "end_layers": 1},
+        True,
+    ),
 }
-QUICK = ("fsdp x tensor, mlp", "fsdp, bands and a short last period", "16-bit")
+QUICK = ("fsdp x tensor, mlp", "fsdp, bands and a short last period", "16-bit", "8-bit, mlp")
 
 
 @pytest.mark.parametrize(

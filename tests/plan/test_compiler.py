@@ -216,6 +216,7 @@ def test_small_step_compiles_for_h100_with_cudnn_and_known_collectives(
     network = gpus.network_of(gpus.GPUS["h100"])
     rates = timeline.Rates(
         matmul=1e15,
+        matmul_8_bits=1e15,
         cudnn=1e15,
         cudnn_backward=1e15,
         triton=1e15,
@@ -313,6 +314,57 @@ def test_no_step_adds_by_atomics(recipe_file, options, cache, monkeypatch):
     scatters = [line for line in step.splitlines() if re.search(r" (select-and-)?scatter\(", line)]
     assert not scatters
     assert " sort(" in step, "where the embedding's gradient is added up"
+
+
+@pytest.mark.slow
+@compiles
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mesh.fsdp=2", "--mesh.tensor=2", "--model.remat=mlp"],
+        ["--mesh.stage=2", "--mesh.fsdp=2", "--model.remat=full"],
+        pytest.param(["--mesh.fsdp=4", "--model.remat=none"], marks=pytest.mark.slower),
+        pytest.param(
+            ["--mesh.fsdp=8", "--mesh.data=1", "--model.remat=dots", "--precision.end-layers=1"],
+            marks=pytest.mark.slower,
+        ),
+        pytest.param(
+            ["--mesh.tensor=2", "--mesh.shard-optimizer=True", "--model.remat=mlp"],
+            marks=pytest.mark.slower,
+        ),
+    ],
+    ids=" ".join,
+)
+def test_all_products_of_layers_are_in_8_bits_on_h100s(recipe_file, options, cache, monkeypatch):
+    """And no other: the head's three stay. Each of four matrices has three, and some run again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    args = [
+        "--mesh.data=-1", "--mesh.fsdp=1", "--mesh.tensor=1", "--model.n-layers=4",
+        "--precision.matmul-dtype=float8", *options,
+    ]  # fmt: skip
+    text = compile_text(recipe_file, args)
+    cfg = recipe.parse([f"--config={recipe_file}", "--data.mock", *args])
+    layout = placement.lay_out(cfg, 8, 8)
+    h100 = gpus.GPUS["h100"]
+    time = time_model.estimate(
+        cfg, layout, h100, gpus.network_of(h100), "expected", hlo.parse(text)
+    )
+    forms = time_model.estimate(cfg, layout, h100, gpus.network_of(h100), "expected")
+    assert time.parts.flops_8_bits == pytest.approx(forms.parts.flops_8_bits, rel=1e-3)
+    in_16_bits = time.parts.flops - time.parts.flops_8_bits
+    others = forms.parts.flops - forms.parts.flops_8_bits
+    assert in_16_bits == pytest.approx(others, rel=0.2)  # of which attention's kernels do more
+    equations = collections.Counter(
+        re.findall(r'custom_call_target="__cublas[^"]*matmul".*op_name="[^"]*/([^/"]*)/dot', text)
+    )
+    print(equations)
+    if "end-layers" not in " ".join(options):
+        assert all("v" in equation for equation in equations), "only the head's"
+    layers = re.findall(r'target="__cublas\$lt\$matmul\$f8".*op_name="[^"]*/([^/"]*)/dot', text)
+    assert len(set(layers)) >= 12, set(layers)
+    gathers = re.findall(r"(\w+)\[[^=]*all-gather-start", text)
+    if "--mesh.stage=2" not in options and "--mesh.fsdp" in "".join(options):
+        assert "f8e4m3fn" in gathers
 
 
 def compile_text(recipe_file, args):

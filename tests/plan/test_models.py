@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from gpt3jax import step
+from gpt3jax import errors, step
 from gpt3jax.config import layout, recipe, schema
 from gpt3jax.data import global_batch
 from gpt3jax.hardware import flops, gpus
@@ -24,6 +24,9 @@ MESHES = [
     {"data": 4, "tensor": 2, "shard_optimizer": True},
     {"data": 2, "stage": 2, "fsdp": 2, "virtual_stages": 2, "shard_optimizer": True},
 ]
+
+
+IN_8_BITS = {"compute_dtype": "bfloat16", "matmul_dtype": "float8"}
 
 
 def layout_of(cfg, n_gpus=8):
@@ -70,6 +73,11 @@ def test_target_has_the_data_sheets_peak(name):
     cfg = tiny.make_config(precision={"compute_dtype": "bfloat16"})
     peak = gpu.n_cores * 4 * gpu.matrix_ops["bf16"] * 2 * gpu.matrix_clock_ghz * 1e9
     assert peak == pytest.approx(time_model.peak_flops(cfg, gpu), rel=0.015)
+    if in_8_bits := gpu.matrix_ops.get("f8e4m3fn"):
+        cfg = tiny.make_config(precision=IN_8_BITS)
+        assert in_8_bits / gpu.matrix_ops["bf16"] * peak == pytest.approx(
+            time_model.layer_peak_flops(cfg, gpu), rel=0.015
+        )
     text = gpus.target_text(gpu)
     assert text.count("{") == text.count("}") and f'name: "{gpu.name}"' in text
 
@@ -92,6 +100,55 @@ def test_mfu_is_that_of_the_log():
     done = time_model.work(cfg, layout_of(cfg))
     tokens = cfg.batch.global_batch_size * cfg.model.seq_len
     assert done.model_flops * 8 == pytest.approx(tokens * flops.flops_per_token(cfg.model))
+
+
+def estimated(axes, **precision):
+    """Return layout, time and assumptions of a tiny step on 8 H100."""
+    cfg = tiny.make_config(mesh={"data": 1, **axes}, precision=IN_8_BITS | precision)
+    placed, gpu = layout_of(cfg), gpus.GPUS["h100"]
+    time = time_model.estimate(cfg, placed, gpu, gpus.network_of(gpu), "expected")
+    return placed, time, time_model.assumptions(cfg, placed, gpu, compiled=True)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"stage": 4, "tensor": 2}], ids=str)
+def test_products_in_8_bits_take_their_own_rate(axes):
+    _, bfloat16, assumed = estimated(axes, matmul_dtype="compute_dtype")
+    assert "float8" not in assumed and bfloat16.parts.flops_8_bits == 0
+    _, time, assumed = estimated(axes)
+    assert 0.3 < time.parts.flops_8_bits / bfloat16.parts.flops < 1  # not head's and attention's
+    per_flop = 1 / assumed["matmul"].expected - 1 / (2 * assumed["float8"].expected)
+    saved = time.parts.flops_8_bits * per_flop / 989.4e12
+    assert bfloat16.parts.matmul - time.parts.matmul == pytest.approx(saved)
+    assert time.parts.elementwise > bfloat16.parts.elementwise
+
+
+def test_layers_at_the_ends_take_the_rate_of_the_compute_format():
+    _, bfloat16, _ = estimated({"fsdp": 8}, matmul_dtype="compute_dtype")
+    _, all_layers, _ = estimated({"fsdp": 8})
+    _, half, _ = estimated({"fsdp": 8}, end_layers=1)  # of 4 layers
+    assert half.parts.flops_8_bits == pytest.approx(all_layers.parts.flops_8_bits / 2)
+    mean = (bfloat16.parts.matmul + all_layers.parts.matmul) / 2
+    assert half.parts.matmul == pytest.approx(mean)
+
+
+def test_weights_are_gathered_in_8_bits_and_gradients_added_up_in_16():
+    def crossing(kind, **precision):
+        _, time, _ = estimated({"fsdp": 8}, **precision)
+        rows = [row for row in time.traffic if (row.kind, row.axis) == (kind, "fsdp")]
+        return sum(row.bytes_per_step for row in rows)
+
+    plain, in_8_bits = crossing("all-gather", matmul_dtype="compute_dtype"), crossing("all-gather")
+    # 2 microbatches, forward and backward, 4 layers of 12 x 64 x 64 weights, 7 of 8 parts, a byte.
+    assert plain - in_8_bits == pytest.approx(2 * 2 * 4 * 12 * 64 * 64 * 7 / 8)
+    sums = crossing("reduce-scatter", matmul_dtype="compute_dtype"), crossing("reduce-scatter")
+    assert sums[0] == sums[1] > 0
+
+
+def test_a_gpu_without_products_in_8_bits_is_refused():
+    cfg = tiny.make_config(precision=IN_8_BITS)
+    with pytest.raises(errors.UserError, match="needs GPUs from Hopper or Ada on, not .*A100"):
+        gpu = gpus.GPUS["a100"]
+        time_model.estimate(cfg, layout_of(cfg), gpu, gpus.network_of(gpu), "expected")
 
 
 def test_175b_recomputes_what_the_compiler_does():

@@ -12,6 +12,7 @@ import tiny
 # 1 TFLOP/s, 100 GB/s of memory, 1 GB/s between 8 GPUs of a node.
 RATES = timeline.Rates(
     matmul=1e12,
+    matmul_8_bits=2e12,
     cudnn=1e12,
     cudnn_backward=5e11,
     triton=1e11,
