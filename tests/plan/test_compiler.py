@@ -357,7 +357,6 @@ def test_all_products_of_layers_are_in_8_bits_on_h100s(recipe_file, options, cac
     equations = collections.Counter(
         re.findall(r'custom_call_target="__cublas[^"]*matmul".*op_name="[^"]*/([^/"]*)/dot', text)
     )
-    print(equations)
     if "end-layers" not in " ".join(options):
         assert all("v" in equation for equation in equations), "only the head's"
     layers = re.findall(r'target="__cublas\$lt\$matmul\$f8".*op_name="[^"]*/([^/"]*)/dot', text)

@@ -146,7 +146,7 @@ def test_weights_are_gathered_in_8_bits_and_gradients_added_up_in_16():
 
 def test_a_gpu_without_products_in_8_bits_is_refused():
     cfg = tiny.make_config(precision=IN_8_BITS)
-    with pytest.raises(errors.UserError, match="needs GPUs from Hopper or Ada on, not .*A100"):
+    with pytest.raises(errors.UserError, match=r"needs GPUs from Hopper or Ada on, not .*A100"):
         gpu = gpus.GPUS["a100"]
         time_model.estimate(cfg, layout_of(cfg), gpu, gpus.network_of(gpu), "expected")
 
