@@ -18,7 +18,7 @@ from gpt3jax import errors, optimizer
 from gpt3jax.config import layout, schema, validation
 from gpt3jax.data import global_batch
 from gpt3jax.gradient import batch_gradient
-from gpt3jax.hardware import devices, gpus, xla_flags
+from gpt3jax.hardware import devices, flops, gpus, xla_flags
 from gpt3jax.model import attention, gpt
 from gpt3jax.sharding import layouts
 
@@ -106,7 +106,7 @@ def build(cfg: schema.Config, mesh: jax.sharding.Mesh, run_samples: int) -> Prog
     device = mesh.devices.flat[0]
     for_init = xla_flags.for_equal_weights(device.platform)
     capability = devices.compute_capability(device)
-    validation.check_float8_gpu(cfg.precision, device.device_kind, capability)
+    flops.check_product_dtype(cfg.precision, device.device_kind, capability)
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )

@@ -250,22 +250,6 @@ def check_pipeline(model: schema.Model, n_stages: int, virtual_stages: int) -> N
         )
 
 
-def check_float8_gpu(
-    precision: schema.Precision, name: str, capability: tuple[int, int] | None
-) -> None:
-    """Check that a GPU of this name and compute capability can do what is asked; None: no GPU.
-
-    Raises:
-        UserError: it has no products in 8 bits.
-    """
-    if precision.matmul_dtype == "float8" and capability and capability < (8, 9):
-        raise errors.UserError(
-            f"precision.matmul_dtype=float8 needs GPUs from Hopper or Ada on, not {name}: use "
-            "compute_dtype",
-            page="training.md#8-bit-products",
-        )
-
-
 def check_end_layers(precision: schema.Precision, n_stages: int) -> None:
     """Check that all layers compute alike where pipeline stages run one program.
 

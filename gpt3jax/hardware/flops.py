@@ -5,6 +5,7 @@ Imports no JAX, so a plan can be made anywhere. A multiplication and its additio
 
 import re
 
+from gpt3jax import errors
 from gpt3jax.config import schema
 
 # Dense peaks in TFLOP/s by a pattern of JAX's device_kind: 16-bit tensor cores, TF32 tensor cores.
@@ -66,6 +67,22 @@ def product_dtype(precision: schema.Precision) -> str:
     """Return the format of the layers' products: float8, or `precision.compute_dtype`."""
     is_float8 = precision.matmul_dtype == "float8"
     return "float8" if is_float8 else precision.compute_dtype
+
+
+def check_product_dtype(
+    precision: schema.Precision, name: str, capability: tuple[int, int] | None
+) -> None:
+    """Check that a GPU of this name and compute capability has the layers' products; None: no GPU.
+
+    Raises:
+        UserError: they are in 8 bits, and it has none.
+    """
+    if product_dtype(precision) == "float8" and capability and capability < (8, 9):
+        raise errors.UserError(
+            f"precision.matmul_dtype=float8 needs GPUs from Hopper or Ada on, not {name}: use "
+            "compute_dtype",
+            page="training.md#8-bit-products",
+        )
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

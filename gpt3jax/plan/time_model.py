@@ -12,7 +12,7 @@ import re
 from typing import Literal
 
 from gpt3jax import step
-from gpt3jax.config import schema, validation
+from gpt3jax.config import schema
 from gpt3jax.hardware import flops, gpus
 from gpt3jax.plan import (
     communication,
@@ -440,7 +440,7 @@ def layer_peak_flops(cfg: schema.Config, gpu: gpus.Gpu) -> float:
     Raises:
         UserError: it has none in this format.
     """
-    validation.check_float8_gpu(cfg.precision, gpu.name, gpu.capability)
+    flops.check_product_dtype(cfg.precision, gpu.name, gpu.capability)
     return _peak_flops(gpu.name, flops.product_dtype(cfg.precision))
 
 

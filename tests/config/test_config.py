@@ -217,7 +217,21 @@ def test_derived_sizes(valid):
 
 
 # Overrides that do not go together, and words of the message: fields, values, and the fix.
+IN_8_BITS = "--precision.matmul-dtype=float8"
 REFUSED = [
+    (
+        f"{IN_8_BITS} --precision.compute-dtype=float16",
+        "precision.matmul_dtype=float8", "precision.compute_dtype=float16", "use bfloat16",
+    ),
+    (
+        f"{IN_8_BITS} --precision.compute-dtype=bfloat16 --precision.end-layers=1",
+        "precision.end_layers=1", "model.n_layers=2", "use at most 0",
+    ),
+    (
+        f"{IN_8_BITS} --precision.compute-dtype=bfloat16 --precision.end-layers=1 "
+        "--model.n-layers=4 --mesh.stage=2",
+        "precision.end_layers=1", "mesh.stage=2", "all stages run one program",
+    ),
     ("--model.n-heads=5", "model.n_heads=5", "model.d_model=64", "use one of 1, 2, 4, 8, 16, 32"),
     ("--model.n-loss-chunks=3", "model.n_loss_chunks=3", "model.seq_len=32", "use one of 1, 2, 4"),
     (
