@@ -128,6 +128,25 @@ def test_copies_of_a_mesh_change_nothing(axes):
     one_device.check(cfg, n_microbatches, one_device.Steps(N_STEPS))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(
+            m, id=named(m), marks=pytest.mark.slow if m in MIXED[:2] else pytest.mark.slower
+        )
+        for m in ALL
+    ],
+)
+def test_products_in_8_bits_do_not_depend_on_the_mesh(sizes):
+    """But for values near the middle of two: found were 2e-5 in losses, 2.6e-3 in norms."""
+    groups, documents = VARIANTS["float8"]
+    cfg = config_of(sizes, groups)
+    rows = math.prod(size for axis, size in zip(AXES, sizes, strict=True) if axis in BATCH)
+    steps = one_device.Steps(N_STEPS, masked=documents, documents=documents)
+    n_microbatches = cfg.batch.global_batch_size // rows
+    one_device.check(cfg, n_microbatches, steps, rtol=1e-4, rtol_norms=8e-3, weights=False)
+
+
 @pytest.mark.parametrize("sizes", params_of(ALL))
 def test_losses_are_those_of_one_device(sizes):
     check(sizes, "plain")

@@ -173,7 +173,7 @@ class Measured:
 
 MEASURED: dict[str, dict[str, Measured]] = {}
 """By `Gpu.name` and by names of `time_model.ASSUMED` that are shares of a GPU's peaks: matmul,
-cudnn, triton, memory. Empty: nothing has run on a GPU yet."""
+cudnn, triton, float8, memory. Empty: nothing has run on a GPU yet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

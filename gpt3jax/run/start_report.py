@@ -35,7 +35,7 @@ def _facts(run: startup.Run) -> list[str]:
     return [
         f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), "
         f"mesh {startup.describe_mesh(run.mesh)}",
-        f"{flops.n_params(cfg.model):,} parameters, {_formats(run)}, attention "
+        f"{flops.n_params(cfg.model):,} parameters, {formats(cfg.precision, step.platform(run.mesh))}, attention "
         f"{run.program.compute.attention}, remat {remat.in_effect(cfg.model.remat, has_stages)}"
         + (", weights gathered a layer ahead" if run.program.compute.prefetch else ""),
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "
@@ -43,12 +43,12 @@ def _facts(run: startup.Run) -> list[str]:
     ]
 
 
-def _formats(run: startup.Run) -> str:
-    precision = run.cfg.precision
+def formats(precision: schema.Precision, platform: str) -> str:
+    """Return the number formats of a run in words."""
     if precision.matmul_dtype != "float8":
         return precision.compute_dtype
     ends = f" but for {precision.end_layers} layers at either end" if precision.end_layers else ""
-    how = " (emulated, slowly: for tests)" if step.platform(run.mesh) == "cpu" else ""
+    how = " (emulated, slowly: for tests)" if platform == "cpu" else "; MFU is of its peak"
     return f"{precision.compute_dtype}, layers' products in float8{ends}{how}"
 
 
