@@ -35,7 +35,8 @@ def _facts(run: startup.Run) -> list[str]:
     return [
         f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind}), "
         f"mesh {startup.describe_mesh(run.mesh)}",
-        f"{flops.n_params(cfg.model):,} parameters, {formats(cfg.precision, step.platform(run.mesh))}, attention "
+        f"{flops.n_params(cfg.model):,} parameters, "
+        f"{formats(cfg.precision, step.platform(run.mesh))}, attention "
         f"{run.program.compute.attention}, remat {remat.in_effect(cfg.model.remat, has_stages)}"
         + (", weights gathered a layer ahead" if run.program.compute.prefetch else ""),
         f"{run.end.step:,} steps, {run.end.samples:,} samples of {cfg.model.seq_len} tokens; "

@@ -34,18 +34,6 @@ def prepare(wsd_decay_samples=100, start=(0, 0), **groups):
     ],
     ids=["steps", "samples", "tokens", "growing"],
 )
-def test_the_start_says_which_products_are_in_8_bits_and_where_they_are_emulated():
-    plain, in_8_bits, ends = (
-        schema.Precision(matmul_dtype=dtype, end_layers=n)
-        for dtype, n in (("compute_dtype", 0), ("float8", 0), ("float8", 2))
-    )
-    assert start_report.formats(plain, "gpu") == "bfloat16"
-    line = "bfloat16, layers' products in float8"
-    assert start_report.formats(in_8_bits, "gpu") == f"{line}; MFU is of its peak"
-    assert "emulated" in start_report.formats(in_8_bits, "cpu")
-    assert start_report.formats(ends, "gpu").startswith(f"{line} but for 2 layers at either end")
-
-
 def test_a_final_decay_that_does_not_fit_in_the_run_is_refused(groups):
     assert prepare(96, **groups).n_samples == 160
     with pytest.raises(errors.UserError, match=r"takes 161 samples, which exceeds the run's 160"):
@@ -156,3 +144,15 @@ def test_another_runs_folder_is_only_read(tmp_path, only_params, position):
     assert started.position == position and "going back to an older one" in started.lines[0]
     assert_equal_params(started.state, expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_the_start_says_which_products_are_in_8_bits_and_where_they_are_emulated():
+    plain, in_8_bits, ends = (
+        schema.Precision(matmul_dtype=dtype, end_layers=n)
+        for dtype, n in (("compute_dtype", 0), ("float8", 0), ("float8", 2))
+    )
+    assert start_report.formats(plain, "gpu") == "bfloat16"
+    line = "bfloat16, layers' products in float8"
+    assert start_report.formats(in_8_bits, "gpu") == f"{line}; MFU is of its peak"
+    assert "emulated" in start_report.formats(in_8_bits, "cpu")
+    assert start_report.formats(ends, "gpu").startswith(f"{line} but for 2 layers at either end")
