@@ -124,7 +124,12 @@ def _without_training(cfg: schema.Config, compute_dtype: ComputeDtype) -> schema
             attention=dataclasses.replace(cfg.model.attention, implementation="auto"),
         ),
         mesh=schema.Mesh(sequence_parallel=False),
-        precision=dataclasses.replace(cfg.precision, compute_dtype=compute_dtype),
+        precision=dataclasses.replace(
+            cfg.precision,
+            compute_dtype=compute_dtype,
+            matmul_dtype="compute_dtype",
+            end_layers=0,
+        ),
     )
     return layout.plain(without)
 

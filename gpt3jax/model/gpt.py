@@ -292,7 +292,9 @@ def block_parts(window: int | None) -> tuple[prefetch.Part, ...]:
 # Which transfers go on beside which products. A product whose result is added up over `tensor` has
 # no window that ends with it: the barrier would keep the sum from being scattered. None ends with
 # what enters GELU on the way forward: cuBLAS then runs GELU at the end of the product. Windows that
-# could be open together follow each other, or XLA would make one transfer of two.
+# could be open together follow each other, or XLA would make one transfer of two. What a later
+# product needs over `tensor` is there before a long transfer begins that it would stand behind:
+# hence `normed_1` before the gradient of the MLP's second matrix, and norms' gradients late.
 _FORWARD = (
     prefetch.Window(("normed_1",), ("qkv",), gather=("qkv",)),
     prefetch.Window(("qkv",), ("middle",), gather=("projected",)),

@@ -62,7 +62,8 @@ class Window(NamedTuple):
     add: tuple[str, ...] = ()
     """Parts whose gradients are added up over the devices."""
     add_late: tuple[str, ...] = ()
-    """Parts whose gradients of the layer before, in the order of work, are added up."""
+    """Parts whose gradients of the layer before, in the order of work, are added up. Those of
+    vectors are added up without being asked; here they need not be there before the window ends."""
 
 
 class Weights:

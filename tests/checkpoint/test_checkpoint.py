@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from gpt3jax import errors, step
-from gpt3jax.checkpoint import array_blocks, array_digests, choosing, metadata, storage
+from gpt3jax.checkpoint import (
+    array_blocks,
+    array_digests,
+    choosing,
+    metadata,
+    parameters,
+    storage,
+)
 from gpt3jax.config import schema
 from gpt3jax.sharding import meshes
 
@@ -308,3 +315,15 @@ def test_a_state_comes_back_on_fewer_devices(tmp_path):
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     expected = sum(np.abs(x).sum() for x in tiny.leaves(trained("mixed").params).values())
     np.testing.assert_allclose(float(output.split()[-1]), expected, rtol=1e-5)
+
+
+def test_a_model_trained_in_8_bits_is_used_in_the_format_that_is_asked_for(tmp_path):
+    cfg = tiny.make_config(precision={"matmul_dtype": "float8", "end_layers": 1})
+    trained_in_8_bits = step.build(cfg, tiny.one_device_mesh(), 320)
+    assert trained_in_8_bits.compute.float8
+    store = storage.Checkpoints(str(tmp_path))
+    written = dataclasses.replace(meta(0), config=schema.flatten(cfg))
+    store.save(trained_in_8_bits.init(), written)
+    assert store.poll(wait=True) == ""
+    used = parameters.open_newest(str(tmp_path), tiny.one_device_mesh(), "bfloat16").program
+    assert (used.compute.dtype, used.compute.float8) == ("bfloat16", False)
